@@ -1,0 +1,1 @@
+"""Prompts and a score in, a policy out: the PPO loop."""

@@ -1,0 +1,1 @@
+"""Comparisons in, a score out: the reward model."""

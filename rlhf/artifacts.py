@@ -1,0 +1,217 @@
+"""Run directories: nothing counts until its manifest is there, and the manifest is written last.
+
+``runs/<name>/<stage>/`` holds the resolved recipe (written first), checkpoints, the results and
+``manifest.json`` (written last, with the content hash of every file). A folder without a manifest is
+unfinished. A checkpoint is written beside its place, synced to disk, given its manifest, and renamed; the
+older one is removed only after that. So ``kill -9`` at any moment leaves at least one complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+MANIFEST = "manifest.json"
+_STAGING = ".staging-"  # prefix of a folder that is being written
+
+
+def sha256_of(path: Path) -> str:
+    """Content hash of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_of(value: object) -> str:
+    """Content hash of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader finds the old content or the whole new one, never a part.
+
+    Raises:
+        OSError: the disk is full or not writable; the old content is untouched and no scrap is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is not JSON, as after damage to the disk.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); remove its folder and run again") from None
+
+
+def _files(folder: Path, skip: Iterable[str] = ()) -> list[Path]:
+    hidden = set(skip)
+    return sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != MANIFEST and not hidden.intersection(p.relative_to(folder).parts)
+    )
+
+
+def write_manifest(folder: Path, extra: dict[str, Any], skip: Iterable[str] = ()) -> dict[str, Any]:
+    """Sync every file of a folder, then write the manifest that makes the folder complete.
+
+    Args:
+        folder: what has been written.
+        extra: what else the manifest says; its ``fingerprint`` enters the identity.
+        skip: names of files or folders that are not part of the result.
+
+    Returns:
+        The manifest. Its ``identity`` hashes the contents, not times or machines.
+    """
+    hashes = {}
+    for file in _files(folder, skip):
+        _sync(file)
+        hashes[file.relative_to(folder).as_posix()] = sha256_of(file)
+    identity = hash_of({"files": hashes, "fingerprint": extra.get("fingerprint")})
+    manifest = {**extra, "identity": identity, "files": hashes}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a folder that has a manifest, or None: missing, damaged or changed files."""
+    if not (folder / MANIFEST).is_file():
+        return f"{folder} has no {MANIFEST}"
+    try:
+        files = read_json(folder / MANIFEST)["files"]
+    except (UserError, KeyError, TypeError):
+        return f"{folder / MANIFEST} is damaged"
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if sha256_of(file) != expected:
+            return f"{file} is damaged: its content hash differs from the manifest's"
+    return None
+
+
+@contextlib.contextmanager
+def full_disk_as_os_error() -> Iterator[None]:
+    """Let every library's way of saying "no space left" come out as ``OSError(ENOSPC)``."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if any(sign in text for sign in ("No space left", "StorageFull", "os error 28", "file write failed")):
+            raise OSError(errno.ENOSPC, "No space left on device") from error
+        raise
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Number of finished steps that a checkpoint's name says, 0 for none."""
+    return int(checkpoint.name.partition("-")[2]) if checkpoint else 0
+
+
+class Checkpoints:
+    """The numbered checkpoints of one stage: ``checkpoints/step-<n>/``."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    @contextlib.contextmanager
+    def writing(self, step: int, *, commits: bool = True) -> Iterator[Path]:
+        """A folder to fill; on leaving it becomes the checkpoint of this step, or vanishes on an error.
+
+        Args:
+            step: number of finished steps.
+            commits: False on the other processes of a distributed run: they fill the same folder, one
+                process renames it.
+        """
+        staging = self.folder / f"{_STAGING}{step:07d}"
+        if commits:
+            self.clean()
+        staging.mkdir(parents=True, exist_ok=True)
+        try:
+            with full_disk_as_os_error():
+                yield staging
+                if commits:
+                    self._commit(staging, step)
+        except BaseException:
+            if commits:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+    def _commit(self, staging: Path, step: int) -> None:
+        write_manifest(staging, {"step": step})
+        final = self.folder / f"step-{step:07d}"
+        if final.exists():  # a damaged one of the same step: it was not used, so it may go
+            shutil.rmtree(final)
+        staging.rename(final)
+        _sync(self.folder)
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def _all(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+
+    def clean(self) -> None:
+        """Remove what an interrupted save left behind."""
+        for scrap in self.folder.glob(f"{_STAGING}*"):
+            shutil.rmtree(scrap, ignore_errors=True)
+
+    def newest(self) -> Path | None:
+        """The newest complete and undamaged checkpoint; damaged ones are named and passed over.
+
+        Raises:
+            UserError: there are checkpoints, and none of them is whole: starting over silently would lose
+                work that the user believes is there.
+        """
+        faults: list[str] = []
+        for folder in reversed(self._all()):
+            fault = fault_of(folder)
+            if fault is None:
+                for line in faults:
+                    print(f"warning: {line}; using {folder.name} instead", flush=True)
+                return folder
+            faults.append(fault)
+        if faults:
+            raise UserError(f"no checkpoint can be used: {faults[0]}; remove {self.folder} to start again")
+        return None

@@ -1,0 +1,229 @@
+"""Loading a recipe: one YAML file plus `section.key=value` overrides, checked in full before torch is imported.
+
+Run as a module it only checks: ``python -m rlhf.recipe recipes/tiny.yaml ppo.steps=2``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlhf.errors import UserError, exit_on_user_error
+from rlhf.schema import Recipe
+
+__all__ = ["Recipe", "check_batch_sizes", "dump", "from_command_line", "load"]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML with two common traps mended: a repeated key is an error, and 1e-4 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot in a float, so `1e-4` would be a string.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    typing.cast(Any, __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")),
+    list("-+0123456789"),
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: YAML file of one experiment.
+        overrides: ``section.key=value`` strings; the value is read as YAML.
+
+    Returns:
+        The validated, frozen recipe.
+
+    Raises:
+        UserError: missing file, malformed YAML, unknown key (with the nearest valid name), wrong type, or a
+            combination that cannot work; the message names file, line and key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
+        hint = difflib.get_close_matches(str(path), known, n=1, cutoff=0.3)
+        remedy = f"did you mean {hint[0]}?" if hint else f"recipes here: {', '.join(known) or 'none'}"
+        raise UserError(f"{path}: no such recipe file; {remedy}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+        lines = _line_numbers(yaml.compose(text, Loader=_UniqueKeyLoader))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, this file holds {type(values).__name__}")
+    origins: dict[str, str] = {key: f"{path}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        _apply(values, override, origins)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, path, origins)) from None
+    _check_files(recipe, path, origins)
+    return recipe
+
+
+def _line_numbers(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+    """Line of every key, by its dotted path."""
+    lines: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}{key_node.value}"
+            lines[key] = key_node.start_mark.line + 1
+            lines.update(_line_numbers(value_node, f"{key}."))
+    return lines
+
+
+def _apply(values: dict[str, Any], override: str, origins: dict[str, str]) -> None:
+    key, separator, raw = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise UserError(f"override {override!r}: write it as section.key=value, for example ppo.steps=10")
+    try:
+        value = yaml.load(raw, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    target: Any = values
+    for part in parts[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise UserError(f"override {override!r}: {part} is a value, not a section")
+    target[parts[-1]] = value
+    origins[key.strip()] = f"override {override!r}"
+
+
+def _sections(annotation: Any) -> type[BaseModel] | None:
+    """The section class behind a field's annotation, if it is one."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Dotted path of every field of a recipe, sections included."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        section = _sections(field.annotation)
+        if section is not None:
+            keys += known_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: ValidationError, path: Path, origins: dict[str, str]) -> str:
+    """One line for the first fault, with the remedy; the number of further ones at the end."""
+    faults = error.errors()
+    first = faults[0]
+    parts = [str(p) for p in first["loc"]]
+    key = ".".join(parts)
+    while parts and ".".join(parts) not in origins:
+        parts.pop()
+    where = origins.get(".".join(parts), str(path))
+    if first["type"] == "extra_forbidden":
+        keys = known_keys()
+        leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+        near = near or [
+            leaves[m] for m in difflib.get_close_matches(key.split(".")[-1], leaves, n=1, cutoff=0.6)
+        ]
+        section = key.rpartition(".")[0]
+        siblings = [k for k in keys if k.rpartition(".")[0] == section]
+        remedy = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(siblings)}"
+        message = f"unknown key {key}; {remedy}"
+    elif first["type"] == "missing":
+        message = f"{key} is missing; add it to the recipe"
+    else:
+        value = first.get("input")
+        shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | list) else ""
+        message = f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{shown}"
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"{where}: {message}{more}"
+
+
+def _check_files(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
+    """Every file that the recipe names must be there before anything starts."""
+    for key in ("comparisons", "prompts", "held_out_prompts"):
+        for spec in getattr(recipe.data, key):
+            if spec.startswith("hub:") or (key == "comparisons" and recipe.data.sampled):
+                continue
+            if not glob.glob(os.path.expanduser(spec)):
+                where = origins.get(f"data.{key}", str(path))
+                raise UserError(f"{where}: data.{key}: no file matches {spec}; check the path")
+    for section in ("ppo", "evaluate"):
+        folder = getattr(recipe, section).reward_model
+        if folder and not Path(folder).is_dir():
+            where = origins.get(f"{section}.reward_model", str(path))
+            raise UserError(f"{where}: {section}.reward_model: {folder} is not a folder; check the path")
+
+
+def check_batch_sizes(recipe: Recipe, processes: int) -> None:
+    """Batches must divide over the processes, because nothing is rounded silently.
+
+    Raises:
+        UserError: names the two numbers and a batch size that would work.
+    """
+    ppo, reward = recipe.ppo, recipe.reward
+    for name, size, share in (
+        ("ppo.batch_size / ppo.minibatches", ppo.batch_size // ppo.minibatches, processes),
+        ("reward.batch_size", reward.batch_size, processes * reward.micro_batch_size),
+    ):
+        if size % share:
+            raise UserError(
+                f"{name} = {size} does not divide over {processes} processes"
+                + (f" x micro_batch_size {reward.micro_batch_size}" if name.startswith("reward") else "")
+                + f"; use a multiple of {share}, for example {-(-size // share) * share}"
+            )
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, all defaults written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def from_command_line(arguments: Sequence[str] | None = None) -> Recipe:
+    """The recipe named on a stage's command line: ``RECIPE [section.key=value ...]``."""
+    words = [
+        w for w in (sys.argv[1:] if arguments is None else arguments) if not w.startswith("--local_rank")
+    ]
+    if not words:
+        raise UserError(
+            "no recipe given; write RECIPE [section.key=value ...], for example recipes/tiny.yaml"
+        )
+    flags = [w for w in words if w.startswith("-")]
+    if flags:
+        raise UserError(f"{flags[0]}: there are no flags; write overrides as section.key=value")
+    return load(words[0], words[1:])
+
+
+def main() -> None:
+    """Check a recipe and print nothing but its name and where it will run."""
+    recipe = from_command_line()
+    print(f"{recipe.name}: the recipe is valid; it runs in runs/{recipe.name}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,277 @@
+"""Devices, processes, seeds, and the optimiser step: the only file that knows accelerate and deepspeed.
+
+One process runs plain PyTorch. Several processes (started by the DeepSpeed launcher) share one DeepSpeed
+engine with the recipe's ZeRO stage; gloo on CPUs, NCCL on GPUs. The loop above sees the same four verbs:
+``forward`` through ``model``, ``backward``, ``step``, ``all_sum``.
+
+A checkpoint holds whole tensors by name, gathered from whatever shards them, so that a run can go on with
+another number of processes or another ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin
+from torch import Tensor, nn
+
+from rlhf.schema import Distributed
+from rlhf.stage import processes, rank
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch; what is sampled per row has generators of its own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def deepspeed_config(section: Distributed, *, batch: int, clip: float) -> dict[str, Any]:
+    """DeepSpeed's configuration for a recipe."""
+    zero: dict[str, Any] = {"stage": section.zero_stage}
+    if section.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if section.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        # The base may be bf16 while the adapters are float32: DeepSpeed must cast neither.
+        "bf16": {"enabled": False},
+    }
+
+
+class Runtime:
+    """The processes of a run and the one optimiser.
+
+    Args:
+        section: the recipe's ``distributed`` section.
+        seed: the recipe's seed.
+        max_grad_norm: global gradient-norm clip.
+        micro_batch_size: rows of a forward pass, for DeepSpeed's book-keeping.
+    """
+
+    def __init__(
+        self, section: Distributed, *, seed: int, max_grad_norm: float, micro_batch_size: int
+    ) -> None:
+        self.world = processes()
+        self.rank = rank()
+        self.max_grad_norm = max_grad_norm
+        self.stage = section.zero_stage if self.world > 1 else 0
+        cpu = not torch.cuda.is_available()
+        plugin = None
+        handlers = []
+        if self.world > 1:
+            if cpu:  # the processes share the cores
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
+            config = deepspeed_config(section, batch=micro_batch_size, clip=max_grad_norm)
+            plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+            wait = datetime.timedelta(minutes=section.timeout_minutes)
+            handlers = [InitProcessGroupKwargs(timeout=wait)]
+        self.accelerator = Accelerator(cpu=cpu, deepspeed_plugin=plugin, kwargs_handlers=handlers)
+        self.device = self.accelerator.device
+        seed_everything(seed)
+        self.model: Any = None
+        self.optimizer: Any = None
+        self._engine: Any = None
+        self._named: dict[str, nn.Parameter] = {}
+
+    # ---------------------------------------------------------------- model and optimiser
+
+    def prepare(
+        self,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        named: dict[str, nn.Parameter],
+        *,
+        epsilon: float,
+    ) -> None:
+        """Put the module on its device and make AdamW over the groups; then use ``self.model``.
+
+        Args:
+            module: holds every parameter of the groups.
+            groups: parameter groups with their learning rates.
+            named: the learning parameters by the names that a checkpoint gives them.
+            epsilon: AdamW's epsilon.
+        """
+        self._named = named
+        optimizer = torch.optim.AdamW(groups, eps=epsilon, weight_decay=0.0, foreach=False)
+        self.model, wrapped = self.accelerator.prepare(module, optimizer)
+        self.optimizer = wrapped.optimizer
+        if self.world > 1:
+            self._engine = self.model
+            self.optimizer = self._engine.optimizer
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether weights are gathered for each forward pass, which then is a collective call."""
+        return self.stage == 3
+
+    def set_learning_rates(self, rates: list[float]) -> None:
+        """One learning rate for each parameter group, in their order."""
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add a loss's gradients; ``last`` marks the final one before :meth:`step`.
+
+        Losses are shares of a sum over all processes, while DeepSpeed averages over them: hence the factor.
+        """
+        if self._engine is None:
+            loss.backward()
+            return
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self._engine.backward(loss * self.world)
+
+    def step(self) -> float:
+        """Clip, step and clear; returns the gradient norm before clipping.
+
+        A norm that is not finite leaves the weights as they are; the caller counts it.
+        """
+        if self._engine is not None:
+            self._engine.step()
+            norm = self._engine.get_global_grad_norm()
+            return float(norm) if norm is not None else 0.0
+        norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), self.max_grad_norm))
+        if np.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def discard_gradients(self) -> None:
+        """Forget gradients that are not to be used."""
+        self.model.zero_grad()
+        if self._engine is not None and hasattr(self.optimizer, "zero_grad"):
+            self.optimizer.zero_grad()
+
+    # ---------------------------------------------------------------- talking to the other processes
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor over all processes."""
+        if self.world == 1:
+            return tensor
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag holds on any process."""
+        return bool(self.all_sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def whole_weights(self, module: nn.Module) -> Iterator[None]:
+        """Have all weights in one piece for a while, once, not once a layer and token (ZeRO-3 sampling)."""
+        if not self.shards_weights:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            yield
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """Every learning parameter in float32, in one piece. All processes must call it."""
+        if self.shards_weights:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            return {n: safe_get_full_fp32_param(p).detach().cpu().clone() for n, p in self._named.items()}
+        return {name: p.detach().cpu().clone() for name, p in self._named.items()}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """AdamW's moments and step counts by parameter name, in one piece. All processes must call it."""
+        tensors: dict[str, Tensor] = {}
+        if not self._flat_states():
+            for name, parameter in self._named.items():
+                for key, value in self.optimizer.state[parameter].items():
+                    tensors[f"{key}:{name}"] = torch.as_tensor(value).detach().cpu().clone()
+            return tensors
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        step = torch.as_tensor(self._flat_states()[0]["step"]).detach().cpu().float()
+        for name, parameter in self._named.items():
+            tensors[f"step:{name}"] = step.clone()
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{key}:{name}"] = safe_get_full_optimizer_state(parameter, key).cpu().clone()
+        return tensors
+
+    def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put moments and step counts back, sharded as this run shards them.
+
+        Raises:
+            KeyError: a tensor is missing; a fresh optimiser is never put in its place.
+        """
+        if self.stage == 0:
+            for name, parameter in self._named.items():
+                state = {key: tensors[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                device = parameter.device
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(device, copy=True)
+                    for key, value in state.items()
+                }
+            return
+        self._make_flat_states(next(t for n, t in tensors.items() if n.startswith("step:")))
+        for name, parameter in self._named.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                self._set_flat(parameter, key, tensors[f"{key}:{name}"])
+
+    def _flats(self) -> list[Tensor]:
+        """The flat float32 partitions that ZeRO's inner optimiser steps."""
+        name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        return list(getattr(self.optimizer, name))
+
+    def _flat_states(self) -> list[dict[str, Any]]:
+        return [] if self.stage == 0 else [self.optimizer.optimizer.state[flat] for flat in self._flats()]
+
+    def _make_flat_states(self, step: Tensor) -> None:
+        """ZeRO makes its states at the first step; a resumed run needs them before."""
+        for flat in self._flats():
+            self.optimizer.optimizer.state[flat] = {
+                "step": step.clone(),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        if self.stage in (1, 2):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_flat(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        if self.stage != 3:
+            from deepspeed.utils import safe_set_full_optimizer_state
+
+            safe_set_full_optimizer_state(parameter, value.to(self.device), key)
+            return
+        from deepspeed.utils import safe_get_local_optimizer_state, safe_set_local_optimizer_state
+
+        size = safe_get_local_optimizer_state(parameter, key).numel()
+        padded = torch.zeros(size * self.world, dtype=torch.float32)
+        padded[: value.numel()] = value.flatten()
+        part = padded[size * self.rank : size * (self.rank + 1)]
+        safe_set_local_optimizer_state(parameter, part.to(self.device), key)

@@ -1,0 +1,214 @@
+"""Pure tensor helpers for padded token sequences: masks, positions, log-probabilities, masked moments.
+
+One convention for every mask: bool, True = counts. Suffixes name the axes: ``_B`` sequence in the batch,
+``_T`` token, ``_D`` hidden unit, ``_V`` vocabulary. Whatever stands where a mask is False, NaN included,
+changes no result and no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+WHITEN_EPSILON = 1e-8  # added to the variance (Ziegler et al. 2019, official code)
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Stack token rows so that all of them END in the same column.
+
+    Returns ids_BT (long) and mask_BT (True = a token of the row, False = padding). T is the longest row.
+    """
+    return _pad(rows, pad_id, left=True)
+
+
+def right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Stack token rows so that all of them START in the first column.
+
+    Returns ids_BT (long) and mask_BT (True = a token of the row, False = padding). T is the longest row.
+    """
+    return _pad(rows, pad_id, left=False)
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    width = max((len(row) for row in rows), default=0)
+    ids_BT = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        start = width - len(row) if left else 0
+        ids_BT[index, start : start + len(row)] = torch.tensor(list(row), dtype=torch.long)
+        mask_BT[index, start : start + len(row)] = True
+    return ids_BT, mask_BT
+
+
+def positions_from_mask(mask_BT: Tensor) -> Tensor:
+    """Number the counted tokens of every row 0, 1, 2, ... wherever the padding stands.
+
+    mask_BT: True = a real token. Returns long positions_BT, 0 at padding.
+    """
+    return (mask_BT.long().cumsum(dim=-1) - 1) * mask_BT
+
+
+def last_true_index(mask_BT: Tensor) -> Tensor:
+    """Find the column of the last counted token of every row.
+
+    mask_BT: True = counts; holes and padding on either side are allowed. Returns long index_B.
+    A row in which nothing counts is a ValueError.
+    """
+    if not bool(mask_BT.any(dim=-1).all()):
+        empty = (~mask_BT.any(dim=-1)).nonzero().flatten().tolist()
+        raise ValueError(f"rows {empty} of the mask have no counted token, so they have no last one")
+    columns_T = torch.arange(mask_BT.shape[-1], device=mask_BT.device)
+    return torch.where(mask_BT, columns_T, -1).amax(dim=-1)
+
+
+def action_mask(response_BT: Tensor, eos_id: int | Sequence[int]) -> Tensor:
+    """Mark the actions of every response: its tokens up to and including the first EOS.
+
+    response_BT: ids of the response alone. eos_id: one id or several, any of which ends a response.
+    Returns bool mask_BT, True = an action; all True in a row without EOS. Only the place of the first EOS
+    decides, so a pad id that equals EOS is harmless behind it; a row that was padded WITHOUT an EOS must
+    be and-ed with the mask it was padded with.
+    """
+    is_eos_BT = _is_eos(response_BT, eos_id)
+    seen_before_BT = is_eos_BT.long().cumsum(dim=-1) - is_eos_BT.long()
+    return seen_before_BT == 0
+
+
+def ended(response_BT: Tensor, eos_id: int | Sequence[int]) -> Tensor:
+    """Tell which responses contain an EOS.
+
+    response_BT: ids of the response alone. eos_id: one id or several. Returns bool ended_B, True = it ended.
+    """
+    return _is_eos(response_BT, eos_id).any(dim=-1)
+
+
+def _is_eos(response_BT: Tensor, eos_id: int | Sequence[int]) -> Tensor:
+    ids = [eos_id] if isinstance(eos_id, int) else list(eos_id)
+    return torch.isin(response_BT, torch.tensor(ids, dtype=response_BT.dtype, device=response_BT.device))
+
+
+def chosen_log_probs(
+    hidden_BTD: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets_BT: Tensor,
+    mask_BT: Tensor | None = None,
+    *,
+    temperature: float,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every target token, and the entropy it was drawn with, without a [B, T, V] tensor.
+
+    hidden_BTD: the state that predicts targets_BT at the SAME index (the caller has shifted them).
+    head: maps states [N, D] to logits [N, V]; called on at most ``chunk`` counted positions at a time.
+    mask_BT: True = compute this position; the others return 0 and never reach the head. None = all.
+    Returns float32 logp_BT = log softmax(logits / temperature)[target] and entropy_BT of the same
+    distribution in nats, without gradient. No reduction.
+
+    With gradients on, each chunk is checkpointed: backward runs the head a second time instead of keeping
+    its logits, so the peak is one [chunk, V] block. Under ZeRO-3 each call of the head is a collective:
+    ranks with unequal numbers of counted positions must gather the head's weights before calling this.
+    """
+    if temperature <= 0 or chunk < 1:
+        raise ValueError(f"temperature {temperature} and chunk {chunk} must be positive")
+    shape = targets_BT.shape
+    hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+    if mask_BT is not None:
+        hidden_ND, targets_N = hidden_BTD[mask_BT], targets_BT[mask_BT]
+
+    def score(hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+        logp_CV = torch.log_softmax(head(hidden_CD).float() / temperature, dim=-1)
+        logp_C = logp_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1)
+        # Last, so that the recomputation of the checkpoint, which stops as soon as it can, skips it.
+        with torch.no_grad():
+            entropy_C = torch.special.entr(logp_CV.exp()).sum(dim=-1)
+        return logp_C, entropy_C
+
+    parts = []
+    for start in range(0, targets_N.shape[0], chunk):
+        piece = hidden_ND[start : start + chunk], targets_N[start : start + chunk]
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(score, *piece, use_reentrant=False))
+        else:
+            parts.append(score(*piece))
+    if parts:
+        logp_N, entropy_N = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    else:  # nothing counts: empty, but still attached to the graph, so that backward() works
+        logp_N = hidden_ND.float().sum(dim=-1)
+        entropy_N = logp_N.detach()
+    if mask_BT is None:
+        return logp_N.view(shape), entropy_N.view(shape)
+    zeros_BT = torch.zeros(shape, dtype=torch.float32, device=hidden_BTD.device)
+    where = mask_BT.nonzero(as_tuple=True)
+    return zeros_BT.index_put(where, logp_N), zeros_BT.index_put(where, entropy_N)
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of the counted entries, in float32 or better.
+
+    x and mask: one shape, mask True = counts. dim None reduces everything, else that axis.
+    """
+    kept = torch.where(mask, _at_least_float32(x), 0.0)
+    return kept.sum() if dim is None else kept.sum(dim=dim)
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of the counted entries; 0 where nothing counts.
+
+    x and mask: one shape, mask True = counts. dim None reduces everything, else that axis.
+    """
+    return masked_sum(x, mask, dim) / _count(mask, dim)
+
+
+def masked_var(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Population variance (division by the count, not the count less one) of the counted entries.
+
+    x and mask: one shape, mask True = counts. dim None reduces everything, else that axis; 0 where
+    nothing counts. Two passes, so a large mean costs no accuracy.
+    """
+    mean = masked_mean(x, mask, dim)
+    centre = mean if dim is None else mean.unsqueeze(dim)
+    deviation = torch.where(mask, _at_least_float32(x) - centre, 0.0)
+    return masked_sum(deviation.square(), mask, dim) / _count(mask, dim)
+
+
+def masked_whiten(
+    x_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    shift_mean: bool,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Scale the counted entries to variance 1: (x - mean) / sqrt(var + 1e-8), population variance.
+
+    x_BT; mask_BT: True = counts, the others return 0. shift_mean True leaves mean 0 (advantages); False
+    adds the old mean back (rewards, whose level carries meaning).
+    all_reduce: sums a tensor over ranks; with it the moments are those of all ranks together, so that
+    sharding a batch does not change the result. Every rank must call it, also one where nothing counts.
+
+    Ziegler et al. 2019 (arXiv 1909.08593), official code, ``whiten``.
+    """
+    reduce = all_reduce if all_reduce is not None else _itself
+    x_BT = torch.where(mask_BT, _at_least_float32(x_BT), 0.0)
+    count, total = reduce(torch.stack([mask_BT.sum().to(x_BT.dtype), masked_sum(x_BT, mask_BT)])).unbind()
+    count = count.clamp(min=1)
+    mean = total / count
+    variance = reduce(masked_sum((x_BT - mean).square(), mask_BT)) / count
+    white_BT = (x_BT - mean) * torch.rsqrt(variance + WHITEN_EPSILON)
+    if not shift_mean:
+        white_BT = white_BT + mean
+    return torch.where(mask_BT, white_BT, 0.0)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _count(mask: Tensor, dim: int | None) -> Tensor:
+    return (mask.sum() if dim is None else mask.sum(dim=dim)).clamp(min=1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,44 @@
+"""Readers of public preference data: one small module per format, each yields :class:`Comparison`.
+
+The format of each row is recognised from its fields; files of several formats may be mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf.comparisons import Comparison, Counts, OnBadRows, deduplicate, problem
+from rlhf.errors import UserError
+from rlhf.sources import hh, native, oasst, trl
+from rlhf.sources.files import origins
+from rlhf.sources.rows import Reader, sift
+
+# The order is that of recognition: TRL's fields are the least particular, so it comes last.
+READERS: tuple[Reader[Comparison], ...] = (native, oasst, hh, trl)
+
+
+def read_comparisons(
+    specs: Sequence[str], *, on_bad_rows: OnBadRows, min_confidence: float | None = None
+) -> tuple[list[Comparison], Counts]:
+    """Read, check and de-duplicate the comparisons that the specs name, in their order.
+
+    specs: paths, globs (sorted) or ``hub:NAME[:CONFIG][@SPLIT]``. on_bad_rows: "stop" raises UserError with
+    file and line at the first bad row, "skip" leaves bad rows out and counts them by reason. min_confidence:
+    leave out comparisons whose recorded confidence is lower; those without a recorded one stay.
+
+    Raises UserError also for specs that name nothing, unreadable files, files of an unknown format, and when
+    nothing is left.
+    """
+    counts = Counts()
+    comparisons: list[Comparison] = []
+    for origin in origins(specs, key="data.comparisons"):
+        comparisons.extend(sift(origin, READERS, problem, on_bad_rows, counts))
+    if min_confidence is not None:
+        sure = [c for c in comparisons if c.confidence is None or c.confidence >= min_confidence]
+        if len(sure) < len(comparisons):
+            counts.drop(f"confidence under {min_confidence:g}", len(comparisons) - len(sure))
+        comparisons = sure
+    comparisons = deduplicate(comparisons, counts)
+    if not comparisons:
+        raise UserError(f"no usable comparison in {', '.join(specs)}: {counts}")
+    return comparisons, counts

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policy.advantages import gae, penalise_missing_eos, token_rewards
+
+
+def _episodes(seed, batch=4, width=6):
+    generator = torch.Generator().manual_seed(seed)
+    rewards_BT = torch.randn(batch, width, generator=generator, dtype=torch.float64)
+    values_BT = torch.randn(batch, width, generator=generator, dtype=torch.float64)
+    lengths_B = torch.randint(0, width + 1, (batch,), generator=generator)
+    return rewards_BT, values_BT, torch.arange(width) < lengths_B[:, None]
+
+
+def _gae_by_loop(rewards, values, gamma, lam):
+    advantages, following, value = [], 0.0, 0.0
+    for reward, now in zip(reversed(rewards), reversed(values), strict=True):
+        following = reward + gamma * value - now + gamma * lam * following
+        value = now
+        advantages.insert(0, following)
+    return advantages
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10_000), gamma=st.floats(0, 1), lam=st.floats(0, 1))
+def test_gae_equals_a_scalar_loop_over_each_episode_and_ignores_the_padding(seed, gamma, lam):
+    rewards_BT, values_BT, mask_BT = _episodes(seed)
+    expected_BT = torch.zeros_like(rewards_BT)
+    for b, length in enumerate(mask_BT.sum(dim=-1).tolist()):
+        row = _gae_by_loop(rewards_BT[b, :length].tolist(), values_BT[b, :length].tolist(), gamma, lam)
+        expected_BT[b, :length] = torch.tensor(row, dtype=torch.float64)
+    rewards_BT[~mask_BT] = float("nan")
+    values_BT[~mask_BT] = float("nan")
+    advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=lam)
+    torch.testing.assert_close(advantages_BT, expected_BT)
+    torch.testing.assert_close(returns_BT[mask_BT], (expected_BT + values_BT)[mask_BT])
+    assert (returns_BT[~mask_BT] == 0).all()
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_lambda_one_is_the_discounted_return_less_the_value(gamma):
+    rewards_BT, values_BT, mask_BT = _episodes(3)
+    advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=1.0)
+    for b, t in mask_BT.nonzero().tolist():
+        ahead = rewards_BT[b, t : int(mask_BT[b].sum())]
+        expected = (ahead * gamma ** torch.arange(len(ahead))).sum()
+        torch.testing.assert_close(returns_BT[b, t], expected)
+        torch.testing.assert_close(advantages_BT[b, t], expected - values_BT[b, t])
+
+
+def test_lambda_zero_is_the_one_step_error_with_value_zero_behind_the_last_action():
+    rewards_BT, values_BT, mask_BT = _episodes(4)
+    advantages_BT, _ = gae(rewards_BT, values_BT, mask_BT, gamma=0.9, lam=0.0)
+    for b, t in mask_BT.nonzero().tolist():
+        is_last = t + 1 == int(mask_BT[b].sum())
+        ahead = 0.0 if is_last else float(values_BT[b, t + 1])
+        expected = float(rewards_BT[b, t]) + 0.9 * ahead - float(values_BT[b, t])
+        assert float(advantages_BT[b, t]) == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10_000), extra=st.integers(1, 4))
+def test_more_padding_changes_no_advantage(seed, extra):
+    rewards_BT, values_BT, mask_BT = _episodes(seed)
+    wider = [torch.cat([x, x.new_ones(4, extra)], dim=1) for x in (rewards_BT, values_BT)]
+    wide_mask_BT = torch.cat([mask_BT, torch.zeros(4, extra, dtype=torch.bool)], dim=1)
+    narrow = gae(rewards_BT, values_BT, mask_BT, gamma=1.0, lam=0.95)
+    wide = gae(*wider, wide_mask_BT, gamma=1.0, lam=0.95)
+    for a, b in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(a, b[:, :-extra])
+
+
+@pytest.mark.parametrize("row", [[False, True, True], [True, False, True]])
+def test_an_action_behind_padding_is_refused(row):
+    x_BT = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="padding on the right"):
+        gae(x_BT, x_BT, torch.tensor([row]), gamma=1.0, lam=1.0)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10_000), kl_coef=st.floats(0, 2))
+def test_token_rewards_sum_to_score_less_priced_kl_and_put_the_score_on_the_last_action(seed, kl_coef):
+    logp_BT, ref_BT, mask_BT = _episodes(seed)
+    mask_BT[:, 0] = True
+    scores_B = torch.arange(1.0, 5.0, dtype=torch.float64)
+    kl_B = torch.stack([(p - r)[m].sum() for p, r, m in zip(logp_BT, ref_BT, mask_BT, strict=True)])
+    logp_BT[~mask_BT] = float("nan")
+    rewards_BT = token_rewards(scores_B, logp_BT, ref_BT, mask_BT, kl_coef=kl_coef)
+    torch.testing.assert_close(rewards_BT.sum(dim=-1), scores_B - kl_coef * kl_B)
+    assert (rewards_BT[~mask_BT] == 0).all()
+    without_BT = token_rewards(torch.zeros_like(scores_B), logp_BT, ref_BT, mask_BT, kl_coef=kl_coef)
+    added_BT = rewards_BT - without_BT
+    for b, length in enumerate(mask_BT.sum(dim=-1).tolist()):
+        assert float(added_BT[b, length - 1]) == pytest.approx(float(scores_B[b]))
+        assert (added_BT[b, : length - 1] == 0).all()
+
+
+def test_a_policy_that_likes_its_tokens_more_than_the_reference_does_pays():
+    mask_BT = torch.tensor([[True, True, False]])
+    logp_BT, ref_BT = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, 0.0]])
+    rewards_BT = token_rewards(torch.tensor([3.0]), logp_BT, ref_BT, mask_BT, kl_coef=0.1)
+    torch.testing.assert_close(rewards_BT, torch.tensor([[-0.05, 3.1, 0.0]]))
+
+
+def test_a_response_without_any_action_is_refused():
+    x_BT = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"rows \[1\]"):
+        token_rewards(torch.ones(2), x_BT, x_BT, torch.tensor([[True, False], [False, False]]), kl_coef=0.1)
+
+
+def test_a_missing_eos_replaces_the_score_or_lowers_it():
+    scores_B, ended_B = torch.tensor([2.0, 2.0, -5.0]), torch.tensor([True, False, False])
+    assert penalise_missing_eos(scores_B, ended_B, penalty=1.0).tolist() == [2.0, -1.0, -1.0]
+    lowered_B = penalise_missing_eos(scores_B, ended_B, penalty=1.0, mode="subtract")
+    assert lowered_B.tolist() == [2.0, 1.0, -6.0]
+    with pytest.raises(ValueError, match="reward a missing EOS"):
+        penalise_missing_eos(scores_B, ended_B, penalty=-1.0)
+    with pytest.raises(ValueError, match="neither"):
+        penalise_missing_eos(scores_B, ended_B, penalty=1.0, mode="add")

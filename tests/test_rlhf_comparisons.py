@@ -1,0 +1,289 @@
+"""What a comparison is, how a set of them is cleaned, split by prompt and stored."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.comparisons import (
+    Comparison,
+    Counts,
+    Message,
+    deduplicate,
+    fingerprint,
+    problem,
+    prompt_key,
+    read_native,
+    split_by_prompt,
+    write_native,
+)
+from rlhf.errors import UserError
+
+
+def user(text):
+    return (Message("user", text),)
+
+
+def make(prompt="q", responses=("a", "b"), ranks=(0, 1), source="s", confidence=None):
+    return Comparison(user(prompt), tuple(responses), tuple(ranks), source, confidence)
+
+
+def cleaned(*comparisons):
+    counts = Counts(read=len(comparisons))
+    kept = deduplicate(comparisons, counts)
+    assert counts.kept == len(kept)
+    return kept, counts
+
+
+words = st.text(min_size=1, max_size=8).filter(lambda text: text.strip())
+
+
+@st.composite
+def usable(draw):
+    turns = draw(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.text()), max_size=3))
+    responses = draw(st.lists(words, min_size=2, max_size=4))
+    ranks = draw(
+        st.lists(st.integers(0, 5), min_size=len(responses), max_size=len(responses)).filter(
+            lambda r: len(set(r)) > 1
+        )
+    )
+    prompt = (*(Message(*turn) for turn in turns), Message("user", draw(words)))
+    confidence = draw(st.none() | st.floats(0, 1))
+    return Comparison(prompt, tuple(responses), tuple(ranks), draw(st.text(max_size=5)), confidence)
+
+
+@given(usable())
+def test_a_usable_comparison_has_no_problem(comparison):
+    assert problem(comparison) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"responses": ("a",), "ranks": (0,)}, "fewer than 2 responses"),
+        ({"responses": ("a", " \n")}, "empty response"),
+        ({"responses": ("a", "\ud83d")}, "text that is not valid Unicode (a lone surrogate)"),
+        ({"ranks": (0, 1, 2)}, "the number of ranks is not the number of responses"),
+        ({"ranks": (0, -1)}, "a rank is not an integer >= 0"),
+        ({"ranks": (0, 1.0)}, "a rank is not an integer >= 0"),
+        ({"ranks": (False, True)}, "a rank is not an integer >= 0"),
+        ({"ranks": (1, 1)}, "all responses are tied, which says nothing about preference"),
+        ({"prompt": ()}, "empty prompt"),
+        ({"prompt": user("  ")}, "empty prompt"),
+        ({"prompt": user("\ud83d")}, "text that is not valid Unicode (a lone surrogate)"),
+        (
+            {"prompt": (Message("tool", "x"), *user("q"))},
+            "unknown role 'tool' (known: system, user, assistant)",
+        ),
+        (
+            {"prompt": (*user("q"), Message("assistant", "a"))},
+            "the prompt does not end in a user turn",
+        ),
+        ({"confidence": 1.1}, "confidence outside [0, 1]"),
+        ({"confidence": -0.1}, "confidence outside [0, 1]"),
+        ({"confidence": float("nan")}, "confidence outside [0, 1]"),
+    ],
+)
+def test_every_fault_has_its_own_name(change, reason):
+    assert problem(dataclasses.replace(make(), **change)) == reason
+
+
+def test_a_silent_turn_inside_the_dialogue_is_not_a_fault():
+    prompt = (Message("user", "hi"), Message("assistant", ""), Message("user", "hello?"))
+    assert problem(dataclasses.replace(make(), prompt=prompt)) is None
+
+
+def test_white_space_at_the_ends_does_not_make_another_prompt():
+    assert prompt_key(user(" q\n")) == prompt_key(user("q"))
+    assert prompt_key(user("a  b")) != prompt_key(user("a b"))
+
+
+def test_roles_and_the_borders_of_messages_make_another_prompt():
+    keys = {
+        prompt_key(prompt)
+        for prompt in (
+            user("ab"),
+            (Message("system", "ab"),),
+            (*user("a"), *user("b")),
+            (*user("a"), Message("assistant", "b")),
+            user('a"], ["user", "b'),
+        )
+    }
+    assert len(keys) == 5
+
+
+def test_a_repeated_comparison_is_removed_and_counted():
+    kept, counts = cleaned(make(), make(source="other"), make(prompt="q "), make(prompt="other"))
+    assert [c.prompt[0].content for c in kept] == ["q", "other"]
+    assert counts.as_dict() == {
+        "read": 4,
+        "kept": 2,
+        "dropped": {"duplicate comparison": 2},
+        "duplicate_responses": 0,
+    }
+
+
+def test_the_order_in_which_responses_are_listed_does_not_make_another_comparison():
+    kept, _ = cleaned(make(), make(responses=("b", "a"), ranks=(1, 0)))
+    assert kept == [make()]
+
+
+def test_the_opposite_verdict_is_another_comparison():
+    kept, _ = cleaned(make(), make(ranks=(1, 0)))
+    assert len(kept) == 2
+
+
+def test_a_response_that_stands_twice_keeps_its_better_rank():
+    kept, counts = cleaned(make(responses=("a", "b", "a ", "c"), ranks=(3, 1, 0, 2)))
+    assert kept == [make(responses=("a", "b", "c"), ranks=(0, 1, 2))]
+    assert counts.duplicate_responses == 1
+
+
+def test_a_comparison_of_one_text_with_itself_is_dropped_and_counted():
+    kept, counts = cleaned(make(responses=("a", "a")))
+    assert kept == []
+    assert counts.dropped == {"all responses are the same text": 1}
+
+
+def test_a_comparison_left_with_ties_is_dropped_and_counted():
+    kept, counts = cleaned(make(responses=("a", "b", "a"), ranks=(0, 0, 1)))
+    assert kept == []
+    assert counts.dropped == {"only ties are left without duplicate responses": 1}
+
+
+def test_ranks_become_dense_and_the_best_is_0():
+    kept, _ = cleaned(make(responses=("a", "b", "c"), ranks=(7, 2, 7)))
+    assert kept[0].ranks == (1, 0, 1)
+
+
+@given(st.lists(usable(), max_size=8))
+def test_cleaning_twice_changes_nothing(comparisons):
+    once, _ = cleaned(*comparisons)
+    twice, counts = cleaned(*once)
+    assert twice == once
+    assert counts.dropped == {}
+    assert all(problem(comparison) is None for comparison in once)
+
+
+@given(
+    st.lists(st.integers(0, 30), min_size=2, max_size=60).filter(lambda ns: len(set(ns)) > 1),
+    st.floats(0.01, 0.99),
+    st.integers(0, 2**32),
+)
+def test_a_prompt_is_never_in_both_parts(numbers, fraction, seed):
+    comparisons = [
+        make(prompt=str(n) + " " * (i % 2), responses=(f"a{i}", "b")) for i, n in enumerate(numbers)
+    ]
+    train, held = split_by_prompt(comparisons, fraction, seed)
+    assert train
+    assert held
+    assert not {prompt_key(c.prompt) for c in train} & {prompt_key(c.prompt) for c in held}
+    assert sorted(train + held, key=comparisons.index) == comparisons
+    assert [c for c in comparisons if c in held] == held
+
+
+def test_adding_prompts_never_moves_an_old_one():
+    small = [make(prompt=str(n)) for n in range(200)]
+    large = [make(prompt=str(n)) for n in range(1000, 0, -1)] + small
+    for part_small, part_large in zip(
+        split_by_prompt(small, 0.2, 7), split_by_prompt(large, 0.2, 7), strict=True
+    ):
+        assert {prompt_key(c.prompt) for c in part_small} <= {prompt_key(c.prompt) for c in part_large}
+
+
+def test_the_held_out_part_has_the_asked_share_and_follows_the_seed():
+    comparisons = [make(prompt=str(n)) for n in range(2000)]
+    parts = [split_by_prompt(comparisons, 0.1, seed)[1] for seed in (0, 1)]
+    # 4 standard deviations of a binomial with 2000 draws of 0.1.
+    assert all(abs(len(part) - 200) < 54 for part in parts)
+    overlap = {prompt_key(c.prompt) for c in parts[0]} & {prompt_key(c.prompt) for c in parts[1]}
+    assert len(overlap) < 50
+    assert split_by_prompt(comparisons, 0.1, 0)[1] == parts[0]
+
+
+def test_two_prompts_are_enough_for_a_split_and_one_is_not():
+    assert [len(part) for part in split_by_prompt([make("a"), make("b")], 0.001, 0)] == [1, 1]
+    assert [len(part) for part in split_by_prompt([make("a"), make("b")], 0.999, 0)] == [1, 1]
+    with pytest.raises(UserError, match="2 comparisons with 1 different prompts"):
+        split_by_prompt([make("a"), make("a ")], 0.5, 0)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
+def test_a_share_that_leaves_a_part_empty_is_refused(fraction):
+    with pytest.raises(UserError, match="held-out fraction must lie between 0 and 1"):
+        split_by_prompt([make("a"), make("b")], fraction, 0)
+
+
+@given(comparisons=st.lists(usable(), max_size=5))
+def test_native_rows_survive_writing_and_reading(tmp_path_factory, comparisons):
+    path = tmp_path_factory.mktemp("native") / "new" / "c.jsonl"
+    write_native(path, comparisons)
+    counts = Counts()
+    again = read_native(path, "stop", counts)
+    assert again == comparisons
+    assert fingerprint(again) == fingerprint(comparisons)
+    assert counts.as_dict() == Counts(read=len(comparisons)).as_dict()
+    assert [p.name for p in path.parent.iterdir()] == ["c.jsonl"]
+
+
+def test_a_native_prompt_may_be_a_plain_string(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "responses": ["a", "b"], "ranks": [0, 1]}) + "\n")
+    assert read_native(path, "stop", Counts()) == [make(source="mine")]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "c.jsonl"
+    write_native(path, [make()])
+
+    def broken():
+        yield make("new")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_native(path, broken())
+    assert read_native(path, "stop", Counts()) == [make()]
+
+
+def test_every_field_and_the_order_are_in_the_fingerprint():
+    changes = [
+        {"prompt": user("x")},
+        {"responses": ("a", "x")},
+        {"ranks": (1, 0)},
+        {"source": "x"},
+        {"confidence": 0.5},
+    ]
+    sets = [[make(), make("z")], [make("z"), make()], [make()]]
+    sets += [[dataclasses.replace(make(), **change), make("z")] for change in changes]
+    assert len({fingerprint(s) for s in sets}) == len(sets)
+
+
+def test_counts_add_up_and_read_as_one_line():
+    counts, more = Counts(read=3), Counts(read=1200, duplicate_responses=2)
+    counts.drop("empty response")
+    more.drop("empty prompt", 2)
+    more.drop("empty response")
+    counts.merge(more)
+    assert json.loads(json.dumps(counts.as_dict())) == {
+        "read": 1203,
+        "kept": 1199,
+        "dropped": {"empty response": 2, "empty prompt": 2},
+        "duplicate_responses": 2,
+    }
+    assert str(counts) == (
+        "read 1,203, kept 1,199, dropped 4 (2 empty response; 2 empty prompt), duplicate responses removed 2"
+    )
+    assert str(Counts()) == "read 0, kept 0, dropped 0"
+
+
+def test_this_room_starts_without_torch():
+    code = (
+        "import sys, rlhf.prompts, rlhf.sources;"
+        "print(sorted({'torch', 'transformers', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
