@@ -200,6 +200,11 @@ class Backbone(nn.Module):
             found[f"{HEAD}.weight"], found[f"{HEAD}.bias"] = head.weight, head.bias
         return found
 
+    @torch.no_grad()
+    def set_offset(self, adapter: str, offset: float) -> None:
+        """Give a head the offset that Hugging Face's format cannot carry."""
+        self.heads[adapter].bias.fill_(offset)
+
     # ---------------------------------------------------------------- forward
 
     def forward(

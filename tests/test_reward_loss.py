@@ -152,7 +152,7 @@ def test_normalised_scores_have_mean_zero_and_variance_one():
 @pytest.mark.parametrize("scores", [[0.1] * 7, [2.0], []])
 def test_scores_that_do_not_differ_cannot_be_normalised(scores):
     with pytest.raises(ValueError, match="zero variance"):
-        normalisation(torch.tensor(scores))
+        normalisation(torch.tensor(scores, dtype=torch.float64))
 
 
 def test_scores_that_are_not_finite_cannot_be_normalised():

@@ -1,0 +1,176 @@
+"""Before against after on held-out prompts: the same prompts, the same random numbers, paired figures.
+
+Before is the reference (adapter off), after is the trained policy. A figure of one response is averaged over
+the samples of its prompt first, so that the prompt is the unit of every interval.
+
+Shape suffixes: ``_B`` response row, ``_T`` token, ``_R`` response token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from policy.kl import k3, sequence_kl
+from policy.rollout import Responses, close, window
+from policy.texts import distinct_n
+from rlhf.backbone import REFERENCE, Backbone
+from rlhf.comparisons import Prompt
+from rlhf.dialogue import Dialogue
+from rlhf.intervals import mean_interval, paired_difference, win_rate
+from rlhf.sampling import sample, uniforms
+from rlhf.sequences import ended, masked_mean
+
+_RESAMPLES = 500  # of the bootstrap for figures that are not means over prompts
+ScoreFn = Callable[[Responses], Sequence[float]]
+
+
+class Side(NamedTuple):
+    """What one model said to the held-out prompts; every list has one entry a response."""
+
+    texts: list[str]
+    scores: dict[str, list[float]]
+    """By judge."""
+    length: list[float]
+    """Tokens, EOS included."""
+    ended: list[float]
+    """1 = the model ended the response itself."""
+    entropy: list[float]
+    """Mean over the tokens, nats."""
+    kl: list[float]
+    """From the reference, k1 summed over the tokens, nats."""
+    kl_k3: list[float]
+    """The same by the k3 estimator."""
+
+
+@torch.no_grad()
+def say(
+    backbone: Backbone,
+    role: str,
+    dialogue: Dialogue,
+    prompts: Sequence[Prompt],
+    judges: dict[str, ScoreFn],
+    *,
+    seed: int,
+    temperature: float,
+    batch_size: int,
+    progress: Callable[[int], Any] = int,
+) -> Side:
+    """Sample one response to every prompt and measure it.
+
+    Args:
+        backbone: the model.
+        role: ``policy`` or ``reference``.
+        dialogue: the token contract.
+        prompts: one row each; repeat a prompt for several samples.
+        judges: score functions by name.
+        seed: of the random numbers, which depend on the row and not on the role.
+        temperature: of sampling; log-probs and entropy are taken at it too.
+        batch_size: rows at once.
+        progress: called with the number of rows done.
+    """
+    side = Side([], {name: [] for name in judges}, [], [], [], [], [])
+    for first in range(0, len(prompts), batch_size):
+        batch = list(prompts[first : first + batch_size])
+        rows = range(first, first + len(batch))
+        sampled = sample(
+            backbone,
+            role,
+            [dialogue.encode_prompt(p) for p in batch],
+            uniforms(seed, "evaluate", 0, rows, dialogue.max_response_tokens),
+            eos_id=dialogue.eos_id,
+            pad_id=dialogue.pad_id,
+            temperature=temperature,
+        )
+        start = sampled.prompt_ids_BP.shape[1]
+        ids_BT, mask_BT, actions_BR = close(sampled, start, eos_id=dialogue.eos_id, pad_id=dialogue.pad_id)
+        hidden_BTD = backbone.trunk(ids_BT, mask_BT)
+        part = window(ids_BT, mask_BT, hidden_BTD, start, torch.arange(len(batch)))
+        both = [
+            backbone(r, *part[:3], start=part.start, temperature=temperature, targets_mask_BR=actions_BR)
+            for r in (role, REFERENCE)
+        ]
+        (log_probs_BR, entropy_BR), (reference_BR, _) = both
+        texts = [dialogue.decode(ids) for ids in sampled.response_ids_BR.tolist()]
+        said = Responses(batch, texts, *part[:3])
+        for name, judge in judges.items():
+            side.scores[name].extend(float(s) for s in judge(said))
+        side.texts.extend(texts)
+        side.length.extend(actions_BR.sum(-1).float().tolist())
+        side.ended.extend(ended(sampled.response_ids_BR, dialogue.eos_id).float().tolist())
+        side.entropy.extend(masked_mean(entropy_BR, actions_BR, dim=-1).tolist())
+        side.kl.extend(sequence_kl(log_probs_BR, reference_BR, actions_BR).tolist())
+        side.kl_k3.extend((k3(log_probs_BR, reference_BR) * actions_BR).sum(-1).tolist())
+        progress(len(batch))
+    return side
+
+
+def per_prompt(values: Sequence[float], samples: int) -> NDArray[np.float64]:
+    """Mean of the samples of each prompt; the samples of a prompt stand together."""
+    return np.asarray(values, dtype=np.float64).reshape(-1, samples).mean(axis=1)
+
+
+def paired_bootstrap(
+    before: Sequence[str], after: Sequence[str], statistic: Callable[[Sequence[str]], float], *, seed: int
+) -> dict[str, Any]:
+    """Change of a figure of a whole set of texts, with a 95% percentile interval over resampled rows.
+
+    Both sides are resampled with the same rows (Efron 1979), because they answer the same prompts.
+    """
+    rng = np.random.default_rng([seed % 2**63, 3])
+    changes = []
+    for _ in range(_RESAMPLES):
+        rows = rng.integers(len(before), size=len(before))
+        changes.append(statistic([after[i] for i in rows]) - statistic([before[i] for i in rows]))
+    x, y = statistic(before), statistic(after)
+    low, high = (float(q) for q in np.quantile(changes, [0.025, 0.975]))
+    return {"before": x, "after": y, "diff": y - x, "ci95": [low, high], "n": len(before)}
+
+
+def compare(before: Side, after: Side, *, samples: int, seed: int) -> dict[str, Any]:
+    """Every figure of the two sides with its interval, as it goes into ``summary.json``."""
+    figures: dict[str, Any] = {}
+    for name in before.scores:
+        x, y = (per_prompt(side.scores[name], samples) for side in (before, after))
+        figures[name] = paired_difference(x, y)
+        figures[f"{name}_win_rate"] = win_rate(x, y).as_dict()
+    for name, key in (("response_length", "length"), ("eos_rate", "ended"), ("entropy", "entropy")):
+        x, y = (per_prompt(getattr(side, key), samples) for side in (before, after))
+        figures[name] = paired_difference(x, y)
+    for n in (1, 2):
+        figures[f"distinct_{n}"] = paired_bootstrap(
+            before.texts, after.texts, lambda texts, n=n: distinct_n(texts, n), seed=seed
+        )
+    figures["kl"] = mean_interval(per_prompt(after.kl, samples)).as_dict()
+    figures["kl_k3"] = mean_interval(per_prompt(after.kl_k3, samples)).as_dict()
+    return figures
+
+
+def sample_pairs(prompts: Sequence[Prompt], before: Side, after: Side, number: int) -> list[dict[str, Any]]:
+    """A few prompts with what both sides said and how it was judged, evenly spread over the set."""
+    number = min(number, len(prompts))
+    rows = np.linspace(0, len(prompts) - 1, number).astype(int).tolist() if number else []
+    return [
+        {
+            "prompt": prompts[row][-1].content,
+            "before": before.texts[row],
+            "after": after.texts[row],
+            "scores": {name: [before.scores[name][row], after.scores[name][row]] for name in before.scores},
+        }
+        for row in rows
+    ]
+
+
+def text_judge(judge: Callable[[Sequence[str]], list[float]]) -> ScoreFn:
+    """A judge of texts as a score function."""
+    return lambda said: judge(said.texts)
+
+
+def tensor_judge(score: Callable[[Responses], Tensor]) -> ScoreFn:
+    """A reward model as a judge."""
+    return lambda said: score(said).tolist()

@@ -1,0 +1,154 @@
+"""The `evaluate` stage: held-out prompts, before against after, paired.
+
+``python -m policy.evaluate RECIPE [section.key=value ...]`` writes ``runs/<name>/evaluate/summary.json``,
+``summary.md`` and ``responses.jsonl``, and prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rlhf.artifacts import read_json, write_atomically, write_json
+from rlhf.errors import UserError, exit_on_user_error
+from rlhf.recipe import Recipe, from_command_line
+from rlhf.stage import StageRun, open_stage
+from rlhf.summary import as_markdown
+
+if TYPE_CHECKING:
+    from policy.compare import ScoreFn
+    from rlhf.backbone import Backbone
+    from rlhf.dialogue import Dialogue
+
+STAGES = ("comparisons", "reward", "ppo")
+
+
+def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
+    """Do the stage's work; returns the summary."""
+    import torch
+    from tqdm import tqdm
+
+    from policy.compare import compare, sample_pairs, say
+    from rlhf.backbone import REFERENCE, Backbone, load_base
+    from rlhf.collect import stored_prompts
+    from rlhf.dialogue import load_dialogue
+
+    section = recipe.evaluate
+    dialogue = load_dialogue(recipe)
+    shares_base = not recipe.ppo.retokenise
+    adapters = ("policy", "reward") if shares_base else ("policy",)
+    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=adapters, heads=adapters[1:])
+    backbone.load_adapter("policy", run.parent("ppo") / "policy")
+    judges = _judges(recipe, run, backbone, dialogue)
+    backbone.check_architecture()
+    backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = stored_prompts(run, "held_out_prompts.jsonl")[: section.prompts]
+    if len(prompts) < section.prompts:
+        print(f"evaluate: {len(prompts)} held-out prompts, fewer than the {section.prompts} asked for")
+    rows = [prompt for prompt in prompts for _ in range(section.samples)]
+    with tqdm(total=2 * len(rows), desc="evaluate", mininterval=5) as bar:
+        before, after = (
+            say(
+                backbone,
+                role,
+                dialogue,
+                rows,
+                judges,
+                seed=recipe.seed,
+                temperature=section.temperature,
+                batch_size=section.batch_size,
+                progress=bar.update,
+            )
+            for role in (REFERENCE, "policy")
+        )
+    summary: dict[str, Any] = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "model": recipe.model.path,
+        "judged_by": section.judge,
+        **compare(before, after, samples=section.samples, seed=recipe.seed),
+        "reward_model": _reward_figures(run),
+        "samples": sample_pairs(rows, before, after, section.pairs_shown),
+        "stages": _stage_costs(run),
+    }
+    lines = [
+        {"prompt": p[-1].content, "before": b, "after": a}
+        for p, b, a in zip(rows, before.texts, after.texts, strict=True)
+    ]
+    write_atomically(
+        run.folder / "responses.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
+    )
+    return summary
+
+
+def _judges(recipe: Recipe, run: StageRun, backbone: Backbone, dialogue: Dialogue) -> dict[str, ScoreFn]:
+    """Who scores: ``gold`` where the recipe has a gold judge, ``reward`` the model that PPO was trained on,
+    ``judge`` a reward model of the recipe's choice."""
+    from policy.assemble import reward_folder, score_function
+    from policy.compare import tensor_judge, text_judge
+    from reward.model import TextRewardModel, check_same_contract, read_card
+    from rlhf.judges import JUDGES
+
+    judges: dict[str, ScoreFn] = {}
+    if recipe.evaluate.judge != "reward":
+        judges["gold"] = text_judge(JUDGES[recipe.evaluate.judge])
+    elif recipe.evaluate.reward_model:
+        from pathlib import Path
+
+        other = TextRewardModel(Path(recipe.evaluate.reward_model))
+        judges["judge"] = tensor_judge(lambda said: other.score(said.prompts, said.texts))
+    if not recipe.ppo.retokenise:
+        folder = reward_folder(recipe, run)
+        card = read_card(folder)
+        check_same_contract(card, recipe, dialogue, folder)
+        backbone.load_adapter("reward", folder)
+        backbone.set_offset("reward", card.offset)
+    judges["reward"] = tensor_judge(score_function(recipe, run, backbone))
+    return judges
+
+
+def _reward_figures(run: StageRun) -> dict[str, Any]:
+    """What the reward stage and the comparisons stage found out about the reward model."""
+    figures: dict[str, Any] = {}
+    for stage, names in (
+        ("reward", ("held_out_accuracy", "train_accuracy", "probe_accuracy")),
+        ("comparisons", ("noise_ceiling", "train", "held_out")),
+    ):
+        manifest = run.parent(stage) / "manifest.json"
+        if manifest.is_file():
+            results = read_json(manifest)["results"]
+            figures |= {name: results[name] for name in names if name in results}
+    return figures
+
+
+def _stage_costs(run: StageRun) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of every stage of the run, this one included."""
+    costs = {}
+    for stage in STAGES:
+        manifest = run.parent(stage) / "manifest.json"
+        if manifest.is_file():
+            noted = read_json(manifest)
+            costs[stage] = {"seconds": noted["seconds"], "peak_bytes": noted["peak_bytes"]}
+    costs["evaluate"] = run.clock()
+    return costs
+
+
+def main() -> None:
+    """The `evaluate` target; a finished stage prints its table again."""
+    recipe = from_command_line()
+    run = open_stage(recipe, "evaluate", section="evaluate", parents=("comparisons", "ppo"))
+    if run is not None:
+        summary = evaluate(recipe, run)
+        write_json(run.folder / "summary.json", summary)
+        write_atomically(run.folder / "summary.md", as_markdown(summary))
+        run.finish({"summary": "summary.json"})
+    from rlhf.stage import RUNS
+
+    file = RUNS / recipe.name / "evaluate" / "summary.md"
+    if not file.is_file():
+        raise UserError(f"{file} is missing; remove {file.parent} and run `make evaluate` again")
+    print(file.read_text(encoding="utf-8"), flush=True)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,60 @@
+"""The work of the PPO stage: assemble, train, save."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from policy.assemble import assemble, score_function
+from policy.ppo import LEARNS, PpoTrainer
+from rlhf.collect import stored_prompts
+from rlhf.dialogue import load_dialogue
+from rlhf.metrics import read_metrics
+from rlhf.recipe import Recipe
+from rlhf.runtime import Runtime
+from rlhf.stage import StageRun
+
+_REPORTED = ("objective/score", "objective/kl", "response/length", "response/eos_rate", "policy/entropy")
+_WINDOW = 5  # steps averaged at the start and at the end
+
+
+def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
+    """Train the policy of a recipe; returns the figures for the manifest."""
+    section = recipe.ppo
+    runtime = Runtime(
+        recipe.distributed,
+        seed=recipe.seed,
+        max_grad_norm=section.max_grad_norm,
+        micro_batch_size=section.micro_batch_size,
+    )
+    dialogue = load_dialogue(recipe)
+    backbone = assemble(recipe, run, dialogue)
+    if runtime.shards_weights:
+        backbone.frozen_layers = 0  # ZeRO-3 gathers whole layers anyway; the cache would save little
+    prompts = stored_prompts(run, "prompts.jsonl")
+    trainer = PpoTrainer(
+        backbone=backbone,
+        runtime=runtime,
+        dialogue=dialogue,
+        prompts=prompts,
+        score_fn=lambda said: score(said),
+        section=section,
+        seed=recipe.seed,
+        run=run,
+    )
+    score = score_function(recipe, run, runtime.model)
+    trainer.train()
+    if trainer.done != section.steps:
+        raise RuntimeError(f"ppo: {trainer.done} of {section.steps} steps were done")
+    weights = runtime.whole_parameters()
+    if run.is_main:
+        trainer.write_adapters(run.folder, trainer.by_adapter(weights))
+        for adapter in LEARNS:
+            dialogue.tokenizer.save_pretrained(str(run.folder / adapter))
+        log = read_metrics(run.folder)
+        results: dict[str, Any] = {"steps": trainer.done, "processes": runtime.world, "zero": runtime.stage}
+        for name in _REPORTED:
+            ends = [[row[name] for row in part] for part in (log[:_WINDOW], log[-_WINDOW:])]
+            results[name] = {"first": sum(ends[0]) / len(ends[0]), "last": sum(ends[1]) / len(ends[1])}
+        results["bad_updates"] = trainer.bad_updates
+        return results
+    return {}
