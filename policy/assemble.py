@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from policy.rollout import Responses, ScoreFn
 from reward.model import TextRewardModel, check_same_contract, read_card
@@ -42,9 +42,7 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
         heads=adapters[1:],
         trainable=("policy", "value"),
     )
-    for head in backbone.heads.values():
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+    backbone.zero_heads()
     origin = "fresh, zero head"
     if shares_base:
         card = read_card(folder)
@@ -66,13 +64,13 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
     return backbone
 
 
-def score_function(recipe: Recipe, run: StageRun, model: nn.Module) -> ScoreFn:
+def score_function(recipe: Recipe, run: StageRun, model: Backbone) -> ScoreFn:
     """How PPO scores responses: the reward adapter of the same base, or a reward model that reads text."""
     if recipe.ppo.retokenise:
-        other = TextRewardModel(reward_folder(recipe, run), next(model.parameters()).device)
+        other = TextRewardModel(reward_folder(recipe, run), model.device)
         return lambda said: other.score(said.prompts, said.texts)
 
     def score(said: Responses) -> Tensor:
-        return model("reward", said.ids_BT, said.mask_BT, said.hidden_BTD)  # type: ignore[no-any-return]
+        return model("reward", said.ids_BT, said.mask_BT, said.hidden_BTD)
 
     return score

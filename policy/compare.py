@@ -8,6 +8,7 @@ Shape suffixes: ``_B`` response row, ``_T`` token, ``_R`` response token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -144,7 +145,7 @@ def compare(before: Side, after: Side, *, samples: int, seed: int) -> dict[str, 
         figures[name] = paired_difference(x, y)
     for n in (1, 2):
         figures[f"distinct_{n}"] = paired_bootstrap(
-            before.texts, after.texts, lambda texts, n=n: distinct_n(texts, n), seed=seed
+            before.texts, after.texts, functools.partial(distinct_n, n=n), seed=seed
         )
     figures["kl"] = mean_interval(per_prompt(after.kl, samples)).as_dict()
     figures["kl_k3"] = mean_interval(per_prompt(after.kl_k3, samples)).as_dict()

@@ -36,12 +36,11 @@ def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         runtime=runtime,
         dialogue=dialogue,
         prompts=prompts,
-        score_fn=lambda said: score(said),
+        score_fn=score_function(recipe, run, backbone),
         section=section,
         seed=recipe.seed,
         run=run,
     )
-    score = score_function(recipe, run, runtime.model)
     trainer.train()
     if trainer.done != section.steps:
         raise RuntimeError(f"ppo: {trainer.done} of {section.steps} steps were done")

@@ -279,7 +279,7 @@ class PpoTrainer:
     # ---------------------------------------------------------------- faults
 
     def _finite(self, loss: Tensor, step: int, rollout: Rollout) -> bool:
-        """Whether a loss is finite on every process; otherwise its gradients are dropped and it is counted."""
+        """Whether a loss is finite on every process; if not, gradients are dropped and it is counted."""
         if not self.runtime.any_process(not bool(loss.detach().isfinite())):
             return True
         self.runtime.discard_gradients()
@@ -376,8 +376,8 @@ class PpoTrainer:
             self.runtime.load_optimizer_tensors(load_file(checkpoint / "optimizer.safetensors"))
         except (KeyError, FileNotFoundError) as error:
             raise UserError(
-                f"{checkpoint}: the optimiser state is incomplete ({error}); remove {checkpoint} to go on from "
-                "the one before"
+                f"{checkpoint}: the optimiser state is incomplete ({error}); "
+                f"remove {checkpoint} to go on from the one before"
             ) from None
         torch.set_rng_state(load((checkpoint / "rng.safetensors").read_bytes())["torch"])
         if self.run.is_main:

@@ -259,7 +259,7 @@ def close(sampled: Sampled, width: int, *, eos_id: int, pad_id: int) -> tuple[Te
         ids [B, width + R + 1] (prompt, response, closing column), their mask (True = a real token, the
         closing EOS included), and the action mask [B, R] (True = a sampled token).
     """
-    rows, limit = sampled.response_ids_BR.shape
+    rows = len(sampled.response_ids_BR)
     more = width - sampled.prompt_ids_BP.shape[1]
     device = sampled.response_ids_BR.device
     padding = torch.full((rows, more), pad_id, device=device)

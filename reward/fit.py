@@ -48,7 +48,7 @@ def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     )
     rows = {"train": encode(train, dialogue), "held_out": encode(held_out, dialogue)}
     model = _trained(recipe, run, dialogue, rows["train"])
-    results = _normalise(recipe, model, rows["train"], dialogue)
+    results: dict[str, Any] = _normalise(recipe, model, rows["train"], dialogue)
     card = RewardCard(
         base=recipe.model.path,
         offset=results["offset"],
@@ -106,13 +106,12 @@ def _trained(recipe: Recipe, run: StageRun, dialogue: Dialogue, rows: list[dict[
     metrics.close()
     if trainer.state.global_step != trainer.state.max_steps:
         raise RuntimeError(f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps")
-    return trainer.model.eval()  # type: ignore[no-any-return]
+    trained: Any = trainer.model
+    return trained.eval()
 
 
 @torch.no_grad()
-def _normalise(
-    recipe: Recipe, model: Any, rows: list[dict[str, Any]], dialogue: Dialogue
-) -> dict[str, float]:
+def _normalise(recipe: Recipe, model: Any, rows: list[dict[str, Any]], dialogue: Dialogue) -> dict[str, Any]:
     """Fold the gain into the head and find the offset: mean 0, variance 1 on reference responses.
 
     The reference responses are those of the training comparisons (Ziegler 2019 takes samples of the
@@ -133,7 +132,7 @@ def _normalise(
     return {"gain": gain, "offset": offset, "reference_responses": number}
 
 
-def _whole(parameter: nn.Parameter) -> Any:
+def _whole(parameter: Tensor) -> Any:
     """A parameter in one piece while it is changed or read (ZeRO-3 keeps it in parts)."""
     import contextlib
 

@@ -65,12 +65,13 @@ def new_reward_model(recipe: Recipe, dialogue: Dialogue) -> PeftModel:
     torch.manual_seed(recipe.seed)
     nn.init.normal_(base.score.weight, std=head_init_std(base.score.in_features))
     config = lora_config(recipe.lora, base, task="SEQ_CLS", modules_to_save=["score"])
-    return get_peft_model(base, config, autocast_adapter_dtype=True)  # type: ignore[return-value]
+    return get_peft_model(base, config, autocast_adapter_dtype=True)
 
 
 def head_of(model: PeftModel) -> nn.Linear:
     """The learning copy of the scalar head."""
-    return model.base_model.model.score.modules_to_save["default"]  # type: ignore[no-any-return,union-attr]
+    inside: Any = model.base_model.model
+    return inside.score.modules_to_save["default"]
 
 
 @torch.no_grad()

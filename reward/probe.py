@@ -52,7 +52,7 @@ def _fit(x_ND: Tensor, layout: tuple[Tensor, Tensor, Tensor], penalty: float) ->
         loss.backward()
         return loss
 
-    optimiser.step(closure)  # type: ignore[arg-type]
+    optimiser.step(closure)
     return weights.detach()
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -85,11 +84,11 @@ class RankedRewardTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["responses", "ranks"]
+            setattr(self, "_signature_columns", ["responses", "ranks"])  # noqa: B010 (typed as None by its parent)
 
     def compute_loss(
         self,
-        model: PreTrainedModel,
+        model: Any,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,

@@ -7,7 +7,7 @@ import warnings
 # Nothing is sent anywhere: trainers of trl report usage to the hub unless told not to.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# One progress bar a stage is enough; warnings of our own are printed, those of libraries are not ours to mend.
+# One progress bar a stage is enough; our own warnings are printed, those of libraries are not ours to mend.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DATASETS_VERBOSITY", "error")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")

@@ -1,4 +1,7 @@
-"""One frozen base, many named LoRA adapters, a few scalar heads: the only file that knows peft and bitsandbytes.
+"""One frozen base, many named LoRA adapters, a few scalar heads.
+
+The only file that knows bitsandbytes, and with ``reward/model.py`` (the saved format) the only one that knows
+peft.
 
 Roles: ``policy``, ``value`` and ``reward`` are adapters on the one base; ``reference`` is the base with every
 adapter switched off. All roles go through :meth:`Backbone.forward`, so that one DeepSpeed engine can wrap it.
@@ -92,7 +95,7 @@ def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **op
         UserError: ``top_k`` asks for more layers than there are, or no module has the name of a target.
     """
     k, layers = lora.top_k, int(base.config.get_text_config().num_hidden_layers)
-    # every linear map inside the layers, by its last name: peft cannot combine its own `all-linear` with layers
+    # every linear map inside the layers, by its last name: peft cannot combine its `all-linear` with layers
     linear = {
         name.rpartition(".")[2]
         for name, module in base.named_modules()
@@ -159,12 +162,12 @@ class Backbone(nn.Module):
     @property
     def base(self) -> PreTrainedModel:
         """The causal language model inside peft."""
-        return self.model.base_model.model  # type: ignore[return-value,union-attr]
+        return self.model.base_model.model  # type: ignore[return-value]
 
     @property
     def decoder(self) -> nn.Module:
         """The base without its vocabulary head."""
-        return self.base.get_decoder()  # type: ignore[no-any-return]
+        return self.base.get_decoder()
 
     @property
     def device(self) -> torch.device:
@@ -196,14 +199,21 @@ class Backbone(nn.Module):
             if "lora_" in name and f".{adapter}." in name:
                 found[name.replace(f".{adapter}.", ".")] = parameter
         if adapter in self.heads:
-            head = self.heads[adapter]
+            head: Any = self.heads[adapter]
             found[f"{HEAD}.weight"], found[f"{HEAD}.bias"] = head.weight, head.bias
         return found
 
     @torch.no_grad()
+    def zero_heads(self) -> None:
+        """Let every head say 0 until it has learned something (Ziegler 2019, official code)."""
+        for parameter in self.heads.parameters():
+            parameter.zero_()
+
+    @torch.no_grad()
     def set_offset(self, adapter: str, offset: float) -> None:
         """Give a head the offset that Hugging Face's format cannot carry."""
-        self.heads[adapter].bias.fill_(offset)
+        head: Any = self.heads[adapter]
+        head.bias.fill_(offset)
 
     # ---------------------------------------------------------------- forward
 
@@ -260,7 +270,7 @@ class Backbone(nn.Module):
         if not self.frozen_layers:
             return None
         with torch.no_grad():
-            return self(role="trunk", ids_BT=ids_BT, mask_BT=mask_BT)  # type: ignore[no-any-return]
+            return self(role="trunk", ids_BT=ids_BT, mask_BT=mask_BT)
 
     def _decode(
         self, ids_BT: Tensor, mask_BT: Tensor, *, part: str, hidden_BTD: Tensor | None = None
@@ -269,7 +279,7 @@ class Backbone(nn.Module):
             {"input_ids": ids_BT} if hidden_BTD is None else {"inputs_embeds": hidden_BTD}
         )
         with self._only(part):
-            return self.decoder(  # type: ignore[no-any-return]
+            return self.decoder(
                 **inputs,
                 attention_mask=mask_BT.long(),
                 position_ids=positions_from_mask(mask_BT),

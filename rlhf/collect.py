@@ -102,7 +102,7 @@ def collect(recipe: Recipe, run: StageRun) -> dict[str, Any]:
 def _fitting(
     items: Sequence[Any], prompt_of: Any, recipe: Recipe, dialogue: Dialogue, counts: Counts
 ) -> list[Any]:
-    """Items whose prompt is within the limit; a longer one stops the run or is counted, as the recipe says."""
+    """Items whose prompt is within the limit; a longer one stops the run or is counted."""
     from rlhf.dialogue import PromptTooLongError
 
     kept = []

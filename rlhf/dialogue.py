@@ -81,7 +81,7 @@ class Dialogue:
             )
         else:
             ids = self.tokenizer("\n\n".join(m.content for m in messages))["input_ids"]
-        ids = [int(i) for i in ids]
+        ids = [int(i) for i in ids]  # type: ignore[arg-type]
         if len(ids) > self.max_prompt_tokens:
             if not self.truncate_prompts:
                 raise PromptTooLongError(

@@ -1,4 +1,4 @@
-"""Loading a recipe: one YAML file plus `section.key=value` overrides, checked in full before torch is imported.
+"""Loading a recipe: one YAML file plus `section.key=value` overrides, checked before torch is imported.
 
 Run as a module it only checks: ``python -m rlhf.recipe recipes/tiny.yaml ppo.steps=2``.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import glob
 import os
+import re
 import sys
 import types
 import typing
@@ -42,7 +43,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 # YAML 1.1 wants a dot in a float, so `1e-4` would be a string.
 _UniqueKeyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    typing.cast(Any, __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")),
+    typing.cast(Any, re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")),
     list("-+0123456789"),
 )
 

@@ -115,7 +115,7 @@ class Data(Section):
 
 
 class Collect(Section):
-    """The lab: sampled responses ranked by a gold judge through a noisy annotator (Ziegler 2019, Gao 2022)."""
+    """The lab: sampled responses, ranked by a gold judge with noise (Ziegler 2019, Gao 2022)."""
 
     comparisons: Positive = 512
     """Number of prompts that get a comparison."""
@@ -159,7 +159,7 @@ class Reward(Section):
 
 
 class Ppo(Section):
-    """PPO with LoRA. Defaults from "The N+ Implementation Details of RLHF with PPO" (Huang 2024) where it has one."""
+    """PPO with LoRA. Huang 2024 = "The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031."""
 
     steps: Positive = 100
     """Rollouts, each followed by `epochs` passes."""
@@ -198,15 +198,15 @@ class Ppo(Section):
     whiten_advantages: bool = True
     """Advantages to mean 0 and variance 1 over all actions of the rollout, on all processes."""
     missing_eos: Literal["replace", "subtract", "ignore"] = "replace"
-    """Response cut at the length limit: its score becomes -penalty (the EOS trick), is lowered by the penalty,
-    or is kept."""
+    """Response cut at the length limit: its score becomes -penalty (the EOS trick, Huang 2024), is lowered by
+    the penalty, or is kept."""
     missing_eos_penalty: NonNegative = 1.0
     """The penalty, in units of the normalised score."""
     temperature: Rate = 1.0
     """Sampling temperature; the log-probs of policy and reference are taken at the same temperature."""
     stop_kl: Rate | None = None
-    """Leave the remaining epochs of a step when the mean per-token KL (k3) to the rollout policy exceeds this;
-    null = never."""
+    """Leave the remaining epochs of a step when the mean KL (k3) a token to the rollout policy exceeds this,
+    in nats; null = never."""
     reward_model: str | None = None
     """Folder of another reward model; null = the one of this run's reward stage."""
     retokenise: bool = False

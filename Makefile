@@ -1,0 +1,85 @@
+# One target a stage, in order; this is the only place where the stages are joined.
+#
+#   make rlhf                                       the default experiment, from set-up to summary
+#   make reward RECIPE=recipes/hh.yaml SET="reward.epochs=2 name=hh-2"
+#   make ppo PROCS=2                                two processes under the DeepSpeed launcher
+
+RECIPE ?= recipes/sentiment.yaml
+SET ?=
+HOSTFILE ?=
+PYTHON ?= python3
+VENV ?= .venv
+
+# Processes of the reward and PPO stages: the number of GPUs where there are any, else one.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+PROCS ?= $(if $(filter 0,$(GPUS)),1,$(GPUS))
+
+PY := $(VENV)/bin/python
+STAMPS := .stamps
+ARGS = $(RECIPE) $(SET)
+LAUNCHER = $(VENV)/bin/deepspeed $(if $(HOSTFILE),--hostfile $(HOSTFILE),--num_gpus $(PROCS)) --module
+# one process needs no launcher; PATH lets the launcher find this environment's tools
+ALONE := $(if $(HOSTFILE),,$(filter 1,$(PROCS)))
+RUN = PATH="$(abspath $(VENV))/bin:$$PATH" $(if $(ALONE),$(PY) -m,$(LAUNCHER))
+export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model comparisons reward ppo evaluate rlhf check test smoke clean
+.NOTPARALLEL:
+
+help: ## list the targets
+	@echo 'From human comparisons to an aligned policy. Stages share one recipe: make <target> RECIPE=recipes/<name>.yaml'
+	@echo
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+	@echo
+	@echo '  RECIPE=$(RECIPE)   SET="section.key=value ..."   PROCS=$(PROCS)   HOSTFILE=path'
+
+setup: $(STAMPS)/setup ## make the virtual environment with the pinned dependencies
+
+$(STAMPS)/setup: pyproject.toml constraints.txt
+	@mkdir -p $(STAMPS)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The recipe is checked in a fraction of a second, before anything is loaded.
+.PHONY: recipe
+recipe: setup
+	@$(PY) -m rlhf.recipe $(ARGS)
+
+model: recipe ## put the recipe's base model in place
+	@$(PY) -m rlhf.prepare $(ARGS)
+
+comparisons: model ## read or sample the comparisons and split them by prompt
+	@$(PY) -m rlhf.collect $(ARGS)
+
+reward: comparisons ## train the reward model
+	@$(RUN) reward.train $(ARGS)
+
+ppo: recipe ## train the policy with PPO against the reward model
+	@$(RUN) policy.train $(ARGS)
+
+evaluate: recipe ## held-out prompts, before against after
+	@$(PY) -m policy.evaluate $(ARGS)
+
+rlhf: reward ## all stages of the recipe, in order; what is done is skipped
+	@$(RUN) policy.train $(ARGS)
+	@$(PY) -m policy.evaluate $(ARGS)
+
+check: setup ## lint, formatting and types
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+test: setup ## all tests
+	@$(PY) -m pytest
+
+smoke: setup ## the whole road on a tiny random model, in a scratch folder
+	@rm -rf runs/smoke
+	@$(MAKE) --no-print-directory rlhf RECIPE=recipes/tiny.yaml SET="name=smoke" PROCS=1
+	@rm -rf runs/smoke
+
+clean: ## remove runs and models, keep the environment
+	rm -rf runs models .pytest_cache .ruff_cache .mypy_cache .hypothesis

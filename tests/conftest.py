@@ -1,0 +1,56 @@
+"""What the tests share: a tiny model, the tiny recipe, and one finished run of the whole road."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.recipe import load
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "recipes" / "tiny.yaml"
+PROMPTS = [
+    f"data.prompts={ROOT}/recipes/prompts/sentiment_train.jsonl",
+    f"data.held_out_prompts={ROOT}/recipes/prompts/sentiment_held_out.jsonl",
+]
+
+
+def stage(main, *overrides, recipe=TINY):
+    """Run a stage's main in this process, in the current folder, as if from the command line."""
+    before = sys.argv
+    sys.argv = ["stage", str(recipe), *PROMPTS, *overrides]
+    try:
+        main()
+    finally:
+        sys.argv = before
+
+
+def tiny_recipe(*overrides):
+    """The tiny recipe with prompts by absolute path, so that it loads from any folder."""
+    return load(TINY, [*PROMPTS, *overrides])
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory):
+    """A folder in which every stage of the tiny recipe has run once, uninterrupted. Do not change it."""
+    from policy import evaluate, train
+    from reward import train as reward_train
+    from rlhf import collect, prepare
+
+    folder = tmp_path_factory.mktemp("road")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        for main in (prepare.main, collect.main, reward_train.main, train.main, evaluate.main):
+            stage(main)
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
