@@ -9,6 +9,7 @@ Shape suffixes: ``_B`` response row, ``_T`` token, ``_R`` response token.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -121,7 +122,8 @@ def paired_bootstrap(
 ) -> dict[str, Any]:
     """Change of a figure of a whole set of texts, with a 95% percentile interval over resampled rows.
 
-    Both sides are resampled with the same rows (Efron 1979), because they answer the same prompts.
+    Both sides are resampled with the same rows (Efron 1979), because they answer the same prompts. What is
+    not known (NaN) becomes None.
     """
     rng = np.random.default_rng([seed % 2**63, 3])
     changes = []
@@ -129,8 +131,11 @@ def paired_bootstrap(
         rows = rng.integers(len(before), size=len(before))
         changes.append(statistic([after[i] for i in rows]) - statistic([before[i] for i in rows]))
     x, y = statistic(before), statistic(after)
-    low, high = (float(q) for q in np.quantile(changes, [0.025, 0.975]))
-    return {"before": x, "after": y, "diff": y - x, "ci95": [low, high], "n": len(before)}
+    known = [change for change in changes if not math.isnan(change)]  # a resample may hold no long text
+    ci95 = [float(q) for q in np.quantile(known, [0.025, 0.975])] if known else None
+    figures = {"before": x, "after": y, "diff": y - x}
+    unknown = {name: None for name, value in figures.items() if math.isnan(value)}
+    return {**figures, **unknown, "ci95": ci95, "n": len(before)}
 
 
 def compare(before: Side, after: Side, *, samples: int, seed: int) -> dict[str, Any]:

@@ -142,7 +142,6 @@ class PpoTrainer:
             seed=self.seed,
             step=step,
         )
-        invariants.check_scores(rollout.scores_B, len(rollout.ids_BT))
         if section.check_invariants:
             invariants.check_closed(rollout.ids_BT, rollout.mask_BT, self.dialogue.eos_id)
             invariants.check_sampler(
@@ -336,6 +335,7 @@ class PpoTrainer:
         weights = self.by_adapter(self.runtime.whole_parameters())
         moments = self.runtime.optimizer_tensors()
         if self.run.is_main:
+            self.run.checkpoints.clean()
             with self.run.checkpoints.writing(self.done) as folder:
                 self.write_adapters(folder, weights)
                 write_atomically(folder / "optimizer.safetensors", save(moments))

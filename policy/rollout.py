@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policy.invariants import check_scores
 from rlhf.backbone import REFERENCE, Backbone
 from rlhf.comparisons import Prompt
 from rlhf.dialogue import Dialogue
@@ -156,6 +157,9 @@ def collect(
         section: the recipe's ``ppo`` section.
         seed: the recipe's seed.
         step: number of the step, from 0.
+
+    Raises:
+        InvariantError: the score function did not return one finite number a response.
     """
     indices = prompt_indices(seed, step, section.batch_size, len(prompts))
     rows = own_rows(section.batch_size, runtime.rank, runtime.world)
@@ -182,6 +186,7 @@ def collect(
             values = model("value", *part[:3], start=part.start)
             said = Responses([chosen[i] for i in micro], [texts[i] for i in micro], *part[:3])
             scores = score_fn(said).to(runtime.device)
+            check_scores(scores, len(micro))
             for name, tensor in (
                 ("log_probs", log_probs),
                 ("reference", reference),

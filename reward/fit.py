@@ -21,16 +21,17 @@ from reward.model import (
     save_reward_model,
     scores_of,
 )
-from reward.probe import probe_accuracy
+from reward.probe import fit_probe
 from reward.trainer import RankedRewardTrainer, training_arguments
-from rlhf.artifacts import step_of
-from rlhf.backbone import REFERENCE, Backbone, load_base
+from rlhf.artifacts import MANIFEST, read_json, step_of, write_json
+from rlhf.backbone import Backbone, load_base
 from rlhf.comparisons import Comparison, Counts, read_native
 from rlhf.dialogue import Dialogue, load_dialogue
 from rlhf.errors import UserError
 from rlhf.intervals import Estimate, cluster_mean_interval
 from rlhf.metrics import Metrics
 from rlhf.recipe import Recipe
+from rlhf.runtime import load_bases_whole
 from rlhf.sequences import right_pad
 from rlhf.stage import StageRun, processes
 
@@ -47,8 +48,15 @@ def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         for part in ("train", "held_out")
     )
     rows = {"train": encode(train, dialogue), "held_out": encode(held_out, dialogue)}
-    model = _trained(recipe, run, dialogue, rows["train"])
-    results: dict[str, Any] = _normalise(recipe, model, rows["train"], dialogue)
+    fresh = new_reward_model(recipe, dialogue)
+    results: dict[str, Any] = {}
+    if recipe.reward.probe:
+        weights_D, results["probe_accuracy"] = _probe(run, fresh, rows, dialogue)
+        if recipe.reward.head_init == "probe":
+            with torch.no_grad():
+                head_of(fresh).weight.copy_(weights_D[None])
+    model = _trained(recipe, run, dialogue, fresh, rows["train"])
+    results |= _normalise(recipe, model, rows["train"], dialogue)
     card = RewardCard(
         base=recipe.model.path,
         offset=results["offset"],
@@ -59,25 +67,45 @@ def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         max_response_tokens=recipe.dialogue.max_response_tokens,
     )
     for part in ("held_out", "train"):
-        accuracy = _accuracy(model, rows[part][: 4 * len(rows["held_out"])], dialogue.pad_id)
+        accuracy = _accuracy(model, rows[part][: len(rows["held_out"])], dialogue.pad_id)
         results[f"{part}_accuracy"] = accuracy.as_dict()
     _save(run, model, card, dialogue)
     probe_rows = [e["responses"][0] for e in rows["held_out"][:4]]
     expected = scores_of(model, probe_rows, dialogue.pad_id) + card.offset
     del model
     if run.is_main:
+        load_bases_whole()
         backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["reward"], heads=["reward"])
         results["reload_gap"] = _check_reload(backbone, run.folder / MODEL, probe_rows, expected, dialogue)
-        if recipe.reward.probe:
-            backbone.activate(REFERENCE)
-            probe = probe_accuracy(backbone.decoder, rows["train"], rows["held_out"], dialogue.pad_id)
-            results["probe_accuracy"] = probe.as_dict()
+        ceiling = read_json(run.parent("comparisons") / MANIFEST)["results"].get("noise_ceiling")
+        if ceiling:
+            results["noise_ceiling"] = ceiling
         _report(results, held_out)
     return results
 
 
-def _trained(recipe: Recipe, run: StageRun, dialogue: Dialogue, rows: list[dict[str, Any]]) -> nn.Module:
+def _probe(
+    run: StageRun, fresh: Any, rows: dict[str, list[dict[str, Any]]], dialogue: Dialogue
+) -> tuple[Tensor, dict[str, Any]]:
+    """The linear probe on the base below a fresh adapter, which changes nothing yet; fitted once a stage."""
+    kept = run.folder / "parts" / "probe.json"
+    if not kept.is_file():
+        decoder = fresh.base_model.model.base_model
+        probe = fit_probe(decoder, rows["train"], rows["held_out"], dialogue.pad_id)
+        figures: dict[str, Any] = {"weights": probe.weights_D.tolist(), "accuracy": probe.accuracy.as_dict()}
+        if run.is_main:
+            write_json(kept, figures)
+            run.note_clock()
+    else:
+        figures = read_json(kept)
+    return torch.tensor(figures["weights"]), figures["accuracy"]
+
+
+def _trained(
+    recipe: Recipe, run: StageRun, dialogue: Dialogue, fresh: Any, rows: list[dict[str, Any]]
+) -> nn.Module:
     """The trained model; an interrupted training goes on from its newest checkpoint."""
+    model = new_reward_model(recipe, dialogue)  # before the arguments, which make ZeRO-3 load it in pieces
     arguments = training_arguments(recipe, run)
     per_step = recipe.reward.batch_size
     steps = recipe.reward.epochs * -(-len(rows) // per_step)
@@ -97,17 +125,43 @@ def _trained(recipe: Recipe, run: StageRun, dialogue: Dialogue, rows: list[dict[
         run=run,
         metrics=metrics,
         pad_id=dialogue.pad_id,
-        model=new_reward_model(recipe, dialogue),
+        model=fresh,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=dialogue.tokenizer,
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint / f"checkpoint-{done}") if checkpoint else None)
+    folder = _resumable(checkpoint / f"checkpoint-{done}") if checkpoint else None
+    trainer.train(resume_from_checkpoint=folder)
     metrics.close()
     if trainer.state.global_step != trainer.state.max_steps:
         raise RuntimeError(f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps")
     trained: Any = trainer.model
     return trained.eval()
+
+
+def _resumable(folder: Path) -> str:
+    """A trainer's checkpoint, seen to hold what a trainer would silently start anew.
+
+    Raises:
+        UserError: optimiser, schedule or random state is missing, or another number of processes wrote it.
+    """
+    if processes() == 1:
+        needed = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    else:
+        needed = ["latest", "scheduler.pt", *(f"rng_state_{rank}.pth" for rank in range(processes()))]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    written = len(list(folder.glob("rng_state_*.pth"))) or 1
+    if written != processes():
+        raise UserError(
+            f"{folder}: {written} processes wrote it, and {processes()} cannot go on from it: "
+            f"use PROCS={written}, or remove {folder.parent.parent} to start again"
+        )
+    if missing:
+        raise UserError(
+            f"{folder}: the optimiser state is incomplete ({missing[0]} is missing); "
+            f"remove {folder.parent} to go on from the one before"
+        )
+    return str(folder)
 
 
 @torch.no_grad()
@@ -197,4 +251,6 @@ def _report(results: dict[str, Any], held_out: list[Comparison]) -> None:
     line = f"reward: held-out pair accuracy {shown('held_out_accuracy')} on {len(held_out)} comparisons"
     if "probe_accuracy" in results:
         line += f"; linear probe on frozen features {shown('probe_accuracy')}"
+    if "noise_ceiling" in results:
+        line += f"; noise ceiling of the labels {shown('noise_ceiling')}"
     print(line, flush=True)

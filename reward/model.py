@@ -50,7 +50,7 @@ class RewardCard(NamedTuple):
     """Longest response that it was trained on."""
 
 
-def new_reward_model(recipe: Recipe, dialogue: Dialogue) -> PeftModel:
+def new_reward_model(recipe: Recipe, dialogue: Dialogue) -> Any:
     """The base with a fresh adapter and a fresh scalar head, ready for training.
 
     The head's weights start as N(0, 1/(d+1)) (Stiennon 2020; Huang 2024, detail 5), from the recipe's seed.

@@ -7,7 +7,7 @@ a trained reward model that is no better has learned nothing that was not there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,13 @@ from rlhf.intervals import Estimate, cluster_mean_interval
 from rlhf.sequences import last_true_index, positions_from_mask, right_pad
 
 _TOKENS_AT_ONCE = 4096
-_PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)  # L2 strengths tried; the best on a fifth of the training part is kept
+_PENALTIES = (
+    1.0,
+    0.3,
+    0.1,
+    0.03,
+    0.01,
+)  # L2 strengths tried; the best on a fifth of the training part is kept
 
 
 @torch.no_grad()
@@ -75,10 +81,19 @@ def _accuracy(weights: Tensor, x_ND: Tensor, layout: tuple[Tensor, Tensor, Tenso
     return cluster_mean_interval(correct.numpy(), pairs.numpy())
 
 
-def probe_accuracy(
+class Probe(NamedTuple):
+    """A fitted probe."""
+
+    weights_D: Tensor
+    """Of a bias-free head on the unscaled features."""
+    accuracy: Estimate
+    """Held-out pair accuracy, its interval clustered by comparison."""
+
+
+def fit_probe(
     decoder: nn.Module, train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], pad_id: int
-) -> Estimate:
-    """Held-out pair accuracy of the best linear probe, its interval clustered by comparison.
+) -> Probe:
+    """Fit the linear probe and judge it.
 
     Args:
         decoder: the frozen base without its vocabulary head.
@@ -93,7 +108,9 @@ def probe_accuracy(
     whole = _layout(train)
     cut = max(1, len(train) * 4 // 5)
     fit, choose = tuple(t[:cut] for t in whole), tuple(t[cut:] for t in whole)
-    best = _PENALTIES[1]
+    best = _PENALTIES[2]
     if len(choose[0]):
         best = max(_PENALTIES, key=lambda p: _accuracy(_fit(x_ND, fit, p), x_ND, choose).mean)  # type: ignore[arg-type]
-    return _accuracy(_fit(x_ND, whole, best), y_ND, _layout(held_out))
+    weights_D = _fit(x_ND, whole, best)
+    # the mean of the features changes no comparison, so only their spread has to be undone
+    return Probe(weights_D / spread, _accuracy(weights_D, y_ND, _layout(held_out)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import (
     PrinterCallback,
@@ -19,7 +20,7 @@ from reward.batches import RankedBatch, collate
 from reward.loss import ranked_loss
 from rlhf.metrics import Metrics
 from rlhf.recipe import Recipe
-from rlhf.runtime import deepspeed_config
+from rlhf.runtime import deepspeed_config, join_cpu_processes
 from rlhf.stage import StageRun, processes
 
 
@@ -27,7 +28,10 @@ def training_arguments(recipe: Recipe, run: StageRun) -> RewardConfig:
     """trl's arguments for a recipe; every file that the trainer writes goes below the stage's folder."""
     section, cpu = recipe.reward, not torch.cuda.is_available()
     config = deepspeed_config(recipe.distributed, batch=section.micro_batch_size, clip=section.max_grad_norm)
+    joined = join_cpu_processes(recipe.distributed)
     return RewardConfig(
+        accelerator_config={"use_configured_state": joined},
+        ddp_timeout=int(60 * recipe.distributed.timeout_minutes),
         output_dir=str(run.folder / "checkpoints"),
         per_device_train_batch_size=section.micro_batch_size,
         gradient_accumulation_steps=section.batch_size // (section.micro_batch_size * processes()),
@@ -46,7 +50,7 @@ def training_arguments(recipe: Recipe, run: StageRun) -> RewardConfig:
         eval_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        use_cpu=cpu,
+        use_cpu=cpu and processes() == 1,  # with it accelerate ignores DeepSpeed; the launcher says cpu
         bf16=False,
         fp16=False,
         gradient_checkpointing=False,
@@ -115,6 +119,9 @@ class RankedRewardTrainer(RewardTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the trainer write into a staging folder, then make it a checkpoint by manifest and rename."""
+        if self._run.is_main:
+            self._run.checkpoints.clean()
+        self.accelerator.wait_for_everyone()  # nobody writes into a folder that is about to be cleaned
         with self._run.checkpoints.writing(self.state.global_step, commits=self._run.is_main) as staging:
             self._staging = str(staging)
             try:
@@ -143,9 +150,13 @@ class _Log(TrainerCallback):
     ) -> None:
         if not logs or "learning_rate" not in logs or not self.seen["comparisons"]:
             return
+        sums = torch.tensor(list(self.seen.values()), dtype=torch.float64, device=args.device)
+        if processes() > 1:
+            dist.all_reduce(sums)
+        seen = dict(zip(self.seen, sums.tolist(), strict=True))
         values = {
-            "reward/loss": self.seen["loss"] / self.seen["comparisons"],
-            "reward/pair_accuracy": self.seen["correct"] / max(1.0, self.seen["pairs"]),
+            "reward/loss": seen["loss"] / seen["comparisons"],
+            "reward/pair_accuracy": seen["correct"] / max(1.0, seen["pairs"]),
             "reward/learning_rate": logs["learning_rate"],
             "reward/grad_norm": float(logs.get("grad_norm") or 0.0),
         }

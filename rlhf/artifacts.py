@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, is_full_disk
 
 MANIFEST = "manifest.json"
 _STAGING = ".staging-"  # prefix of a folder that is being written
@@ -118,8 +118,8 @@ def fault_of(folder: Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return f"{folder} has no {MANIFEST}"
     try:
-        files = read_json(folder / MANIFEST)["files"]
-    except (UserError, KeyError, TypeError):
+        files = dict(read_json(folder / MANIFEST)["files"].items())
+    except (UserError, KeyError, TypeError, AttributeError):
         return f"{folder / MANIFEST} is damaged"
     for name, expected in files.items():
         file = folder / name
@@ -138,8 +138,7 @@ def full_disk_as_os_error() -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        text = str(error)
-        if any(sign in text for sign in ("No space left", "StorageFull", "os error 28", "file write failed")):
+        if is_full_disk(error):
             raise OSError(errno.ENOSPC, "No space left on device") from error
         raise
 
@@ -160,14 +159,14 @@ class Checkpoints:
     def writing(self, step: int, *, commits: bool = True) -> Iterator[Path]:
         """A folder to fill; on leaving it becomes the checkpoint of this step, or vanishes on an error.
 
+        Call :meth:`clean` before, on one process, and let the others wait for that.
+
         Args:
             step: number of finished steps.
             commits: False on the other processes of a distributed run: they fill the same folder, one
                 process renames it.
         """
         staging = self.folder / f"{_STAGING}{step:07d}"
-        if commits:
-            self.clean()
         staging.mkdir(parents=True, exist_ok=True)
         try:
             with full_disk_as_os_error():

@@ -78,6 +78,11 @@ def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) ->
         raise UserError(
             f"model.path: no model at {model.path} ({reason}); run `make model RECIPE=...` or check the path"
         ) from None
+    for module in base.modules():
+        # On some CPUs bitsandbytes repacks 4-bit weights at the first pass without gradients, for inference
+        # only: later backward passes would lose the gradient that flows through them.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     base.requires_grad_(False)
     return base.eval()
 

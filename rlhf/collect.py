@@ -48,6 +48,8 @@ def collect(recipe: Recipe, run: StageRun) -> dict[str, Any]:
             found, counts[key] = read_prompts(specs, on_bad_rows=data.on_bad_rows, key=f"data.{key}")
             random.Random(f"{recipe.seed}:{key}").shuffle(found)
             given[key] = _fitting(found, lambda p: p, recipe, dialogue, counts[key])
+            if not given[key]:
+                raise UserError(f"data.{key}: nothing usable in {', '.join(specs)}: {counts[key]}")
     if data.sampled:
         from rlhf.lab import sampled_comparisons
 
@@ -60,7 +62,9 @@ def collect(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         counts["comparisons"].drop("beyond data.limit", len(comparisons) - data.limit)
         comparisons = random.Random(recipe.seed).sample(comparisons, data.limit)
     if not comparisons:
-        raise UserError(f"data.comparisons: nothing usable in {', '.join(data.comparisons)}: see the counts")
+        raise UserError(
+            f"data.comparisons: nothing usable in {', '.join(data.comparisons)}: {counts['comparisons']}"
+        )
     train, held_out = split_by_prompt(comparisons, data.held_out, recipe.seed)
     prompts = given.get("prompts") or _distinct(train)
     train_keys = {prompt_key(p) for p in prompts} | {prompt_key(c.prompt) for c in train}

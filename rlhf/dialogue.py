@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.comparisons import Message
@@ -73,12 +74,20 @@ class Dialogue:
 
         Raises:
             PromptTooLongError: more than ``max_prompt_tokens`` and not to be truncated.
+            UserError: the chat template refuses the turns, as some do a system turn.
         """
         if self.template == "chat":
             turns = [{"role": m.role, "content": m.content} for m in messages]
-            ids = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            try:
+                ids = self.tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+            except TemplateError as error:
+                raise UserError(
+                    f"model.path: the chat template of {self.tokenizer.name_or_path} refuses a prompt "
+                    f"({error}; its roles are {', '.join(m.role for m in messages)}); "
+                    "set dialogue.template=plain, or change the prompts"
+                ) from None
         else:
             ids = self.tokenizer("\n\n".join(m.content for m in messages))["input_ids"]
         ids = [int(i) for i in ids]  # type: ignore[arg-type]
@@ -166,6 +175,8 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
 def load_dialogue(recipe: Recipe) -> Dialogue:
     """The recipe's tokenizer with the recipe's contract."""
     section = recipe.dialogue
+    if recipe.model.source != "hub" and not Path(recipe.model.path).is_dir():  # do not ask the hub for it
+        raise UserError(f"model.path: {recipe.model.path} is not there; run `make model RECIPE=...` first")
     tokenizer = load_tokenizer(
         recipe.model.path,
         revision=recipe.model.revision,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 USER_ERROR_STATUS = 2  # exit status of every mistake that the user can mend
+_FULL_DISK = ("No space left", "StorageFull", "os error 28", "file write failed")  # safetensors, torch
 
 
 class UserError(Exception):
@@ -14,6 +15,13 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error is some library's way of saying "no space left"."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, Exception) and any(sign in str(error) for sign in _FULL_DISK)
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
@@ -26,10 +34,11 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_STATUS)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not is_full_disk(error):
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
+        file = getattr(error, "filename", None)
+        where = f" while writing {file}" if file else ""
         print(
             f"error: the disk is full{where}: free some space and run the same command again; "
             "the last complete checkpoint is untouched",

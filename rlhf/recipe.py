@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.schema import Recipe
 
-__all__ = ["Recipe", "check_batch_sizes", "dump", "from_command_line", "load"]
+__all__ = ["Recipe", "check_batch_sizes", "dump", "files_of", "from_command_line", "load"]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -31,6 +31,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a word, not a list or a mapping", key_node.start_mark
+                )
             key = self.construct_object(key_node)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -76,6 +80,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not a recipe: it holds itself (an alias inside its own anchor)") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, this file holds {type(values).__name__}")
     origins: dict[str, str] = {key: f"{path}:{line}" for key, line in lines.items()}
@@ -110,7 +116,9 @@ def _apply(values: dict[str, Any], override: str, origins: dict[str, str]) -> No
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
     target: Any = values
-    for part in parts[:-1]:
+    for depth, part in enumerate(parts[:-1], 1):
+        if part not in target:
+            origins[".".join(parts[:depth])] = f"override {override!r}"
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
             raise UserError(f"override {override!r}: {part} is a value, not a section")
@@ -165,13 +173,19 @@ def _explain(error: ValidationError, path: Path, origins: dict[str, str]) -> str
     return f"{where}: {message}{more}"
 
 
+def files_of(spec: str) -> list[str]:
+    """Paths that a spec names, sorted: itself where it exists, else what it matches as a glob."""
+    path = os.path.expanduser(spec)
+    return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+
+
 def _check_files(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
     """Every file that the recipe names must be there before anything starts."""
     for key in ("comparisons", "prompts", "held_out_prompts"):
         for spec in getattr(recipe.data, key):
             if spec.startswith("hub:") or (key == "comparisons" and recipe.data.sampled):
                 continue
-            if not glob.glob(os.path.expanduser(spec)):
+            if not files_of(spec):
                 where = origins.get(f"data.{key}", str(path))
                 raise UserError(f"{where}: data.{key}: no file matches {spec}; check the path")
     for section in ("ppo", "evaluate"):

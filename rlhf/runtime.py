@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -20,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
+from transformers.integrations import unset_hf_deepspeed_config
 
 from rlhf.schema import Distributed
 from rlhf.stage import processes, rank
@@ -55,6 +57,29 @@ def deepspeed_config(section: Distributed, *, batch: int, clip: float) -> dict[s
     }
 
 
+def join_cpu_processes(section: Distributed) -> bool:
+    """Join DeepSpeed's CPU processes before a Hugging Face trainer does, which would count only one.
+
+    Returns:
+        Whether they were joined, so that the trainer has to take the state as it is.
+    """
+    if processes() == 1 or torch.cuda.is_available():
+        return False
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes()))
+    PartialState(backend="gloo", timeout=datetime.timedelta(minutes=section.timeout_minutes))
+    return True
+
+
+def load_bases_whole() -> None:
+    """Let a base be loaded in one piece, whatever the ZeRO stage: it is looked at before it is sharded.
+
+    transformers remembers the configuration that a plugin or a trainer was made with, and at stage 3 hands out
+    parameters of size 0 from then on.
+    """
+    unset_hf_deepspeed_config()
+
+
 class Runtime:
     """The processes of a run and the one optimiser.
 
@@ -81,8 +106,12 @@ class Runtime:
             config = deepspeed_config(section, batch=micro_batch_size, clip=max_grad_norm)
             plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
             wait = datetime.timedelta(minutes=section.timeout_minutes)
-            handlers = [InitProcessGroupKwargs(timeout=wait)]
-        self.accelerator = Accelerator(cpu=cpu, deepspeed_plugin=plugin, kwargs_handlers=handlers)
+            # accelerate finds no backend for DeepSpeed on CPUs, and would count one process
+            handlers = [InitProcessGroupKwargs(backend="gloo" if cpu else None, timeout=wait)]
+        # accelerate takes `cpu=True` for plain DistributedDataParallel and then ignores DeepSpeed
+        alone_on_cpu = cpu and self.world == 1
+        self.accelerator = Accelerator(cpu=alone_on_cpu, deepspeed_plugin=plugin, kwargs_handlers=handlers)
+        load_bases_whole()
         self.device = self.accelerator.device
         seed_everything(seed)
         self.model: Any = None
@@ -142,14 +171,19 @@ class Runtime:
 
         A norm that is not finite leaves the weights as they are; the caller counts it.
         """
-        if self._engine is not None:
+        if self.stage > 0:
             self._engine.step()
-            norm = self._engine.get_global_grad_norm()
-            return float(norm) if norm is not None else 0.0
+            self._clear_buffer()
+            return math.inf if self.optimizer.overflow else float(self._engine.get_global_grad_norm())
+        # without ZeRO the gradients are whole here, and DeepSpeed would not tell their norm
         norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), self.max_grad_norm))
-        if np.isfinite(norm):
+        if not np.isfinite(norm):
+            self.discard_gradients()
+        elif self._engine is None:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._engine.step()
         return norm
 
     def discard_gradients(self) -> None:
@@ -157,6 +191,12 @@ class Runtime:
         self.model.zero_grad()
         if self._engine is not None and hasattr(self.optimizer, "zero_grad"):
             self.optimizer.zero_grad()
+        self._clear_buffer()
+
+    def _clear_buffer(self) -> None:
+        """Start the next sum from zero: ZeRO-3 does so only for parameters in the first backward pass."""
+        if self.stage == 3:
+            self.optimizer.grad_partitions_flat_buffer.zero_()
 
     # ---------------------------------------------------------------- talking to the other processes
 
@@ -216,6 +256,7 @@ class Runtime:
             return tensors
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link_states()
         step = torch.as_tensor(self._flat_states()[0]["step"]).detach().cpu().float()
         for name, parameter in self._named.items():
             tensors[f"step:{name}"] = step.clone()
@@ -259,7 +300,12 @@ class Runtime:
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Let each parameter find its states: DeepSpeed links all groups once, when only one has any."""
         if self.stage in (1, 2):
+            self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set_flat(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:

@@ -154,6 +154,9 @@ class Reward(Section):
     """Responses whose scores are brought to mean 0 and variance 1 after training (Ziegler 2019)."""
     probe: bool = True
     """Also fit a linear probe on the frozen base's features, the figure a reward model has to beat."""
+    head_init: Literal["normal", "probe"] = "normal"
+    """The head starts as N(0, 1/(d+1)) (Stiennon 2020), or as the linear probe, which with few comparisons
+    keeps the training from first unlearning a random direction (LP-FT, Kumar 2022, arXiv 2202.10054)."""
     checkpoint_every: Positive = 10
     """Optimiser steps between checkpoints."""
 
@@ -295,6 +298,8 @@ class Recipe(Section):
                 f"reward.batch_size {self.reward.batch_size} is not a multiple of "
                 f"reward.micro_batch_size {self.reward.micro_batch_size}; change one of them"
             )
+        if self.reward.head_init == "probe" and not self.reward.probe:
+            raise ValueError("reward.head_init=probe needs the probe; set reward.probe=true")
         if self.evaluate.judge == "vader" and self.evaluate.reward_model:
             raise ValueError("evaluate.reward_model is only used with evaluate.judge=reward; remove one")
         return self

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import glob
 import importlib.metadata
 import os
 import platform
@@ -25,7 +24,7 @@ import yaml
 from rlhf import artifacts
 from rlhf.artifacts import MANIFEST, Checkpoints
 from rlhf.errors import UserError
-from rlhf.recipe import Recipe, dump
+from rlhf.recipe import Recipe, dump, files_of
 
 RUNS = Path("runs")
 CONTRACT = ("seed", "model", "lora", "dialogue", "data")  # what all stages share
@@ -35,6 +34,8 @@ _CHANGEABLE = {  # may change between two starts of an unfinished stage, because
     "reward.checkpoint_every",
 }
 _VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets")
+# a folder that holds nothing else was begun, and stopped before any work was done
+_OPENING = (".lock", "recipe.yaml", "fingerprint.json", "metrics.jsonl", "tensorboard")
 _WORKING = ("checkpoints", "parts", ".lock", "clock.json", "tensorboard", "metrics.jsonl")  # not results
 
 
@@ -136,14 +137,18 @@ def processes() -> int:
 
 
 def input_hashes(specs: Sequence[str]) -> dict[str, str]:
-    """Content hash of every file that the specs name; a hub id stands for itself."""
+    """Content hash of every file that the specs name; a hub id stands for itself.
+
+    A file goes by its name without the folder, so that data may move; a second one of that name by its path.
+    """
     hashes: dict[str, str] = {}
     for spec in specs:
         if spec.startswith("hub:") or spec == "sampled":
             hashes[spec] = "by name"
-        for path in sorted(glob.glob(os.path.expanduser(spec))):
+        for path in files_of(spec):
             if os.path.isfile(path):
-                hashes[os.path.basename(path)] = artifacts.sha256_of(Path(path))
+                name = os.path.basename(path)
+                hashes[path if name in hashes else name] = artifacts.sha256_of(Path(path))
     return hashes
 
 
@@ -195,10 +200,16 @@ def open_stage(
 
 def _start_or_resume(folder: Path, fingerprint: dict[str, Any], recipe: Recipe) -> None:
     noted = folder / "fingerprint.json"
-    if noted.is_file():
+    if noted.is_file() and _holds_work(folder):
         _refuse_changes(artifacts.read_json(noted), fingerprint, folder, finished=False)
     artifacts.write_atomically(folder / "recipe.yaml", dump(recipe))
     artifacts.write_json(noted, fingerprint)
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether an unfinished folder has anything to lose; a mistake mended after the first look has not."""
+    files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return any(file.parts[0] not in _OPENING for file in files)
 
 
 def _lock(folder: Path, stage: str) -> TextIO:
@@ -221,7 +232,18 @@ def _parent_identity(recipe: Recipe, parent: str, stage: str) -> str:
             f"{stage} needs the {parent} stage, and {manifest.parent} is not complete: "
             f"run `make {parent} RECIPE=...` with the same recipe first"
         )
-    return str(artifacts.read_json(manifest)["identity"])
+    made = artifacts.read_json(manifest)
+    resolved = recipe.model_dump(mode="json")
+    changes = differences(
+        *({key: of[key] for key in CONTRACT} for of in (made["fingerprint"]["recipe"], resolved))
+    )
+    if changes:
+        raise UserError(
+            f"{stage} needs the {parent} stage of the same recipe, and {manifest.parent} was made with "
+            f"another one ({'; '.join(changes[:4])}): give the new run a name of its own "
+            f'(SET="name=..."), and run `make {parent} RECIPE=...` for it first'
+        )
+    return str(made["identity"])
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

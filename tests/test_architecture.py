@@ -1,0 +1,159 @@
+"""The arrows between the packages, and who may know which library, read from the source by ast."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGES = ("rlhf", "reward", "policy")
+FILES = sorted(p.relative_to(ROOT).as_posix() for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+MAX_LINES = 400
+
+# told to the user within a second, so nothing here may load torch before it is needed
+LIGHT = (
+    *(f"rlhf/{name}.py" for name in ("recipe", "schema", "comparisons", "errors", "artifacts", "stage")),
+    *(f"rlhf/{name}.py" for name in ("intervals", "judges", "prompts", "summary", "collect", "prepare")),
+    *(file for file in FILES if file.startswith("rlhf/sources/")),
+    *("reward/train.py", "policy/train.py", "policy/evaluate.py"),
+)
+HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets"}
+
+
+def tree(file):
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def imported(node):
+    """Full names of the modules that one statement may import; of ``from a import b`` both a and a.b."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        assert not node.level, "imports are absolute here"
+        return {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return set()
+
+
+def for_types_only(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def all_imports(file):
+    """Modules imported anywhere in a file, functions included."""
+    return set().union(*map(imported, ast.walk(tree(file))))
+
+
+def first_imports(file):
+    """Modules imported as soon as the file is: not those in functions or for the type checker."""
+    found, todo = set(), list(tree(file).body)
+    while todo:
+        node = todo.pop()
+        found |= imported(node)
+        if not (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or for_types_only(node)
+        ):
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def file_of(module):
+    """The file of one of our own modules, None for others."""
+    for candidate in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py"):
+        if candidate in FILES:
+            return candidate
+    return None
+
+
+def loaded_with(file):
+    """Foreign top-level packages that come with importing a file, through all of our own."""
+    seen, todo, foreign = set(), [file], set()
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        parent = f"{Path(current).parts[0]}/__init__.py"
+        todo.append(parent)
+        for module in first_imports(current):
+            own = file_of(module)
+            if own:
+                todo.append(own)
+            elif module.partition(".")[0] not in PACKAGES:
+                foreign.add(module.partition(".")[0])
+    return foreign
+
+
+def importers(package, imports=all_imports):
+    """Files that import a package or something in it."""
+    return {f for f in FILES if any(m == package or m.startswith(f"{package}.") for m in imports(f))}
+
+
+def inside(package):
+    return {file for file in FILES if file.startswith(f"{package}/")}
+
+
+def test_the_rooms_are_there():
+    assert len(FILES) > 30
+    assert all(inside(package) for package in PACKAGES)
+    assert set(LIGHT) <= set(FILES)
+
+
+def test_the_ground_imports_neither_reward_nor_policy():
+    assert importers("reward") & inside("rlhf") == set()
+    assert importers("policy") & inside("rlhf") == set()
+
+
+def test_the_reward_model_knows_nothing_of_the_policy():
+    assert importers("policy") & inside("reward") == set()
+
+
+def test_reward_and_policy_meet_in_two_files_only():
+    assert importers("reward") & inside("policy") == {"policy/assemble.py", "policy/evaluate.py"}
+
+
+def test_the_ppo_loop_and_its_formulas_do_not_reach_the_reward_model_by_any_way():
+    assembling = {"policy.assemble", "policy.fit", "policy.evaluate", "policy.train"}
+    loop = inside("policy") - {f"{module.replace('.', '/')}.py" for module in assembling}
+    assert {"policy/ppo.py", "policy/rollout.py", "policy/loss.py", "policy/compare.py"} <= loop
+    assert not any(all_imports(file) & assembling for file in loop)
+
+
+def test_a_stage_script_is_imported_by_nobody():
+    for script in ("reward.train", "policy.train", "policy.evaluate"):
+        assert importers(script) == set(), script
+
+
+def test_nobody_imports_tests_or_recipes():
+    names = {"tests", "recipes", "conftest", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
+    assert not {f: found for f in FILES if (found := {m.partition(".")[0] for m in all_imports(f)} & names)}
+
+
+@pytest.mark.parametrize("file", LIGHT)
+def test_a_mistake_is_told_before_torch_is_loaded(file):
+    assert loaded_with(file) & HEAVY == set()
+
+
+def test_torch_is_seen_where_it_is_loaded():
+    assert "torch" in loaded_with("policy/fit.py")
+    assert {"torch", "peft"} <= loaded_with("rlhf/lab.py")  # through rlhf/backbone.py
+
+
+def test_each_library_is_known_to_few():
+    # reward/model.py: the saved format is peft's adapter for Hugging Face's sequence classifier
+    assert importers("peft") == {"rlhf/backbone.py", "reward/model.py"}
+    assert importers("accelerate") == {"rlhf/runtime.py"}
+    assert importers("deepspeed") == {"rlhf/runtime.py", "reward/fit.py"}
+    assert importers("deepspeed", first_imports) == set()  # it takes seconds, and one process needs none
+    assert importers("trl") == {"reward/trainer.py"}
+
+
+def test_only_the_backbone_knows_how_a_base_is_quantised():
+    assert importers("bitsandbytes") <= {"rlhf/backbone.py"}
+    named = {f for f in FILES if "BitsAndBytesConfig" in {m.rpartition(".")[2] for m in all_imports(f)}}
+    assert named == {"rlhf/backbone.py"}
+
+
+def test_no_file_is_too_long_to_be_read_in_one_go():
+    files = [*map(ROOT.joinpath, FILES), *(ROOT / "tests").rglob("*.py")]
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files}
+    assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}

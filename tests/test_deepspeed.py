@@ -1,0 +1,216 @@
+"""Two processes under the real DeepSpeed launcher do what one process does, whatever ZeRO shards.
+
+CPU processes over gloo. Every launch but the reward stage's is killed after its first checkpoint and started
+again, so each curve that is compared holds a resume. Equal means: within 5e-6, where float32 sums in another
+order were seen to differ by up to 1e-6; the gradient clip is low enough to be at work in most updates.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PROMPTS, ROOT, TINY, stage
+from safetensors.torch import load_file
+
+from rlhf.artifacts import MANIFEST
+
+TOLERANCE = 5e-6
+PPO = ("ppo.steps=4", "ppo.checkpoint_every=1", "ppo.max_grad_norm=0.3")
+REWARD = (
+    "reward.batch_size=2",
+    "reward.micro_batch_size=1",
+)  # divide the 38 comparisons: no batch is padded
+
+
+def copy_of(road, to, *stages):
+    """A folder with the model and some finished stages of the road."""
+    to.mkdir()
+    shutil.copytree(road / "models", to / "models")
+    for name in stages:
+        shutil.copytree(road / "runs" / "tiny" / name, to / "runs" / "tiny" / name)
+    return to
+
+
+def launch(folder, module, *overrides):
+    """Start two processes as the Makefile does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tools = Path(sys.executable).parent
+    env = {
+        **os.environ,
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [str(tools / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), "--module", module]
+    with (folder / "log").open("a") as log:
+        return subprocess.Popen(
+            [*command, str(TINY), *PROMPTS, *overrides],
+            cwd=folder,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def kill(process):
+    """SIGKILL to the launcher and everything that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def finish(folder, module, *overrides):
+    """Launch and wait; what the processes said."""
+    process = launch(folder, module, *overrides)
+    try:
+        status = process.wait(240)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        status = "timeout"
+    said = (folder / "log").read_text()
+    assert status == 0, said[-4000:]
+    return said
+
+
+def interrupt(folder, module, *overrides):
+    """Launch, and kill everything as soon as there is a checkpoint."""
+    process = launch(folder, module, *overrides)
+    done = folder / "runs" / "tiny" / "ppo"
+    deadline = time.monotonic() + 240
+    while process.poll() is None and not list(done.glob("checkpoints/step-*")):
+        assert time.monotonic() < deadline, "no checkpoint"
+        time.sleep(0.02)
+    assert process.poll() is None, (folder / "log").read_text()[-4000:]
+    kill(process)
+    assert not (done / MANIFEST).exists(), "the kill came too late"
+
+
+def curve(folder, name):
+    lines = (folder / "runs" / "tiny" / name / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def assert_close(folder, alone, name, *adapters):
+    """Every figure of every step, and every weight of the result."""
+    mine, expected = curve(folder, name), curve(alone, name)
+    assert [row["step"] for row in mine] == [row["step"] for row in expected]
+    for row, wanted in zip(mine, expected, strict=True):
+        assert row == pytest.approx(wanted, abs=TOLERANCE, rel=TOLERANCE), row["step"]
+    for adapter in adapters:
+        file = f"runs/tiny/{name}/{adapter}/adapter_model.safetensors"
+        tensors, wanted = load_file(folder / file), load_file(alone / file)
+        assert set(tensors) == set(wanted)
+        for key, tensor in tensors.items():
+            assert float((tensor - wanted[key]).abs().max()) <= TOLERANCE, (adapter, key)
+
+
+def alone_in(folder, main, *overrides):
+    """One process, this one."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        stage(main, *overrides)
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(road, tmp_path_factory):
+    """PPO in one process."""
+    from policy import train
+
+    folder = copy_of(road, tmp_path_factory.mktemp("alone") / "run", "comparisons", "reward")
+    return alone_in(folder, train.main, *PPO)
+
+
+@pytest.fixture(scope="module")
+def stopped(road, tmp_path_factory):
+    """PPO on two processes with ZeRO 2, killed after its first checkpoint."""
+    folder = copy_of(road, tmp_path_factory.mktemp("stopped") / "run", "comparisons", "reward")
+    interrupt(folder, "policy.train", *PPO, "distributed.zero_stage=2")
+    (folder / "log").unlink()
+    return folder
+
+
+def test_the_clip_is_at_work(alone):
+    assert min(row["policy/grad_norm"] for row in curve(alone, "ppo")) > 0.3
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_two_processes_and_a_kill_learn_what_one_process_learns(zero, road, alone, tmp_path):
+    here = copy_of(road, tmp_path / "here", "comparisons", "reward")
+    interrupt(here, "policy.train", *PPO, f"distributed.zero_stage={zero}")
+    said = finish(here, "policy.train", *PPO, f"distributed.zero_stage={zero}")
+    assert "ppo: going on after step" in said
+    assert_close(here, alone, "ppo", "policy", "value")
+
+
+# from ZeRO 2 to ZeRO 2 and, because a checkpoint holds whole tensors, to ZeRO 3
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_run_of_zero_2_goes_on_with_any_zero_stage(zero, stopped, alone, tmp_path):
+    here = Path(shutil.copytree(stopped, tmp_path / "here"))
+    said = finish(here, "policy.train", *PPO, f"distributed.zero_stage={zero}")
+    assert "ppo: going on after step" in said
+    assert_close(here, alone, "ppo", "policy", "value")
+    results = json.loads((here / "runs" / "tiny" / "ppo" / MANIFEST).read_text())["results"]
+    assert (results["processes"], results["zero"]) == (2, zero)
+
+
+def test_a_run_of_two_processes_goes_on_with_one(stopped, alone, tmp_path, capfd):
+    from policy import train
+
+    here = Path(shutil.copytree(stopped, tmp_path / "here"))
+    alone_in(here, train.main, *PPO)
+    assert "ppo: going on after step" in capfd.readouterr().out
+    assert_close(here, alone, "ppo", "policy", "value")
+
+
+def test_two_processes_train_the_reward_model_of_one(road, tmp_path, monkeypatch):
+    from reward import train
+    from reward.model import TextRewardModel
+    from rlhf.comparisons import Message
+
+    here = copy_of(road, tmp_path / "here", "comparisons")
+    finish(here, "reward.train", *REWARD, "distributed.zero_stage=2")
+    single = copy_of(road, tmp_path / "single", "comparisons")
+    alone_in(single, train.main, *REWARD)
+    assert_close(here, single, "reward", "model")
+    monkeypatch.chdir(road)  # the card names the base relative to the run
+    prompts = [(Message("user", text),) for text in ("The film was", "We waited", "I")]
+    scores = [
+        TextRewardModel(folder / "runs/tiny/reward/model").score(prompts, ["great fun.", "for an hour.", ""])
+        for folder in (here, single)
+    ]
+    assert scores[0].tolist() == pytest.approx(scores[1].tolist(), abs=1e-4)
+    assert scores[1].std() > 0.01
+
+
+def made(*arguments):
+    """The last command that make would run."""
+    command = ["make", "--no-print-directory", "-n", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("target", "module"), [("ppo", "policy.train"), ("reward", "reward.train")])
+def test_make_uses_the_launcher_for_several_processes_and_none_for_one(target, module):
+    recipe, setting = "RECIPE=recipes/tiny.yaml", "SET=name=x ppo.steps=2"
+    two = made(target, "PROCS=2", recipe, setting)
+    assert f"bin/deepspeed --num_gpus 2 --module {module} recipes/tiny.yaml name=x ppo.steps=2" in two
+    one = made(target, "PROCS=1", recipe, setting)
+    assert f"bin/python -m {module} recipes/tiny.yaml name=x ppo.steps=2" in one
+    assert "deepspeed" not in one
+    many = made(target, "HOSTFILE=hosts", recipe)
+    assert f"bin/deepspeed --hostfile hosts --module {module} recipes/tiny.yaml" in many

@@ -1,0 +1,237 @@
+"""Which prompts, rows and columns a rollout is made of, whatever the number of processes."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policy.rollout import close, collect, micro_batches, minibatch_rows, own_rows, prompt_indices, window
+from rlhf.backbone import Backbone
+from rlhf.comparisons import Message
+from rlhf.dialogue import Dialogue
+from rlhf.sampling import Sampled
+from rlhf.schema import Lora, Ppo
+from rlhf.tiny import tiny_model, tiny_tokenizer
+
+EOS, PAD = 1, 0
+SEEDS = st.integers(0, 2**64)
+
+
+@given(seed=SEEDS, batch_size=st.integers(1, 9), available=st.integers(1, 12))
+def test_every_prompt_is_visited_once_a_pass(seed, batch_size, available):
+    steps = -(-3 * available // batch_size)
+    visited = [i for step in range(steps) for i in prompt_indices(seed, step, batch_size, available)]
+    for first in range(0, 3 * available, available):
+        assert sorted(visited[first : first + available]) == list(range(available))
+
+
+def test_passes_and_seeds_have_orders_of_their_own():
+    orders = [tuple(prompt_indices(seed, step, 20, 20)) for seed in (0, 1) for step in (0, 1, 2)]
+    assert len(set(orders)) == 6
+
+
+@given(
+    seed=SEEDS,
+    step=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+    minibatches=st.integers(1, 4),
+    size=st.sampled_from([4, 8]),
+)
+def test_the_processes_together_take_the_same_minibatches_as_one_alone(seed, step, epoch, minibatches, size):
+    batch_size = minibatches * size
+    unions = []
+    for world in (1, 2, 4):
+        union = [[] for _ in range(minibatches)]
+        for rank in range(world):
+            own = own_rows(batch_size, rank, world)
+            assert len(own) == batch_size // world
+            parts = minibatch_rows(
+                batch_size, minibatches, seed=seed, step=step, epoch=epoch, rank=rank, world=world
+            )
+            for whole, part in zip(union, parts, strict=True):
+                assert len(part) == size // world
+                whole.extend(own[i] for i in part)
+        assert sorted(row for part in union for row in part) == list(range(batch_size))
+        unions.append([sorted(part) for part in union])
+    assert unions[0] == unions[1] == unions[2]
+
+
+def test_epochs_and_steps_are_shuffled_anew():
+    drawn = {
+        str(minibatch_rows(16, 4, seed=seed, step=step, epoch=epoch, rank=0, world=1))
+        for seed in (0, 1)
+        for step in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(drawn) == 8
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), size=st.integers(1, 5), data=st.data())
+def test_micro_batches_are_a_partition_by_length(lengths, size, data):
+    rows = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True, min_size=1))
+    parts = [part.tolist() for part in micro_batches(rows, torch.tensor(lengths), size)]
+    flat = [row for part in parts for row in part]
+    assert sorted(flat) == sorted(rows)
+    assert all(len(part) == size for part in parts[:-1])
+    assert 1 <= len(parts[-1]) <= size
+    assert [lengths[row] for row in flat] == sorted(lengths[row] for row in rows)
+
+
+TOKENS = st.lists(st.integers(0, 4), min_size=3, max_size=3)
+
+
+@given(
+    responses=st.lists(TOKENS, min_size=1, max_size=5),
+    more=st.integers(0, 3),
+    data=st.data(),
+)
+def test_every_closed_sequence_ends_in_one_eos_and_every_sampled_token_is_an_action(responses, more, data):
+    prompts = data.draw(
+        st.lists(
+            st.lists(st.integers(2, 9), min_size=1, max_size=4),
+            min_size=len(responses),
+            max_size=len(responses),
+        )
+    )
+    wide = max(map(len, prompts))
+    ids_BP = torch.tensor([[PAD] * (wide - len(p)) + p for p in prompts])
+    mask_BP = torch.tensor([[False] * (wide - len(p)) + [True] * len(p) for p in prompts])
+    sampled = Sampled(ids_BP, mask_BP, torch.tensor(responses), torch.zeros(len(responses), 3))
+    start = wide + more
+    ids_BT, mask_BT, actions_BR = close(sampled, start, eos_id=EOS, pad_id=PAD)
+    assert ids_BT.shape == mask_BT.shape == (len(responses), start + 3 + 1)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        said = response[: response.index(EOS) + 1] if EOS in response else response
+        ended = [] if EOS in response else [EOS]
+        assert ids_BT[row][mask_BT[row]].tolist() == [*prompt, *said, *ended]
+        assert actions_BR[row].tolist() == [True] * len(said) + [False] * (3 - len(said))
+        assert ids_BT[row, start:-1][actions_BR[row]].tolist() == said
+        assert (ids_BT[row][~mask_BT[row]] == PAD).all()
+
+
+@given(lengths=st.lists(st.integers(1, 6), min_size=2, max_size=6), wide=st.integers(6, 9), data=st.data())
+def test_a_window_loses_the_padding_that_its_rows_share_and_nothing_else(lengths, wide, data):
+    rows = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True, min_size=1))
+    total = wide + 2
+    ids_BT = torch.arange(len(lengths) * total).reshape(len(lengths), total)
+    mask_BT = torch.arange(total) >= wide - torch.tensor(lengths)[:, None]
+    hidden_BTD = ids_BT[..., None].float()
+    part = window(ids_BT, mask_BT, hidden_BTD, wide, torch.tensor(rows))
+    cut = wide - max(lengths[row] for row in rows)
+    assert part.start == wide - cut
+    assert part.ids_BT.tolist() == ids_BT[rows, cut:].tolist()
+    assert part.mask_BT.tolist() == mask_BT[rows, cut:].tolist()
+    assert part.hidden_BTD.tolist() == hidden_BTD[rows, cut:].tolist()
+    assert bool(part.mask_BT[:, 0].any())
+    assert window(ids_BT, mask_BT, None, wide, torch.tensor(rows)).hidden_BTD is None
+
+
+PROMPTS = [(Message("user", text),) for text in ("a", "a longer one", "medium", "it", "was there", "x y z")]
+
+
+def collected(*, rank=0, world=1, layers="top_2", score_fn=None, temperature=1.0, **sizes):
+    """One rollout of a policy that differs from its base, on one of several pretended processes."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    dialogue = Dialogue(tokenizer, template="plain", max_prompt_tokens=32, max_response_tokens=6)
+    dialogue.eos_id = 30  # a letter that the tiny model says now and then
+    base = tiny_model(len(tokenizer)).requires_grad_(False).eval()
+    adapters = ["policy", "value"]
+    model = Backbone(base, Lora(rank=4, layers=layers), adapters=adapters, heads=["value"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    runtime = SimpleNamespace(
+        rank=rank,
+        world=world,
+        shards_weights=False,
+        whole_weights=lambda _: contextlib.nullcontext(),
+        device=torch.device("cpu"),
+    )
+    section = Ppo(batch_size=8, temperature=temperature, **({"micro_batch_size": 8} | sizes))
+    score_fn = score_fn or (lambda said: torch.tensor([float(len(t)) for t in said.texts]))
+    with torch.no_grad():
+        rollout = collect(model, model, runtime, dialogue, PROMPTS, score_fn, section, seed=3, step=1)
+    return rollout, dialogue
+
+
+def rows_of(rollout):
+    """Every row of a rollout, free of padding."""
+    return [
+        {
+            "ids": rollout.ids_BT[b][rollout.mask_BT[b]].tolist(),
+            "text": rollout.texts[b],
+            "score": float(rollout.scores_B[b]),
+            "ended": bool(rollout.ended_B[b]),
+            **{
+                name: getattr(rollout, name)[b][rollout.actions_BR[b]]
+                for name in ("log_probs_BR", "reference_log_probs_BR", "values_BR", "entropy_BR")
+            },
+        }
+        for b in range(len(rollout.texts))
+    ]
+
+
+def assert_same(got, expected):
+    assert len(got) == len(expected)
+    for mine, other in zip(got, expected, strict=True):
+        for name, value in mine.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value, other[name], rtol=0, atol=1e-4)
+            else:
+                assert value == other[name], name
+
+
+@pytest.mark.parametrize("sizes", [{"micro_batch_size": 1}, {"rollout_batch_size": 3}, {"layers": "all"}])
+def test_a_rollout_does_not_depend_on_how_it_is_cut_into_batches(sizes):
+    if "layers" not in sizes:
+        assert_same(rows_of(collected(**sizes)[0]), rows_of(collected()[0]))
+    else:  # no trunk to be cached: the same figures as without the cache
+        rollout, _ = collected(**sizes)
+        assert rollout.hidden_BTD is None
+        assert_same(rows_of(collected(micro_batch_size=3, **sizes)[0]), rows_of(rollout))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_collect_the_rows_of_one(world):
+    whole = rows_of(collected()[0])
+    for rank in range(world):
+        assert_same(rows_of(collected(rank=rank, world=world)[0]), whole[rank::world])
+
+
+def test_a_rollout_records_the_sampling_and_both_ends():
+    rollout, dialogue = collected(temperature=1.5)
+    gap = (rollout.sampled_log_probs_BR - rollout.log_probs_BR)[rollout.actions_BR]
+    assert float(gap.abs().max()) < 1e-4
+    assert float((rollout.log_probs_BR - rollout.reference_log_probs_BR).abs().max()) > 0.1
+    for row, b in zip(rows_of(rollout), range(8), strict=True):
+        assert row["ids"][-1] == dialogue.eos_id
+        said = rollout.ids_BT[b, rollout.start : -1][rollout.actions_BR[b]].tolist()
+        assert row["ended"] == (said[-1] == dialogue.eos_id)
+        assert row["text"] == dialogue.decode(said)
+        assert row["score"] == len(row["text"])
+    order = prompt_indices(3, 1, 8, len(PROMPTS))
+    for b, index in enumerate(order):
+        prompt = dialogue.encode_prompt(PROMPTS[index])
+        assert rollout.ids_BT[b, : rollout.start][rollout.mask_BT[b, : rollout.start]].tolist() == prompt
+
+
+def test_a_score_function_sees_rows_that_belong_together():
+    seen = []
+
+    def score_fn(said):
+        dialogue = Dialogue(tiny_tokenizer(), template="plain", max_prompt_tokens=32, max_response_tokens=6)
+        for prompt, text, ids, mask in zip(said.prompts, said.texts, said.ids_BT, said.mask_BT, strict=True):
+            start = dialogue.encode_prompt(prompt)
+            assert ids[mask].tolist()[: len(start)] == start
+            assert dialogue.tokenizer.decode(ids[mask].tolist()[len(start) : -1]).startswith(text)
+            assert ids[mask][-1] == 30
+        assert said.hidden_BTD.shape[:2] == said.ids_BT.shape
+        seen.append(len(said.texts))
+        return torch.zeros(len(said.texts))
+
+    collected(score_fn=score_fn, micro_batch_size=3)
+    assert seen == [3, 3, 2]

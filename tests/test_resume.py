@@ -1,0 +1,240 @@
+"""`kill -9` at any moment loses nothing: an interrupted run ends bit for bit where an uninterrupted one does.
+
+Every start is a process of its own, forked from a server that has imported torch but computed nothing, so
+that it begins in a tenth of a second and can be killed like any other.
+"""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import stage
+from safetensors.torch import load_file, save_file
+
+from rlhf.artifacts import MANIFEST, sha256_of, write_manifest
+from rlhf.errors import exit_on_user_error
+
+MODULES = {"comparisons": "rlhf.collect", "reward": "reward.train", "ppo": "policy.train"}
+LONGER = {
+    "comparisons": ("collect.prompts_per_batch=4",),
+    "reward": ("reward.epochs=2", "reward.checkpoint_every=1"),
+    "ppo": ("reward.epochs=2", "reward.checkpoint_every=1", "ppo.steps=8", "ppo.checkpoint_every=1"),
+}
+LONGER = {name: (*LONGER["comparisons"], *more) for name, more in LONGER.items()}
+PARENTS = {"comparisons": (), "reward": ("comparisons",), "ppo": ("comparisons", "reward")}
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["reward.fit", "policy.fit", "rlhf.lab", "trl", "tensorboard", "conftest"])
+
+
+def work(name, folder, log):
+    """What a process of this file does: one stage in one folder, like the command line."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder)
+    import torch
+
+    torch.set_num_threads(1)
+    main = importlib.import_module(MODULES[name]).main
+    exit_on_user_error(lambda: stage(main, *LONGER[name]))
+
+
+class Start:
+    """One start of a stage, in its own process."""
+
+    def __init__(self, name, folder):
+        self.folder = folder / "runs" / "tiny" / name
+        self.log = folder / f"{name}.log"
+        self.process = SERVER.Process(target=work, args=(name, str(folder), str(self.log)))
+        self.process.start()
+
+    def kill_when(self, due):
+        """SIGKILL as soon as ``due()`` holds; whether that was before the end."""
+        while self.process.is_alive() and not due():
+            time.sleep(0.0005)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+        return self.process.exitcode == -signal.SIGKILL
+
+    def finish(self):
+        """Wait for the end; what the process printed since the folder was made."""
+        self.process.join(60)
+        said = self.log.read_text()
+        assert self.process.exitcode == 0, said
+        return said
+
+    def progress(self):
+        """Finished batches or saved steps."""
+        saved = [int(path.name[5:]) for path in self.folder.glob("checkpoints/step-*")]
+        return max(saved, default=len(list(self.folder.glob("parts/*.json"))))
+
+    def is_saving(self):
+        return any(self.folder.glob("checkpoints/.staging-*/*"))
+
+
+@pytest.fixture(scope="module")
+def whole(road, tmp_path_factory):
+    """The uninterrupted runs."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(road / "models", folder / "models")
+    for name in MODULES:
+        Start(name, folder).finish()
+    return folder
+
+
+def beginning(whole, name, to):
+    """A folder in which everything before a stage is done."""
+    to.mkdir()
+    shutil.copytree(whole / "models", to / "models")
+    for parent in PARENTS[name]:
+        shutil.copytree(whole / "runs" / "tiny" / parent, to / "runs" / "tiny" / parent)
+    return to
+
+
+def results(folder, name):
+    """Everything of a finished stage that must not depend on interruptions."""
+    done = folder / "runs" / "tiny" / name
+    manifest = json.loads((done / MANIFEST).read_text())
+    hashes = {
+        path.relative_to(done).as_posix(): sha256_of(path)
+        for pattern in ("*.jsonl", "*/*.safetensors", "*/*.json")
+        for path in done.glob(pattern)
+        if path.name != "metrics.jsonl" and "tensorboard" not in path.parts
+    }
+    steps = []
+    if (done / "metrics.jsonl").is_file():
+        for line in (done / "metrics.jsonl").read_text().splitlines():
+            values = json.loads(line)
+            steps.append({k: v for k, v in values.items() if not k.startswith("time/")})
+    return {"files": hashes, "steps": steps, "results": manifest["results"]}
+
+
+def assert_same(folder, whole, name):
+    mine, expected = results(folder, name), results(whole, name)
+    assert [row["step"] for row in mine["steps"]] == [row["step"] for row in expected["steps"]]
+    assert mine == expected
+    assert expected["files"]
+    assert expected["steps"] or name == "comparisons"
+    assert not (folder / "runs" / "tiny" / name / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_stage_killed_at_random_moments_ends_as_if_it_had_never_been_killed(name, whole, tmp_path):
+    here = beginning(whole, name, tmp_path / "here")
+    units = 12 if name == "comparisons" else len(results(whole, name)["steps"])
+    rng = random.Random(f"seed 7, {name}")
+    kills = 0
+    for goal in sorted(rng.sample(range(units - 2), 4)):  # so much is done, then a moment more
+        start, more = Start(name, here), rng.uniform(0, 0.08)
+
+        def due(start=start, goal=goal, more=more):
+            return start.progress() >= goal and (time.sleep(more) or True)
+
+        kills += start.kill_when(due)
+    Start(name, here).finish()
+    assert kills >= 3, "the kills came too late to mean anything"
+    assert_same(here, whole, name)
+
+
+@pytest.mark.parametrize("name", ["reward", "ppo"])
+def test_a_stage_killed_while_it_writes_checkpoints_ends_the_same(name, whole, tmp_path):
+    here = beginning(whole, name, tmp_path / "here")
+    torn = 0
+    for more in (1, 2, 1):
+        start = Start(name, here)
+        goal = start.progress() + more
+
+        def due(start=start, goal=goal):
+            return start.progress() >= goal and start.is_saving()
+
+        assert start.kill_when(due)
+        torn += start.is_saving()
+    said = Start(name, here).finish()
+    assert torn, "no kill came while a checkpoint was being written"
+    assert "going on after step" in said
+    assert_same(here, whole, name)
+
+
+@pytest.fixture(scope="module")
+def stopped(whole, tmp_path_factory):
+    """The reward and PPO stages, each killed after its last checkpoint and before its manifest."""
+    parent = tmp_path_factory.mktemp("stopped")
+    for name in ("reward", "ppo"):
+        here = beginning(whole, name, parent / name)
+        last = f"checkpoints/step-{len(results(whole, name)['steps']):07d}"
+        start = Start(name, here)
+        assert start.kill_when((start.folder / last).exists)
+        assert not (start.folder / MANIFEST).exists()
+        start.log.unlink()
+    return parent
+
+
+def steps_in(said, name):
+    """Where a resumed stage said that it went on."""
+    line = next(line for line in said.splitlines() if line.startswith(f"{name}: going on after step"))
+    return int(line.split()[5])
+
+
+@pytest.mark.parametrize("name", ["reward", "ppo"])
+def test_a_stage_killed_after_its_last_checkpoint_only_finishes(name, stopped, whole, tmp_path):
+    here = Path(shutil.copytree(stopped / name, tmp_path / "here"))
+    said = Start(name, here).finish()
+    assert steps_in(said, name) == len(results(whole, name)["steps"])
+    assert_same(here, whole, name)
+
+
+@pytest.mark.parametrize("name", ["reward", "ppo"])
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(name, stopped, whole, tmp_path):
+    here = Path(shutil.copytree(stopped / name, tmp_path / "here"))
+    newest = max((here / "runs" / "tiny" / name / "checkpoints").glob("step-*"))
+    weights = max(newest.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    said = Start(name, here).finish()
+    assert f"warning: {weights.relative_to(here)} is damaged" in said
+    assert steps_in(said, name) == len(results(whole, name)["steps"]) - 1
+    assert_same(here, whole, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("reward", "optimizer.pt"), ("reward", "scheduler.pt"), ("ppo", "optimizer.safetensors")],
+)
+def test_a_checkpoint_without_optimiser_state_is_an_error_and_never_a_fresh_adam(
+    name, file, stopped, tmp_path
+):
+    here = Path(shutil.copytree(stopped / name, tmp_path / "here"))
+    newest = max((here / "runs" / "tiny" / name / "checkpoints").glob("step-*"))
+    next(newest.rglob(file)).unlink()
+    write_manifest(newest, {})  # as if it had been written so
+    start = Start(name, here)
+    start.process.join(60)
+    said = start.log.read_text()
+    assert start.process.exitcode == 2, said
+    assert "error:" in said
+    assert "optimiser state is incomplete" in said
+    assert "Traceback" not in said
+
+
+def test_one_missing_moment_is_an_error_too(stopped, tmp_path):
+    here = Path(shutil.copytree(stopped / "ppo", tmp_path / "here"))
+    newest = max((here / "runs" / "tiny" / "ppo" / "checkpoints").glob("step-*"))
+    file = newest / "optimizer.safetensors"
+    moments = load_file(file)
+    del moments[min(name for name in moments if name.startswith("exp_avg_sq:"))]
+    save_file(moments, file)
+    write_manifest(newest, {})
+    start = Start("ppo", here)
+    start.process.join(60)
+    assert start.process.exitcode == 2, start.log.read_text()
+    assert "optimiser state is incomplete" in start.log.read_text()

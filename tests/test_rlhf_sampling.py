@@ -1,0 +1,165 @@
+"""Sampling against single rows, against the training pass, and against the distribution it should have."""
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf.backbone import Backbone
+from rlhf.sampling import pick, sample, uniforms
+from rlhf.schema import Lora
+from rlhf.tiny import tiny_model
+
+PROMPTS = [[7, 8, 9, 10, 11], [12], [13, 14, 15], [200, 201, 202, 203, 204, 205]]
+LIMIT = 10
+NEVER = 10**6  # an id that is never sampled
+
+
+def backbone(layers="top_2"):
+    base = tiny_model(259).requires_grad_(False).eval()
+    model = Backbone(base, Lora(rank=4, layers=layers), adapters=["policy"])
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.parameters_of("policy").items():
+        if "lora_B" in name:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def drawn(model, prompts=PROMPTS, uniform=None, *, role="policy", eos_id=NEVER, temperature=1.0, **options):
+    uniform = uniforms(0, "test", 0, range(len(prompts)), LIMIT) if uniform is None else uniform
+    return sample(model, role, prompts, uniform, eos_id=eos_id, pad_id=0, temperature=temperature, **options)
+
+
+def eos_of(model, row=0, column=3):
+    """A token that the model is about to say: taken as EOS, it ends that row in that column or before."""
+    return int(drawn(model).response_ids_BR[row, column])
+
+
+@pytest.mark.parametrize("role", ["policy", "reference"])
+def test_a_batch_says_what_its_rows_say_alone(role):
+    model = backbone()
+    eos_id = eos_of(model)
+    together = drawn(model, role=role, eos_id=eos_id)
+    uniform = uniforms(0, "test", 0, range(len(PROMPTS)), LIMIT)
+    for row, prompt in enumerate(PROMPTS):
+        alone = drawn(model, [prompt], uniform[row : row + 1], role=role, eos_id=eos_id)
+        assert alone.response_ids_BR[0].tolist() == together.response_ids_BR[row].tolist()
+        torch.testing.assert_close(alone.log_probs_BR[0], together.log_probs_BR[row], rtol=0, atol=1e-4)
+        assert together.prompt_ids_BP[row][together.prompt_mask_BP[row]].tolist() == prompt
+
+
+def test_what_a_row_says_depends_on_its_own_uniforms_only():
+    model = backbone()
+    uniform = uniforms(0, "test", 0, range(len(PROMPTS)), LIMIT)
+    whole = drawn(model, uniform=uniform).response_ids_BR
+    for order in ([3, 2, 1, 0], [2, 0], [1]):
+        part = drawn(model, [PROMPTS[i] for i in order], uniform[order])
+        assert part.response_ids_BR.tolist() == whole[order].tolist()
+    other = drawn(model, uniform=1 - uniform).response_ids_BR
+    assert (other != whole).float().mean() > 0.9
+
+
+def test_a_row_stops_at_eos_and_is_padded_after_it():
+    model = backbone()
+    free = drawn(model)
+    eos_id = eos_of(model)
+    stopped = drawn(model, eos_id=eos_id)
+    lengths = []
+    for row in range(len(PROMPTS)):
+        said = free.response_ids_BR[row].tolist()
+        length = said.index(eos_id) + 1 if eos_id in said else LIMIT
+        assert stopped.response_ids_BR[row].tolist() == said[:length] + [0] * (LIMIT - length)
+        assert (stopped.log_probs_BR[row, :length] < 0).all()
+        assert (stopped.log_probs_BR[row, length:] == 0).all()
+        lengths.append(length)
+    assert min(lengths) < LIMIT
+    assert max(lengths) == LIMIT
+
+
+def test_sampling_ends_early_only_when_no_process_is_still_going():
+    model = backbone()
+    eos_id = int(drawn(model, PROMPTS[:1]).response_ids_BR[0, 0])
+    for others_go_on, steps in ((False, 1), (True, LIMIT - 1)):
+        asked = []
+        drawn(
+            model,
+            PROMPTS[:1],
+            eos_id=eos_id,
+            any_process=lambda mine, go=others_go_on, seen=asked: seen.append(mine) or go or mine,
+        )
+        assert asked == [False] * steps
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("role", ["policy", "reference"])
+def test_recorded_log_probs_are_those_of_the_training_pass(role, temperature):
+    model = backbone()
+    said = drawn(model, role=role, temperature=temperature)
+    start = said.prompt_ids_BP.shape[1]
+    closing = torch.ones(len(PROMPTS), 1, dtype=torch.long)
+    ids = torch.cat([said.prompt_ids_BP, said.response_ids_BR, closing], dim=1)
+    mask = torch.cat([said.prompt_mask_BP, torch.ones(len(PROMPTS), LIMIT + 1, dtype=torch.bool)], dim=1)
+    with torch.no_grad():
+        log_probs, _ = model(role, ids, mask, start=start, temperature=temperature)
+        other, _ = model(role, ids, mask, start=start, temperature=temperature * 1.2)
+    torch.testing.assert_close(said.log_probs_BR, log_probs, rtol=0, atol=1e-4)
+    assert not torch.allclose(said.log_probs_BR, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_tokens_are_picked_as_often_as_the_softmax_says(temperature):
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, -3.0, 1.0])
+    number = 40_000
+    uniform = torch.from_numpy(np.random.default_rng(0).random(number))
+    picked, log_probs = pick(logits.expand(number, -1), uniform, temperature)
+    expected = torch.softmax(logits / temperature, dim=-1)
+    share = torch.bincount(picked, minlength=6) / number
+    errors = (expected * (1 - expected) / number).sqrt()
+    assert ((share - expected).abs() < 4 * errors).all()
+    torch.testing.assert_close(log_probs, expected.log()[picked])
+
+
+def test_a_low_temperature_says_the_likeliest_token():
+    model = backbone()
+    cold = drawn(model, temperature=1e-4).response_ids_BR
+    uniform = torch.full((len(PROMPTS), LIMIT), 0.9)
+    assert cold.tolist() == drawn(model, uniform=uniform, temperature=1e-4).response_ids_BR.tolist()
+    assert cold.tolist() != drawn(model).response_ids_BR.tolist()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+@pytest.mark.parametrize("vocabulary", [2, 259, 50_000])
+def test_the_smallest_and_the_largest_uniform_pick_a_token_that_can_be_said(uniform, vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(64, vocabulary + 4, generator=generator)
+    logits[:, [0, 1, -2, -1]] = -torch.inf  # impossible at both ends
+    picked, log_probs = pick(logits, torch.full((64,), uniform, dtype=torch.float64), 1.0)
+    assert (picked == (2 if uniform == 0 else vocabulary + 1)).all()
+    assert log_probs.isfinite().all()
+
+
+def test_a_token_without_probability_is_never_picked():
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(1001, -1)
+    picked, _ = pick(logits, torch.linspace(0, 1, 1001, dtype=torch.float64) * (1 - 2**-53), 1.0)
+    assert set(picked.tolist()) == {1, 3}
+
+
+def test_uniforms_are_a_function_of_seed_purpose_step_and_row():
+    first = uniforms(1, "rollout", 2, [3, 4], 50)
+    assert first.dtype == torch.float64
+    assert ((first >= 0) & (first < 1)).all()
+    assert torch.equal(uniforms(1, "rollout", 2, [4, 3], 50).flip(0), first)
+    assert torch.equal(uniforms(1, "rollout", 2, [3], 20)[0], first[0, :20])
+    others = [
+        first[1],
+        uniforms(2, "rollout", 2, [3], 50)[0],
+        uniforms(1, "collect", 2, [3], 50)[0],
+        uniforms(1, "evaluate", 2, [3], 50)[0],
+        uniforms(1, "rollout", 3, [3], 50)[0],
+    ]
+    for other in others:
+        assert not (other == first[0]).any()
+
+
+def test_any_seed_a_recipe_can_have_is_accepted():
+    for seed in (-1, 0, 2**70):
+        assert uniforms(seed, "rollout", 0, [0], 3).shape == (1, 3)
