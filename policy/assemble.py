@@ -10,7 +10,8 @@ from torch import Tensor
 from policy.rollout import Responses, ScoreFn
 from reward.model import TextRewardModel, check_same_contract, read_card
 from rlhf.artifacts import sha256_of
-from rlhf.backbone import WEIGHTS, Backbone, load_base
+from rlhf.backbone import WEIGHTS, Backbone
+from rlhf.base import load_base
 from rlhf.dialogue import Dialogue
 from rlhf.recipe import Recipe
 from rlhf.stage import StageRun

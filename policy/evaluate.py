@@ -29,7 +29,8 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     from tqdm import tqdm
 
     from policy.compare import compare, sample_pairs, say
-    from rlhf.backbone import REFERENCE, Backbone, load_base
+    from rlhf.backbone import REFERENCE, Backbone
+    from rlhf.base import load_base
     from rlhf.collect import stored_prompts
     from rlhf.dialogue import load_dialogue
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from policy.assemble import assemble, score_function
 from policy.ppo import LEARNS, PpoTrainer
+from rlhf.backbone import HEAD
 from rlhf.collect import stored_prompts
 from rlhf.dialogue import load_dialogue
 from rlhf.metrics import read_metrics
@@ -46,7 +47,9 @@ def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         raise RuntimeError(f"ppo: {trainer.done} of {section.steps} steps were done")
     weights = runtime.whole_parameters()
     if run.is_main:
-        trainer.write_adapters(run.folder, trainer.by_adapter(weights))
+        adapters = trainer.by_adapter(weights)
+        adapters["value"][f"{HEAD}.bias"] += backbone.offsets["value"]  # peft's format has no offset
+        trainer.write_adapters(run.folder, adapters)
         for adapter in LEARNS:
             dialogue.tokenizer.save_pretrained(str(run.folder / adapter))
         log = read_metrics(run.folder)

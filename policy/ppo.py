@@ -10,7 +10,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load, load_file, save
@@ -18,10 +18,9 @@ from torch import Tensor
 
 from policy import invariants
 from policy.advantages import gae, penalise_missing_eos, token_rewards
-from policy.kl import k3, sequence_kl
+from policy.figures import Targets, rollout_figures
 from policy.loss import PolicyStats, policy_loss, value_loss
 from policy.rollout import Rollout, ScoreFn, collect, micro_batches, minibatch_rows, window
-from policy.texts import distinct_n
 from rlhf.artifacts import read_json, step_of, write_atomically
 from rlhf.backbone import Backbone
 from rlhf.comparisons import Prompt
@@ -35,16 +34,6 @@ from rlhf.stage import StageRun
 
 LEARNS = ("policy", "value")  # the adapters that are trained
 SHOWN = {"objective/score": ".3f", "objective/kl": ".2f", "policy/entropy": ".2f", "response/length": ".1f"}
-
-
-class Targets(NamedTuple):
-    """What the update aims at."""
-
-    rewards_BR: Tensor
-    advantages_BR: Tensor
-    returns_BR: Tensor
-    total_actions: Tensor
-    """Actions of the whole batch, over all processes."""
 
 
 class PpoTrainer:
@@ -118,9 +107,12 @@ class PpoTrainer:
             began = time.monotonic()
             rollout = self._collect(step)
             sampled = time.monotonic()
+            if step == 0:
+                rollout = self._centre_values(rollout)
             targets = self._aim(rollout)
             stats = self._update(step, rollout, targets)
-            figures = self._figures(step, rollout, targets) | stats
+            figures = rollout_figures(self.runtime, rollout, targets, section.batch_size) | stats
+            figures["progress/episodes"] = float((step + 1) * section.batch_size)
             figures |= {"time/rollout": sampled - began, "time/update": time.monotonic() - sampled}
             metrics.log(step + 1, figures)
             self.done = step + 1
@@ -155,6 +147,19 @@ class PpoTrainer:
                     rollout.log_probs_BR, rollout.reference_log_probs_BR, rollout.actions_BR
                 )
         return rollout
+
+    def _centre_values(self, rollout: Rollout) -> Rollout:
+        """Shift the value so that it starts at the mean score.
+
+        The reward head was trained on the closing EOS only; elsewhere it can be far off, and the value clip
+        would let that bias go by only a little a step.
+        """
+        actions = rollout.actions_BR
+        sums = torch.stack([(rollout.values_BR * actions).sum(), actions.sum(), rollout.scores_B.sum()])
+        value, number, score = self.runtime.all_sum(sums).tolist()
+        shift = score / self.section.batch_size - value / number
+        self.backbone.set_offset("value", self.backbone.offsets["value"] + shift)
+        return rollout._replace(values_BR=rollout.values_BR + shift)
 
     def _aim(self, rollout: Rollout) -> Targets:
         """Shape token rewards and estimate advantages."""
@@ -296,38 +301,6 @@ class PpoTrainer:
                 f"{self.section.max_bad_updates}): lower ppo.learning_rate; the batches are in {file.parent}"
             )
 
-    # ---------------------------------------------------------------- figures
-
-    def _figures(self, step: int, rollout: Rollout, targets: Targets) -> dict[str, float]:
-        """What is logged of a rollout, over all processes: the reward, and the numbers that can belie it."""
-        actions = rollout.actions_BR
-        log_ratio = (rollout.log_probs_BR, rollout.reference_log_probs_BR)
-        per_row = {
-            "objective/score": rollout.scores_B,
-            "objective/kl": sequence_kl(*log_ratio, actions),
-            "objective/kl_k3": (k3(*log_ratio) * actions).sum(-1),
-            "objective/reward": targets.rewards_BR.sum(-1),
-            "response/length": actions.sum(-1).float(),
-            "response/eos_rate": rollout.ended_B.float(),
-        }
-        per_token = {
-            "policy/entropy": rollout.entropy_BR,
-            "value/mean": rollout.values_BR,
-            "value/error": (rollout.values_BR - targets.returns_BR).square(),
-            "policy/sampler_gap": (rollout.sampled_log_probs_BR - rollout.log_probs_BR).abs(),
-        }
-        rows = torch.stack([tensor.sum() for tensor in per_row.values()])
-        tokens = torch.stack([(tensor * actions).sum() for tensor in per_token.values()])
-        rows = self.runtime.all_sum(rows) / self.section.batch_size
-        tokens = self.runtime.all_sum(tokens) / targets.total_actions
-        texts = [text for part in self.runtime.gather(rollout.texts) for text in part]
-        return {
-            **dict(zip(per_row, rows.tolist(), strict=True)),
-            **dict(zip(per_token, tokens.tolist(), strict=True)),
-            "response/distinct_2": distinct_n(texts, 2),
-            "progress/episodes": float((step + 1) * self.section.batch_size),
-        }
-
     # ---------------------------------------------------------------- checkpoints
 
     def _checkpoint(self) -> None:
@@ -340,7 +313,11 @@ class PpoTrainer:
                 self.write_adapters(folder, weights)
                 write_atomically(folder / "optimizer.safetensors", save(moments))
                 write_atomically(folder / "rng.safetensors", save({"torch": torch.get_rng_state()}))
-                state = {"step": self.done, "bad_updates": self.bad_updates, "seed": self.seed}
+                state = {
+                    "step": self.done,
+                    "bad_updates": self.bad_updates,
+                    "value_offset": self.backbone.offsets["value"],
+                }
                 write_atomically(folder / "state.json", json.dumps(state))
             self.run.note_clock()
         self.runtime.barrier()
@@ -372,6 +349,7 @@ class PpoTrainer:
         """
         state: Any = read_json(checkpoint / "state.json")
         self.bad_updates = int(state["bad_updates"])
+        self.backbone.set_offset("value", float(state["value_offset"]))
         try:
             self.runtime.load_optimizer_tensors(load_file(checkpoint / "optimizer.safetensors"))
         except (KeyError, FileNotFoundError) as error:

@@ -24,7 +24,8 @@ from reward.model import (
 from reward.probe import fit_probe
 from reward.trainer import RankedRewardTrainer, training_arguments
 from rlhf.artifacts import MANIFEST, read_json, step_of, write_json
-from rlhf.backbone import Backbone, load_base
+from rlhf.backbone import Backbone
+from rlhf.base import load_base
 from rlhf.comparisons import Comparison, Counts, read_native
 from rlhf.dialogue import Dialogue, load_dialogue
 from rlhf.errors import UserError
@@ -105,7 +106,6 @@ def _trained(
     recipe: Recipe, run: StageRun, dialogue: Dialogue, fresh: Any, rows: list[dict[str, Any]]
 ) -> nn.Module:
     """The trained model; an interrupted training goes on from its newest checkpoint."""
-    model = new_reward_model(recipe, dialogue)  # before the arguments, which make ZeRO-3 load it in pieces
     arguments = training_arguments(recipe, run)
     per_step = recipe.reward.batch_size
     steps = recipe.reward.epochs * -(-len(rows) // per_step)

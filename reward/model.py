@@ -19,7 +19,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from reward.batches import token_batches
 from reward.loss import head_init_std
 from rlhf.artifacts import read_json, write_json
-from rlhf.backbone import load_base, lora_config
+from rlhf.backbone import lora_config
+from rlhf.base import load_base
 from rlhf.comparisons import Prompt
 from rlhf.dialogue import Dialogue, load_tokenizer
 from rlhf.errors import UserError

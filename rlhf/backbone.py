@@ -1,7 +1,6 @@
 """One frozen base, many named LoRA adapters, a few scalar heads.
 
-The only file that knows bitsandbytes, and with ``reward/model.py`` (the saved format) the only one that knows
-peft.
+With ``reward/model.py`` (the saved format) the only file that knows peft.
 
 Roles: ``policy``, ``value`` and ``reward`` are adapters on the one base; ``reference`` is the base with every
 adapter switched off. All roles go through :meth:`Backbone.forward`, so that one DeepSpeed engine can wrap it.
@@ -26,65 +25,18 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as hf_logging
+from transformers import PreTrainedModel
 
 from rlhf.artifacts import write_atomically
 from rlhf.errors import UserError
-from rlhf.schema import Lora, Model
+from rlhf.schema import Lora
 from rlhf.sequences import chosen_log_probs, last_true_index, positions_from_mask
-
-hf_logging.disable_progress_bar()
 
 REFERENCE = "reference"  # the role of the base without adapters
 WEIGHTS = "adapter_model.safetensors"
 HEAD = "base_model.model.score"  # where Hugging Face's sequence classifier keeps its head, under peft
 _ADAPTED = "base_model.model."
 _CHUNK = 2048  # positions whose logits are in memory at once
-
-
-def quantization_config(kind: str) -> Any:
-    """The bitsandbytes configuration of ``model.quantization`` (QLoRA, Dettmers 2023), None for ``none``."""
-    if kind == "none":
-        return None
-    from transformers import BitsAndBytesConfig
-
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-
-
-def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
-    """The base model of a recipe, on the CPU, in evaluation mode (no dropout anywhere).
-
-    Raises:
-        UserError: there is no model at the path, and which target makes it.
-    """
-    config = quantization_config(model.quantization)
-    if config is not None:
-        options["quantization_config"] = config
-    try:
-        base = kind.from_pretrained(
-            model.path,
-            dtype=getattr(torch, model.dtype),
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            **options,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.path: no model at {model.path} ({reason}); run `make model RECIPE=...` or check the path"
-        ) from None
-    for module in base.modules():
-        # On some CPUs bitsandbytes repacks 4-bit weights at the first pass without gradients, for inference
-        # only: later backward passes would lose the gradient that flows through them.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    base.requires_grad_(False)
-    return base.eval()
 
 
 def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **options: Any) -> LoraConfig:
@@ -155,6 +107,7 @@ class Backbone(nn.Module):
             self.model.add_adapter(name, config, autocast_adapter_dtype=True)
         width = int(base.config.get_text_config().hidden_size)
         self.heads = nn.ModuleDict({name: nn.Linear(width, 1, dtype=torch.float32) for name in heads})
+        self.offsets = dict.fromkeys(heads, 0.0)  # added to what a head says; constants, not weights
         self.trainable = tuple(trainable)
         self.frozen_layers = 0 if lora.top_k is None else layers - lora.top_k
         self._layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
@@ -214,11 +167,9 @@ class Backbone(nn.Module):
         for parameter in self.heads.parameters():
             parameter.zero_()
 
-    @torch.no_grad()
     def set_offset(self, adapter: str, offset: float) -> None:
-        """Give a head the offset that Hugging Face's format cannot carry."""
-        head: Any = self.heads[adapter]
-        head.bias.fill_(offset)
+        """Give a head a constant that does not learn, as Hugging Face's format cannot carry it."""
+        self.offsets[adapter] = offset
 
     # ---------------------------------------------------------------- forward
 
@@ -258,8 +209,8 @@ class Backbone(nn.Module):
             if start is None:
                 rows = torch.arange(len(ids_BT), device=ids_BT.device)
                 last_BD = hidden_BTD[rows, last_true_index(mask_BT)]
-                return self.heads[role](last_BD.float()).squeeze(-1)
-            return self.heads[role](hidden_BTD[:, start - 1 : -2].float()).squeeze(-1)
+                return self.heads[role](last_BD.float()).squeeze(-1) + self.offsets[role]
+            return self.heads[role](hidden_BTD[:, start - 1 : -2].float()).squeeze(-1) + self.offsets[role]
         assert start is not None, "log-probs need the first response column"
         return chosen_log_probs(
             hidden_BTD[:, start - 1 : -2],

@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from rlhf.artifacts import write_atomically
-from rlhf.backbone import REFERENCE, Backbone, load_base
+from rlhf.backbone import REFERENCE, Backbone
+from rlhf.base import load_base
 from rlhf.comparisons import Comparison, Counts, Prompt, problem
 from rlhf.dialogue import Dialogue
 from rlhf.judges import JUDGES, noisy_ranks, pair_agreement

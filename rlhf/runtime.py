@@ -40,10 +40,6 @@ def seed_everything(seed: int) -> None:
 def deepspeed_config(section: Distributed, *, batch: int, clip: float) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe."""
     zero: dict[str, Any] = {"stage": section.zero_stage}
-    if section.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu"}
-        if section.zero_stage == 3:
-            zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": batch,
         "gradient_accumulation_steps": 1,
@@ -74,8 +70,8 @@ def join_cpu_processes(section: Distributed) -> bool:
 def load_bases_whole() -> None:
     """Let a base be loaded in one piece, whatever the ZeRO stage: it is looked at before it is sharded.
 
-    transformers remembers the configuration that a plugin or a trainer was made with, and at stage 3 hands out
-    parameters of size 0 from then on.
+    transformers remembers the configuration that a plugin or a trainer was made with, and at stage 3 hands
+    out parameters of size 0 from then on.
     """
     unset_hf_deepspeed_config()
 

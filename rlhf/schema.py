@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
@@ -257,8 +257,6 @@ class Distributed(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What DeepSpeed ZeRO shards: 0 nothing, 1 optimiser states, 2 and gradients, 3 and the weights."""
-    offload: Literal["none", "cpu"] = "none"
-    """Keep optimiser states (and, at stage 3, weights) in CPU memory."""
     timeout_minutes: Rate = 30.0
     """A process that waits longer than this for another one ends with an error."""
 

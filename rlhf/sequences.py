@@ -107,9 +107,10 @@ def chosen_log_probs(
     Returns float32 logp_BT = log softmax(logits / temperature)[target] and entropy_BT of the same
     distribution in nats, without gradient. No reduction.
 
-    With gradients on, each chunk is checkpointed: backward runs the head a second time instead of keeping
-    its logits, so the peak is one [chunk, V] block. Under ZeRO-3 each call of the head is a collective:
-    ranks with unequal numbers of counted positions must gather the head's weights before calling this.
+    With gradients on and more than one chunk, each is checkpointed: backward runs the head a second time
+    instead of keeping its logits, so the peak is one [chunk, V] block. Under
+    ZeRO-3 each call of the head is a collective: ranks with unequal numbers of counted positions must gather
+    the head's weights before calling this.
     """
     if temperature <= 0 or chunk < 1:
         raise ValueError(f"temperature {temperature} and chunk {chunk} must be positive")
@@ -129,7 +130,7 @@ def chosen_log_probs(
     parts = []
     for start in range(0, targets_N.shape[0], chunk):
         piece = hidden_ND[start : start + chunk], targets_N[start : start + chunk]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and targets_N.shape[0] > chunk:
             parts.append(checkpoint(score, *piece, use_reentrant=False))
         else:
             parts.append(score(*piece))

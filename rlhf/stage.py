@@ -234,9 +234,8 @@ def _parent_identity(recipe: Recipe, parent: str, stage: str) -> str:
         )
     made = artifacts.read_json(manifest)
     resolved = recipe.model_dump(mode="json")
-    changes = differences(
-        *({key: of[key] for key in CONTRACT} for of in (made["fingerprint"]["recipe"], resolved))
-    )
+    old = made["fingerprint"]["recipe"]
+    changes = differences({key: old[key] for key in CONTRACT}, {key: resolved[key] for key in CONTRACT})
     if changes:
         raise UserError(
             f"{stage} needs the {parent} stage of the same recipe, and {manifest.parent} was made with "

@@ -20,7 +20,8 @@ from reward.model import TextRewardModel, head_of, new_reward_model, read_card, 
 from reward.probe import fit_probe
 from reward.trainer import RankedRewardTrainer
 from rlhf.artifacts import read_json
-from rlhf.backbone import HEAD, WEIGHTS, Backbone, load_base
+from rlhf.backbone import HEAD, WEIGHTS, Backbone
+from rlhf.base import load_base
 from rlhf.comparisons import Counts, read_native
 from rlhf.dialogue import load_dialogue
 from rlhf.errors import UserError

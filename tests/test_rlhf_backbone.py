@@ -14,7 +14,8 @@ from transformers import (
     GPTNeoXForCausalLM,
 )
 
-from rlhf.backbone import HEAD, WEIGHTS, Backbone, load_base
+from rlhf.backbone import HEAD, WEIGHTS, Backbone
+from rlhf.base import load_base
 from rlhf.errors import UserError
 from rlhf.schema import Lora, Model
 from rlhf.tiny import tiny_model, write_tiny_model
