@@ -24,11 +24,10 @@ from policy.texts import distinct_n
 from rlhf.backbone import REFERENCE, Backbone
 from rlhf.comparisons import Prompt
 from rlhf.dialogue import Dialogue
-from rlhf.intervals import mean_interval, paired_difference, win_rate
+from rlhf.intervals import Z95, mean_interval, paired_difference, win_rate
 from rlhf.sampling import sample, uniforms
 from rlhf.sequences import ended, masked_mean
 
-_RESAMPLES = 500  # of the bootstrap for figures that are not means over prompts
 ScoreFn = Callable[[Responses], Sequence[float]]
 
 
@@ -117,28 +116,33 @@ def per_prompt(values: Sequence[float], samples: int) -> NDArray[np.float64]:
     return np.asarray(values, dtype=np.float64).reshape(-1, samples).mean(axis=1)
 
 
-def paired_bootstrap(
-    before: Sequence[str], after: Sequence[str], statistic: Callable[[Sequence[str]], float], *, seed: int
+def paired_jackknife(
+    before: Sequence[str], after: Sequence[str], statistic: Callable[[Sequence[str]], float]
 ) -> dict[str, Any]:
-    """Change of a figure of a whole set of texts, with a 95% percentile interval over resampled rows.
+    """Change of a figure of a whole set of texts, with a 95% interval from leaving out one prompt at a time.
 
-    Both sides are resampled with the same rows (Efron 1979), because they answer the same prompts. What is
-    not known (NaN) becomes None.
+    diff +- z se, se^2 = (n - 1) / n * sum (d_(i) - mean d_(.))^2 (Tukey 1958), the same row left out on both
+    sides. Not a bootstrap: a resampled set repeats texts, which lowers every distinct-n. What is not known
+    (NaN) becomes None.
     """
-    rng = np.random.default_rng([seed % 2**63, 3])
-    changes = []
-    for _ in range(_RESAMPLES):
-        rows = rng.integers(len(before), size=len(before))
-        changes.append(statistic([after[i] for i in rows]) - statistic([before[i] for i in rows]))
     x, y = statistic(before), statistic(after)
-    known = [change for change in changes if not math.isnan(change)]  # a resample may hold no long text
-    ci95 = [float(q) for q in np.quantile(known, [0.025, 0.975])] if known else None
-    figures = {"before": x, "after": y, "diff": y - x}
-    unknown = {name: None for name, value in figures.items() if math.isnan(value)}
+    changes = np.array(
+        [
+            statistic([*after[:i], *after[i + 1 :]]) - statistic([*before[:i], *before[i + 1 :]])
+            for i in range(len(before))
+        ]
+    )
+    known = changes[~np.isnan(changes)]  # without its only long text a set has no n-gram
+    figures: dict[str, float | None] = {"before": x, "after": y, "diff": y - x}
+    ci95 = None
+    if known.size > 1 and not math.isnan(y - x):
+        error = math.sqrt((known.size - 1) * float(known.var()))
+        ci95 = [y - x - Z95 * error, y - x + Z95 * error]
+    unknown = {name: None for name, value in figures.items() if value is not None and math.isnan(value)}
     return {**figures, **unknown, "ci95": ci95, "n": len(before)}
 
 
-def compare(before: Side, after: Side, *, samples: int, seed: int) -> dict[str, Any]:
+def compare(before: Side, after: Side, *, samples: int) -> dict[str, Any]:
     """Every figure of the two sides with its interval, as it goes into ``summary.json``."""
     figures: dict[str, Any] = {}
     for name in before.scores:
@@ -149,8 +153,8 @@ def compare(before: Side, after: Side, *, samples: int, seed: int) -> dict[str, 
         x, y = (per_prompt(getattr(side, key), samples) for side in (before, after))
         figures[name] = paired_difference(x, y)
     for n in (1, 2):
-        figures[f"distinct_{n}"] = paired_bootstrap(
-            before.texts, after.texts, functools.partial(distinct_n, n=n), seed=seed
+        figures[f"distinct_{n}"] = paired_jackknife(
+            before.texts, after.texts, functools.partial(distinct_n, n=n)
         )
     figures["kl"] = mean_interval(per_prompt(after.kl, samples)).as_dict()
     figures["kl_k3"] = mean_interval(per_prompt(after.kl_k3, samples)).as_dict()

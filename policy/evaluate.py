@@ -67,7 +67,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         "seed": recipe.seed,
         "model": recipe.model.path,
         "judged_by": section.judge,
-        **compare(before, after, samples=section.samples, seed=recipe.seed),
+        **compare(before, after, samples=section.samples),
         "reward_model": _reward_figures(run),
         "samples": sample_pairs(rows, before, after, section.pairs_shown),
         "stages": _stage_costs(run),

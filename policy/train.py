@@ -21,7 +21,7 @@ def main() -> None:
         return
     from policy.fit import fit
 
-    run.finish(fit(recipe, run), keep=("metrics.jsonl",))
+    run.finish(fit(recipe, run))
 
 
 if __name__ == "__main__":

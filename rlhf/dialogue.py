@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.comparisons import Message
@@ -123,11 +124,19 @@ class Dialogue:
         """Hash of vocabulary, merges, template, EOS and padding: equal means equal ids for equal text."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = (
-            backend.to_str() if backend is not None else str(sorted(self.tokenizer.get_vocab().items()))
+            _bare(backend) if backend is not None else str(sorted(self.tokenizer.get_vocab().items()))
         )
         template = self.tokenizer.chat_template if self.template == "chat" else "plain"
         parts = [vocabulary, str(template), str(self.eos_id), str(self.pad_id)]
         return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
+
+
+def _bare(backend: Any) -> str:
+    """A tokenizer as text, without the padding and truncation that its last call has left in it."""
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return str(copy.to_str())
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> int:

@@ -77,16 +77,14 @@ class StageRun:
             artifacts.write_json(self.folder / "clock.json", clock)
             self.started = time.monotonic()
 
-    def finish(self, results: dict[str, Any], *, keep: Sequence[str] = ()) -> None:
+    def finish(self, results: dict[str, Any]) -> None:
         """Write the manifest, which makes the stage complete, and drop its checkpoints.
 
         Args:
             results: figures that later stages and the summary read.
-            keep: working files that are part of the result after all.
         """
         if not self.is_main:
             return
-        skip = [name for name in _WORKING if name not in keep]
         extra = {
             "stage": self.stage,
             "fingerprint": self.fingerprint,
@@ -98,7 +96,7 @@ class StageRun:
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             "git_commit": _git_commit(),
         }
-        artifacts.write_manifest(self.folder, extra, skip)
+        artifacts.write_manifest(self.folder, extra, _WORKING)
         for name in ("checkpoints", "parts"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 

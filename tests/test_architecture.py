@@ -147,10 +147,10 @@ def test_each_library_is_known_to_few():
     assert importers("trl") == {"reward/trainer.py"}
 
 
-def test_only_the_backbone_knows_how_a_base_is_quantised():
-    assert importers("bitsandbytes") <= {"rlhf/backbone.py"}
+def test_only_the_base_loader_knows_how_a_base_is_quantised():
+    assert importers("bitsandbytes") <= {"rlhf/base.py"}
     named = {f for f in FILES if "BitsAndBytesConfig" in {m.rpartition(".")[2] for m in all_imports(f)}}
-    assert named == {"rlhf/backbone.py"}
+    assert named == {"rlhf/base.py"}
 
 
 def test_no_file_is_too_long_to_be_read_in_one_go():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from policy.compare import Side, compare, paired_bootstrap, per_prompt, sample_pairs, say, text_judge
+from policy.compare import Side, compare, paired_jackknife, per_prompt, sample_pairs, say, text_judge
 from policy.texts import distinct_n
 from rlhf.backbone import REFERENCE, Backbone
 from rlhf.comparisons import Message
@@ -78,7 +78,7 @@ def test_length_and_ending_are_those_of_the_response():
 
 def test_a_side_against_itself_differs_by_nothing():
     side = talk("policy", stir=0.2)
-    figures = compare(side, side, samples=1, seed=0)
+    figures = compare(side, side, samples=1)
     for name in ("gold", "response_length", "eos_rate", "entropy", "distinct_1", "distinct_2"):
         assert set(figures[name]) == FIGURE, name
         unknown = name == "distinct_2" and figures[name]["before"] is None  # no text has two words
@@ -99,7 +99,7 @@ def sides(before, after):
 
 def test_the_samples_of_a_prompt_are_averaged_before_the_interval():
     before, after = [0.0, 2.0, 1.0, 1.0, 5.0, 3.0], [2.0, 2.0, 0.0, 1.0, 4.0, 6.0]
-    figures = compare(*sides(before, after), samples=2, seed=0)
+    figures = compare(*sides(before, after), samples=2)
     changes = np.array([1.0, -0.5, 1.0])  # of the means 1, 1, 4 and 2, 0.5, 5
     half = 1.959964 * changes.std(ddof=1) / np.sqrt(3)
     for name in ("gold", "response_length", "eos_rate", "entropy"):
@@ -115,7 +115,7 @@ def test_the_samples_of_a_prompt_are_averaged_before_the_interval():
 
 
 def test_before_and_after_are_not_swapped():
-    figures = compare(*sides([0.0, 0.0, 1.0], [1.0, 2.0, 2.0]), samples=1, seed=0)
+    figures = compare(*sides([0.0, 0.0, 1.0], [1.0, 2.0, 2.0]), samples=1)
     assert figures["gold"]["diff"] == pytest.approx(4 / 3)
     assert figures["gold_win_rate"]["mean"] == 1
 
@@ -124,14 +124,14 @@ def length(texts):
     return sum(map(len, texts)) / len(texts)
 
 
-def test_the_paired_bootstrap_covers_the_truth_and_uses_the_pairs():
+def test_the_paired_jackknife_covers_the_truth_and_uses_the_pairs():
     rng = np.random.default_rng(0)
     covered, widths, sets = 0, [], 60
-    for number in range(sets):
+    for _ in range(sets):
         easy = rng.integers(10, 50, size=40)  # shared by both sides: pairing takes it out
         before = ["x" * int(n) for n in easy]
         after = ["x" * int(n) for n in easy + rng.integers(0, 7, size=40)]  # 3 longer on average
-        figure = paired_bootstrap(before, after, length, seed=number)
+        figure = paired_jackknife(before, after, length)
         assert figure["diff"] == pytest.approx(length(after) - length(before))
         low, high = figure["ci95"]
         covered += low <= 3 <= high
@@ -140,14 +140,14 @@ def test_the_paired_bootstrap_covers_the_truth_and_uses_the_pairs():
     assert np.mean(widths) == pytest.approx(2 * 1.96 * 2 / np.sqrt(40), rel=0.1)
 
 
-def test_a_figure_that_some_resamples_do_not_have_is_taken_from_the_others():
+def test_a_figure_that_some_subsets_do_not_have_is_taken_from_the_others():
     def two_words(texts):
         return distinct_n(texts, 2)
 
-    figure = paired_bootstrap(["a b", "c", "d"], ["a b", "c", "d e"], two_words, seed=0)
+    figure = paired_jackknife(["a b", "c", "d"], ["a b", "c", "d e"], two_words)
     assert (figure["before"], figure["after"], figure["diff"]) == (1, 1, 0)
     assert np.isfinite(figure["ci95"]).all()
-    figure = paired_bootstrap(["a", "c"], ["a b", "c d"], two_words, seed=0)
+    figure = paired_jackknife(["a", "c"], ["a b", "c d"], two_words)
     assert figure == {"before": None, "after": 1, "diff": None, "ci95": None, "n": 2}
 
 
@@ -236,3 +236,12 @@ def test_the_responses_are_all_written(road, summary):
     ]
     assert len(lines) == 24
     assert {line["prompt"] for line in lines} >= {sample["prompt"] for sample in summary["samples"]}
+
+
+def test_the_interval_of_distinct_n_holds_its_own_figure():
+    rng = np.random.default_rng(1)
+    before = [" ".join(map(str, rng.integers(0, 400, size=20))) for _ in range(60)]
+    after = [" ".join(map(str, rng.integers(0, 200, size=20))) for _ in range(60)]
+    figure = paired_jackknife(before, after, lambda texts: distinct_n(texts, 1))
+    low, high = figure["ci95"]
+    assert low < figure["diff"] < high < 0
