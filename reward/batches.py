@@ -41,9 +41,8 @@ def encode(comparisons: Sequence[Comparison], dialogue: Dialogue) -> list[dict[s
     return rows
 
 
-def collate(examples: Sequence[dict[str, Any]], pad_id: int) -> RankedBatch:
-    """Pad the responses of a few encoded comparisons into one batch."""
-    ids_NT, mask_NT = right_pad([r for e in examples for r in e["responses"]], pad_id)
+def layout(examples: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each response of some encoded comparisons stands: rows, ranks and mask, [B, K] each."""
     widest = max(len(e["ranks"]) for e in examples)
     rows_BK = torch.zeros(len(examples), widest, dtype=torch.long)
     ranks_BK = torch.zeros_like(rows_BK)
@@ -55,7 +54,13 @@ def collate(examples: Sequence[dict[str, Any]], pad_id: int) -> RankedBatch:
         ranks_BK[b, :k] = torch.tensor(example["ranks"])
         mask_BK[b, :k] = True
         first += k
-    return RankedBatch(ids_NT, mask_NT, rows_BK, ranks_BK, mask_BK)
+    return rows_BK, ranks_BK, mask_BK
+
+
+def collate(examples: Sequence[dict[str, Any]], pad_id: int) -> RankedBatch:
+    """Pad the responses of a few encoded comparisons into one batch."""
+    ids_NT, mask_NT = right_pad([r for e in examples for r in e["responses"]], pad_id)
+    return RankedBatch(ids_NT, mask_NT, *layout(examples))
 
 
 def token_batches(rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:

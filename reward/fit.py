@@ -26,7 +26,7 @@ from reward.trainer import RankedRewardTrainer, training_arguments
 from rlhf.artifacts import MANIFEST, read_json, step_of, write_json
 from rlhf.backbone import Backbone
 from rlhf.base import load_base
-from rlhf.comparisons import Comparison, Counts, read_native
+from rlhf.comparisons import Comparison, Counts
 from rlhf.dialogue import Dialogue, load_dialogue
 from rlhf.errors import UserError
 from rlhf.intervals import Estimate, cluster_mean_interval
@@ -34,6 +34,7 @@ from rlhf.metrics import Metrics
 from rlhf.recipe import Recipe
 from rlhf.runtime import load_bases_whole
 from rlhf.sequences import right_pad
+from rlhf.sources.native import read_native
 from rlhf.stage import StageRun, processes
 
 MODEL = "model"  # the saved reward model, below the stage's folder

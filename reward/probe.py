@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reward.batches import token_batches
+from reward.batches import layout, token_batches
 from reward.loss import pair_accuracy, ranked_loss
 from rlhf.intervals import Estimate, cluster_mean_interval
 from rlhf.sequences import last_true_index, positions_from_mask, right_pad
@@ -45,9 +45,9 @@ def features(decoder: nn.Module, rows: Sequence[Sequence[int]], pad_id: int) -> 
     return torch.stack([parts[i] for i in range(len(rows))])
 
 
-def _fit(x_ND: Tensor, layout: tuple[Tensor, Tensor, Tensor], penalty: float) -> Tensor:
+def _fit(x_ND: Tensor, where: tuple[Tensor, Tensor, Tensor], penalty: float) -> Tensor:
     """Weights that minimise the ranked loss plus an L2 penalty."""
-    rows_BK, ranks_BK, mask_BK = layout
+    rows_BK, ranks_BK, mask_BK = where
     weights = torch.zeros(x_ND.shape[1], requires_grad=True)
     optimiser = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -62,21 +62,8 @@ def _fit(x_ND: Tensor, layout: tuple[Tensor, Tensor, Tensor], penalty: float) ->
     return weights.detach()
 
 
-def _layout(examples: Sequence[dict[str, Any]], first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    widest = max(len(e["ranks"]) for e in examples)
-    rows_BK = torch.zeros(len(examples), widest, dtype=torch.long)
-    ranks_BK, mask_BK = torch.zeros_like(rows_BK), torch.zeros_like(rows_BK, dtype=torch.bool)
-    for b, example in enumerate(examples):
-        k = len(example["ranks"])
-        rows_BK[b, :k] = torch.arange(first, first + k)
-        ranks_BK[b, :k] = torch.tensor(example["ranks"])
-        mask_BK[b, :k] = True
-        first += k
-    return rows_BK, ranks_BK, mask_BK
-
-
-def _accuracy(weights: Tensor, x_ND: Tensor, layout: tuple[Tensor, Tensor, Tensor]) -> Estimate:
-    rows_BK, ranks_BK, mask_BK = layout
+def _accuracy(weights: Tensor, x_ND: Tensor, where: tuple[Tensor, Tensor, Tensor]) -> Estimate:
+    rows_BK, ranks_BK, mask_BK = where
     correct, pairs = pair_accuracy((x_ND @ weights)[rows_BK], ranks_BK, mask_BK)
     return cluster_mean_interval(correct.numpy(), pairs.numpy())
 
@@ -105,7 +92,7 @@ def fit_probe(
     y_ND = features(decoder, [r for e in held_out for r in e["responses"]], pad_id)
     mean, spread = x_ND.mean(0), x_ND.std(0).clamp_min(1e-6)
     x_ND, y_ND = (x_ND - mean) / spread, (y_ND - mean) / spread
-    whole = _layout(train)
+    whole = layout(train)
     cut = max(1, len(train) * 4 // 5)
     fit, choose = tuple(t[:cut] for t in whole), tuple(t[cut:] for t in whole)
     best = _PENALTIES[2]
@@ -113,4 +100,4 @@ def fit_probe(
         best = max(_PENALTIES, key=lambda p: _accuracy(_fit(x_ND, fit, p), x_ND, choose).mean)  # type: ignore[arg-type]
     weights_D = _fit(x_ND, whole, best)
     # the mean of the features changes no comparison, so only their spread has to be undone
-    return Probe(weights_D / spread, _accuracy(weights_D, y_ND, _layout(held_out)))
+    return Probe(weights_D / spread, _accuracy(weights_D, y_ND, layout(held_out)))

@@ -273,19 +273,6 @@ def write_native(path: str | Path, comparisons: Iterable[Comparison]) -> None:
     unfinished.replace(path)
 
 
-def read_native(path: str | Path, on_bad_rows: OnBadRows, counts: Counts) -> list[Comparison]:
-    """Read what :func:`write_native` wrote (``prompt`` may also be a plain string); nothing is removed.
-
-    Raises UserError with file and line at the first bad row, or counts bad rows under ``"skip"``.
-    """
-    # Here and not at the top: the readers in rlhf.sources are built on this module.
-    from rlhf.sources import native
-    from rlhf.sources.files import local
-    from rlhf.sources.rows import sift
-
-    return list(sift(local(Path(path)), [native], problem, on_bad_rows, counts))
-
-
 def fingerprint(comparisons: Iterable[Comparison]) -> str:
     """SHA-256 (hex) of the content in its order: a run resumes at a position, so order is content too."""
     digest = hashlib.sha256()

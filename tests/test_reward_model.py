@@ -22,10 +22,11 @@ from reward.trainer import RankedRewardTrainer
 from rlhf.artifacts import read_json
 from rlhf.backbone import HEAD, WEIGHTS, Backbone
 from rlhf.base import load_base
-from rlhf.comparisons import Counts, read_native
+from rlhf.comparisons import Counts
 from rlhf.dialogue import load_dialogue
 from rlhf.errors import UserError
 from rlhf.sequences import right_pad
+from rlhf.sources.native import read_native
 
 MODEL = "runs/tiny/reward/model"
 FRESH = """

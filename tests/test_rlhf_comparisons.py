@@ -17,11 +17,11 @@ from rlhf.comparisons import (
     fingerprint,
     problem,
     prompt_key,
-    read_native,
     split_by_prompt,
     write_native,
 )
 from rlhf.errors import UserError
+from rlhf.sources.native import read_native
 
 
 def user(text):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-from rlhf.comparisons import Comparison, Message
-from rlhf.sources.rows import BadRow, Row, confidence, messages
+from rlhf.comparisons import Comparison, Counts, Message, OnBadRows, problem
+from rlhf.sources.files import local
+from rlhf.sources.rows import BadRow, Row, confidence, messages, sift
 
 FORMAT = 'native {"prompt", "responses", "ranks"}'
 
@@ -32,3 +35,11 @@ def parse(row: Row, source: str) -> Iterator[Comparison]:
         source if own_source is None else own_source,
         confidence(row),
     )
+
+
+def read_native(path: str | Path, on_bad_rows: OnBadRows, counts: Counts) -> list[Comparison]:
+    """Read what :func:`rlhf.comparisons.write_native` wrote; nothing is removed.
+
+    Raises UserError with file and line at the first bad row, or counts bad rows under ``"skip"``.
+    """
+    return list(sift(local(Path(path)), [sys.modules[__name__]], problem, on_bad_rows, counts))
