@@ -25,12 +25,11 @@ STAGES = ("comparisons", "reward", "ppo")
 
 def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     """Do the stage's work; returns the summary."""
-    import torch
     from tqdm import tqdm
 
     from policy.compare import compare, sample_pairs, say
     from rlhf.backbone import REFERENCE, Backbone
-    from rlhf.base import load_base
+    from rlhf.base import best_device, load_base
     from rlhf.collect import stored_prompts
     from rlhf.dialogue import load_dialogue
 
@@ -42,7 +41,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     backbone.load_adapter("policy", run.parent("ppo") / "policy")
     judges = _judges(recipe, run, backbone, dialogue)
     backbone.check_architecture()
-    backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+    backbone.to(best_device())
     prompts = stored_prompts(run, "held_out_prompts.jsonl")[: section.prompts]
     if len(prompts) < section.prompts:
         print(f"evaluate: {len(prompts)} held-out prompts, fewer than the {section.prompts} asked for")

@@ -25,7 +25,7 @@ from reward.probe import fit_probe
 from reward.trainer import RankedRewardTrainer, training_arguments
 from rlhf.artifacts import MANIFEST, read_json, step_of, write_json
 from rlhf.backbone import Backbone
-from rlhf.base import load_base
+from rlhf.base import best_device, load_base
 from rlhf.comparisons import Comparison, Counts
 from rlhf.dialogue import Dialogue, load_dialogue
 from rlhf.errors import UserError
@@ -92,7 +92,7 @@ def _probe(
     """The linear probe on the base below a fresh adapter, which changes nothing yet; fitted once a stage."""
     kept = run.folder / "parts" / "probe.json"
     if not kept.is_file():
-        decoder = fresh.base_model.model.base_model
+        decoder = fresh.to(best_device()).base_model.model.base_model
         probe = fit_probe(decoder, rows["train"], rows["held_out"], dialogue.pad_id)
         figures: dict[str, Any] = {"weights": probe.weights_D.tolist(), "accuracy": probe.accuracy.as_dict()}
         if run.is_main:

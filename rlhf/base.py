@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ from rlhf.errors import UserError
 from rlhf.schema import Model
 
 hf_logging.disable_progress_bar()
+
+
+def best_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def quantization_config(kind: str) -> Any:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rlhf.artifacts import write_atomically
 from rlhf.backbone import REFERENCE, Backbone
-from rlhf.base import load_base
+from rlhf.base import best_device, load_base
 from rlhf.comparisons import Comparison, Counts, Prompt, problem
 from rlhf.dialogue import Dialogue
 from rlhf.judges import JUDGES, noisy_ranks, pair_agreement
@@ -69,7 +69,7 @@ def sampled_comparisons(
 def _backbone(recipe: Recipe) -> Backbone:
     backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["policy"])
     backbone.check_architecture()
-    return backbone
+    return backbone.to(best_device())
 
 
 def _responses(
