@@ -73,8 +73,9 @@ check: setup ## lint, formatting and types
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
+# Two files at a time, one thread each: most tests wait for one core, and figures do not depend on the load.
 test: setup ## all tests
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 smoke: setup ## the whole road on a tiny random model, in a scratch folder
 	@rm -rf runs/smoke
