@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.schema import Recipe
 
-__all__ = ["Recipe", "check_batch_sizes", "dump", "files_of", "from_command_line", "load"]
+__all__ = ["Recipe", "check_batch_sizes", "dump", "files_of", "from_command_line", "is_path", "load"]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -179,6 +179,18 @@ def files_of(spec: str) -> list[str]:
     return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
 
 
+def is_path(model: str) -> bool:
+    """Whether a model's name is a folder's: a hub id is NAME or OWNER/NAME, and never begins like a path."""
+    first, *rest = model.split("/")
+    return (
+        os.path.exists(os.path.expanduser(model))
+        or first in ("", ".", "..")
+        or first.startswith("~")
+        or len(rest) > 1
+        or (bool(rest) and os.path.isdir(first))
+    )
+
+
 def _check_files(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
     """Every file that the recipe names must be there before anything starts."""
     for key in ("comparisons", "prompts", "held_out_prompts"):
@@ -188,11 +200,24 @@ def _check_files(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
             if not files_of(spec):
                 where = origins.get(f"data.{key}", str(path))
                 raise UserError(f"{where}: data.{key}: no file matches {spec}; check the path")
-    for section in ("ppo", "evaluate"):
-        folder = getattr(recipe, section).reward_model
-        if folder and not Path(folder).is_dir():
-            where = origins.get(f"{section}.reward_model", str(path))
-            raise UserError(f"{where}: {section}.reward_model: {folder} is not a folder; check the path")
+    for section, folders in (("ppo", recipe.ppo.reward_model), ("evaluate", [recipe.evaluate.reward_model])):
+        for folder in folders:
+            if folder is not None and not (folder and Path(folder).is_dir()):
+                key = f"{section}.reward_model"
+                where = origins.get(key, str(path))
+                raise UserError(f"{where}: {key}: {folder or repr(folder)} is not a folder; check the path")
+    for key in ("comparisons", "outliers"):
+        for spec in getattr(recipe.card, key):
+            if not spec.startswith("hub:") and not files_of(spec):
+                where = origins.get(f"card.{key}", str(path))
+                raise UserError(f"{where}: card.{key}: no file matches {spec}; check the path")
+    for key in ("model", "against"):
+        name = getattr(recipe.card, key)
+        if name is not None and (not name or (is_path(name) and not Path(name).expanduser().is_dir())):
+            where = origins.get(f"card.{key}", str(path))
+            raise UserError(
+                f"{where}: card.{key}: {name or repr(name)} is not a folder; check the path, or name a hub id"
+            )
 
 
 def check_batch_sizes(recipe: Recipe, processes: int) -> None:
@@ -202,15 +227,15 @@ def check_batch_sizes(recipe: Recipe, processes: int) -> None:
         UserError: names the two numbers and a batch size that would work.
     """
     ppo, reward = recipe.ppo, recipe.reward
-    for name, size, share in (
-        ("ppo.batch_size / ppo.minibatches", ppo.batch_size // ppo.minibatches, processes),
-        ("reward.batch_size", reward.batch_size, processes * reward.micro_batch_size),
+    for name, size in (
+        ("ppo.batch_size / ppo.minibatches", ppo.batch_size // ppo.minibatches),
+        ("reward.batch_size", reward.batch_size),
+        ("pmp.batch_size", recipe.pmp.batch_size if recipe.pmp else processes),
     ):
-        if size % share:
+        if size % processes:
             raise UserError(
-                f"{name} = {size} does not divide over {processes} processes"
-                + (f" x micro_batch_size {reward.micro_batch_size}" if name.startswith("reward") else "")
-                + f"; use a multiple of {share}, for example {-(-size // share) * share}"
+                f"{name} = {size} does not divide over {processes} processes; "
+                f"use a multiple of {processes}, for example {-(-size // processes) * processes}"
             )
 
 

@@ -32,6 +32,7 @@ _CHANGEABLE = {  # may change between two starts of an unfinished stage, because
     "ppo.micro_batch_size",
     "ppo.checkpoint_every",
     "reward.checkpoint_every",
+    "pmp.checkpoint_every",
 }
 _VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 # a folder that holds nothing else was begun, and stopped before any work was done

@@ -1,12 +1,10 @@
 """A recipe is refused before torch is imported, with file, line, key and remedy; every field is used."""
 
-import ast
 import itertools
 import os
 import subprocess
 import sys
 import time
-import typing
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ import yaml
 
 from rlhf.errors import UserError
 from rlhf.recipe import check_batch_sizes, dump, files_of, from_command_line, load
-from rlhf.schema import Recipe, Section
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.y*ml"))
@@ -258,16 +255,12 @@ def test_batch_sizes_that_do_not_divide_are_refused_with_the_numbers(recipe):
     assert "batch_size 10 does not divide into 4 minibatches" in refusal(
         recipe(), "ppo.batch_size=10", "ppo.minibatches=4"
     )
-    assert "reward.batch_size 10 is not a multiple of reward.micro_batch_size 4" in refusal(
-        recipe(), "reward.batch_size=10", "reward.micro_batch_size=4"
-    )
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 5, 8])
 def test_batches_are_accepted_exactly_where_every_process_gets_an_equal_share(recipe, processes):
-    sizes = ["ppo.batch_size=24", "ppo.minibatches=2", "reward.batch_size=24", "reward.micro_batch_size=2"]
-    loaded = load(recipe(), sizes)
-    if processes in (1, 2, 3, 4):  # 12 rows a minibatch; 24 comparisons in twos
+    loaded = load(recipe(), ["ppo.batch_size=24", "ppo.minibatches=2", "reward.batch_size=24"])
+    if processes in (1, 2, 3, 4):  # 12 rows a minibatch; 24 comparisons
         check_batch_sizes(loaded, processes)
     else:
         with pytest.raises(UserError, match=f"does not divide over {processes} processes") as caught:
@@ -277,13 +270,17 @@ def test_batches_are_accepted_exactly_where_every_process_gets_an_equal_share(re
         assert advised >= 12
 
 
-def test_the_reward_batch_must_divide_over_processes_and_micro_batches(recipe):
-    loaded = load(recipe(), ["ppo.batch_size=8", "reward.batch_size=12", "reward.micro_batch_size=6"])
+@pytest.mark.parametrize("stage", ["reward", "pmp"])
+def test_the_batches_of_both_trainings_must_divide_over_the_processes(recipe, stage):
+    sizes = ["ppo.batch_size=8", "reward.batch_size=8", "pmp.batch_size=8", "pmp.sources=[{files: hub:x}]"]
+    check_batch_sizes(load(recipe(), sizes), 4)
+    loaded = load(recipe(), [*sizes, f"{stage}.batch_size=10"])
     check_batch_sizes(loaded, 2)
     with pytest.raises(UserError) as caught:
         check_batch_sizes(loaded, 4)
-    assert str(caught.value).startswith("reward.batch_size = 12 does not divide over 4 processes x micro_")
-    assert str(caught.value).endswith("use a multiple of 24, for example 24")
+    assert str(caught.value) == (
+        f"{stage}.batch_size = 10 does not divide over 4 processes; use a multiple of 4, for example 12"
+    )
 
 
 def test_sampled_comparisons_need_prompts_and_a_judge_needs_no_second_one(recipe):
@@ -332,58 +329,3 @@ def test_checking_a_recipe_imports_no_torch(recipe):
     )
     done = run("-c", code.format(recipe()))
     assert (done.stdout, done.stderr) == ("[]\n", "")
-
-
-# --- the schema ------------------------------------------------------------------------------------------
-
-
-def section_of(annotation):
-    options = [annotation, *typing.get_args(annotation)]
-    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
-
-
-def fields():
-    """(section's key, field's name, field) of every field of a recipe."""
-    found = [("recipe", name, field) for name, field in Recipe.model_fields.items()]
-    for key, field in Recipe.model_fields.items():
-        section = section_of(field.annotation)
-        found += [(key, n, f) for n, f in section.model_fields.items()] if section else []
-    return found
-
-
-def readings():
-    """Every ``holder.name`` that the code reads as (holder, name), and every text in a file with getattr."""
-    read, texts = set(), set()
-    for file in [p for package in ("rlhf", "reward", "policy") for p in (ROOT / package).rglob("*.py")]:
-        if file.name in ("recipe.py", "schema.py"):
-            continue
-        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
-        for node in nodes:
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
-                holder = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
-                read.add((holder, node.attr))
-        if any(isinstance(node, ast.Name) and node.id == "getattr" for node in nodes):
-            texts |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return read, texts
-
-
-BY_PROPERTY = {("lora", "layers"): ("lora", "top_k")}  # read inside the schema, for this property
-
-
-def test_every_field_is_read_by_the_code():
-    read, texts = readings()
-    unread = []
-    for key, name, _ in fields():
-        holder, wanted = BY_PROPERTY.get((key, name), (key, name))
-        if wanted not in texts and not {(holder, wanted), ("section", wanted)} & read:
-            unread.append(f"{key}.{name}")
-    assert unread == []
-
-
-def test_every_field_says_what_it_means():
-    assert len(fields()) > 60
-    for key, name, field in fields():
-        if key == "recipe" and section_of(field.annotation):
-            assert (section_of(field.annotation).__doc__ or "").strip().endswith("."), name
-        else:
-            assert (field.description or "").strip().endswith((".", ")")), f"{key}.{name}"

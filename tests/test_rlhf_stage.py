@@ -188,8 +188,8 @@ def test_what_does_not_change_the_result_may_change(inside, start, section, over
 
 def test_what_changes_the_result_by_rounding_may_not_change(inside):
     begin_and_work(name="reward", section="reward")
-    message = refusal("reward.micro_batch_size=2", name="reward", section="reward")
-    assert "reward.micro_batch_size: 4 -> 2" in message
+    message = refusal("reward.tokens_per_micro_batch=200", name="reward", section="reward")
+    assert "reward.tokens_per_micro_batch: 400 -> 200" in message
 
 
 @pytest.mark.parametrize("start", [begin_and_work, finished])
