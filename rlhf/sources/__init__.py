@@ -5,16 +5,29 @@ The format of each row is recognised from its fields; files of several formats m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rlhf.comparisons import Comparison, Counts, OnBadRows, deduplicate, problem
 from rlhf.errors import UserError
-from rlhf.sources import hh, native, oasst, trl
+from rlhf.sources import hh, native, oasst, reddit, stackexchange, trl, wikipedia
 from rlhf.sources.files import origins
 from rlhf.sources.rows import Reader, sift
 
 # The order is that of recognition: TRL's fields are the least particular, so it comes last.
-READERS: tuple[Reader[Comparison], ...] = (native, oasst, hh, trl)
+READERS: tuple[Reader[Comparison], ...] = (native, oasst, stackexchange, reddit, wikipedia, hh, trl)
+
+
+def stream_comparisons(
+    specs: Sequence[str], *, on_bad_rows: OnBadRows, counts: Counts, key: str = "data.comparisons"
+) -> Iterator[Comparison]:
+    """The comparisons that the specs name, in their order, checked, one at a time; repeats stay.
+
+    specs and on_bad_rows as in :func:`read_comparisons`; key: the recipe's key that holds the specs, named
+    in messages. ``counts`` is complete when the iterator is at its end. The memory does not depend on the
+    size of the files, except for .json and for gzipped .parquet, which are read whole.
+    """
+    for origin in origins(specs, key=key):
+        yield from sift(origin, READERS, problem, on_bad_rows, counts)
 
 
 def read_comparisons(
@@ -30,9 +43,7 @@ def read_comparisons(
     nothing is left.
     """
     counts = Counts()
-    comparisons: list[Comparison] = []
-    for origin in origins(specs, key="data.comparisons"):
-        comparisons.extend(sift(origin, READERS, problem, on_bad_rows, counts))
+    comparisons = list(stream_comparisons(specs, on_bad_rows=on_bad_rows, counts=counts))
     if min_confidence is not None:
         sure = [c for c in comparisons if c.confidence is None or c.confidence >= min_confidence]
         if len(sure) < len(comparisons):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from rlhf.errors import UserError
+from rlhf.sources import xml
 from rlhf.sources.rows import BadRow, Origin
 
 HUB = "hub:"  # hub:NAME[:CONFIG][@SPLIT]
@@ -30,31 +31,39 @@ def origins(specs: Sequence[str], *, key: str) -> Iterator[Origin]:
     for spec in specs:
         if spec.startswith(HUB):
             yield _hub(spec, key)
-            continue
-        path = Path(spec).expanduser()
-        if path.exists() or not glob.has_magic(spec):
-            yield local(path)
-            continue
-        matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
-        if not matches:
-            raise UserError(f"{key}: the pattern {spec!r} matches no file")
-        for match in matches:
-            yield local(Path(match))
+        else:
+            yield from map(local, paths_of(spec, key=key))
+
+
+def paths_of(spec: str, *, key: str) -> list[Path]:
+    """The files of a spec that is not of the hub; raises UserError for a pattern that matches none."""
+    path = Path(spec).expanduser()
+    if path.exists() or not glob.has_magic(spec):
+        return [path]
+    matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+    if not matches:
+        raise UserError(f"{key}: the pattern {spec!r} matches no file")
+    return [Path(match) for match in matches]
 
 
 def local(path: Path) -> Origin:
-    """A local file; its source label is the name without the endings."""
+    """A local file; its source label is the name without the endings.
+
+    Every site of StackExchange calls its dump Posts.xml: there the label is the name of the folder.
+    """
     kind = _kind(path)
-    return Origin(str(path), _plain_name(path)[: -len(kind)], rows(path), kind in (".jsonl", ".csv", ".txt"))
+    name = _plain_name(path)[: -len(kind)]
+    source = path.resolve().parent.name if (name, kind) == ("Posts", ".xml") else name
+    return Origin(str(path), source or name, rows(path), kind in (".jsonl", ".csv", ".txt", ".xml"))
 
 
 def rows(path: Path) -> Iterator[tuple[int, object]]:
-    """The rows of a .jsonl, .json, .csv, .parquet or .txt file, each also as .gz, with their numbers from 1.
+    """The rows of a .jsonl, .json, .csv, .parquet, .xml or .txt file, each also as .gz, numbered from 1.
 
-    The number is that of the line on which the row starts (.jsonl, .csv, .txt) or of the row (.json,
-    .parquet). A .json file holds a list, or an object with a list under "data" or "examples". A .txt row is
-    a str. Blank lines are no rows. A row that is broken by itself comes as a BadRow *value*, so that the
-    rows after it can still be read.
+    The number is that of the line on which the row starts (.jsonl, .csv, .xml, .txt) or of the row (.json,
+    .parquet). A .json file holds a list, or an object with a list under "data" or "examples". An .xml file
+    is a dump that :mod:`rlhf.sources.xml` knows. A .txt row is a str. Blank lines are no rows. A row that is
+    broken by itself comes as a BadRow *value*, so that the rows after it can still be read.
 
     Raises UserError for a missing file, an unknown ending, a broken archive, or text that is not UTF-8.
     """
@@ -182,11 +191,20 @@ def _parquet(path: Path) -> Iterator[tuple[int, object]]:
         raise UserError(f"{path}: not a readable parquet file ({error})") from None
 
 
+def _xml(path: Path) -> Iterator[tuple[int, object]]:
+    with _open(path) as stream:
+        try:
+            yield from xml.rows(stream, str(path))
+        except (EOFError, zlib.error, OSError) as error:
+            raise UserError(_unreadable(path, error)) from None
+
+
 _KINDS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
     ".parquet": _parquet,
+    ".xml": _xml,
     ".txt": _txt,
 }
 

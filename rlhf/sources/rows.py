@@ -1,4 +1,4 @@
-"""What the readers share: bad rows, messages, dialogue pairs, and the sieve that obeys ``on_bad_rows``."""
+"""What the readers share: bad rows, messages, rankings, and the sieve that obeys ``on_bad_rows``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from rlhf.comparisons import Comparison, Counts, Message, OnBadRows
+from rlhf.comparisons import Comparison, Counts, Message, OnBadRows, Prompt
 from rlhf.errors import UserError
 
 T = TypeVar("T")
@@ -15,11 +15,28 @@ Row = Mapping[str, Any]
 
 
 class BadRow(ValueError):
-    """A row that cannot be used. ``reason``, a fixed phrase, is counted; ``detail`` helps to mend it."""
+    """A row that cannot be used. ``reason``, a fixed phrase, is counted; ``detail`` helps to mend it.
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    ``column``, from 1, is shown after the line where the fault has one.
+    """
+
+    def __init__(self, reason: str, detail: str = "", column: int | None = None) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+        self.column = column
+
+
+class LeftOut(BadRow):
+    """What a rule of the format leaves out, such as a question with one answer: no mistake of the file.
+
+    It is counted by its reason like a bad row, but never stops a reading. A reader raises it for a whole
+    row and yields it in the place of one comparison among others; a file reader gives it in the place of a
+    row. prompt: that of the comparison, which is still good for readers that want prompts only.
+    """
+
+    def __init__(self, reason: str, prompt: Prompt = ()) -> None:
+        super().__init__(reason)
+        self.prompt = prompt
 
 
 class Reader(Protocol[T_co]):
@@ -30,7 +47,7 @@ class Reader(Protocol[T_co]):
     def recognises(self, row: Row) -> bool:
         """Whether the row's fields are those of this format."""
 
-    def parse(self, row: Row, source: str) -> Iterator[T_co]:
+    def parse(self, row: Row, source: str) -> Iterator[T_co | LeftOut]:
         """What the row holds, not yet checked; raises BadRow where it does not hold together."""
 
 
@@ -58,7 +75,8 @@ def sift(
     """The usable items of an origin; every item is counted in ``counts``.
 
     "stop" raises UserError at the first bad row or item. "skip" counts it and goes on; but an origin of
-    whose rows none is recognised is a mistake in the recipe and raises UserError in both cases.
+    whose rows none is recognised is a mistake in the recipe and raises UserError in both cases. What a
+    reader leaves out by rule (:class:`LeftOut`) is counted in both cases.
     """
     recognised = False
     unrecognised = ""
@@ -74,13 +92,20 @@ def sift(
                 raise unknown
             recognised = True
             items = list(reader.parse(row, origin.source))  # type: ignore[arg-type]
+        except LeftOut as left_out:
+            counts.read += 1
+            counts.drop(left_out.reason)
+            continue
         except BadRow as error:
             counts.read += 1
-            _refuse(error.reason, str(error), where, on_bad_rows, counts)
+            place = where if error.column is None else f"{where}:{error.column}"
+            _refuse(error.reason, str(error), place, on_bad_rows, counts)
             continue
         for item in items:
             counts.read += 1
-            if reason := problem(item):
+            if isinstance(item, LeftOut):
+                counts.drop(item.reason)
+            elif reason := problem(item):
                 _refuse(reason, reason, where, on_bad_rows, counts)
             else:
                 yield item
@@ -144,6 +169,21 @@ def confidence(row: Row) -> float | None:
     except (ValueError, OverflowError):
         pass
     raise BadRow("confidence is not a number", repr(value)[:40])
+
+
+def ranked_by_score(
+    prompt: Prompt, responses: Sequence[str], scores: Sequence[float], source: str
+) -> Comparison | LeftOut:
+    """Responses with their scores, the highest the best, as one comparison; equal scores are a tie.
+
+    Fewer than two responses and scores that are all equal say nothing about preference: LeftOut.
+    """
+    if len(responses) < 2:
+        return LeftOut("fewer than 2 answers", prompt)
+    places = {score: rank for rank, score in enumerate(sorted(set(scores), reverse=True))}
+    if len(places) < 2:
+        return LeftOut("all answers have the same score", prompt)
+    return Comparison(prompt, tuple(responses), tuple(places[score] for score in scores), source)
 
 
 def merge_turns(dialogue: Sequence[Message]) -> tuple[Message, ...]:
