@@ -1,8 +1,13 @@
-"""Losses and moments of a scalar score that is learned from rankings.
+"""Losses and moments of what is learned from rankings: scalar scores, or the log-probability of the best.
 
 Suffixes: ``_B`` comparison (one prompt), ``_K`` response of a comparison. A rank is an integer, the SMALLER
 the better; equal ranks are a tie. Masks: True = a real response, False = padding of a comparison that has
-fewer responses than the widest.
+fewer responses than the widest; what stands there, NaN included, changes no value and no gradient.
+
+Every loss is a mean over the comparisons that have an untied pair; the others give no term and are not
+counted, in any of them, so that losses of the same comparisons can be added. ``normaliser`` replaces the
+number of those rows as the divisor: give that of the whole batch, and the losses of micro-batches add up. A
+loss is float32, or float64 if its input is.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rlhf.sequences import masked_mean
+
 
 def ranked_loss(
     scores_BK: Tensor,
@@ -20,26 +27,135 @@ def ranked_loss(
     mask_BK: Tensor,
     *,
     normaliser: float | Tensor | None = None,
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+    label_noise: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ranking loss of comparisons: -log sigmoid(s_better - s_worse), mean over the pairs, then over the rows.
+    """Ranking loss of comparisons: -log sigmoid(d), mean over the pairs, then over the rows.
 
     scores_BK: higher is better. ranks_BK: smaller is better, equal = tie. mask_BK: True = a real response.
+    normaliser: see the module. d = s_better - s_worse - margin * (rank_worse - rank_better); margin is in
+    units of the score, for each step of rank.
+    label_smoothing e: (1 - e) (-log sigmoid(d)) + e (-log sigmoid(-d)).
+    label_noise e: -log((1 - e) sigmoid(d) + e sigmoid(-d)), at most -log e: a wrong label pulls only so far.
+    Both in [0, 1), and one at a time, else ValueError.
     A comparison weighs 1 however many responses it has: its pairs are averaged, 1 / C(K, 2) each when no two
-    tie. A tie gives no term; a row without an untied pair gives none either and is not counted in the mean.
-    normaliser: replaces the number of rows with a pair as the divisor of the outer mean; give that of the
-    whole batch, and the losses of micro-batches add up. To be minimised; log 2 when all scores are equal.
-    Returns (loss, correct, pairs): the last two are sums of :func:`pair_accuracy` over the rows.
+    tie. A tie gives no term. To be minimised; log 2 when all scores are equal and the options are off.
+    Returns (loss, correct, pairs): the last two are sums of :func:`pair_accuracy` over the rows, in which the
+    options have no part.
 
-    Ouyang et al. 2022 (arXiv 2203.02155), eq. 1.
+    Ouyang et al. 2022 (arXiv 2203.02155), eq. 1. Margin: Touvron et al. 2023 (arXiv 2307.09288), eq. 2, here
+    linear in the ranks. Noise: Christiano et al. 2017 (arXiv 1706.03741), section 2.2.3, whose labeller
+    answers at random in 10% of the cases, e = 0.05.
     """
     scores_BK = _clean(scores_BK, mask_BK)
     pairs_BKK = _untied_pairs(ranks_BK, mask_BK)
     pairs_B = pairs_BKK.sum(dim=(1, 2))
-    terms_BKK = torch.where(pairs_BKK, -logsigmoid(_gaps(scores_BK)), 0.0)
+    leads_BKK = _gaps(scores_BK)
+    if margin:
+        leads_BKK = leads_BKK + margin * _gaps(ranks_BK).to(leads_BKK.dtype)  # - margin * (r_j - r_i)
+    terms_BKK = torch.where(pairs_BKK, _pair_loss(leads_BKK, label_smoothing, label_noise), 0.0)
     row_loss_B = terms_BKK.sum(dim=(1, 2)) / pairs_B.clamp(min=1)
-    divisor = (pairs_B > 0).sum().clamp(min=1) if normaliser is None else normaliser
     correct_B = _correct(scores_BK, pairs_BKK)
-    return row_loss_B.sum() / divisor, correct_B.sum(), pairs_B.sum()
+    return _row_mean(row_loss_B, pairs_B > 0, normaliser), correct_B.sum(), pairs_B.sum()
+
+
+def plackett_luce_loss(
+    scores_BK: Tensor,
+    ranks_BK: Tensor,
+    mask_BK: Tensor,
+    *,
+    normaliser: float | Tensor | None = None,
+) -> Tensor:
+    """Negative log-likelihood of the whole order, per choice made: mean over the choices, then over the rows.
+
+    scores_BK: higher is better. ranks_BK: smaller is better, equal = tie. mask_BK: True = a real response.
+    normaliser: see the module.
+    Response i is chosen before all that are worse: -log(exp s_i / (exp s_i + sum over worse j of exp s_j)).
+    Without ties a row makes K - 1 choices, and K - 1 times its loss is -log P(its order). They are averaged,
+    so that a row weighs about as much as in :func:`ranked_loss`, which for K = 2 is the same to the bit.
+    The order inside a group of ties is not modelled: each member is chosen against what is worse than the
+    group, and the last group makes no choice. To be minimised; log 2 for K = 2 when the scores are equal.
+
+    Luce 1959; Plackett 1975.
+    """
+    scores_BK = _clean(scores_BK, mask_BK)
+    worse_BKK = _untied_pairs(ranks_BK, mask_BK)
+    chooses_BK = worse_BKK.any(dim=2)
+    # Who makes no choice keeps finite rivals, which are not used: backward through a sum of nothing is NaN.
+    absent_BKK = ~worse_BKK & chooses_BK.unsqueeze(2)
+    rivals_BK = (-_gaps(scores_BK)).masked_fill(absent_BKK, -math.inf).logsumexp(dim=2)  # [b, i]: less s_i
+    terms_BK = torch.where(chooses_BK, -logsigmoid(-rivals_BK), 0.0)
+    row_loss_B = terms_BK.sum(dim=1) / chooses_BK.sum(dim=1).clamp(min=1)
+    return _row_mean(row_loss_B, chooses_BK.any(dim=1), normaliser)
+
+
+def binary_loss(
+    scores_BK: Tensor,
+    ranks_BK: Tensor,
+    mask_BK: Tensor,
+    *,
+    normaliser: float | Tensor | None = None,
+) -> Tensor:
+    """Tell good from bad by an absolute label: -log sigmoid(s) of the good, -log sigmoid(-s) of the bad.
+
+    scores_BK: log-odds of being good. ranks_BK: a row's smallest rank (0, where ranks are dense) is good, all
+    others are bad. mask_BK: True = a real response. normaliser: see the module.
+    Half the mean over the good and half the mean over the bad of a row, so that three bad responses weigh no
+    more than one good one; then the mean over the rows. To be minimised; log 2 when all scores are 0.
+
+    The binary task of Askell et al. 2021 (arXiv 2112.00861), section 3, as a loss on one label at a time.
+    """
+    scores_BK = _clean(scores_BK, mask_BK)
+    good_BK, bad_BK = _best_and_rest(ranks_BK, mask_BK)
+    row_loss_B = 0.5 * (
+        masked_mean(-logsigmoid(scores_BK), good_BK, dim=1)
+        + masked_mean(-logsigmoid(-scores_BK), bad_BK, dim=1)
+    )
+    return _row_mean(row_loss_B, good_BK.any(dim=1), normaliser)
+
+
+def centring_penalty(
+    scores_BK: Tensor,
+    ranks_BK: Tensor,
+    mask_BK: Tensor,
+    *,
+    normaliser: float | Tensor | None = None,
+) -> Tensor:
+    """(s_i + s_j)^2, mean over the untied pairs, then over the rows: pulls the scores of a prompt to mean 0.
+
+    scores_BK: higher is better. ranks_BK: smaller is better, equal = tie. mask_BK: True = a real response.
+    normaliser: see the module. A ranking fixes scores only up to a constant for each prompt; this chooses it.
+
+    Eisenstein et al. 2023 (arXiv 2312.09244).
+    """
+    scores_BK = _clean(scores_BK, mask_BK)
+    pairs_BKK = _untied_pairs(ranks_BK, mask_BK)
+    squares_BKK = (scores_BK.unsqueeze(2) + scores_BK.unsqueeze(1)).square()
+    row_loss_B = masked_mean(squares_BKK.flatten(1), pairs_BKK.flatten(1), dim=1)
+    return _row_mean(row_loss_B, pairs_BKK.any(dim=2).any(dim=1), normaliser)
+
+
+def imitation_loss(
+    log_probs_BK: Tensor,
+    lengths_BK: Tensor,
+    ranks_BK: Tensor,
+    mask_BK: Tensor,
+    *,
+    normaliser: float | Tensor | None = None,
+) -> Tensor:
+    """Language-model loss on the best: -log p per token, mean over the tied best, then over the rows.
+
+    log_probs_BK: summed log-probability of each response, in nats. lengths_BK: tokens in that sum, 1 or more.
+    Both may hold anything, NaN included, where a response is not a best one. ranks_BK: smaller is better.
+    mask_BK: True = a real response. normaliser: see the module. A row of ties only is not counted, as in the
+    other losses: nothing says that its text is good.
+
+    Askell et al. 2021 (arXiv 2112.00861), section 3 (imitation learning).
+    """
+    best_BK, _ = _best_and_rest(ranks_BK, mask_BK)
+    per_token_BK = _clean(log_probs_BK, best_BK) / torch.where(best_BK, lengths_BK, 1)
+    return _row_mean(masked_mean(-per_token_BK, best_BK, dim=1), best_BK.any(dim=1), normaliser)
 
 
 def pair_accuracy(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,13 +193,36 @@ def normalisation(scores: Tensor) -> tuple[float, float]:
     return gain, -gain * float(values.mean())
 
 
+def _pair_loss(leads: Tensor, smoothing: float, noise: float) -> Tensor:
+    if (smoothing and noise) or not (0 <= smoothing < 1 and 0 <= noise < 1):
+        raise ValueError(f"label_smoothing {smoothing} and label_noise {noise}: in [0, 1), and one of them 0")
+    if noise:
+        right, flipped = math.log1p(-noise) + logsigmoid(leads), math.log(noise) + logsigmoid(-leads)
+        return -torch.logaddexp(right, flipped)
+    if smoothing:
+        return -(1 - smoothing) * logsigmoid(leads) - smoothing * logsigmoid(-leads)
+    return -logsigmoid(leads)
+
+
+def _row_mean(row_loss_B: Tensor, counted_B: Tensor, normaliser: float | Tensor | None) -> Tensor:
+    """Sum of the rows, 0 where not counted, over their number or ``normaliser``."""
+    return row_loss_B.sum() / (counted_B.sum().clamp(min=1) if normaliser is None else normaliser)
+
+
+def _best_and_rest(ranks_BK: Tensor, mask_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """The best of each row and the others; both empty in a row without an untied pair."""
+    pairs_BKK = _untied_pairs(ranks_BK, mask_BK)
+    beats_BK, beaten_BK = pairs_BKK.any(dim=2), pairs_BKK.any(dim=1)
+    return beats_BK & ~beaten_BK, beaten_BK
+
+
 def _clean(scores_BK: Tensor, mask_BK: Tensor) -> Tensor:
     exact = scores_BK if scores_BK.dtype == torch.float64 else scores_BK.float()
     return torch.where(mask_BK, exact, 0.0)
 
 
-def _gaps(scores_BK: Tensor) -> Tensor:
-    return scores_BK.unsqueeze(2) - scores_BK.unsqueeze(1)  # [b, i, j] = s_i - s_j
+def _gaps(x_BK: Tensor) -> Tensor:
+    return x_BK.unsqueeze(2) - x_BK.unsqueeze(1)  # [b, i, j] = x_i - x_j
 
 
 def _untied_pairs(ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:

@@ -6,7 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward.loss import head_init_std, normalisation, pair_accuracy, ranked_loss
+from reward.loss import (
+    binary_loss,
+    centring_penalty,
+    head_init_std,
+    imitation_loss,
+    normalisation,
+    pair_accuracy,
+    plackett_luce_loss,
+    ranked_loss,
+)
 
 
 def _comparisons(seed, batch=4, width=5, ranks=4):
@@ -33,6 +42,97 @@ def _by_loop(scores_BK, ranks_BK, mask_BK):
         correct.append(right)
         pairs.append(len(terms))
     return losses, correct, pairs
+
+
+def _softplus(x):
+    return torch.log(1 + torch.exp(x))
+
+
+def _sigmoid(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+def _mean(terms):
+    return sum(terms) / len(terms)
+
+
+def _pair_mean(term):
+    """A row's loss from the loss of a pair: its better score, its worse score, the steps of rank between."""
+
+    def row(scores, ranks):
+        pairs = [(i, j) for i, j in itertools.permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
+        return _mean([term(scores[i], scores[j], ranks[j] - ranks[i]) for i, j in pairs])
+
+    return row
+
+
+def _choices_row(scores, ranks):
+    terms = []
+    for score, rank in zip(scores, ranks, strict=True):
+        worse = [other for other, other_rank in zip(scores, ranks, strict=True) if other_rank > rank]
+        if worse:
+            terms.append(-torch.log(torch.exp(score) / sum(torch.exp(x) for x in [score, *worse])))
+    return _mean(terms)
+
+
+def _binary_row(scores, ranks):
+    good = [_softplus(-score) for score, rank in zip(scores, ranks, strict=True) if rank == min(ranks)]
+    bad = [_softplus(score) for score, rank in zip(scores, ranks, strict=True) if rank > min(ranks)]
+    return 0.5 * _mean(good) + 0.5 * _mean(bad)
+
+
+def _best_row(scores, ranks):
+    return -_mean([score for score, rank in zip(scores, ranks, strict=True) if rank == min(ranks)])
+
+
+def _ranked(**options):
+    return lambda *batch, **normaliser: ranked_loss(*batch, **options, **normaliser)[0]
+
+
+def _imitation(means_BK, ranks_BK, mask_BK, **normaliser):
+    """From log-probabilities a token, so that it has the arguments of the others; lengths 1, 2, 3, ..."""
+    lengths_BK = torch.arange(1, means_BK.shape[1] + 1).expand(means_BK.shape)
+    return imitation_loss(means_BK * lengths_BK, lengths_BK, ranks_BK, mask_BK, **normaliser)
+
+
+LOSSES = {  # name: (the loss, the same of one row by a loop, whether a common shift changes it)
+    "ranked": (_ranked(), _pair_mean(lambda b, w, _: _softplus(w - b)), False),
+    "margin": (_ranked(margin=0.7), _pair_mean(lambda b, w, n: _softplus(w - b + 0.7 * n)), False),
+    "label_smoothing": (
+        _ranked(label_smoothing=0.2),
+        _pair_mean(lambda b, w, _: 0.8 * _softplus(w - b) + 0.2 * _softplus(b - w)),
+        False,
+    ),
+    "label_noise": (
+        _ranked(label_noise=0.2),
+        _pair_mean(lambda b, w, _: -torch.log(0.8 * _sigmoid(b - w) + 0.2 * _sigmoid(w - b))),
+        False,
+    ),
+    "plackett_luce": (plackett_luce_loss, _choices_row, False),
+    "binary": (binary_loss, _binary_row, True),
+    "centring": (centring_penalty, _pair_mean(lambda b, w, _: (b + w) ** 2), True),
+    "imitation": (_imitation, _best_row, True),
+}
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def _gradient(loss, batch, **normaliser):
+    """(value, gradient) at a fresh copy of the scores; a NaN on the way back is an error."""
+    scores_BK = batch[0].clone().requires_grad_()
+    with torch.autograd.set_detect_anomaly(True):
+        value = loss(scores_BK, *batch[1:], **normaliser)
+        return value.detach(), torch.autograd.grad(value, scores_BK)[0]
+
+
+def _row_by_row(row, scores_BK, ranks_BK, mask_BK):
+    """Mean of a row's loss over the rows that have an untied pair, one scalar at a time."""
+    losses = []
+    for b, mask in enumerate(mask_BK.tolist()):
+        real = [k for k, is_real in enumerate(mask) if is_real]
+        ranks = [int(ranks_BK[b, k]) for k in real]
+        if len(set(ranks)) > 1:
+            losses.append(row([scores_BK[b, k] for k in real], ranks))
+    return _mean(losses) if losses else 0 * scores_BK.sum()
 
 
 @settings(deadline=None)
@@ -82,54 +182,6 @@ def test_a_comparison_weighs_the_same_however_many_responses_it_has():
     torch.testing.assert_close(ranked_loss(*both)[0], expected)
 
 
-def test_a_comparison_of_ties_is_not_counted_and_a_batch_of_them_has_zero_loss_and_gradient():
-    scores_BK = torch.tensor([[1.0, 2.0], [0.0, 3.0]], requires_grad=True)
-    mask_BK = torch.ones(2, 2, dtype=torch.bool)
-    with_tie = ranked_loss(scores_BK, torch.tensor([[1, 1], [2, 1]]), mask_BK)[0]
-    alone = ranked_loss(scores_BK[1:], torch.tensor([[2, 1]]), mask_BK[1:])[0]
-    torch.testing.assert_close(with_tie, alone)
-    loss, correct, pairs = ranked_loss(scores_BK, torch.ones(2, 2, dtype=torch.long), mask_BK)
-    loss.backward()
-    assert (float(loss.detach()), float(correct), int(pairs)) == (0, 0, 0)
-    assert (scores_BK.grad == 0).all()
-
-
-def test_the_loss_depends_on_neither_order_nor_padding_nor_a_common_shift():
-    scores_BK, ranks_BK, mask_BK = _comparisons(5)
-    loss = ranked_loss(scores_BK, ranks_BK, mask_BK)[0]
-    order = torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(
-        ranked_loss(scores_BK[:, order], ranks_BK[:, order], mask_BK[:, order])[0], loss
-    )
-    wider = [
-        torch.cat([x, torch.full((4, 2), filler, dtype=x.dtype)], dim=1)
-        for x, filler in ((scores_BK, float("nan")), (ranks_BK, 0), (mask_BK, False))
-    ]
-    wider[0].requires_grad_()
-    wide_loss = ranked_loss(*wider)[0]
-    torch.testing.assert_close(wide_loss.detach(), loss)
-    wide_loss.backward()
-    assert wider[0].grad.isfinite().all()
-    torch.testing.assert_close(ranked_loss(scores_BK + 100, ranks_BK, mask_BK)[0], loss)
-
-
-def test_micro_batches_with_a_common_normaliser_add_up_to_the_whole():
-    whole = _comparisons(6)
-    rows = sum(loss is not None for loss in _by_loop(*whole)[0])
-    parts = [ranked_loss(*(x[s] for x in whole), normaliser=rows)[0] for s in (slice(0, 1), slice(1, 4))]
-    torch.testing.assert_close(sum(parts), ranked_loss(*whole)[0])
-
-
-def test_scores_in_half_precision_are_compared_in_float32():
-    loss, _, _ = ranked_loss(
-        torch.tensor([[1.0, 0.99609375]], dtype=torch.bfloat16),
-        torch.tensor([[1, 2]]),
-        torch.ones(1, 2, dtype=torch.bool),
-    )
-    assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(math.log(1 + math.exp(-0.00390625)), rel=1e-6)
-
-
 def test_a_fresh_head_scores_unit_gaussian_states_with_variance_almost_one():
     d = 255
     assert head_init_std(d) == 1 / 16
@@ -158,3 +210,178 @@ def test_scores_that_do_not_differ_cannot_be_normalised(scores):
 def test_scores_that_are_not_finite_cannot_be_normalised():
     with pytest.raises(ValueError, match="not finite"):
         normalisation(torch.tensor([1.0, float("nan")]))
+
+
+@every_loss
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10_000), ranks=st.integers(1, 6))
+def test_every_loss_and_its_gradient_equal_those_of_a_loop_and_ignore_what_is_masked(name, seed, ranks):
+    loss, row, _ = LOSSES[name]
+    scores_BK, ranks_BK, mask_BK = _comparisons(seed, ranks=ranks)
+    value, gradient = _gradient(lambda *batch: _row_by_row(row, *batch), (scores_BK, ranks_BK, mask_BK))
+    filled = scores_BK.masked_fill(~mask_BK, (math.nan, math.inf, -1e30)[seed % 3])
+    wild = ranks_BK.masked_fill(~mask_BK, (-7, 0, 2**62)[seed % 3])
+    found, found_gradient = _gradient(loss, (filled, wild, mask_BK))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found_gradient, gradient, rtol=1e-10, atol=1e-10)
+
+
+@every_loss
+def test_every_loss_follows_its_responses_and_only_a_loss_of_levels_feels_a_shift(name):
+    loss, _, feels_shift = LOSSES[name]
+    scores_BK, ranks_BK, mask_BK = batch = _comparisons(5)
+    value, gradient = _gradient(loss, batch)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    permuted, permuted_gradient = _gradient(loss, [x[:, order] for x in batch])
+    torch.testing.assert_close(permuted, value)
+    torch.testing.assert_close(permuted_gradient, gradient[:, order])
+    assert gradient.abs().sum() > 0
+    assert torch.allclose(loss(scores_BK + 2, ranks_BK, mask_BK), value) is not feels_shift
+
+
+@every_loss
+def test_every_loss_of_micro_batches_with_a_common_normaliser_adds_up_and_skips_rows_of_ties(name):
+    loss = LOSSES[name][0]
+    whole = _, ranks_BK, mask_BK = _comparisons(6)
+    ranks_BK[0], mask_BK[0] = 1, True  # a row of ties
+    rows = 3
+    assert all(len(set(r[m].tolist())) > 1 for r, m in zip(ranks_BK[1:], mask_BK[1:], strict=True))
+    for normaliser in (rows, float(rows), torch.tensor(rows)):
+        parts = [loss(*(x[s] for x in whole), normaliser=normaliser) for s in (slice(0, 2), slice(2, 4))]
+        torch.testing.assert_close(sum(parts), loss(*whole))
+    value, gradient = _gradient(loss, [x[:1] for x in whole])
+    assert float(value) == 0
+    assert (gradient == 0).all()
+
+
+@every_loss
+def test_every_loss_of_half_precision_is_float32(name):
+    scores_BK, ranks_BK, mask_BK = _comparisons(7)
+    half_BK = scores_BK.bfloat16()
+    value = LOSSES[name][0](half_BK, ranks_BK, mask_BK)
+    assert value.dtype == torch.float32
+    if name != "imitation":  # whose test multiplies in half precision
+        exact = LOSSES[name][0](half_BK.double(), ranks_BK, mask_BK)
+        assert float(value) == pytest.approx(float(exact), rel=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10_000), margin=st.floats(0.01, 3))
+def test_a_margin_is_the_plain_loss_of_scores_raised_by_the_margin_times_their_rank(seed, margin):
+    scores_BK, ranks_BK, mask_BK = _comparisons(seed)
+    loss, correct, pairs = ranked_loss(scores_BK, ranks_BK, mask_BK, margin=margin)
+    raised = ranked_loss(scores_BK + margin * ranks_BK.double(), ranks_BK, mask_BK)[0]
+    torch.testing.assert_close(loss, raised, rtol=1e-12, atol=1e-12)
+    _, plain_correct, plain_pairs = ranked_loss(scores_BK, ranks_BK, mask_BK)
+    assert (float(correct), int(pairs)) == (float(plain_correct), int(plain_pairs))
+
+
+def test_label_smoothing_adds_its_share_of_the_mean_lead():
+    scores_BK, ranks_BK, mask_BK = (
+        torch.tensor([[2.0, -1.0]]),
+        torch.tensor([[0, 1]]),
+        torch.ones(1, 2).bool(),
+    )
+    plain = float(ranked_loss(scores_BK, ranks_BK, mask_BK)[0])
+    smooth = float(ranked_loss(scores_BK, ranks_BK, mask_BK, label_smoothing=0.1)[0])
+    assert smooth == pytest.approx(plain + 0.1 * 3.0)
+    turned = float(ranked_loss(-scores_BK, ranks_BK, mask_BK, label_smoothing=0.1)[0])
+    assert turned == pytest.approx(plain + 0.9 * 3.0)
+
+
+def test_label_noise_bounds_the_loss_of_a_wrong_label_and_stays_finite_far_out():
+    ranks_BK, mask_BK = torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool)
+    for noise in (0.05, 1e-9, 1e-50):  # the last is 0 in float32, its logarithm is not
+        for lead, expected in ((-1e4, -math.log(noise)), (1e4, -math.log1p(-noise)), (0.0, math.log(2))):
+            scores_BK = torch.tensor([[lead, 0.0]])
+            value, gradient = _gradient(_ranked(label_noise=noise), (scores_BK, ranks_BK, mask_BK))
+            assert float(value) == pytest.approx(expected, rel=1e-6, abs=1e-30)
+            assert float(gradient[0, 0]) == pytest.approx(noise - 0.5 if lead == 0 else 0.0)
+
+
+@pytest.mark.parametrize("options", [(0.1, 0.1), (-0.1, 0), (0, 1), (1, 0), (0, math.nan)])
+def test_smoothing_and_noise_are_shares_and_exclude_each_other(options):
+    smoothing, noise = options
+    with pytest.raises(ValueError, match="one of them 0"):
+        ranked_loss(*_comparisons(0), label_smoothing=smoothing, label_noise=noise)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10_000), scale=st.sampled_from([0.1, 1.0, 30.0, 1e4]))
+def test_of_two_responses_the_whole_order_is_the_pair_to_the_bit(seed, scale):
+    scores_BK, ranks_BK, mask_BK = _comparisons(seed, batch=6, width=2, ranks=2)
+    batch = (scale * scores_BK.float(), ranks_BK, mask_BK)
+    value, gradient = _gradient(plackett_luce_loss, batch)
+    pair_value, pair_gradient = _gradient(_ranked(), batch)
+    assert torch.equal(value, pair_value)
+    torch.testing.assert_close(gradient, pair_gradient, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 5])
+def test_the_likelihoods_of_all_orders_sum_to_one_and_have_luces_marginals(width):
+    scores_K = torch.randn(width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
+    orders = list(itertools.permutations(range(width)))  # orders[n][k]: the rank of response k
+    mask_BK = torch.ones(1, width, dtype=torch.bool)
+    likelihood = [
+        math.exp(-(width - 1) * float(plackett_luce_loss(scores_K[None], torch.tensor([order]), mask_BK)))
+        for order in orders
+    ]
+    assert sum(likelihood) == pytest.approx(1)
+    for i, j in itertools.permutations(range(width), 2):
+        before = sum(p for p, order in zip(likelihood, orders, strict=True) if order[i] < order[j])
+        assert before == pytest.approx(float(_sigmoid(scores_K[i] - scores_K[j])))
+    for i in range(width):
+        first = sum(p for p, order in zip(likelihood, orders, strict=True) if order[i] == 0)
+        assert first == pytest.approx(float(scores_K.softmax(dim=0)[i]))
+
+
+def test_tied_responses_are_chosen_each_against_what_is_worse_only():
+    scores_K = torch.tensor([0.4, -1.0, 2.0, 0.1])
+    mask_BK = torch.ones(1, 4, dtype=torch.bool)
+    one_best = plackett_luce_loss(scores_K[None], torch.tensor([[1, 1, 0, 1]]), mask_BK)
+    torch.testing.assert_close(one_best, torch.nn.functional.cross_entropy(scores_K, torch.tensor(2)))
+    two_best = plackett_luce_loss(scores_K[None], torch.tensor([[0, 1, 0, 1]]), mask_BK)
+    first, second = (-scores_K[[i, 1, 3]].log_softmax(dim=0)[0] for i in (0, 2))
+    torch.testing.assert_close(two_best, (first + second) / 2)
+    one_worst = (scores_K[None], torch.tensor([[0, 3, 0, 0]]), mask_BK)
+    torch.testing.assert_close(plackett_luce_loss(*one_worst), ranked_loss(*one_worst)[0])
+
+
+def test_scores_far_apart_give_a_finite_likelihood_and_gradient():
+    batch = torch.tensor([[-1e4, 0.0, 1e4]]), torch.tensor([[0, 1, 2]]), torch.ones(1, 3).bool()
+    value, gradient = _gradient(plackett_luce_loss, batch)
+    assert float(value) == pytest.approx((2e4 + 1e4) / 2)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.5, -0.5, 1.0]]))
+
+
+def test_the_binary_loss_is_cross_entropy_with_each_side_weighing_half():
+    scores_BK = torch.tensor([[0.3, -2.0, 1.0, 0.7]])
+    ranks_BK, mask_BK = torch.tensor([[2, 4, 2, 9]]), torch.tensor([[True, True, True, True]])
+    labels_BK = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(scores_BK, labels_BK)
+    torch.testing.assert_close(binary_loss(scores_BK, ranks_BK, mask_BK), expected)
+    wider = [torch.cat([x, x[:, 3:], x[:, 3:]], dim=1) for x in (scores_BK, ranks_BK, mask_BK)]
+    wider[0][0, [1, 3, 4, 5]] = -0.5  # four bad responses of one score weigh what one does
+    alone = _softplus(torch.tensor([-0.3, -1.0])).mean() / 2 + _softplus(torch.tensor(-0.5)) / 2
+    torch.testing.assert_close(binary_loss(*wider), alone)
+    assert float(binary_loss(0 * scores_BK, ranks_BK, mask_BK)) == pytest.approx(math.log(2))
+
+
+def test_the_centring_penalty_of_pairs_is_the_mean_squared_sum_and_zero_for_opposite_scores():
+    scores_BK = torch.tensor([[1.0, 3.0], [-2.0, 2.0]], requires_grad=True)
+    penalty = centring_penalty(scores_BK, torch.tensor([[0, 1], [1, 0]]), torch.ones(2, 2).bool())
+    penalty.backward()
+    assert float(penalty.detach()) == pytest.approx((4**2 + 0) / 2)
+    assert scores_BK.grad.tolist() == [[4.0, 4.0], [0.0, 0.0]]
+
+
+def test_imitation_looks_at_the_best_responses_only_and_divides_by_their_tokens():
+    unknown = math.nan
+    log_probs_BK = torch.tensor([[-6.0, unknown, -1.0], [unknown, -8.0, unknown]], requires_grad=True)
+    lengths_BK = torch.tensor([[3, 0, 4], [0, 2, 0]])
+    ranks_BK, mask_BK = torch.tensor([[0, 1, 0], [1, 0, 0]]), torch.tensor([[True] * 3, [True, True, False]])
+    loss = imitation_loss(log_probs_BK, lengths_BK, ranks_BK, mask_BK)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(((6 / 3 + 1 / 4) / 2 + 8 / 2) / 2)
+    torch.testing.assert_close(log_probs_BK.grad, torch.tensor([[-1 / 12, 0.0, -1 / 16], [0.0, -1 / 4, 0.0]]))
