@@ -1,66 +1,200 @@
-"""Comparisons to padded batches in which all responses of one prompt stand together.
+"""Comparisons to token rows in which a prompt stands once for all its responses.
 
-Shape suffixes: ``_B`` comparison, ``_K`` response of a comparison, ``_N`` response row, ``_T`` token.
+A packed row is ``prompt + response 1 + response 2 + ...``; a block mask lets each response see the prompt and
+itself, and every response goes on counting positions where the prompt ends. Scores and gradients are those of
+separate rows, without forwarding the prompt K times. The same class holds separate rows: they are packed rows
+of one response.
+
+Shape suffixes: ``_B`` comparison, ``_K`` response of a comparison, ``_N`` row, ``_T`` token, ``_S`` token
+whose log-probability is wanted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.comparisons import Comparison
 from rlhf.dialogue import Dialogue
-from rlhf.sequences import right_pad
+
+Example = dict[str, Any]
+"""An encoded comparison: ``prompt`` (ids), ``responses`` (ids of each with its closing), ``spoken`` (how many
+of those each writer said: the closing EOS counts unless the response was cut), ``ranks``, and ``index``, its
+number among the examples of a stage."""
+Wanted = Literal["none", "best", "all"]
+
+_PROMPT = 1  # segment of the shared part; 0 is padding, a response has its own from 2
 
 
-class RankedBatch(NamedTuple):
-    """A few comparisons; each of their N responses is one row, forwarded once."""
+class Packed(NamedTuple):
+    """A few comparisons as right-padded rows."""
 
     ids_NT: Tensor
-    """Right-padded prompt + response + EOS."""
-    mask_NT: Tensor
-    """True = a real token."""
+    positions_NT: Tensor
+    """Of each token in its own sequence."""
+    segments_NT: Tensor
+    """0 = padding, 1 = the part that all responses of the row share, 2 and up = one response each."""
     rows_BK: Tensor
     """Row of each response; 0 where there is none."""
+    columns_BK: Tensor
+    """Column of its last token, where the score is read."""
     ranks_BK: Tensor
     """0 = best, equal = tie."""
     mask_BK: Tensor
     """True = a real response."""
+    states_2S: Tensor
+    """Row and column of the state that predicts each wanted token."""
+    targets_S: Tensor
+    """The wanted tokens of the responses."""
+    owners_S: Tensor
+    """Index b * K + k of the response that each belongs to."""
+    index_N: Tensor
+    """Number of the example that each row comes from; a row a response if rows are separate."""
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same on another device."""
+        return Packed(*(t.to(device) for t in self))
 
 
-def encode(comparisons: Sequence[Comparison], dialogue: Dialogue) -> list[dict[str, Any]]:
-    """Each comparison as ``{"responses": token rows, "ranks": ranks}``, the rows closed with EOS."""
-    rows = []
+def encode(comparisons: Sequence[Comparison], dialogue: Dialogue, first: int = 0) -> list[Example]:
+    """Token ids of comparisons, each response closed the way the reward model reads it, numbered on from
+    ``first``."""
+    rows: list[Example] = []
     for comparison in comparisons:
-        prompt = dialogue.encode_prompt(comparison.prompt)
-        responses = [dialogue.close(prompt, dialogue.encode_response(r)) for r in comparison.responses]
-        rows.append({"responses": responses, "ranks": list(comparison.ranks)})
+        closed, spoken = [], []
+        for text in comparison.responses:
+            ids = dialogue.encode_response(text)
+            closed.append(dialogue.close([], ids))
+            said = len(closed[-1]) - len(dialogue.closing)
+            spoken.append(said + (said < dialogue.max_response_tokens))
+        rows.append(
+            {
+                "prompt": dialogue.encode_prompt(comparison.prompt),
+                "responses": closed,
+                "spoken": spoken,
+                "ranks": list(comparison.ranks),
+                "index": first + len(rows),
+            }
+        )
     return rows
 
 
-def layout(examples: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each response of some encoded comparisons stands: rows, ranks and mask, [B, K] each."""
+def width(example: Example, share: bool) -> int:
+    """Tokens of the longest row that an example makes."""
+    prompt, lengths = len(example["prompt"]), [len(r) for r in example["responses"]]
+    return prompt + (sum(lengths) if share else max(lengths))
+
+
+def rows_of(example: Example, share: bool) -> int:
+    """Number of rows that an example makes."""
+    return 1 if share else len(example["responses"])
+
+
+def micro_batches(examples: Sequence[Example], budget: int, *, share: bool) -> list[list[int]]:
+    """Indices of examples of similar length; a batch is at most ``budget`` tokens with its padding.
+
+    An example that is longer by itself goes alone.
+    """
+    order = sorted(range(len(examples)), key=lambda i: (width(examples[i], share), i))
+    batches: list[list[int]] = []
+    rows = 0
+    for index in order:
+        more = rows_of(examples[index], share)
+        if not batches or width(examples[index], share) * (rows + more) > budget:
+            batches.append([])
+            rows = 0
+        batches[-1].append(index)
+        rows += more
+    return batches
+
+
+def layout(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each response stands in the flat list of all responses: index, ranks and mask, [B, K] each."""
     widest = max(len(e["ranks"]) for e in examples)
-    rows_BK = torch.zeros(len(examples), widest, dtype=torch.long)
-    ranks_BK = torch.zeros_like(rows_BK)
-    mask_BK = torch.zeros_like(rows_BK, dtype=torch.bool)
+    flat_BK = torch.zeros(len(examples), widest, dtype=torch.long)
+    ranks_BK = torch.zeros_like(flat_BK)
+    mask_BK = torch.zeros_like(flat_BK, dtype=torch.bool)
     first = 0
     for b, example in enumerate(examples):
         k = len(example["ranks"])
-        rows_BK[b, :k] = torch.arange(first, first + k)
+        flat_BK[b, :k] = torch.arange(first, first + k)
         ranks_BK[b, :k] = torch.tensor(example["ranks"])
         mask_BK[b, :k] = True
         first += k
-    return rows_BK, ranks_BK, mask_BK
+    return flat_BK, ranks_BK, mask_BK
 
 
-def collate(examples: Sequence[dict[str, Any]], pad_id: int) -> RankedBatch:
-    """Pad the responses of a few encoded comparisons into one batch."""
-    ids_NT, mask_NT = right_pad([r for e in examples for r in e["responses"]], pad_id)
-    return RankedBatch(ids_NT, mask_NT, *layout(examples))
+def pack(examples: Sequence[Example], pad_id: int, *, share: bool = True, wanted: Wanted = "none") -> Packed:
+    """Lay examples out as rows.
+
+    Args:
+        examples: at least one.
+        pad_id: fills the rows up.
+        share: one row a comparison, its responses behind one copy of the prompt; False = a row a response.
+        wanted: whose tokens' log-probabilities will be asked for: nobody's, the best (rank 0), or all.
+    """
+    _, ranks_BK, mask_BK = layout(examples)
+    rows_BK, columns_BK = torch.zeros_like(ranks_BK), torch.zeros_like(ranks_BK)
+    rows: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions, segments
+    states: list[tuple[int, int]] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    for b, example in enumerate(examples):
+        prompt = example["prompt"]
+        for k, response in enumerate(example["responses"]):
+            if k == 0 or not share:
+                rows.append((list(prompt), list(range(len(prompt))), [_PROMPT] * len(prompt)))
+            ids, positions, segments = rows[-1]
+            start = len(ids)
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            segments += [_PROMPT + 1 + k if share else _PROMPT] * len(response)
+            rows_BK[b, k], columns_BK[b, k] = len(rows) - 1, len(ids) - 1
+            if wanted == "all" or (wanted == "best" and example["ranks"][k] == min(example["ranks"])):
+                said = example["spoken"][k]
+                before = [len(prompt) - 1, *range(start, start + said - 1)]
+                states += [(len(rows) - 1, column) for column in before[:said]]
+                targets += response[:said]
+                owners += [b * ranks_BK.shape[1] + k] * said
+    longest = max(len(ids) for ids, _, _ in rows)
+    fills = (pad_id, 0, 0)
+    ids_NT, positions_NT, segments_NT = (
+        torch.tensor([row[part] + [fills[part]] * (longest - len(row[part])) for row in rows])
+        for part in range(3)
+    )
+    return Packed(
+        ids_NT,
+        positions_NT,
+        segments_NT,
+        rows_BK,
+        columns_BK,
+        ranks_BK,
+        mask_BK,
+        torch.tensor(states, dtype=torch.long).reshape(-1, 2).T,
+        torch.tensor(targets, dtype=torch.long),
+        torch.tensor(owners, dtype=torch.long),
+        torch.tensor([e["index"] for e in examples for _ in range(rows_of(e, share))]),
+    )
+
+
+def attention_mask(segments_NT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Who may look at whom.
+
+    Rows without a second response need no more than the plain mask [N, T] (1 = a real token; causality is the
+    model's own business). Otherwise an additive mask [N, 1, T, T] in ``dtype``, 0 = may look: a token looks
+    back at the shared part and at its own segment, and padding at itself, so that no row is all masked.
+    """
+    if not bool((segments_NT > _PROMPT + 1).any()):
+        return (segments_NT > 0).long()
+    query, key = segments_NT[:, :, None], segments_NT[:, None, :]
+    columns = torch.arange(segments_NT.shape[1], device=segments_NT.device)
+    back = columns[None, :, None] >= columns[None, None, :]
+    may = back & ((key == query) | (key == _PROMPT))
+    out = torch.zeros(may.shape, dtype=dtype, device=segments_NT.device)
+    return out.masked_fill_(~may, torch.finfo(dtype).min)[:, None]
 
 
 def token_batches(rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
@@ -72,3 +206,8 @@ def token_batches(rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]
             batches.append([])
         batches[-1].append(index)
     return batches
+
+
+def as_example(row: Sequence[int]) -> Example:
+    """A closed sequence that stands for itself, to be scored."""
+    return {"prompt": [], "responses": [list(row)], "spoken": [len(row)], "ranks": [0], "index": -1}

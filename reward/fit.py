@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from torch import Tensor, nn
 
-from reward.batches import encode
+from reward.batches import Example, encode, layout
+from reward.learn import Passes, learn, passes
 from reward.loss import normalisation, pair_accuracy
 from reward.model import (
     RewardCard,
@@ -19,81 +20,171 @@ from reward.model import (
     new_reward_model,
     read_card,
     save_reward_model,
+    score_examples,
     scores_of,
+    start_from,
+    start_tensors,
+    vocabulary_head,
 )
+from reward.objectives import candidate_scores
 from reward.probe import fit_probe
-from reward.trainer import RankedRewardTrainer, training_arguments
-from rlhf.artifacts import MANIFEST, read_json, step_of, write_json
+from rlhf.artifacts import MANIFEST, read_json, write_json
 from rlhf.backbone import Backbone
-from rlhf.base import best_device, load_base
+from rlhf.base import load_base
 from rlhf.comparisons import Comparison, Counts
 from rlhf.dialogue import Dialogue, load_dialogue
 from rlhf.errors import UserError
 from rlhf.intervals import Estimate, cluster_mean_interval
-from rlhf.metrics import Metrics
 from rlhf.recipe import Recipe
-from rlhf.runtime import load_bases_whole
+from rlhf.runtime import load_bases_whole, whole_parameters
+from rlhf.schema import PreferenceTraining
 from rlhf.sequences import right_pad
 from rlhf.sources.native import read_native
 from rlhf.stage import StageRun, processes
 
-MODEL = "model"  # the saved reward model, below the stage's folder
+MODEL = "model"  # the saved reward model, below the stage's folder; further members are model-1, model-2, ...
 _RELOAD_TOLERANCE = 1e-3  # between the trained and the reloaded model's scores, in units of their spread
 _RELOAD_TOLERANCE_HALF = 0.1  # the same over a half-precision base
 
 
+class Rows(NamedTuple):
+    """Encoded comparisons."""
+
+    train: list[Example]
+    held_out: list[Example]
+
+
 def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
-    """Train the reward model of a recipe; returns the figures for the manifest."""
+    """Train the reward model of a recipe, or its ensemble; returns the figures for the manifest."""
     dialogue = load_dialogue(recipe)
-    train, held_out = (
-        read_native(run.parent("comparisons") / f"{part}.jsonl", "stop", Counts())
-        for part in ("train", "held_out")
-    )
-    rows = {"train": encode(train, dialogue), "held_out": encode(held_out, dialogue)}
+    train = encode(drawn(stored(run, "train"), recipe.reward.comparisons, recipe.seed), dialogue)
+    rows = Rows(train, encode(stored(run, "held_out"), dialogue, first=len(train)))
     fresh = new_reward_model(recipe, dialogue)
+    if start := start_folder(recipe, run):
+        start_tensors(fresh, start)  # a mistake is told before there is work that a mended recipe would lose
+    way = passes(recipe, recipe.reward, fresh, [*rows.train, *rows.held_out], dialogue)
+    probe = _probe(run, fresh, rows, dialogue, way) if recipe.reward.probe else None
+    del fresh
+    members = [_member(recipe, run, dialogue, rows, way, probe, n) for n in range(recipe.reward.members)]
+    results: dict[str, Any] = {name: value for name, value in members[0].items() if name != "scores"}
+    if len(members) > 1:
+        results["members"] = [m["held_out_accuracy"] for m in members]
+        mean = torch.tensor([m["scores"] for m in members]).mean(0)
+        results["ensemble_accuracy"] = accuracy(mean, rows.held_out).as_dict()
+    if run.is_main:
+        ceiling = read_json(run.parent("comparisons") / MANIFEST)["results"].get("noise_ceiling")
+        if ceiling:
+            results["noise_ceiling"] = ceiling
+        _report(results, len(rows.held_out))
+    return results
+
+
+def stored(run: StageRun, part: str) -> list[Comparison]:
+    """Comparisons that the comparisons stage of the same run has written."""
+    return read_native(run.parent("comparisons") / f"{part}.jsonl", "stop", Counts())
+
+
+def drawn(comparisons: Sequence[Comparison], number: int | None, seed: int) -> list[Comparison]:
+    """That many comparisons, drawn without replacement; fewer are a beginning of more."""
+    if number is None:
+        return list(comparisons)
+    order = list(range(len(comparisons)))
+    random.Random(seed).shuffle(order)
+    return [comparisons[i] for i in order[:number]]
+
+
+def model_folder(stage: Path, member: int) -> Path:
+    """Where a member of the ensemble is saved; the first is the reward model as such."""
+    return stage / (MODEL if member == 0 else f"{MODEL}-{member}")
+
+
+def _member(
+    recipe: Recipe,
+    run: StageRun,
+    dialogue: Dialogue,
+    rows: Rows,
+    way: Passes,
+    probe: tuple[Tensor, dict[str, Any]] | None,
+    member: int,
+) -> dict[str, Any]:
+    """Train, normalise, save and judge one model; what is done is not done again after an interruption."""
+    kept = run.folder / "parts" / f"member-{member}.json"
+    if kept.is_file():
+        return dict(read_json(kept))
+    section = recipe.reward
+    load_bases_whole()
+    fresh = new_reward_model(recipe, dialogue, recipe.seed + member)
     results: dict[str, Any] = {}
-    if recipe.reward.probe:
-        weights_D, results["probe_accuracy"] = _probe(run, fresh, rows, dialogue)
-        if recipe.reward.head_init == "probe":
+    if section.head_init == "zero":
+        nn.init.zeros_(head_of(fresh).weight)
+    if probe:
+        weights_D, results["probe_accuracy"] = probe
+        if section.head_init == "probe":
             with torch.no_grad():
                 head_of(fresh).weight.copy_(weights_D[None])
-    model = _trained(recipe, run, dialogue, fresh, rows["train"])
-    results |= _normalise(recipe, model, rows["train"], dialogue)
-    card = RewardCard(
+    start = start_folder(recipe, run)
+    if start:
+        read = start_from(fresh, start)
+        if run.is_main:
+            print(f"reward: starts from {start} ({read} tensors)", flush=True)
+    model = learn(
+        recipe, section, run, dialogue, fresh, rows.train, way, member=member, members=section.members
+    )
+    results |= {"prompts_shared": way.share, "trunk_cached": way.trunk is not None}
+    scored = section.objective != "imitation"
+    results |= _normalise(recipe, model, rows.train, dialogue) if scored else {"gain": 1.0, "offset": 0.0}
+    card = card_of(recipe, dialogue, section, gain=results["gain"], offset=results["offset"])
+    judged = {"held_out": rows.held_out, "train": rows.train[: len(rows.held_out)]}
+    for part, examples in judged.items():
+        figures, scores = judge(recipe, section, model, examples, dialogue, way)
+        results |= {f"{part}_{name}": figure.as_dict() for name, figure in figures.items()}
+        if part == "held_out":
+            results["scores"] = (scores + card.offset).tolist()
+    folder = model_folder(run.folder, member)
+    save(run, model, folder, card, dialogue)
+    few = [[*e["prompt"], *e["responses"][0]] for e in rows.held_out[:4]]
+    expected = scores_of(model, few, dialogue.pad_id) + card.offset
+    del model
+    if run.is_main:
+        results["reload_gap"] = _check_reload(recipe, folder, few, expected, dialogue)
+        write_json(kept, results)
+        run.note_clock()
+    if processes() > 1:
+        dist.barrier()
+    return results
+
+
+def start_folder(recipe: Recipe, run: StageRun) -> Path | None:
+    """The trained preference model that the reward model starts from, if there is one."""
+    if recipe.reward.start:
+        return Path(recipe.reward.start)
+    return run.parent("pmp") / MODEL if recipe.pmp else None
+
+
+def card_of(
+    recipe: Recipe, dialogue: Dialogue, section: PreferenceTraining, *, gain: float, offset: float
+) -> RewardCard:
+    """What is saved beside a trained model."""
+    return RewardCard(
         base=recipe.model.path,
-        offset=results["offset"],
-        gain=results["gain"],
+        offset=offset,
+        gain=gain,
         contract=dialogue.fingerprint(),
         template=recipe.dialogue.template,
         max_prompt_tokens=recipe.dialogue.max_prompt_tokens,
         max_response_tokens=recipe.dialogue.max_response_tokens,
+        end_of_context=recipe.dialogue.end_of_context,
+        objective=section.objective,
     )
-    for part in ("held_out", "train"):
-        accuracy = _accuracy(model, rows[part][: len(rows["held_out"])], dialogue.pad_id)
-        results[f"{part}_accuracy"] = accuracy.as_dict()
-    _save(run, model, card, dialogue)
-    probe_rows = [e["responses"][0] for e in rows["held_out"][:4]]
-    expected = scores_of(model, probe_rows, dialogue.pad_id) + card.offset
-    del model
-    if run.is_main:
-        load_bases_whole()
-        backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["reward"], heads=["reward"])
-        results["reload_gap"] = _check_reload(backbone, run.folder / MODEL, probe_rows, expected, dialogue)
-        ceiling = read_json(run.parent("comparisons") / MANIFEST)["results"].get("noise_ceiling")
-        if ceiling:
-            results["noise_ceiling"] = ceiling
-        _report(results, held_out)
-    return results
 
 
 def _probe(
-    run: StageRun, fresh: Any, rows: dict[str, list[dict[str, Any]]], dialogue: Dialogue
+    run: StageRun, fresh: Any, rows: Rows, dialogue: Dialogue, way: Passes
 ) -> tuple[Tensor, dict[str, Any]]:
     """The linear probe on the base below a fresh adapter, which changes nothing yet; fitted once a stage."""
     kept = run.folder / "parts" / "probe.json"
     if not kept.is_file():
-        decoder = fresh.to(best_device()).base_model.model.base_model
-        probe = fit_probe(decoder, rows["train"], rows["held_out"], dialogue.pad_id)
+        probe = fit_probe(fresh, *rows, dialogue.pad_id, share=way.share, trunk=way.trunk)
         figures: dict[str, Any] = {"weights": probe.weights_D.tolist(), "accuracy": probe.accuracy.as_dict()}
         if run.is_main:
             write_json(kept, figures)
@@ -103,76 +194,14 @@ def _probe(
     return torch.tensor(figures["weights"]), figures["accuracy"]
 
 
-def _trained(
-    recipe: Recipe, run: StageRun, dialogue: Dialogue, fresh: Any, rows: list[dict[str, Any]]
-) -> nn.Module:
-    """The trained model; an interrupted training goes on from its newest checkpoint."""
-    arguments = training_arguments(recipe, run)
-    per_step = recipe.reward.batch_size
-    steps = recipe.reward.epochs * -(-len(rows) // per_step)
-    checkpoint = run.checkpoints.newest()
-    done = step_of(checkpoint)
-    if checkpoint and run.is_main:
-        print(f"reward: going on after step {done} of {steps}", flush=True)
-    metrics = Metrics(
-        run.folder,
-        total=steps,
-        done=done,
-        shown={"reward/loss": ".3f", "reward/pair_accuracy": ".2f"},
-        description="reward",
-        active=run.is_main,
-    )
-    trainer = RankedRewardTrainer(
-        run=run,
-        metrics=metrics,
-        pad_id=dialogue.pad_id,
-        model=fresh,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=dialogue.tokenizer,
-    )
-    folder = _resumable(checkpoint / f"checkpoint-{done}") if checkpoint else None
-    trainer.train(resume_from_checkpoint=folder)
-    metrics.close()
-    if trainer.state.global_step != trainer.state.max_steps:
-        raise RuntimeError(f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps")
-    trained: Any = trainer.model
-    return trained.eval()
-
-
-def _resumable(folder: Path) -> str:
-    """A trainer's checkpoint, seen to hold what a trainer would silently start anew.
-
-    Raises:
-        UserError: optimiser, schedule or random state is missing, or another number of processes wrote it.
-    """
-    if processes() == 1:
-        needed = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
-    else:
-        needed = ["latest", "scheduler.pt", *(f"rng_state_{rank}.pth" for rank in range(processes()))]
-    missing = [name for name in needed if not (folder / name).is_file()]
-    written = len(list(folder.glob("rng_state_*.pth"))) or 1
-    if written != processes():
-        raise UserError(
-            f"{folder}: {written} processes wrote it, and {processes()} cannot go on from it: "
-            f"use PROCS={written}, or remove {folder.parent.parent} to start again"
-        )
-    if missing:
-        raise UserError(
-            f"{folder}: the optimiser state is incomplete ({missing[0]} is missing); "
-            f"remove {folder.parent} to go on from the one before"
-        )
-    return str(folder)
-
-
 @torch.no_grad()
-def _normalise(recipe: Recipe, model: Any, rows: list[dict[str, Any]], dialogue: Dialogue) -> dict[str, Any]:
+def _normalise(recipe: Recipe, model: Any, rows: Sequence[Example], dialogue: Dialogue) -> dict[str, Any]:
     """Fold the gain into the head and find the offset: mean 0, variance 1 on reference responses.
 
     The reference responses are those of the training comparisons (Ziegler 2019 takes samples of the
     reference policy, which in the lab is the same thing).
     """
-    responses = [r for e in rows for r in e["responses"]]
+    responses = [[*e["prompt"], *r] for e in rows for r in e["responses"]]
     number = min(len(responses), recipe.reward.reference_responses)
     chosen = random.Random(recipe.seed).sample(responses, number)
     scores = scores_of(model, chosen, dialogue.pad_id)
@@ -182,57 +211,62 @@ def _normalise(recipe: Recipe, model: Any, rows: list[dict[str, Any]], dialogue:
         raise UserError(
             f"reward: {error}: the training failed; lower reward.learning_rate, or look at metrics.jsonl"
         ) from None
-    with _whole(head_of(model).weight):
+    with whole_parameters([head_of(model).weight]):
         head_of(model).weight.mul_(gain)
     return {"gain": gain, "offset": offset, "reference_responses": number}
 
 
-def _whole(parameter: Tensor) -> Any:
-    """A parameter in one piece while it is changed or read (ZeRO-3 keeps it in parts)."""
-    import contextlib
+def judge(
+    recipe: Recipe,
+    section: PreferenceTraining,
+    model: nn.Module,
+    examples: Sequence[Example],
+    dialogue: Dialogue,
+    way: Passes,
+) -> tuple[dict[str, Estimate], Tensor]:
+    """Pair accuracy on comparisons and the scores behind it, flat, without the offset.
 
-    if not hasattr(parameter, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-
-
-def _accuracy(model: nn.Module, rows: list[dict[str, Any]], pad_id: int) -> Estimate:
-    """Pair accuracy over comparisons, equal scores counting half, the interval clustered by comparison."""
-    scores = iter(scores_of(model, [r for e in rows for r in e["responses"]], pad_id).tolist())
-    correct, pairs = [], []
-    for example in rows:
-        ranks = torch.tensor([example["ranks"]])
-        mine = torch.tensor([[next(scores) for _ in example["ranks"]]])
-        right, number = pair_accuracy(mine, ranks, torch.ones_like(ranks, dtype=torch.bool))
-        correct.append(float(right))
-        pairs.append(int(number))
-    return cluster_mean_interval(correct, pairs)
+    Imitation has no score: its responses are ranked by mean log-probability (``accuracy``) and by summed
+    (``accuracy_sum``) instead.
+    """
+    if section.objective != "imitation":
+        scores = score_examples(model, examples, dialogue.pad_id, share=way.share, trunk=way.trunk)[0]
+        return {"accuracy": accuracy(scores, examples)}, scores
+    vocabulary = vocabulary_head(recipe, model)
+    _, sums, counts = score_examples(
+        model, examples, dialogue.pad_id, share=way.share, trunk=way.trunk, vocabulary=vocabulary
+    )
+    mean, total = candidate_scores(sums, counts, "mean"), candidate_scores(sums, counts, "sum")
+    return {"accuracy": accuracy(mean, examples), "accuracy_sum": accuracy(total, examples)}, mean
 
 
-def _save(run: StageRun, model: Any, card: RewardCard, dialogue: Dialogue) -> None:
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
-        import deepspeed
+def accuracy(scores: Tensor, examples: Sequence[Example]) -> Estimate:
+    """Pair accuracy of flat scores, equal ones counting half, the interval clustered by comparison."""
+    flat_BK, ranks_BK, mask_BK = layout(examples)
+    correct_B, pairs_B = pair_accuracy(scores[flat_BK], ranks_BK, mask_BK)
+    return cluster_mean_interval(correct_B.numpy(), pairs_B.numpy())
 
-        with deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad]):
-            if run.is_main:
-                save_reward_model(model, run.folder / MODEL, card, dialogue)
-    elif run.is_main:
-        save_reward_model(model, run.folder / MODEL, card, dialogue)
+
+def save(run: StageRun, model: Any, folder: Path, card: RewardCard, dialogue: Dialogue) -> None:
+    """Write a trained model, gathered from whatever shards it."""
+    with whole_parameters([p for p in model.parameters() if p.requires_grad]):
+        if run.is_main:
+            save_reward_model(model, folder, card, dialogue)
     if processes() > 1:
         dist.barrier()
 
 
 @torch.no_grad()
 def _check_reload(
-    backbone: Backbone, folder: Path, rows: list[list[int]], expected: Tensor, dialogue: Dialogue
+    recipe: Recipe, folder: Path, rows: list[list[int]], expected: Tensor, dialogue: Dialogue
 ) -> float:
     """Load what was saved the way PPO will, and compare scores: a lost head must be noticed here.
 
     Raises:
         RuntimeError: the scores differ.
     """
+    load_bases_whole()
+    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["reward"], heads=["reward"])
     backbone.load_adapter("reward", folder)
     ids_NT, mask_NT = right_pad(rows, dialogue.pad_id)
     scores = backbone("reward", ids_NT, mask_NT) + read_card(folder).offset
@@ -243,15 +277,19 @@ def _check_reload(
     return gap
 
 
-def _report(results: dict[str, Any], held_out: list[Comparison]) -> None:
+def _report(results: dict[str, Any], comparisons: int) -> None:
     def shown(name: str) -> str:
         figure = results[name]
         low, high = figure["ci95"] or (float("nan"), float("nan"))
         return f"{figure['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
-    line = f"reward: held-out pair accuracy {shown('held_out_accuracy')} on {len(held_out)} comparisons"
-    if "probe_accuracy" in results:
-        line += f"; linear probe on frozen features {shown('probe_accuracy')}"
-    if "noise_ceiling" in results:
-        line += f"; noise ceiling of the labels {shown('noise_ceiling')}"
+    line = f"reward: held-out pair accuracy {shown('held_out_accuracy')} on {comparisons} comparisons"
+    for name, words in (
+        ("held_out_accuracy_sum", "by summed log-probability"),
+        ("ensemble_accuracy", "all members together"),
+        ("probe_accuracy", "linear probe on frozen features"),
+        ("noise_ceiling", "noise ceiling of the labels"),
+    ):
+        if name in results:
+            line += f"; {words} {shown(name)}"
     print(line, flush=True)

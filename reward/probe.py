@@ -7,15 +7,16 @@ a trained reward model that is no better has learned nothing that was not there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from reward.batches import layout, token_batches
+from reward.batches import Example, layout, micro_batches, pack
 from reward.loss import pair_accuracy, ranked_loss
+from reward.model import forward_packed
+from reward.trunk import Trunk
 from rlhf.intervals import Estimate, cluster_mean_interval
-from rlhf.sequences import last_true_index, positions_from_mask, right_pad
 
 _TOKENS_AT_ONCE = 4096
 _PENALTIES = (
@@ -28,21 +29,25 @@ _PENALTIES = (
 
 
 @torch.no_grad()
-def features(decoder: nn.Module, rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Last hidden state at the last token of each row, [N, D] float32."""
-    device = next(decoder.parameters()).device
+def features(
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad_id: int,
+    *,
+    share: bool = False,
+    trunk: Trunk | None = None,
+) -> Tensor:
+    """Last hidden state at the closing token of each response, flat and in order, [sum of K, D] float32."""
+    device = next(model.parameters()).device
     parts: dict[int, Tensor] = {}
-    for batch in token_batches(rows, _TOKENS_AT_ONCE):
-        ids_NT, mask_NT = (t.to(device) for t in right_pad([rows[i] for i in batch], pad_id))
-        hidden = decoder(
-            input_ids=ids_NT,
-            attention_mask=mask_NT.long(),
-            position_ids=positions_from_mask(mask_NT),
-            use_cache=False,
-        ).last_hidden_state
-        last = hidden[torch.arange(len(batch), device=device), last_true_index(mask_NT)]
-        parts.update(zip(batch, last.float().cpu(), strict=True))
-    return torch.stack([parts[i] for i in range(len(rows))])
+    for batch in micro_batches(examples, _TOKENS_AT_ONCE, share=share):
+        packed = pack([examples[i] for i in batch], pad_id, share=share).to(device)
+        hidden_NTD, _ = forward_packed(model, packed, trunk)
+        read = packed.mask_BK
+        last = hidden_NTD[packed.rows_BK[read], packed.columns_BK[read]].float().cpu()
+        lengths = [len(examples[i]["responses"]) for i in batch]
+        parts.update(zip(batch, last.split(lengths), strict=True))
+    return torch.cat([parts[i] for i in range(len(examples))])
 
 
 def _fit(x_ND: Tensor, where: tuple[Tensor, Tensor, Tensor], penalty: float) -> Tensor:
@@ -78,18 +83,26 @@ class Probe(NamedTuple):
 
 
 def fit_probe(
-    decoder: nn.Module, train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], pad_id: int
+    model: nn.Module,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    pad_id: int,
+    *,
+    share: bool = False,
+    trunk: Trunk | None = None,
 ) -> Probe:
     """Fit the linear probe and judge it.
 
     Args:
-        decoder: the frozen base without its vocabulary head.
+        model: a reward model whose adapter changes nothing yet.
         train: encoded comparisons to fit on; a fifth of them chooses the penalty.
         held_out: encoded comparisons to judge on.
         pad_id: padding token.
+        share: pack the responses of a prompt behind one copy of it.
+        trunk: states of all examples, where they have been computed.
     """
-    x_ND = features(decoder, [r for e in train for r in e["responses"]], pad_id)
-    y_ND = features(decoder, [r for e in held_out for r in e["responses"]], pad_id)
+    x_ND = features(model, train, pad_id, share=share, trunk=trunk)
+    y_ND = features(model, held_out, pad_id, share=share, trunk=trunk)
     mean, spread = x_ND.mean(0), x_ND.std(0).clamp_min(1e-6)
     x_ND, y_ND = (x_ND - mean) / spread, (y_ND - mean) / spread
     whole = layout(train)

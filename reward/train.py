@@ -14,7 +14,10 @@ def main() -> None:
     """The `reward` target."""
     recipe = from_command_line()
     check_batch_sizes(recipe, processes())
-    run = open_stage(recipe, "reward", section="reward", parents=("comparisons",))
+    start = recipe.reward.start
+    parents = ("comparisons", "pmp") if recipe.pmp and not start else ("comparisons",)
+    inputs = [f"{start}/adapter_model.safetensors"] if start else []
+    run = open_stage(recipe, "reward", section="reward", parents=parents, inputs=inputs)
     if run is None:
         return
     from reward.fit import fit

@@ -1,12 +1,14 @@
-"""``trl.RewardTrainer`` taught k-way rankings, and checkpoints that survive ``kill -9``."""
+"""``trl.RewardTrainer`` taught whole comparisons, packed rows, and checkpoints that survive ``kill -9``."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PrinterCallback,
     TrainerCallback,
@@ -16,33 +18,43 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
-from reward.batches import RankedBatch, collate
-from reward.loss import ranked_loss
+from reward.batches import Wanted, micro_batches, pack
+from reward.model import forward_packed, response_log_probs
+from reward.objectives import Signals, objective
+from reward.trunk import Trunk
+from rlhf.artifacts import Checkpoints
 from rlhf.metrics import Metrics
 from rlhf.recipe import Recipe
-from rlhf.runtime import deepspeed_config, join_cpu_processes
+from rlhf.runtime import backward_part, deepspeed_config, join_cpu_processes, most_of_all
+from rlhf.schema import PreferenceTraining
 from rlhf.stage import StageRun, processes
 
 
-def training_arguments(recipe: Recipe, run: StageRun) -> RewardConfig:
-    """trl's arguments for a recipe; every file that the trainer writes goes below the stage's folder."""
-    section, cpu = recipe.reward, not torch.cuda.is_available()
-    config = deepspeed_config(recipe.distributed, batch=section.micro_batch_size, clip=section.max_grad_norm)
+def training_arguments(
+    recipe: Recipe, section: PreferenceTraining, folder: Path, *, rate: float, seed: int
+) -> RewardConfig:
+    """trl's arguments for a section of a recipe; every file that the trainer writes goes below ``folder``.
+
+    A batch of the data loader is everything that one process adds to one optimiser step; it is cut into
+    micro-batches by tokens in :meth:`PreferenceTrainer.training_step`.
+    """
+    cpu = not torch.cuda.is_available()
+    own = section.batch_size // processes()
+    config = deepspeed_config(recipe.distributed, batch=own, clip=section.max_grad_norm)
     joined = join_cpu_processes(recipe.distributed)
     return RewardConfig(
         accelerator_config={"use_configured_state": joined},
         ddp_timeout=int(60 * recipe.distributed.timeout_minutes),
-        output_dir=str(run.folder / "checkpoints"),
-        per_device_train_batch_size=section.micro_batch_size,
-        gradient_accumulation_steps=section.batch_size // (section.micro_batch_size * processes()),
+        output_dir=str(folder),
+        per_device_train_batch_size=own,
         num_train_epochs=section.epochs,
-        learning_rate=section.learning_rate,
+        learning_rate=rate,
         lr_scheduler_type=section.schedule,
         warmup_steps=section.warmup,
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
+        seed=seed,
+        data_seed=seed,
         save_strategy="steps",
         save_steps=section.checkpoint_every,
         logging_strategy="steps",
@@ -57,28 +69,54 @@ def training_arguments(recipe: Recipe, run: StageRun) -> RewardConfig:
         disable_dropout=True,
         max_length=None,
         remove_unused_columns=False,
-        dataloader_pin_memory=not cpu,
+        dataloader_pin_memory=False,  # the loader hands over lists, not tensors
         deepspeed=config if processes() > 1 else None,
     )
 
 
-class RankedRewardTrainer(RewardTrainer):
-    """Trains on whole comparisons: each response forwarded once, all pairs of a prompt one batch element.
+class PreferenceTrainer(RewardTrainer):
+    """Trains on whole comparisons: a prompt forwarded once, all pairs of a prompt one batch element.
 
     Args:
-        run: the open stage, which keeps the checkpoints.
+        run: the open stage.
+        checkpoints: where this training keeps its checkpoints.
         metrics: where each step's figures go.
+        section: the objective and the sizes.
         pad_id: the padding token.
+        share: pack the responses of a prompt behind one copy of it.
+        trunk: states of all examples below the first adapted layer, where they are kept.
+        vocabulary: hidden states to logits, where the objective has a language-model term.
+        steps_before: optimiser steps that the log holds of earlier trainings of the stage.
         options: what :class:`trl.RewardTrainer` takes.
     """
 
-    def __init__(self, *, run: StageRun, metrics: Metrics, pad_id: int, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        run: StageRun,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        section: PreferenceTraining,
+        pad_id: int,
+        share: bool,
+        trunk: Trunk | None,
+        vocabulary: nn.Module | None,
+        steps_before: int = 0,
+        **options: Any,
+    ) -> None:
         self._run = run
-        self._seen = {"loss": 0.0, "correct": 0.0, "pairs": 0.0, "comparisons": 0.0}
+        self._checkpoints = checkpoints
+        self._objective = objective(section)
+        self._budget = section.tokens_per_micro_batch
+        self._pad_id = pad_id
+        self._share = share
+        self._trunk = trunk
+        self._vocabulary = vocabulary
+        self._seen: dict[str, float] = defaultdict(float)
         self._staging: str | None = None
         super().__init__(
-            data_collator=lambda examples: collate(examples, pad_id)._asdict(),
-            callbacks=[_Log(metrics, self._seen)],
+            data_collator=lambda examples: {"examples": examples},
+            callbacks=[_Log(metrics, self._seen, steps_before)],
             **options,
         )
         self.remove_callback(PrinterCallback)
@@ -88,31 +126,57 @@ class RankedRewardTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            setattr(self, "_signature_columns", ["responses", "ranks"])  # noqa: B010 (typed as None by its parent)
+            names = ["prompt", "responses", "spoken", "ranks", "index"]
+            setattr(self, "_signature_columns", names)  # noqa: B010 (typed as None by its parent)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Gradients of one optimiser step, a micro-batch at a time; returns the step's loss."""
+        model, inputs = args[0], args[1]
+        model.train()
+        examples = inputs["examples"]
+        parts = micro_batches(examples, self._budget, share=self._share)
+        number = most_of_all(len(parts), self.args.device)
+        total = torch.zeros((), device=self.args.device)
+        for index in range(number):
+            # a process that is done goes on with weight 0: ZeRO-3's forward passes are collective
+            part, weight = (parts[index], 1.0) if index < len(parts) else (parts[0], 0.0)
+            some = [examples[i] for i in part]
+            loss = weight * self.compute_loss(
+                model, {"examples": some, "normaliser": len(examples), "weight": weight}
+            )
+            backward_part(self.accelerator, loss, last=index == number - 1)
+            total += loss.detach()
+        return total
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """InstructGPT eq. 1: the mean over comparisons of the mean over their pairs."""
-        batch = RankedBatch(**inputs)
-        scores_N = model(input_ids=batch.ids_NT, attention_mask=batch.mask_NT.long(), use_cache=False).logits
-        scores_BK = scores_N.squeeze(-1)[batch.rows_BK]
-        loss, correct, pairs = ranked_loss(
-            scores_BK, batch.ranks_BK, batch.mask_BK, normaliser=len(batch.ranks_BK)
+        """A micro-batch's share of the objective's mean over the comparisons of the step."""
+        examples, weight = inputs["examples"], inputs["weight"]
+        wanted: Wanted = "best" if self._objective.needs_language else "none"
+        packed = pack(examples, self._pad_id, share=self._share, wanted=wanted).to(self.args.device)
+        hidden_NTD, scores_BK = forward_packed(model, packed, self._trunk)
+        log_probs_BK = lengths_BK = None
+        if self._vocabulary is not None:
+            log_probs_BK, lengths_BK = response_log_probs(hidden_NTD, packed, self._vocabulary)
+        outcome = self._objective(
+            Signals(scores_BK, log_probs_BK, lengths_BK, packed.ranks_BK, packed.mask_BK),
+            normaliser=inputs["normaliser"],
         )
-        size = len(batch.ranks_BK)
-        for name, value in (
-            ("loss", float(loss.detach()) * size),
-            ("correct", float(correct)),
-            ("pairs", float(pairs)),
-            ("comparisons", size),
-        ):
-            self._seen[name] += value
-        return (loss, {"scores": scores_BK}) if return_outputs else loss
+        sums: dict[str, Any] = {
+            "correct": outcome.correct,
+            "pairs": outcome.pairs,
+            "comparisons": len(examples),
+        }
+        sums |= {"loss": outcome.loss.detach() * inputs["normaliser"]}
+        sums |= {name: part * inputs["normaliser"] for name, part in outcome.parts.items()}
+        for name, value in sums.items():
+            self._seen[name] += weight * float(value)
+        return (outcome.loss, {"scores": scores_BK}) if return_outputs else outcome.loss
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or str(super()._get_output_dir(trial))
@@ -120,9 +184,9 @@ class RankedRewardTrainer(RewardTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the trainer write into a staging folder, then make it a checkpoint by manifest and rename."""
         if self._run.is_main:
-            self._run.checkpoints.clean()
+            self._checkpoints.clean()
         self.accelerator.wait_for_everyone()  # nobody writes into a folder that is about to be cleaned
-        with self._run.checkpoints.writing(self.state.global_step, commits=self._run.is_main) as staging:
+        with self._checkpoints.writing(self.state.global_step, commits=self._run.is_main) as staging:
             self._staging = str(staging)
             try:
                 super()._save_checkpoint(model, trial)
@@ -136,9 +200,10 @@ class RankedRewardTrainer(RewardTrainer):
 class _Log(TrainerCallback):
     """Hands each optimiser step's figures to our own log."""
 
-    def __init__(self, metrics: Metrics, seen: dict[str, float]) -> None:
+    def __init__(self, metrics: Metrics, seen: dict[str, float], before: int) -> None:
         self.metrics = metrics
         self.seen = seen
+        self.before = before
 
     def on_log(
         self,
@@ -148,17 +213,20 @@ class _Log(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or "learning_rate" not in logs or not self.seen["comparisons"]:
+        if not logs or "learning_rate" not in logs or not self.seen.get("comparisons"):
             return
-        sums = torch.tensor(list(self.seen.values()), dtype=torch.float64, device=args.device)
+        names = sorted(self.seen)  # the same on every process
+        sums = torch.tensor([self.seen[n] for n in names], dtype=torch.float64, device=args.device)
         if processes() > 1:
             dist.all_reduce(sums)
-        seen = dict(zip(self.seen, sums.tolist(), strict=True))
-        values = {
-            "reward/loss": seen["loss"] / seen["comparisons"],
-            "reward/pair_accuracy": seen["correct"] / max(1.0, seen["pairs"]),
+        seen = dict(zip(names, sums.tolist(), strict=True))
+        comparisons, pairs = seen.pop("comparisons"), seen.pop("pairs")
+        correct = seen.pop("correct")
+        values = {"reward/pair_accuracy": correct / pairs} if pairs else {}
+        values |= {f"reward/{name}": value / comparisons for name, value in seen.items()}
+        values |= {
             "reward/learning_rate": logs["learning_rate"],
             "reward/grad_norm": float(logs.get("grad_norm") or 0.0),
         }
-        self.metrics.log(state.global_step, values)
-        self.seen.update(dict.fromkeys(self.seen, 0.0))
+        self.metrics.log(self.before + state.global_step, values)
+        self.seen.clear()

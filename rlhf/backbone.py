@@ -78,6 +78,25 @@ def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **op
     )
 
 
+@contextlib.contextmanager
+def layers_of(decoder: Any, part: str, cut: int) -> Iterator[None]:
+    """Let a decoder consist of its layers below ``cut`` (``trunk``), from there (``top``), or ``all``.
+
+    The decoder's own forward then builds masks and positions, whatever the architecture.
+    """
+    if part == "all":
+        yield
+        return
+    layers, norm = decoder.layers, decoder.norm
+    try:
+        decoder.layers = layers[:cut] if part == "trunk" else layers[cut:]
+        if part == "trunk":
+            decoder.norm = nn.Identity()
+        yield
+    finally:
+        decoder.layers, decoder.norm = layers, norm
+
+
 class Backbone(nn.Module):
     """The base with its adapters and heads.
 
@@ -234,33 +253,13 @@ class Backbone(nn.Module):
         inputs: dict[str, Any] = (
             {"input_ids": ids_BT} if hidden_BTD is None else {"inputs_embeds": hidden_BTD}
         )
-        with self._only(part):
+        with layers_of(self.decoder, part, self.frozen_layers):
             return self.decoder(
                 **inputs,
                 attention_mask=mask_BT.long(),
                 position_ids=positions_from_mask(mask_BT),
                 use_cache=False,
             ).last_hidden_state
-
-    @contextlib.contextmanager
-    def _only(self, part: str) -> Iterator[None]:
-        """Let the decoder consist of its lower or upper layers for one pass.
-
-        The decoder's own forward then builds masks and positions, whatever the architecture.
-        """
-        if part == "all":
-            yield
-            return
-        decoder: Any = self.decoder
-        layers, norm = decoder.layers, decoder.norm
-        cut = self.frozen_layers
-        try:
-            decoder.layers = layers[:cut] if part == "trunk" else layers[cut:]
-            if part == "trunk":
-                decoder.norm = nn.Identity()
-            yield
-        finally:
-            decoder.layers, decoder.norm = layers, norm
 
     @torch.no_grad()
     def check_architecture(self) -> str | None:

@@ -35,9 +35,11 @@ class Dialogue:
         max_response_tokens: longest response, without the closing EOS.
         truncate_prompts: cut a longer prompt at its beginning; otherwise it is an error.
         pad_token: None picks one that is not EOS.
+        end_of_context: token that closes what the reward reads, behind EOS; None = EOS alone does.
 
     Raises:
-        UserError: the tokenizer has no EOS, no chat template (for ``chat``), or no token to pad with.
+        UserError: the tokenizer has no EOS, no chat template (for ``chat``), no token to pad with, or not
+            the end-of-context token.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Dialogue:
         max_response_tokens: int,
         truncate_prompts: bool = False,
         pad_token: str | None = None,
+        end_of_context: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
@@ -69,6 +72,7 @@ class Dialogue:
         self.eos_id = int(tokenizer.eos_token_id)
         self.pad_id = _pad_id(tokenizer, pad_token)
         tokenizer.pad_token_id = self.pad_id
+        self.end_of_context_id = _end_of_context_id(tokenizer, end_of_context, self.pad_id)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prompt, ready to be continued by a response.
@@ -106,12 +110,17 @@ class Dialogue:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [int(i) for i in ids[: self.max_response_tokens]]
 
+    @property
+    def closing(self) -> list[int]:
+        """What ends every sequence that the reward model reads: EOS, and its own token where there is one."""
+        return [self.eos_id] if self.end_of_context_id is None else [self.eos_id, self.end_of_context_id]
+
     def close(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[int]:
-        """The sequence that the reward model reads: prompt, response, exactly one closing EOS."""
+        """The sequence that the reward model reads: prompt, response, exactly one closing."""
         response = list(response_ids)
         if self.eos_id in response:
             response = response[: response.index(self.eos_id)]
-        return [*prompt_ids, *response, self.eos_id]
+        return [*prompt_ids, *response, *self.closing]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids up to EOS, special tokens left out."""
@@ -127,7 +136,7 @@ class Dialogue:
             _bare(backend) if backend is not None else str(sorted(self.tokenizer.get_vocab().items()))
         )
         template = self.tokenizer.chat_template if self.template == "chat" else "plain"
-        parts = [vocabulary, str(template), str(self.eos_id), str(self.pad_id)]
+        parts = [vocabulary, str(template), *map(str, self.closing), str(self.pad_id)]
         return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
 
 
@@ -166,6 +175,16 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> int:
     )
 
 
+def _end_of_context_id(tokenizer: PreTrainedTokenizerBase, wanted: str | None, pad_id: int) -> int | None:
+    if wanted is None:
+        return None
+    number = tokenizer.get_vocab().get(wanted)
+    if number is None or number in (pad_id, tokenizer.eos_token_id):
+        what = "not in the tokenizer" if number is None else "the padding or the EOS token"
+        raise UserError(f"dialogue.end_of_context: {wanted!r} is {what}; name another token, or leave it out")
+    return int(number)
+
+
 def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id.
 
@@ -198,4 +217,5 @@ def load_dialogue(recipe: Recipe) -> Dialogue:
         max_response_tokens=section.max_response_tokens,
         truncate_prompts=section.on_long_prompts == "truncate",
         pad_token=section.pad_token,
+        end_of_context=section.end_of_context,
     )

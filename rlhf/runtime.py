@@ -15,7 +15,7 @@ import datetime
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,51 @@ def join_cpu_processes(section: Distributed) -> bool:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes()))
     PartialState(backend="gloo", timeout=datetime.timedelta(minutes=section.timeout_minutes))
     return True
+
+
+def most_of_all(number: int, device: torch.device) -> int:
+    """The largest of a number over all processes."""
+    if processes() == 1:
+        return number
+    most = torch.tensor(number, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
+def backward_part(accelerator: Accelerator, loss: Tensor, *, last: bool) -> None:
+    """Add a part's gradients in a Hugging Face trainer that cuts its batch itself; the last part steps.
+
+    DeepSpeed averages over the processes, so a loss is a share of its own process's mean.
+    """
+    wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    if wrapped is None:
+        accelerator.backward(loss)
+        return
+    engine = wrapped.engine
+    engine.set_gradient_accumulation_boundary(is_boundary=last)
+    engine.backward(loss, scale_wrt_gas=False)
+    if not last:
+        return
+    if engine.zero_optimization_stage() == 0:
+        # without ZeRO the gradients are whole here, and DeepSpeed would not tell their norm
+        found = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        engine._global_grad_norm = torch.nn.utils.get_total_norm(found)
+    engine.step()
+    if engine.zero_optimization_stage() == 3:
+        # ZeRO-3 starts its next sum from zero only for parameters in the first backward pass of a step
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+
+@contextlib.contextmanager
+def whole_parameters(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Have parameters in one piece while they are read or changed; ZeRO-3 keeps them in parts."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+        yield
 
 
 def load_bases_whole() -> None:

@@ -1,6 +1,7 @@
 """The arrows between the packages, and who may know which library, read from the source by ast."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,20 @@ PACKAGES = ("rlhf", "reward", "policy")
 FILES = sorted(p.relative_to(ROOT).as_posix() for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 MAX_LINES = 400
 
+SCRIPTS = ("reward.pretrain", "reward.train", "reward.evaluate", "policy.train", "policy.evaluate")
+
 # told to the user within a second, so nothing here may load torch before it is needed
 LIGHT = (
-    *(f"rlhf/{name}.py" for name in ("recipe", "schema", "comparisons", "errors", "artifacts", "stage")),
+    *(f"rlhf/{name}.py" for name in ("recipe", "comparisons", "errors", "artifacts", "stage")),
+    *(file for file in FILES if file.startswith("rlhf/schema/")),
     *(f"rlhf/{name}.py" for name in ("intervals", "judges", "prompts", "summary", "collect", "prepare")),
     *(file for file in FILES if file.startswith("rlhf/sources/")),
-    *("reward/train.py", "policy/train.py", "policy/evaluate.py"),
+    *(f"{script.replace('.', '/')}.py" for script in SCRIPTS),
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets"}
 
 
+@functools.cache
 def tree(file):
     return ast.parse((ROOT / file).read_text(encoding="utf-8"))
 
@@ -38,6 +43,7 @@ def for_types_only(node):
     return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
+@functools.cache
 def all_imports(file):
     """Modules imported anywhere in a file, functions included."""
     return set().union(*map(imported, ast.walk(tree(file))))
@@ -119,12 +125,25 @@ def test_the_ppo_loop_and_its_formulas_do_not_reach_the_reward_model_by_any_way(
 
 
 def test_a_stage_script_is_imported_by_nobody():
-    for script in ("reward.train", "policy.train", "policy.evaluate"):
+    for script in SCRIPTS:
+        assert file_of(script), script
         assert importers(script) == set(), script
 
 
-def test_nobody_imports_tests_or_recipes():
-    names = {"tests", "recipes", "conftest", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
+def test_the_make_targets_are_the_stage_scripts():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert [script for script in SCRIPTS if f" {script} $(ARGS)" not in makefile] == []
+
+
+def test_nobody_imports_tests_recipes_or_studies():
+    names = {
+        "tests",
+        "recipes",
+        "studies",
+        "benchmarks",
+        "conftest",
+        *(p.stem for p in (ROOT / "tests").glob("*.py")),
+    }
     assert not {f: found for f in FILES if (found := {m.partition(".")[0] for m in all_imports(f)} & names)}
 
 
@@ -139,10 +158,11 @@ def test_torch_is_seen_where_it_is_loaded():
 
 
 def test_each_library_is_known_to_few():
-    # reward/model.py: the saved format is peft's adapter for Hugging Face's sequence classifier
-    assert importers("peft") == {"rlhf/backbone.py", "reward/model.py"}
+    # reward/model.py: the saved format is peft's adapter for Hugging Face's sequence classifier;
+    # reward/scorers.py: the card reads anybody's reward model, an adapter too
+    assert importers("peft") == {"rlhf/backbone.py", "reward/model.py", "reward/scorers.py"}
     assert importers("accelerate") == {"rlhf/runtime.py"}
-    assert importers("deepspeed") == {"rlhf/runtime.py", "reward/fit.py"}
+    assert importers("deepspeed") == {"rlhf/runtime.py"}
     assert importers("deepspeed", first_imports) == set()  # it takes seconds, and one process needs none
     assert importers("trl") == {"reward/trainer.py"}
 
@@ -154,6 +174,7 @@ def test_only_the_base_loader_knows_how_a_base_is_quantised():
 
 
 def test_no_file_is_too_long_to_be_read_in_one_go():
-    files = [*map(ROOT.joinpath, FILES), *(ROOT / "tests").rglob("*.py")]
+    files = [*map(ROOT.joinpath, FILES)]
+    files += [p for name in ("tests", "studies", "benchmarks") for p in (ROOT / name).rglob("*.py")]
     lengths = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files}
     assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}

@@ -24,9 +24,13 @@ from rlhf.artifacts import MANIFEST
 TOLERANCE = 5e-6
 PPO = ("ppo.steps=4", "ppo.checkpoint_every=1", "ppo.max_grad_norm=0.3")
 REWARD = (
-    "reward.batch_size=2",
-    "reward.micro_batch_size=1",
-)  # divide the 38 comparisons: no batch is padded
+    "reward.batch_size=38",  # all comparisons, so that no batch is padded
+    "reward.epochs=4",
+    "reward.warmup=0",
+    "reward.max_grad_norm=0.3",
+    "reward.tokens_per_micro_batch=380",
+    "reward.lm_coef=0.5",
+)
 
 
 def copy_of(road, to, *stages):
@@ -177,21 +181,50 @@ def test_a_run_of_two_processes_goes_on_with_one(stopped, alone, tmp_path, capfd
     assert_close(here, alone, "ppo", "policy", "value")
 
 
-def test_two_processes_train_the_reward_model_of_one(road, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def single(road, tmp_path_factory):
+    """The reward stage in one process, and the numbers of micro-batches that halves of its steps make."""
     from reward import train
+    from reward.batches import micro_batches
+    from reward.trainer import PreferenceTrainer
+
+    folder = copy_of(road, tmp_path_factory.mktemp("single") / "run", "comparisons")
+    parts, step = [], PreferenceTrainer.training_step
+
+    def watched(self, model, inputs, *rest, **more):
+        examples, own = inputs["examples"], len(inputs["examples"]) // 2
+        halves = examples[:own], examples[own:]  # what each of two processes gets of a batch
+        parts.append(tuple(len(micro_batches(half, self._budget, share=self._share)) for half in halves))
+        return step(self, model, inputs, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "training_step", watched)
+        alone_in(folder, train.main, *REWARD)
+    return folder, parts
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_two_processes_train_the_reward_model_of_one(zero, single, road, tmp_path, monkeypatch):
     from reward.model import TextRewardModel
     from rlhf.comparisons import Message
 
+    alone, parts = single
+    assert len(parts) == 4
+    assert {first > second for first, second in parts if first != second} == {True, False}, (
+        "their work must differ"
+    )
+    assert min(row["reward/grad_norm"] for row in curve(alone, "reward")) > 0.3
     here = copy_of(road, tmp_path / "here", "comparisons")
-    finish(here, "reward.train", *REWARD, "distributed.zero_stage=2")
-    single = copy_of(road, tmp_path / "single", "comparisons")
-    alone_in(single, train.main, *REWARD)
-    assert_close(here, single, "reward", "model")
+    finish(here, "reward.train", *REWARD, f"distributed.zero_stage={zero}")
+    assert_close(here, alone, "reward", "model")
+    figures = [json.loads((f / "runs/tiny/reward" / MANIFEST).read_text())["results"] for f in (here, alone)]
+    for name in ("held_out_accuracy", "train_accuracy", "probe_accuracy"):
+        assert figures[0][name] == figures[1][name]
     monkeypatch.chdir(road)  # the card names the base relative to the run
     prompts = [(Message("user", text),) for text in ("The film was", "We waited", "I")]
     scores = [
         TextRewardModel(folder / "runs/tiny/reward/model").score(prompts, ["great fun.", "for an hour.", ""])
-        for folder in (here, single)
+        for folder in (here, alone)
     ]
     assert scores[0].tolist() == pytest.approx(scores[1].tolist(), abs=1e-4)
     assert scores[1].std() > 0.01

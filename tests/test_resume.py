@@ -23,18 +23,20 @@ from rlhf.artifacts import MANIFEST, sha256_of, write_manifest
 from rlhf.errors import exit_on_user_error
 
 MODULES = {"comparisons": "rlhf.collect", "reward": "reward.train", "ppo": "policy.train"}
+BATCHES = ("collect.prompts_per_batch=4",)
+REWARD = (*BATCHES, "reward.epochs=2", "reward.checkpoint_every=1")
 LONGER = {
-    "comparisons": ("collect.prompts_per_batch=4",),
-    "reward": ("reward.epochs=2", "reward.checkpoint_every=1"),
-    "ppo": ("reward.epochs=2", "reward.checkpoint_every=1", "ppo.steps=8", "ppo.checkpoint_every=1"),
+    "comparisons": BATCHES,
+    "reward": REWARD,
+    "ppo": (*REWARD, "ppo.steps=8", "ppo.checkpoint_every=1"),
 }
-LONGER = {name: (*LONGER["comparisons"], *more) for name, more in LONGER.items()}
+ENSEMBLE = (*BATCHES, "reward.checkpoint_every=1", "reward.members=2", "reward.lm_coef=0.5")
 PARENTS = {"comparisons": (), "reward": ("comparisons",), "ppo": ("comparisons", "reward")}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["reward.fit", "policy.fit", "rlhf.lab", "trl", "tensorboard", "conftest"])
 
 
-def work(name, folder, log):
+def work(name, folder, log, overrides):
     """What a process of this file does: one stage in one folder, like the command line."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -44,16 +46,18 @@ def work(name, folder, log):
 
     torch.set_num_threads(1)
     main = importlib.import_module(MODULES[name]).main
-    exit_on_user_error(lambda: stage(main, *LONGER[name]))
+    exit_on_user_error(lambda: stage(main, *overrides))
 
 
 class Start:
     """One start of a stage, in its own process."""
 
-    def __init__(self, name, folder):
+    def __init__(self, name, folder, overrides=()):
         self.folder = folder / "runs" / "tiny" / name
         self.log = folder / f"{name}.log"
-        self.process = SERVER.Process(target=work, args=(name, str(folder), str(self.log)))
+        self.process = SERVER.Process(
+            target=work, args=(name, str(folder), str(self.log), overrides or LONGER[name])
+        )
         self.process.start()
 
     def kill_when(self, due):
@@ -73,12 +77,24 @@ class Start:
         return said
 
     def progress(self):
-        """Finished batches or saved steps."""
-        saved = [int(path.name[5:]) for path in self.folder.glob("checkpoints/step-*")]
-        return max(saved, default=len(list(self.folder.glob("parts/*.json"))))
+        """Finished batches or saved steps, of all members together."""
+        saved = {}
+        for path in self.saved("step-*"):
+            saved[path.parent] = max(saved.get(path.parent, 0), int(path.name[5:]))
+        return sum(saved.values()) or len(list(self.folder.glob("parts/*.json")))
 
     def is_saving(self):
-        return any(self.folder.glob("checkpoints/.staging-*/*"))
+        return bool(self.saved(".staging-*/*"))
+
+    def saved(self, pattern):
+        """What the one training, or each member's, has among its checkpoints."""
+        with contextlib.suppress(FileNotFoundError):  # renamed while it is looked for
+            return [
+                p
+                for at in ("checkpoints", "checkpoints/member-*")
+                for p in self.folder.glob(f"{at}/{pattern}")
+            ]
+        return []
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +159,27 @@ def test_a_stage_killed_at_random_moments_ends_as_if_it_had_never_been_killed(na
     Start(name, here).finish()
     assert kills >= 3, "the kills came too late to mean anything"
     assert_same(here, whole, name)
+
+
+def test_an_ensemble_killed_in_every_member_ends_as_if_it_had_never_been_killed(whole, tmp_path):
+    """With a language-model term: the second member begins anew where the first has not been finished."""
+    alone = beginning(whole, "reward", tmp_path / "alone")
+    Start("reward", alone, ENSEMBLE).finish()
+    here = beginning(whole, "reward", tmp_path / "here")
+    kills = []
+    for goal in (3, 5, 8):  # a member has 5 steps
+        start = Start("reward", here, ENSEMBLE)
+        if start.kill_when(lambda start=start, goal=goal: start.progress() >= goal):
+            kills.append((start.folder / "parts" / "member-0.json").exists())
+    said = Start("reward", here, ENSEMBLE).finish()
+    assert kills[0] is False, "the first kill came too late"
+    assert kills[-1] is True, "the last kill did not meet the second member"
+    assert said.count("reward: going on after step") >= 2
+    assert_same(here, alone, "reward")
+    found = results(alone, "reward")
+    assert [row["step"] for row in found["steps"]] == list(range(1, 11))
+    assert all("reward/language" in row for row in found["steps"])
+    assert {"model/adapter_model.safetensors", "model-1/adapter_model.safetensors"} <= set(found["files"])
 
 
 @pytest.mark.parametrize("name", ["reward", "ppo"])

@@ -1,34 +1,59 @@
-"""The reward model as others load it, as it is trained, and what it is held against."""
+"""The reward model as it reads packed rows, as it starts from another, and as others load it."""
 
 import json
-import random
-import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import stage, tiny_recipe
-from safetensors.torch import load_file
-from torch import nn
+from conftest import tiny_recipe
+from preference_cases import (
+    EOS,
+    VOCABULARY,
+    asked,
+    assert_equal_tensors,
+    awake,
+    cases,
+    encoded,
+    gradients,
+    ignoring,
+    learning,
+    plain_scores,
+    rows_of_all,
+    stored,
+    tiny,
+    words,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaModel
 
-import reward.fit
-from reward import train
-from reward.batches import collate, encode
-from reward.model import TextRewardModel, head_of, new_reward_model, read_card, scores_of
-from reward.probe import fit_probe
-from reward.trainer import RankedRewardTrainer
-from rlhf.artifacts import read_json
-from rlhf.backbone import HEAD, WEIGHTS, Backbone
+from reward.batches import encode, pack
+from reward.model import (
+    RewardCard,
+    TextRewardModel,
+    check_packing,
+    forward_packed,
+    head_of,
+    new_reward_model,
+    read_card,
+    response_log_probs,
+    save_reward_model,
+    score_examples,
+    scores_of,
+    start_from,
+    vocabulary_head,
+)
+from rlhf.backbone import WEIGHTS, Backbone
 from rlhf.base import load_base
-from rlhf.comparisons import Counts
 from rlhf.dialogue import load_dialogue
 from rlhf.errors import UserError
 from rlhf.sequences import right_pad
-from rlhf.sources.native import read_native
+from rlhf.tiny import START
 
 MODEL = "runs/tiny/reward/model"
+SHARED = pytest.mark.parametrize("share", [True, False])
+MIXED = [*cases(5, 11), *cases(1, 12, responses=(2, 2)), *cases(1, 13, responses=(5, 5))]
 FRESH = """
 import json, sys
 import torch
@@ -48,27 +73,233 @@ print(json.dumps([batch, single]))
 """
 
 
-def contract():
-    recipe = tiny_recipe()
-    return recipe, load_dialogue(recipe)
-
-
-def comparisons(part="train"):
-    return read_native(f"runs/tiny/comparisons/{part}.jsonl", "stop", Counts())
-
-
 @pytest.fixture
-def in_road(road, monkeypatch):
+def model():
+    return awake(*tiny())
+
+
+# --- packed rows -----------------------------------------------------------------------------------------
+
+
+@SHARED
+def test_packed_rows_score_as_the_classifier_does_and_teach_the_same(model, share):
+    weights = torch.randn(sum(len(e["ranks"]) for e in MIXED), generator=torch.Generator().manual_seed(0))
+    expected = plain_scores(model, MIXED)
+    (expected * weights).sum().backward()
+    wanted = gradients(model)
+    assert set(wanted) == learning(model)
+    assert all(bool(gradient.any()) for gradient in wanted.values())
+
+    packed = pack(MIXED, 0, share=share)
+    hidden_NTD, scores_BK = forward_packed(model, packed)
+    assert hidden_NTD.shape == (*packed.ids_NT.shape, 32)
+    assert not scores_BK[~packed.mask_BK].any()
+    torch.testing.assert_close(scores_BK[packed.mask_BK], expected, rtol=1e-4, atol=2e-5)
+    (scores_BK[packed.mask_BK] * weights).sum().backward()
+    assert_equal_tensors(gradients(model), wanted)
+    assert len({round(s, 3) for s in expected.tolist()}) > len(expected) // 2
+
+
+def scalar_log_prob(model, table, example, k):
+    """Sum over a response's spoken tokens of the log-softmax over the whole vocabulary, one at a time."""
+    row = [*example["prompt"], *example["responses"][k]]
+    hidden = model.base_model.model.model(input_ids=torch.tensor([row])).last_hidden_state[0]
+    total = torch.zeros(())
+    for t in range(example["spoken"][k]):
+        place = len(example["prompt"]) + t
+        logits = hidden[place - 1] @ table.T
+        total = total + logits[row[place]] - logits.exp().sum().log()
+    return total
+
+
+@SHARED
+@pytest.mark.parametrize("wanted", ["best", "all"])
+def test_log_probs_are_those_of_a_scalar_loop_and_teach_the_same(model, share, wanted):
+    recipe, _ = tiny()
+    vocabulary = vocabulary_head(recipe, model)
+    packed = pack(MIXED, 0, share=share, wanted=wanted)
+    sums_BK, counts_BK = response_log_probs(forward_packed(model, packed)[0], packed, vocabulary)
+    weights_BK = torch.randn(sums_BK.shape, generator=torch.Generator().manual_seed(1))
+    (sums_BK * weights_BK).sum().backward()
+    found = gradients(model)
+
+    table = AutoModelForCausalLM.from_pretrained(recipe.model.path).lm_head.weight.detach()
+    expected_BK, number_BK = torch.zeros_like(sums_BK), torch.zeros_like(counts_BK)
+    loss = torch.zeros(())
+    for b, example in enumerate(MIXED):
+        for k in range(len(example["ranks"])):
+            if wanted == "all" or example["ranks"][k] == min(example["ranks"]):
+                value = scalar_log_prob(model, table, example, k)
+                loss = loss + weights_BK[b, k] * value
+                expected_BK[b, k], number_BK[b, k] = value.detach(), example["spoken"][k]
+    loss.backward()
+    torch.testing.assert_close(sums_BK.detach(), expected_BK, rtol=1e-4, atol=1e-4)
+    assert torch.equal(counts_BK, number_BK)
+    expected = gradients(model)
+    assert set(expected) == learning(model) - {name for name in learning(model) if "score" in name}
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    found = {n: g for n, g in found.items() if n in expected or g.any()}  # the head says nothing here
+    assert_equal_tensors(found, expected, atol=2e-6 * scale)
+
+
+def test_log_probs_in_pieces_are_those_in_one(model, monkeypatch):
+    vocabulary = vocabulary_head(tiny()[0], model)
+    packed = pack(MIXED, 0, wanted="all")
+    whole = response_log_probs(forward_packed(model, packed)[0], packed, vocabulary)
+    monkeypatch.setattr("reward.model._LOGITS_AT_ONCE", 7)
+    parts = response_log_probs(forward_packed(model, packed)[0], packed, vocabulary)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+@SHARED
+@pytest.mark.parametrize("tokens", [1, 60, 4096])
+def test_scores_keep_their_order_whatever_the_batches(model, share, tokens):
+    vocabulary = vocabulary_head(tiny()[0], model)
+    backwards = sorted(MIXED, key=lambda e: -len(rows_of_all([e])[0]))
+    scores, sums, counts = score_examples(
+        model, backwards, 0, share=share, tokens=tokens, vocabulary=vocabulary
+    )
+    with torch.no_grad():
+        expected = plain_scores(model, backwards)
+        logps = [
+            float(scalar_log_prob(model, vocabulary.weight, e, k))
+            for e in backwards
+            for k in range(len(e["ranks"]))
+        ]
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(sums, torch.tensor(logps), rtol=1e-4, atol=1e-4)
+    assert counts.tolist() == [said for e in backwards for said in e["spoken"]]
+    rows = rows_of_all(backwards)
+    torch.testing.assert_close(scores_of(model, rows, 0), expected, rtol=1e-4, atol=2e-5)
+
+
+def refusing(monkeypatch):
+    def plain(self, *args, attention_mask=None, **options):
+        if attention_mask is not None and attention_mask.ndim == 4:
+            raise ValueError("a mask has two dimensions\nand no more")
+        return forward(self, *args, attention_mask=attention_mask, **options)
+
+    forward = LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", plain)
+
+
+def test_packing_is_accepted_where_it_changes_nothing(model):
+    assert check_packing(model, MIXED, 0) is None
+
+
+def test_an_architecture_that_ignores_the_block_mask_is_told(model, monkeypatch):
+    ignoring(monkeypatch)
+    assert "packed rows score differently with this architecture (by " in check_packing(model, MIXED, 0)
+    with torch.no_grad():  # rows of their own are right as ever
+        expected = plain_scores(model, MIXED)
+    torch.testing.assert_close(
+        score_examples(model, MIXED, 0, share=False)[0], expected, rtol=1e-4, atol=2e-5
+    )
+
+
+def test_an_architecture_that_refuses_the_block_mask_is_told(model, monkeypatch):
+    refusing(monkeypatch)
+    told = check_packing(model, MIXED, 0)
+    assert told == (
+        "this architecture does not take packed rows (a mask has two dimensions); prompts are not shared"
+    )
+
+
+def test_a_vocabulary_tied_to_the_embeddings_is_not_copied_and_another_is_the_bases_own(tmp_path):
+    recipe, dialogue = tiny()
+    model = awake(recipe, dialogue)
+    tied = vocabulary_head(recipe, model)
+    embedding = model.base_model.model.model.embed_tokens.weight
+    assert tied.weight is embedding
+    assert not embedding.requires_grad
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    config = LlamaConfig(**shape, num_attention_heads=4, tie_word_embeddings=False)
+    causal = LlamaForCausalLM(config)
+    causal.save_pretrained(tmp_path)
+    dialogue.tokenizer.save_pretrained(str(tmp_path))
+    recipe = tiny_recipe(f"model.path={tmp_path}")
+    own = vocabulary_head(recipe, awake(recipe, dialogue))
+    torch.testing.assert_close(own.weight, causal.lm_head.weight, rtol=0, atol=0)
+    assert not own.weight.requires_grad
+    assert not torch.equal(own.weight, causal.model.embed_tokens.weight)
+
+
+def test_a_fresh_head_has_the_spread_of_the_papers():
+    weights = []
+    for seed in range(12):
+        model = new_reward_model(*tiny(f"seed={seed}"))
+        assert head_of(model).bias is None
+        assert head_of(model).weight.requires_grad
+        weights.append(head_of(model).weight.detach().flatten())
+    drawn = torch.cat(weights)
+    expected = (32 + 1) ** -0.5
+    assert float(drawn.std()) == pytest.approx(expected, abs=4 * expected / (2 * len(drawn)) ** 0.5)
+    assert len({tuple(w.tolist()) for w in weights}) == 12
+    again = new_reward_model(*tiny(), 7)  # a seed of its own, as of a member
+    assert torch.equal(head_of(again).weight.flatten(), weights[7])
+
+
+# --- start from a trained one ----------------------------------------------------------------------------
+
+
+def saved(folder, model, dialogue, recipe, **card):
+    said = RewardCard(recipe.model.path, 0.0, 1.0, dialogue.fingerprint(), "plain", 96, 8, **card)
+    save_reward_model(model, folder, said, dialogue)
+    return folder
+
+
+def test_a_start_is_the_trained_model_to_the_bit(tmp_path):
+    recipe, dialogue = tiny()
+    trained = awake(recipe, dialogue)
+    folder = saved(tmp_path / "model", trained, dialogue, recipe)
+    fresh = new_reward_model(recipe, dialogue, 1).eval()
+    examples = encoded(4)
+    expected = score_examples(trained, examples, 0)[0]
+    assert not torch.equal(score_examples(fresh, examples, 0)[0], expected)
+    learns = learning(fresh)
+    assert start_from(fresh, folder) == len(load_file(folder / WEIGHTS)) == len(learns)
+    assert torch.equal(score_examples(fresh, examples, 0)[0], expected)
+    assert learning(fresh) == learns
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["lora.rank=2", "lora.layers=all", "lora.layers=top_1", "lora.targets=[q_proj,v_proj]", "lora.alpha=16"],
+)
+def test_a_start_of_other_lora_settings_is_refused(tmp_path, other):
+    recipe, dialogue = tiny(other)
+    folder = saved(tmp_path / "model", new_reward_model(recipe, dialogue), dialogue, recipe)
+    fresh = new_reward_model(*tiny())
+    before = {name: parameter.clone() for name, parameter in fresh.named_parameters()}
+    with pytest.raises(UserError, match=r"reward\.start: .* other lora settings or another base"):
+        start_from(fresh, folder)
+    assert all(torch.equal(before[name], parameter) for name, parameter in fresh.named_parameters())
+
+
+def test_a_start_that_lacks_its_head_or_has_something_else_is_refused(tmp_path):
+    recipe, dialogue = tiny()
+    folder = saved(tmp_path / "model", awake(recipe, dialogue), dialogue, recipe)
+    whole = load_file(folder / WEIGHTS)
+    head = next(name for name in whole if "score" in name)
+    without = {name: tensor for name, tensor in whole.items() if name != head}
+    wider = whole | {head: torch.zeros(1, 33)}
+    for tensors in (without, whole | {"base_model.model.extra": torch.zeros(1)}, wider):
+        save_file(tensors, folder / WEIGHTS)
+        with pytest.raises(UserError, match="does not fit this recipe"):
+            start_from(new_reward_model(recipe, dialogue), folder)
+    with pytest.raises(UserError, match=r"reward\.start: .*adapter_model\.safetensors is not there"):
+        start_from(new_reward_model(recipe, dialogue), tmp_path / "nothing")
+
+
+# --- as others load it -----------------------------------------------------------------------------------
+
+
+def test_a_fresh_process_without_this_project_gets_the_same_scores(road, monkeypatch):
     monkeypatch.chdir(road)
-    return road
-
-
-def test_a_fresh_process_without_this_project_gets_the_same_scores(in_road):
-    recipe, dialogue = contract()
-    some = comparisons()[:5]
-    prompts = [c.prompt for c in some for _ in c.responses]
-    responses = [r for c in some for r in c.responses]
-    rows = [row for e in encode(some, dialogue) for row in e["responses"]]
+    recipe = tiny_recipe()
+    dialogue = load_dialogue(recipe)
+    some = stored()[:5]
+    rows = rows_of_all(encode(some, dialogue))
     assert len({len(row) for row in rows}) > 1
     done = subprocess.run(
         [sys.executable, "-c", FRESH], input=json.dumps(rows), capture_output=True, text=True, check=True
@@ -76,9 +307,9 @@ def test_a_fresh_process_without_this_project_gets_the_same_scores(in_road):
     batch, single = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     torch.testing.assert_close(batch, single, rtol=0, atol=1e-4)
 
-    folder = in_road / MODEL
+    folder = road / MODEL
     offset = read_card(folder).offset
-    ours = TextRewardModel(folder).score(prompts, responses)
+    ours = TextRewardModel(folder).score(*asked(some))
     torch.testing.assert_close(ours, batch + offset, rtol=0, atol=1e-4)
     assert float(ours.std()) > 0.1
 
@@ -90,193 +321,20 @@ def test_a_fresh_process_without_this_project_gets_the_same_scores(in_road):
     torch.testing.assert_close(shared, batch + offset, rtol=0, atol=1e-4)
 
 
-def test_training_moved_every_part_of_the_adapter(in_road):
-    saved = load_file(in_road / MODEL / WEIGHTS)
-    moved = [name for name in saved if "lora_B" in name]
-    assert len(moved) == 7 * 2  # modules of a layer, adapted layers
-    assert all(bool(saved[name].any()) for name in moved)
-    assert saved[f"{HEAD}.weight"].shape == (1, 32)
+def test_a_model_that_reads_a_token_behind_eos_reads_it_wherever_it_is_loaded(tmp_path):
+    recipe, dialogue = tiny(f"dialogue.end_of_context={START}")
+    model, some = awake(recipe, dialogue), words(3)
+    folder = saved(tmp_path / "model", model, dialogue, recipe, end_of_context=START)
+    rows = rows_of_all(encode(some, dialogue))
+    assert {tuple(row[-2:]) for row in rows} == {(EOS, dialogue.end_of_context_id)}
+    with torch.no_grad():
+        expected = torch.stack([model(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
+        on_eos = torch.stack([model(input_ids=torch.tensor([row[:-1]])).logits[0, 0] for row in rows])
+    assert float((expected - on_eos).abs().min()) > 1e-3
+    torch.testing.assert_close(scores_of(model, rows, 0), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(TextRewardModel(folder).score(*asked(some)), expected, rtol=0, atol=1e-4)
 
 
-def test_the_folder_says_what_it_is(in_road):
-    _, dialogue = contract()
-    card = read_card(in_road / MODEL)
-    assert card.base == "models/tiny"
-    assert card.contract == dialogue.fingerprint()
-    assert (card.template, card.max_prompt_tokens, card.max_response_tokens) == ("plain", 96, 8)
+def test_a_folder_without_a_card_is_no_reward_model(tmp_path):
     with pytest.raises(UserError, match="make reward"):
-        read_card(in_road / "models")
-    results = read_json(in_road / "runs/tiny/reward/manifest.json")["results"]
-    assert results["reload_gap"] < 1e-4
-    assert (results["gain"], results["offset"]) == (card.gain, card.offset)
-    for name in ("held_out_accuracy", "train_accuracy", "probe_accuracy"):
-        assert 0 <= results[name]["mean"] <= 1
-
-
-def test_the_reported_accuracy_is_that_of_the_saved_scores(in_road):
-    results = read_json(in_road / "runs/tiny/reward/manifest.json")["results"]
-    model, right, pairs = TextRewardModel(in_road / MODEL), 0.0, 0
-    for c in comparisons("held_out"):
-        scores = model.score([c.prompt] * len(c.responses), c.responses).tolist()
-        for i, mine in enumerate(scores):
-            for j, other in enumerate(scores):
-                if c.ranks[i] < c.ranks[j]:
-                    pairs += 1
-                    right += 1.0 if mine > other else 0.5 if mine == other else 0.0
-    assert pairs > 10
-    assert results["held_out_accuracy"]["mean"] == pytest.approx(right / pairs)
-
-
-@pytest.fixture
-def retrained(road, tmp_path, monkeypatch):
-    """Runs the reward stage again on the road's comparisons; returns where its model is."""
-
-    def run(name, *overrides):
-        folder = tmp_path / name
-        shutil.copytree(road / "models", folder / "models")
-        shutil.copytree(road / "runs/tiny/comparisons", folder / "runs/tiny/comparisons")
-        monkeypatch.chdir(folder)
-        stage(train.main, "reward.probe=false", *overrides)
-        return folder / MODEL
-
-    return run
-
-
-def test_micro_batches_do_not_change_the_weights(retrained):
-    whole, parts = (
-        load_file(retrained(name, f"reward.micro_batch_size={name}") / WEIGHTS) for name in ("8", "2")
-    )
-    assert set(whole) == set(parts)
-    for name, tensor in whole.items():
-        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_scores_have_mean_0_and_variance_1_and_the_gain_changes_no_comparison(retrained, monkeypatch):
-    folder = retrained("normal", "reward.reference_responses=100000")
-    some = comparisons()
-    prompts = [c.prompt for c in some for _ in c.responses]
-    responses = [r for c in some for r in c.responses]
-    scores = TextRewardModel(folder).score(prompts, responses)
-    assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
-    assert float(scores.var(correction=0)) == pytest.approx(1, abs=1e-3)
-
-    monkeypatch.setattr(reward.fit, "normalisation", lambda _: (1.0, 0.0))
-    raw = TextRewardModel(retrained("raw", "reward.reference_responses=100000")).score(prompts, responses)
-    card = read_card(folder)
-    assert card.gain > 0
-    assert abs(card.gain - 1) > 0.05
-    torch.testing.assert_close(scores, card.gain * raw + card.offset, rtol=0, atol=1e-4)
-    assert scores.argsort(stable=True).tolist() == raw.argsort(stable=True).tolist()
-
-
-def test_a_training_that_made_all_scores_equal_is_an_error_with_a_remedy(retrained, monkeypatch):
-    monkeypatch.setattr(reward.fit, "scores_of", lambda model, rows, pad_id: torch.zeros(len(rows)))
-    with pytest.raises(UserError, match=r"lower reward\.learning_rate"):
-        retrained("flat")
-
-
-def test_the_loss_is_that_of_a_double_loop_and_each_response_is_forwarded_once(in_road):
-    recipe, dialogue = contract()
-    model = new_reward_model(recipe, dialogue).eval()
-    examples = [
-        {"responses": [[5, 6, 1], [7, 8, 9, 1]], "ranks": [1, 0]},
-        {"responses": [[5, 1], [6, 7, 1], [8, 1], [9, 9, 9, 1]], "ranks": [0, 2, 1, 1]},
-        {"responses": [[10, 11, 1], [12, 1], [13, 14, 1]], "ranks": [2, 0, 1]},
-    ]
-    expected, right, pairs = 0.0, 0, 0
-    for example in examples:
-        with torch.no_grad():
-            scores = [float(model(input_ids=torch.tensor([row])).logits) for row in example["responses"]]
-        terms = []
-        for i, mine in enumerate(scores):
-            for j, other in enumerate(scores):
-                if example["ranks"][i] < example["ranks"][j]:
-                    terms.append(-float(nn.functional.logsigmoid(torch.tensor(mine - other))))
-                    right += mine > other
-        expected += sum(terms) / len(terms) / len(examples)
-        pairs += len(terms)
-
-    forwarded = []
-    model.register_forward_hook(
-        lambda module, args, kwargs, output: forwarded.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    seen = {"loss": 0.0, "correct": 0.0, "pairs": 0.0, "comparisons": 0.0}
-    batch = collate(examples, dialogue.pad_id)._asdict()
-    loss = RankedRewardTrainer.compute_loss(SimpleNamespace(_seen=seen), model, batch)
-    assert float(loss.detach()) == pytest.approx(expected, abs=1e-5)
-    assert forwarded == [9]
-    assert seen == {
-        "loss": pytest.approx(3 * expected, abs=1e-4),
-        "correct": right,
-        "pairs": pairs,
-        "comparisons": 3,
-    }
-    assert pairs == 1 + 5 + 3
-    loss.backward()
-    assert bool(head_of(model).weight.grad.any())
-
-
-def test_scores_keep_their_order_whatever_the_batches(in_road, monkeypatch):
-    recipe, dialogue = contract()
-    model = new_reward_model(recipe, dialogue).eval()
-    rows = [[5, 6, 1], [7, 1], [8, 9, 10, 11, 1], [12, 13, 1]]
-    together = scores_of(model, rows, dialogue.pad_id)
-    monkeypatch.setattr("reward.model.TOKENS_AT_ONCE", 1)
-    torch.testing.assert_close(scores_of(model, rows, dialogue.pad_id), together, rtol=0, atol=1e-5)
-    assert len(set(together.tolist())) == 4
-
-
-def test_a_fresh_head_has_the_spread_of_the_papers(in_road):
-    weights = []
-    for seed in range(12):
-        recipe = tiny_recipe(f"seed={seed}")
-        model = new_reward_model(recipe, load_dialogue(recipe))
-        assert head_of(model).bias is None
-        assert head_of(model).weight.requires_grad
-        weights.append(head_of(model).weight.detach().flatten())
-    drawn = torch.cat(weights)
-    expected = (32 + 1) ** -0.5
-    assert float(drawn.std()) == pytest.approx(expected, abs=4 * expected / (2 * len(drawn)) ** 0.5)
-    assert len({tuple(w.tolist()) for w in weights}) == 12
-
-
-class Bag(nn.Module):
-    """A decoder whose last hidden state is the sum of random vectors, one a token."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.table = nn.Parameter(torch.randn(40, 12, generator=generator))
-
-    def forward(self, input_ids, attention_mask, **_):
-        hidden = (self.table[input_ids] * attention_mask[..., None]).cumsum(dim=1)
-        return SimpleNamespace(last_hidden_state=hidden)
-
-
-def labelled(number, seed, rank):
-    rng = random.Random(seed)
-    examples = []
-    for _ in range(number):
-        rows = [[rng.randrange(2, 30) for _ in range(rng.randint(1, 4))] + [1] for _ in range(3)]
-        examples.append({"responses": rows, "ranks": rank(rows, rng)})
-    return examples
-
-
-def by_feature(rows, rng):
-    """The better response is the one further along one direction of the features."""
-    table = Bag().table.detach()
-    scores = [-float(table[row].sum(0)[3]) for row in rows]
-    return [sorted(scores).index(s) for s in scores]
-
-
-def by_chance(rows, rng):
-    return rng.sample(range(3), 3)
-
-
-def test_the_probe_finds_a_label_that_is_in_the_features_and_none_that_is_not():
-    found = fit_probe(Bag(), labelled(120, 1, by_feature), labelled(60, 2, by_feature), 0).accuracy
-    assert found.mean > 0.9
-    assert found.low <= found.mean <= found.high
-    chance = fit_probe(Bag(), labelled(200, 3, by_chance), labelled(200, 4, by_chance), 0).accuracy
-    assert chance.low < 0.5 < chance.high
-    assert abs(chance.mean - 0.5) < 0.1
+        read_card(tmp_path)

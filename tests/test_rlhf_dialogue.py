@@ -29,6 +29,7 @@ def dialogue(template="chat", *, tokenizer=None, prompt=200, response=8, **optio
 
 
 CHAT = dialogue()
+READ_BEHIND = dialogue(end_of_context=START)
 
 
 @given(prompt=IDS, response=IDS)
@@ -46,6 +47,30 @@ def test_a_closed_sequence_is_prompt_response_and_exactly_one_eos(prompt, respon
 def test_closing_twice_is_closing_once(prompt, response):
     closed = CHAT.close(prompt, response)
     assert CHAT.close(prompt, closed[len(prompt) :]) == closed
+
+
+@given(prompt=IDS, response=IDS)
+def test_a_token_behind_eos_closes_every_sequence_and_nothing_else_changes(prompt, response):
+    closed = READ_BEHIND.close(prompt, response)
+    assert closed == [*CHAT.close(prompt, response), START_ID]
+    assert READ_BEHIND.closing == [EOS, START_ID]
+    assert READ_BEHIND.close(prompt, closed[len(prompt) :]) == closed  # closing twice is closing once
+
+
+def test_the_token_behind_eos_must_be_one_of_its_own():
+    assert (CHAT.end_of_context_id, CHAT.closing) == (None, [EOS])
+    assert READ_BEHIND.encode_prompt(TALK) == CHAT.encode_prompt(TALK)
+    assert READ_BEHIND.encode_response("abc") == CHAT.encode_response("abc")
+    refusals = {
+        "<nothing>": "not in the tokenizer",
+        END: "the EOS token",
+        PAD: "the padding or the EOS token",
+    }
+    for token, message in refusals.items():
+        with pytest.raises(UserError, match=rf"dialogue\.end_of_context: .*{message}; name another token"):
+            dialogue(end_of_context=token)
+    with pytest.raises(UserError, match=r"dialogue\.end_of_context"):
+        dialogue(end_of_context=START, pad_token=START)
 
 
 def test_the_chat_prompt_is_the_tokenizers_own_chat_template():
@@ -139,6 +164,8 @@ def test_the_fingerprint_tells_contracts_apart_and_nothing_else():
         same,
         dialogue("plain").fingerprint(),
         dialogue(pad_token=START).fingerprint(),
+        READ_BEHIND.fingerprint(),
+        dialogue(end_of_context="a").fingerprint(),
         *(dialogue(tokenizer=t).fingerprint() for t in (rewritten, ended, grown)),
     ]
     assert len(set(prints)) == len(prints)

@@ -1,0 +1,147 @@
+"""One training of a preference model, from its newest checkpoint to its last step: what both stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from torch import nn
+
+from reward.batches import Example
+from reward.model import check_packing, vocabulary_head
+from reward.objectives import objective
+from reward.trainer import PreferenceTrainer, training_arguments
+from reward.trunk import Trunk, build_trunk
+from rlhf.artifacts import Checkpoints, step_of
+from rlhf.base import best_device
+from rlhf.dialogue import Dialogue
+from rlhf.errors import UserError
+from rlhf.metrics import Metrics
+from rlhf.recipe import Recipe
+from rlhf.schema import PreferenceTraining
+from rlhf.stage import StageRun, processes
+
+_SHARES = {"pmp": 0.1, "reward": 0.01}  # of the pre-training learning rate (Bai 2022, A.2)
+
+
+def learning_rate(recipe: Recipe, section: PreferenceTraining, stage: str) -> float:
+    """The section's peak learning rate, or its stage's share of ``model.pretraining_learning_rate``."""
+    return section.learning_rate or _SHARES[stage] * recipe.model.pretraining_learning_rate
+
+
+class Passes(NamedTuple):
+    """How examples are laid out, and what is known of them before any pass."""
+
+    share: bool
+    """Prompts stand once for all their responses."""
+    trunk: Trunk | None
+    """States below the first adapted layer, where they are kept."""
+
+
+def passes(
+    recipe: Recipe, section: PreferenceTraining, model: Any, rows: Sequence[Example], dialogue: Dialogue
+) -> Passes:
+    """Find out how this model can go over these examples without doing work twice; warnings are printed."""
+    model = model.to(best_device()).eval()
+    share = section.share_prompts
+    if share and (warning := check_packing(model, rows[:32], dialogue.pad_id)):
+        print(f"warning: {warning}", flush=True)
+        share = False
+    trunk = build_trunk(recipe, model, rows, dialogue.pad_id, share=share, gigabytes=section.trunk_gigabytes)
+    return Passes(share, trunk)
+
+
+def learn(
+    recipe: Recipe,
+    section: PreferenceTraining,
+    run: StageRun,
+    dialogue: Dialogue,
+    model: Any,
+    rows: Sequence[Example],
+    way: Passes,
+    *,
+    member: int = 0,
+    members: int = 1,
+) -> nn.Module:
+    """Train a model on encoded comparisons; an interrupted training goes on from its newest checkpoint.
+
+    Args:
+        recipe: the whole recipe.
+        section: its ``pmp`` or ``reward`` section.
+        run: the open stage.
+        dialogue: the token contract.
+        model: a reward model at its start.
+        rows: encoded training comparisons.
+        way: how to go over them.
+        member: number of this training among those of the stage; it moves the seed.
+        members: how many trainings the stage has.
+
+    Returns:
+        The trained model.
+    """
+    vocabulary = vocabulary_head(recipe, model) if objective(section).needs_language else None
+    steps = section.epochs * -(-len(rows) // section.batch_size)
+    folder = run.folder / "checkpoints"
+    checkpoints = Checkpoints(folder / f"member-{member}") if members > 1 else run.checkpoints
+    checkpoint = checkpoints.newest()
+    done = step_of(checkpoint)
+    if checkpoint and run.is_main:
+        print(f"{run.stage}: going on after step {done} of {steps}", flush=True)
+    metrics = Metrics(
+        run.folder,
+        total=steps * members,
+        done=member * steps + done,
+        shown={"reward/loss": ".3f", "reward/pair_accuracy": ".2f"},
+        description=run.stage,
+        active=run.is_main,
+    )
+    rate = learning_rate(recipe, section, run.stage)
+    trainer = PreferenceTrainer(
+        run=run,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        section=section,
+        pad_id=dialogue.pad_id,
+        share=way.share,
+        trunk=way.trunk,
+        vocabulary=vocabulary,
+        steps_before=member * steps,
+        model=model,
+        args=training_arguments(recipe, section, folder, rate=rate, seed=recipe.seed + member),
+        train_dataset=Dataset.from_list(list(rows)),
+        processing_class=dialogue.tokenizer,
+    )
+    resume = _resumable(checkpoint / f"checkpoint-{done}") if checkpoint else None
+    trainer.train(resume_from_checkpoint=resume)
+    metrics.close()
+    if trainer.state.global_step != trainer.state.max_steps:
+        raise RuntimeError(f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps")
+    trained: Any = trainer.model
+    return trained.eval()
+
+
+def _resumable(folder: Path) -> str:
+    """A trainer's checkpoint, seen to hold what a trainer would silently start anew.
+
+    Raises:
+        UserError: optimiser, schedule or random state is missing, or another number of processes wrote it.
+    """
+    if processes() == 1:
+        needed = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    else:
+        needed = ["latest", "scheduler.pt", *(f"rng_state_{rank}.pth" for rank in range(processes()))]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    written = len(list(folder.glob("rng_state_*.pth"))) or 1
+    if written != processes():
+        raise UserError(
+            f"{folder}: {written} processes wrote it, and {processes()} cannot go on from it: "
+            f"use PROCS={written}, or remove {folder.parent.parent} to start again"
+        )
+    if missing:
+        raise UserError(
+            f"{folder}: the optimiser state is incomplete ({missing[0]} is missing); "
+            f"remove {folder.parent} to go on from the one before"
+        )
+    return str(folder)

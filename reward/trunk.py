@@ -1,0 +1,96 @@
+"""Hidden states below the first adapted layer, computed once for all passes over the same comparisons.
+
+With ``lora.layers: top_k`` the layers below change never: the probe, every epoch, every member of an ensemble
+and the evaluation start from the same states. They are computed in batches that depend on the data alone, so
+that a resumed run has the same ones bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reward.batches import Example, Packed, micro_batches, pack, rows_of, width
+from reward.model import dtype_of, forward_packed, inputs_of
+from rlhf.recipe import Recipe
+from rlhf.stage import processes
+
+_TOKENS_AT_ONCE = 4096
+_TOLERANCE = 1e-3  # between the scores of trunk + top and of the whole, in units of their size
+
+
+class Trunk:
+    """States of every example, on the CPU.
+
+    Args:
+        cut: index of the first adapted layer.
+        rows: each example's rows [T, D], by its index.
+    """
+
+    def __init__(self, cut: int, rows: dict[int, list[Tensor]]) -> None:
+        self.cut = cut
+        self.rows = rows
+
+    def states(self, packed: Packed) -> Tensor:
+        """The states of a packed batch, [N, T, D], 0 at padding."""
+        out: Tensor | None = None
+        before, row = None, 0
+        for n, index in enumerate(packed.index_N.tolist()):
+            row = row + 1 if index == before else 0
+            before = index
+            kept = self.rows[index][row % len(self.rows[index])]
+            if out is None:
+                out = kept.new_zeros(*packed.ids_NT.shape, kept.shape[1])
+            out[n, : len(kept)] = kept
+        assert out is not None, "a packed batch has rows"
+        return out.to(packed.ids_NT.device)
+
+
+@torch.no_grad()
+def build_trunk(
+    recipe: Recipe, model: Any, examples: Sequence[Example], pad_id: int, *, share: bool, gigabytes: float
+) -> Trunk | None:
+    """Compute the trunk of all examples, or say why not.
+
+    None where all layers are adapted, where the states would need more than ``gigabytes`` of memory, where
+    ZeRO-3 makes a forward pass a collective call, or where the architecture cannot be split.
+    """
+    config = model.base_model.model.config.get_text_config()
+    if recipe.lora.top_k is None or (processes() > 1 and recipe.distributed.zero_stage == 3):
+        return None
+    cut = config.num_hidden_layers - recipe.lora.top_k
+    tokens = sum(width(e, share) * rows_of(e, share) for e in examples)
+    needed = tokens * config.hidden_size * dtype_of(model).itemsize / 1e9
+    if not cut or needed > gigabytes:
+        if cut:
+            print(
+                f"trunk: {needed:.1f} GB of states are over the limit; computed anew at every pass",
+                flush=True,
+            )
+        return None
+    trunk = Trunk(cut, {})
+    for batch in micro_batches(examples, _TOKENS_AT_ONCE, share=share):
+        some = [examples[i] for i in batch]
+        packed = pack(some, pad_id, share=share).to(next(model.parameters()).device)
+        try:
+            states_NTD = model(**inputs_of(model, packed), cut=cut)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            print(f"warning: this architecture cannot be split at layer {cut} ({error}): no trunk cache")
+            return None
+        lengths = (packed.segments_NT > 0).sum(-1).tolist()
+        rows = iter(s[:n].cpu().clone() for s, n in zip(states_NTD, lengths, strict=True))
+        trunk.rows.update({e["index"]: [next(rows) for _ in range(rows_of(e, share))] for e in some})
+        if len(trunk.rows) == len(some) and (gap := _gap(model, packed, trunk)) > _TOLERANCE:
+            print(f"warning: trunk and top differ from the whole (by {gap:.2g}): no trunk cache", flush=True)
+            return None
+    return trunk
+
+
+def _gap(model: Any, packed: Packed, trunk: Trunk) -> float:
+    whole, split = forward_packed(model, packed)[1], forward_packed(model, packed, trunk)[1]
+    exact = dtype_of(model) == torch.float32
+    scale = max(1.0, float(whole.abs().max())) * (1 if exact else 100)
+    return float((whole - split).abs().max()) / scale

@@ -1,0 +1,256 @@
+"""Comparisons as token rows: what is packed where, who sees whom, and how much goes in at once."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from preference_cases import EOS, cases
+
+from reward.batches import (
+    as_example,
+    attention_mask,
+    encode,
+    layout,
+    micro_batches,
+    pack,
+    rows_of,
+    token_batches,
+    width,
+)
+from rlhf.comparisons import Comparison, Message
+from rlhf.dialogue import Dialogue
+from rlhf.tiny import END, START, tiny_tokenizer
+
+PAD = 0
+SHARED = pytest.mark.parametrize("share", [True, False])
+MIXED = [*cases(6, 1), *cases(2, 2, responses=(2, 2)), *cases(2, 3, responses=(5, 5))]
+
+
+def dialogue(limit=4, **options):
+    return Dialogue(
+        tiny_tokenizer(), template="plain", max_prompt_tokens=50, max_response_tokens=limit, **options
+    )
+
+
+def compare(*responses, prompt="ab"):
+    ranks = tuple(range(len(responses)))
+    return Comparison((Message("user", prompt),), responses, ranks, "test")
+
+
+def sequence(packed, b, k):
+    """(ids, positions, columns) of a response's own sequence, found by its segment alone."""
+    row, last = int(packed.rows_BK[b, k]), int(packed.columns_BK[b, k])
+    segments = packed.segments_NT[row].tolist()
+    columns = [c for c in range(last + 1) if segments[c] in (1, segments[last])]
+    return packed.ids_NT[row, columns].tolist(), packed.positions_NT[row, columns].tolist(), columns
+
+
+# --- encoding --------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_becomes_its_prompt_and_its_closed_responses():
+    contract = dialogue()
+    found = encode([compare("abc", "d"), compare("x", "yz", "x y", prompt="q")], contract, first=7)
+    assert [e["index"] for e in found] == [7, 8]
+    assert [e["prompt"] for e in found] == [contract.encode_response(p) for p in ("ab", "q")]
+    assert [e["ranks"] for e in found] == [[0, 1], [0, 1, 2]]
+    for example, texts in zip(found, (("abc", "d"), ("x", "yz", "x y")), strict=True):
+        assert example["responses"] == [[*contract.encode_response(text), EOS] for text in texts]
+        assert example["spoken"] == [len(text) + 1 for text in texts]  # one token a byte, and EOS
+
+
+def test_the_eos_of_a_cut_response_was_not_said_by_its_writer():
+    (found,) = encode([compare("abc", "abcd", "abcdefgh")], dialogue(4))
+    assert [len(response) for response in found["responses"]] == [4, 5, 5]
+    assert found["spoken"] == [4, 4, 4]
+    assert found["responses"][2] == found["responses"][1]
+
+
+def test_a_response_that_says_eos_itself_ended_there():
+    (found,) = encode([compare(f"ab{END}c", f"ab{END}cdefgh", f"{END}ab")], dialogue(4))
+    ab = dialogue().encode_response("ab")
+    assert found["responses"] == [[*ab, EOS], [*ab, EOS], [EOS]]
+    assert found["spoken"] == [3, 3, 1]
+
+
+def test_the_token_behind_eos_is_read_and_never_spoken():
+    contract = dialogue(4, end_of_context=START)
+    (found,) = encode([compare("abc", "abcdefgh")], contract)
+    start = contract.end_of_context_id
+    assert start not in (None, EOS)
+    assert [response[-2:] for response in found["responses"]] == [[EOS, start]] * 2
+    assert [len(response) for response in found["responses"]] == [5, 6]
+    assert found["spoken"] == [4, 4]
+
+
+def test_a_closed_sequence_can_stand_for_itself():
+    example = as_example([5, 6, 1])
+    assert pack([example], PAD, share=False).ids_NT.tolist() == [[5, 6, 1]]
+    assert rows_of(example, False) == rows_of(example, True) == 1
+
+
+# --- rows ------------------------------------------------------------------------------------------------
+
+
+@SHARED
+def test_each_response_finds_its_prompt_and_itself_and_counts_on_from_the_prompt(share):
+    packed = pack(MIXED, PAD, share=share)
+    for b, example in enumerate(MIXED):
+        for k, response in enumerate(example["responses"]):
+            ids, positions, _ = sequence(packed, b, k)
+            assert ids == [*example["prompt"], *response]
+            assert positions == list(range(len(ids)))
+            assert packed.mask_BK[b, k]
+            assert packed.ranks_BK[b, k] == example["ranks"][k]
+        absent = slice(len(example["responses"]), None)
+        assert not packed.mask_BK[b, absent].any()
+        assert not packed.rows_BK[b, absent].any()
+        assert not packed.columns_BK[b, absent].any()
+
+
+@SHARED
+def test_a_row_holds_one_copy_of_the_prompt_and_nothing_else_but_padding(share):
+    packed = pack(MIXED, 258, share=share)
+    row = 0
+    for example in MIXED:
+        groups = [example["responses"]] if share else [[r] for r in example["responses"]]
+        for responses in groups:
+            expected = example["prompt"] + [token for response in responses for token in response]
+            real = len(expected)
+            assert packed.ids_NT[row, :real].tolist() == expected
+            assert packed.ids_NT[row, real:].tolist() == [258] * (packed.ids_NT.shape[1] - real)
+            assert (packed.segments_NT[row] > 0).tolist() == (
+                torch.arange(packed.ids_NT.shape[1]) < real
+            ).tolist()
+            assert not packed.positions_NT[row, real:].any()
+            if share:
+                assert len(packed.segments_NT[row, :real].unique()) == 1 + len(responses)
+            row += 1
+    assert row == len(packed.ids_NT)
+    assert packed.ids_NT.shape[1] == max(width(e, share) for e in MIXED)
+
+
+@SHARED
+def test_a_row_knows_the_example_that_it_comes_from(share):
+    shuffled = [MIXED[i] | {"index": 100 + i} for i in (3, 0, 5)]
+    found = pack(shuffled, PAD, share=share).index_N.tolist()
+    assert found == [e["index"] for e in shuffled for _ in range(1 if share else len(e["responses"]))]
+
+
+@SHARED
+@pytest.mark.parametrize("wanted", ["none", "best", "all"])
+def test_each_wanted_token_is_predicted_by_the_state_before_it(share, wanted):
+    packed = pack(MIXED, PAD, share=share, wanted=wanted)
+    expected = []
+    for b, example in enumerate(MIXED):
+        for k, response in enumerate(example["responses"]):
+            if wanted == "none" or (
+                wanted == "best" and any(r < example["ranks"][k] for r in example["ranks"])
+            ):
+                continue
+            _, _, columns = sequence(packed, b, k)
+            for t in range(example["spoken"][k]):
+                state = columns[len(example["prompt"]) + t - 1]  # of the first: the prompt's last
+                owner = b * packed.mask_BK.shape[1] + k
+                expected.append((int(packed.rows_BK[b, k]), state, response[t], owner))
+    found = zip(*packed.states_2S.tolist(), packed.targets_S.tolist(), packed.owners_S.tolist(), strict=True)
+    assert list(found) == expected
+    assert bool(expected) == (wanted != "none")
+
+
+def test_the_layout_counts_responses_through():
+    flat_BK, ranks_BK, mask_BK = layout(MIXED)
+    number = 0
+    for b, example in enumerate(MIXED):
+        for k in range(mask_BK.shape[1]):
+            assert bool(mask_BK[b, k]) == (k < len(example["ranks"]))
+            if mask_BK[b, k]:
+                assert (int(flat_BK[b, k]), int(ranks_BK[b, k])) == (number, example["ranks"][k])
+                number += 1
+    assert number == sum(len(e["ranks"]) for e in MIXED)
+
+
+def test_a_batch_moves_as_a_whole():
+    assert {tensor.device.type for tensor in pack(MIXED, PAD).to("meta")} == {"meta"}
+
+
+# --- who sees whom ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_sees_the_prompt_and_its_own_response_up_to_itself(dtype):
+    packed = pack(MIXED, PAD)
+    mask = attention_mask(packed.segments_NT, dtype)
+    assert mask.dtype == dtype
+    assert mask.shape == (len(MIXED), 1, packed.ids_NT.shape[1], packed.ids_NT.shape[1])
+    owner = torch.zeros_like(packed.ids_NT)  # 0 the prompt, k + 1 the responses, -1 padding, by the examples
+    for b, example in enumerate(MIXED):
+        spans = [len(example["prompt"]), *map(len, example["responses"])]
+        owner[b, sum(spans) :] = -1
+        for k in range(len(spans)):
+            owner[b, sum(spans[:k]) : sum(spans[: k + 1])] = k
+    for b in range(len(MIXED)):
+        for query in range(mask.shape[2]):
+            sees = mask[b, 0, query] == 0
+            assert bool((mask[b, 0, query][~sees] == torch.finfo(dtype).min).all())
+            assert sees[query]  # no row is all masked
+            for key in range(mask.shape[3]):
+                mine, other = int(owner[b, query]), int(owner[b, key])
+                if mine >= 0:
+                    assert bool(sees[key]) == (key <= query and other in (0, mine)), (b, query, key)
+
+
+def test_rows_of_one_response_need_no_more_than_the_plain_mask():
+    for packed in (
+        pack(MIXED, PAD, share=False),
+        pack([as_example([4, 5, 1]), as_example([6, 1])], PAD, share=True),
+    ):
+        mask = attention_mask(packed.segments_NT, torch.float32)
+        assert mask.dtype == torch.long
+        lengths = [len(row) for row in packed.ids_NT]
+        assert mask.shape == (len(lengths), lengths[0])
+        assert mask.tolist() == [[int(segment > 0) for segment in row] for row in packed.segments_NT.tolist()]
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+# --- how much at once ------------------------------------------------------------------------------------
+
+
+@SHARED
+@given(seed=st.integers(0, 10**6), number=st.integers(1, 9), budget=st.integers(1, 300))
+@settings(max_examples=60, deadline=None)
+def test_micro_batches_hold_every_comparison_once_and_no_more_than_the_budget(share, seed, number, budget):
+    examples = cases(number, seed)
+    random.Random(seed).shuffle(examples)
+    batches = micro_batches(examples, budget, share=share)
+    assert sorted(i for batch in batches for i in batch) == list(range(number))
+    sizes = [pack([examples[i] for i in batch], PAD, share=share).ids_NT.numel() for batch in batches]
+    assert all(size <= budget or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
+    for batch, following in itertools.pairwise(batches):  # none ends too early
+        more = pack([examples[i] for i in (*batch, following[0])], PAD, share=share)
+        assert more.ids_NT.numel() > budget
+    lengths = [width(examples[i], share) for batch in batches for i in batch]
+    assert lengths == sorted(lengths)
+
+
+@SHARED
+def test_the_budget_can_be_met_to_the_token_and_a_longer_comparison_goes_alone(share):
+    examples = [MIXED[0] | {"index": n} for n in range(3)]
+    one = pack(examples[:1], PAD, share=share).ids_NT.numel()
+    sizes = {budget: [len(b) for b in micro_batches(examples, budget, share=share)]
+             for budget in (1, one, 2 * one - 1, 2 * one, 3 * one)}  # fmt: skip
+    assert sizes == {1: [1] * 3, one: [1] * 3, 2 * one - 1: [1] * 3, 2 * one: [2, 1], 3 * one: [3]}
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), budget=st.integers(1, 100))
+def test_token_batches_hold_every_row_once_and_no_more_than_the_budget(lengths, budget):
+    rows = [[5] * length for length in lengths]
+    batches = token_batches(rows, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+    for batch, following in itertools.pairwise(batches):
+        assert (len(batch) + 1) * lengths[following[0]] > budget
