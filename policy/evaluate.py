@@ -27,6 +27,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     """Do the stage's work; returns the summary."""
     from tqdm import tqdm
 
+    from policy.assemble import reward_adapters, reward_folders
     from policy.compare import compare, sample_pairs, say
     from rlhf.backbone import REFERENCE, Backbone
     from rlhf.base import best_device, load_base
@@ -35,9 +36,9 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
 
     section = recipe.evaluate
     dialogue = load_dialogue(recipe)
-    shares_base = not recipe.ppo.retokenise
-    adapters = ("policy", "reward") if shares_base else ("policy",)
-    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=adapters, heads=adapters[1:])
+    rewards = () if recipe.ppo.retokenise else reward_adapters(len(reward_folders(recipe, run)))
+    adapters = ("policy", *rewards)
+    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=adapters, heads=rewards)
     backbone.load_adapter("policy", run.parent("ppo") / "policy")
     judges = _judges(recipe, run, backbone, dialogue)
     backbone.check_architecture()
@@ -82,11 +83,12 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
 
 
 def _judges(recipe: Recipe, run: StageRun, backbone: Backbone, dialogue: Dialogue) -> dict[str, ScoreFn]:
-    """Who scores: ``gold`` where the recipe has a gold judge, ``reward`` the model that PPO was trained on,
-    ``judge`` a reward model of the recipe's choice."""
-    from policy.assemble import reward_folder, score_function
+    """Who scores: ``gold`` where the recipe has a gold judge, ``reward`` the score that PPO was trained on
+    (all its reward models, combined), ``judge`` a reward model of the recipe's choice."""
+    from policy.assemble import check_rewards, load_scorer, reward_adapters, reward_folders, score_function
     from policy.compare import tensor_judge, text_judge
-    from reward.model import TextRewardModel, check_same_contract, read_card
+    from reward.model import TextRewardModel
+    from rlhf.base import best_device
     from rlhf.judges import JUDGES
 
     judges: dict[str, ScoreFn] = {}
@@ -95,15 +97,14 @@ def _judges(recipe: Recipe, run: StageRun, backbone: Backbone, dialogue: Dialogu
     elif recipe.evaluate.reward_model:
         from pathlib import Path
 
-        other = TextRewardModel(Path(recipe.evaluate.reward_model))
+        other = TextRewardModel(Path(recipe.evaluate.reward_model), best_device())
         judges["judge"] = tensor_judge(lambda said: other.score(said.prompts, said.texts))
     if not recipe.ppo.retokenise:
-        folder = reward_folder(recipe, run)
-        card = read_card(folder)
-        check_same_contract(card, recipe, dialogue, folder)
-        backbone.load_adapter("reward", folder)
-        backbone.set_offset("reward", card.offset)
-    judges["reward"] = tensor_judge(score_function(recipe, run, backbone))
+        folders = reward_folders(recipe, run)
+        check_rewards(recipe, dialogue, folders)
+        for adapter, folder in zip(reward_adapters(len(folders)), folders, strict=True):
+            load_scorer(backbone, adapter, folder)
+    judges["reward"] = tensor_judge(score_function(recipe, run, backbone, dialogue))
     return judges
 
 

@@ -37,7 +37,7 @@ def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         runtime=runtime,
         dialogue=dialogue,
         prompts=prompts,
-        score_fn=score_function(recipe, run, backbone),
+        score_fn=score_function(recipe, run, backbone, dialogue),
         section=section,
         seed=recipe.seed,
         run=run,

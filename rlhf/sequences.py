@@ -64,6 +64,19 @@ def last_true_index(mask_BT: Tensor) -> Tensor:
     return torch.where(mask_BT, columns_T, -1).amax(dim=-1)
 
 
+def append_token(ids_BT: Tensor, mask_BT: Tensor, token_id: int) -> tuple[Tensor, Tensor]:
+    """Put one more token behind the last counted one of every row.
+
+    ids_BT; mask_BT: True = a real token. Returns ids and mask of T + 1 columns; padding stays padding, on
+    both sides. A row in which nothing counts is a ValueError.
+    """
+    rows_B, behind_B = torch.arange(len(ids_BT), device=ids_BT.device), last_true_index(mask_BT) + 1
+    # Where a row ends in padding, its last column repeated is padding; elsewhere the token takes its place.
+    ids_BT, mask_BT = (torch.cat([x_BT, x_BT[:, -1:]], dim=1) for x_BT in (ids_BT, mask_BT))
+    ids_BT[rows_B, behind_B], mask_BT[rows_B, behind_B] = token_id, True
+    return ids_BT, mask_BT
+
+
 def action_mask(response_BT: Tensor, eos_id: int | Sequence[int]) -> Tensor:
     """Mark the actions of every response: its tokens up to and including the first EOS.
 

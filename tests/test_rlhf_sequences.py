@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from rlhf.sequences import (
     action_mask,
+    append_token,
     chosen_log_probs,
     ended,
     last_true_index,
@@ -51,6 +52,30 @@ def test_the_last_true_index_is_that_of_a_search_from_the_right_or_an_error(rows
     else:
         with pytest.raises(ValueError, match="no counted token"):
             last_true_index(mask_BT)
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=1, max_size=5))
+def test_a_token_is_appended_behind_the_last_real_one_on_either_side_of_the_padding(rows):
+    for pad in (left_pad, right_pad):
+        ids_BT, mask_BT = pad(rows, 8)
+        before = ids_BT.clone(), mask_BT.clone()
+        longer_ids, longer_mask = append_token(ids_BT, mask_BT, 9)
+        assert longer_ids.shape == longer_mask.shape == (len(rows), ids_BT.shape[1] + 1)
+        found = [ids[mask].tolist() for ids, mask in zip(longer_ids, longer_mask, strict=True)]
+        assert found == [[*row, 9] for row in rows]
+        assert (longer_ids[~longer_mask] == 8).all()
+        assert torch.equal(ids_BT, before[0])
+        assert torch.equal(mask_BT, before[1])
+
+
+def test_a_token_is_appended_between_the_padding_of_both_sides_and_never_to_nothing():
+    ids_BT = torch.tensor([[8, 5, 6, 8], [8, 8, 5, 6]])
+    mask_BT = ids_BT != 8
+    ids, mask = append_token(ids_BT, mask_BT, 9)
+    assert ids.tolist() == [[8, 5, 6, 9, 8], [8, 8, 5, 6, 9]]
+    assert torch.equal(mask, ids != 8)
+    with pytest.raises(ValueError, match="no counted token"):
+        append_token(ids_BT, torch.zeros_like(mask_BT), 9)
 
 
 @given(
