@@ -26,13 +26,14 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model comparisons reward ppo evaluate rlhf check test smoke clean
+.PHONY: help setup model comparisons pmp reward card ppo evaluate rlhf check test smoke clean \
+        study-preference bench-reward
 .NOTPARALLEL:
 
 help: ## list the targets
 	@echo 'From human comparisons to an aligned policy. Stages share one recipe: make <target> RECIPE=recipes/<name>.yaml'
 	@echo
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
 	@echo
 	@echo '  RECIPE=$(RECIPE)   SET="section.key=value ..."   PROCS=$(PROCS)   HOSTFILE=path'
 
@@ -55,17 +56,24 @@ model: recipe ## put the recipe's base model in place
 comparisons: model ## read or sample the comparisons and split them by prompt
 	@$(PY) -m rlhf.collect $(ARGS)
 
-reward: comparisons ## train the reward model
+pmp: model ## pre-train the preference model on public comparisons, where the recipe asks for it
+	@$(RUN) reward.pretrain $(ARGS)
+
+reward: comparisons pmp ## train the reward model
 	@$(RUN) reward.train $(ARGS)
+
+card: recipe ## how far a reward model can be trusted: this run's, or any (SET="card.model=...")
+	@$(PY) -m reward.evaluate $(ARGS)
 
 ppo: recipe ## train the policy with PPO against the reward model
 	@$(RUN) policy.train $(ARGS)
 
-evaluate: recipe ## held-out prompts, before against after
+evaluate: card ## the reward model's card, then held-out prompts, before against after
 	@$(PY) -m policy.evaluate $(ARGS)
 
 rlhf: reward ## all stages of the recipe, in order; what is done is skipped
 	@$(RUN) policy.train $(ARGS)
+	@$(PY) -m reward.evaluate $(ARGS)
 	@$(PY) -m policy.evaluate $(ARGS)
 
 check: setup ## lint, formatting and types
@@ -81,6 +89,12 @@ smoke: setup ## the whole road on a tiny random model, in a scratch folder
 	@rm -rf runs/smoke
 	@$(MAKE) --no-print-directory rlhf RECIPE=recipes/tiny.yaml SET="name=smoke" PROCS=1
 	@rm -rf runs/smoke
+
+study-preference: setup ## check the papers' claims on a ladder of small models (STUDY=--quick)
+	@$(PY) -m studies.preference $(STUDY)
+
+bench-reward: setup ## throughput and memory of the reward stage against trl.RewardTrainer
+	@$(PY) -m benchmarks.reward $(BENCH)
 
 clean: ## remove runs and models, keep the environment
 	rm -rf runs models .pytest_cache .ruff_cache .mypy_cache .hypothesis
