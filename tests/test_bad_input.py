@@ -312,6 +312,49 @@ def test_a_folder_without_a_reward_model_is_refused(lab, refused):
     )
 
 
+# --- a reward model that starts from another -------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(lab):
+    """The run's reward model moved out of the run, whose reward stage is to be done again."""
+    shutil.move(lab / "runs" / "tiny" / "reward" / "model", lab / "mine")
+    shutil.rmtree(lab / "runs" / "tiny" / "reward")
+    return lab / "mine"
+
+
+def test_a_start_that_is_not_there_is_refused_and_the_mended_recipe_is_not(trained, refused, capsys):
+    line = refused(reward_train.main, "reward.start=mien")
+    assert line.startswith("reward.start: mien/adapter_model.safetensors is not there; name the folder")
+    assert made("reward") == OPENING  # not even the probe, which another recipe could not use
+    stage(reward_train.main, "reward.start=mine", "reward.probe=false")
+    assert "reward: starts from mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["shape", "missing", "alpha"])
+def test_a_start_that_does_not_fit_is_refused(trained, refused, change):
+    from safetensors.torch import load_file, save_file
+
+    file, config = trained / "adapter_model.safetensors", trained / "adapter_config.json"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_A" in name)
+    if change == "alpha":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 32}))
+    else:
+        more = {name: tensors[name][:2].clone()} if change == "shape" else {}
+        save_file({n: t for n, t in tensors.items() if n != name} | more, file)
+    line = refused(reward_train.main, "reward.start=mine")
+    assert line.startswith("reward.start: mine/adapter_model.safetensors does not fit this recipe")
+    assert line.endswith("it was made with other lora settings or another base")
+    assert made("reward") == OPENING
+
+
+def test_a_token_behind_eos_that_the_tokenizer_does_not_have_is_refused(fresh, refused):
+    line = refused(collect.main, "dialogue.end_of_context='<|nothing|>'")
+    assert line.startswith("dialogue.end_of_context: '<|nothing|>' is not in the tokenizer; name another")
+    assert made("comparisons") == OPENING
+
+
 # --- a full disk -----------------------------------------------------------------------------------------
 
 

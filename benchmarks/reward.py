@@ -1,0 +1,363 @@
+"""The reward stage against ``trl.RewardTrainer``: comparisons a second, and peak memory.
+
+    python -m benchmarks.reward                                     # made comparisons, needs no data
+    python -m benchmarks.reward --comparisons hh/*.jsonl.gz         # real pairs
+    python -m benchmarks.reward --quick                             # does it work? no timing
+
+Both sides train the same base, adapter and head on the same token ids, with the same optimiser, schedule,
+number of epochs and comparisons an optimiser step. They run in child processes, in turn; every ratio is the
+median of theirs over the median of ours. Results: ``benchmarks/results/reward.json`` and ``reward.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import (
+    Figures,
+    Turn,
+    command_line,
+    machine,
+    now,
+    ratio,
+    raw,
+    relative_name,
+    run_all,
+    run_child,
+    turns,
+    write_results,
+)
+from rlhf.artifacts import hash_of, write_json
+from rlhf.errors import UserError, exit_on_user_error
+from rlhf.markdown import table
+from rlhf.recipe import files_of
+
+RESULTS = Path("benchmarks/results")
+SIDES = ("ours", "theirs")
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+CHILD = (sys.executable, "-m", "benchmarks.reward_sides")
+MAX_TOKENS = 256
+_SPEED, _MEMORY = "s_per_comparison", "peak_bytes"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison of the two sides."""
+
+    responses: int
+    top_third: bool
+    """Only the last third of the layers has an adapter."""
+    words: str
+
+
+CASES = {
+    "pairs_all_layers": Case(2, False, "pairs, all layers adapted"),
+    "pairs_top_third": Case(2, True, "pairs, the top third of the layers adapted"),
+    "k4": Case(4, False, "rankings of four, all layers adapted"),
+}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A figure of theirs over the same figure of ours."""
+
+    figure: str
+    theirs: str
+    """Case of theirs."""
+    ours: str
+    words: str
+    target: float
+    """At least so much is wanted."""
+
+
+RATIOS = {
+    "speed_ratio_pairs_all_layers": Ratio(
+        _SPEED, "pairs_all_layers", "pairs_all_layers", CASES["pairs_all_layers"].words, 1.6
+    ),
+    "speed_ratio_pairs_top_third": Ratio(
+        _SPEED, "pairs_top_third", "pairs_top_third", CASES["pairs_top_third"].words, 3.0
+    ),
+    "speed_ratio_top_third_against_all_layers": Ratio(
+        _SPEED,
+        "pairs_all_layers",
+        "pairs_top_third",
+        "pairs, our top third against all layers of theirs (another adapter: not the same training)",
+        3.0,
+    ),
+    "speed_ratio_k4": Ratio(_SPEED, "k4", "k4", CASES["k4"].words, 2.0),
+    "memory_ratio": Ratio(
+        _MEMORY, "pairs_all_layers", "pairs_all_layers", CASES["pairs_all_layers"].words, 1.0
+    ),
+    "memory_ratio_pairs_top_third": Ratio(
+        _MEMORY, "pairs_top_third", "pairs_top_third", CASES["pairs_top_third"].words, 1.0
+    ),
+    "memory_ratio_k4": Ratio(_MEMORY, "k4", "k4", CASES["k4"].words, 1.0),
+}
+
+NOTES = [
+    "Speed: comparisons a second of steady training. The first optimiser step is left out on both sides; "
+    "time that ours spends before it on hidden states below the first adapted layer counts, by the share of "
+    "comparisons that is left.",
+    "k4: trl has no k-way loss, so there the same rankings are their C(4,2) = 6 pairs each, and 6 times as "
+    "many pairs make a step; the throughput counts rankings, not pairs, on both sides.",
+    "Memory: peak resident memory of the child process, from its start to the last step.",
+    "Both sides read the same token ids (chat template, EOS behind every response), in float32 on the CPU. "
+    "Of trl's defaults, bf16 and gradient checkpointing are off: ours has neither.",
+    "tokens_per_micro_batch cuts our step into micro-batches, their_pairs_at_once theirs (null = a step at "
+    "once, as trl does unless told otherwise); neither changes the gradients.",
+    "The losses are of different random heads: they show that both train, and are not equal.",
+    "Positions a comparison: token positions, padding included, that go forward through the whole decoder; "
+    "they depend on no machine.",
+]
+
+_EQUAL = ("comparisons", "comparisons_steady", "steps", "response_tokens", "trainable_parameters", "threads")
+
+
+def check_same_work(runs: Sequence[Figures]) -> None:
+    """All runs of a case must have done the same work, whichever side they are of.
+
+    Raises:
+        RuntimeError: names the case and the figure that differs.
+    """
+    for case in CASES:
+        for name in _EQUAL:
+            found = {r["side"]: r[name] for r in runs if r["case"] == case}
+            if len({r[name] for r in runs if r["case"] == case}) > 1:
+                raise RuntimeError(f"{case}: {name} differs between the runs: {found}")
+
+
+def evaluate(runs: Sequence[Figures]) -> dict[str, Figures]:
+    """Every ratio with its target; ``by_processor_time`` and, for speeds, ``with_first_step`` beside it."""
+    found: dict[str, Figures] = {}
+    for name, what in RATIOS.items():
+
+        def over(figure: str, what: Ratio = what) -> Figures:
+            return ratio(raw(runs, what.theirs, "theirs", figure), raw(runs, what.ours, "ours", figure))
+
+        values = over(what.figure)
+        if what.figure == _SPEED:
+            values["by_processor_time"] = over("cpu_s_per_comparison")["value"]
+            values["with_first_step"] = over("whole_s_per_comparison")["value"]
+        found[name] = {
+            **values,
+            "target": what.target,
+            "reached": values["value"] >= what.target,
+            "means": what.words,
+        }
+    return found
+
+
+def medians(runs: Sequence[Figures]) -> dict[str, dict[str, Figures]]:
+    """The median of every figure that is one number, by case and side."""
+    found: dict[str, dict[str, Figures]] = {}
+    for case in CASES:
+        for side in SIDES:
+            some = [r for r in runs if (r["case"], r["side"]) == (case, side)]
+            names = [n for n, v in some[0].items() if type(v) in (int, float) and n not in ("place", "round")]
+            found.setdefault(case, {})[side] = {n: statistics.median(r[n] for r in some) for n in names}
+    return found
+
+
+_WORK_HEAD = (
+    "work of a run",
+    "comparisons",
+    "response tokens",
+    "positions a comparison",
+    "weights that learn",
+    "loss, first to last step",
+)
+
+
+def markdown(report: Figures) -> str:
+    """The report as a page."""
+    middle, host = report["medians"], report["machine"]
+    lines = []
+    for name, what in RATIOS.items():
+        found, speed = report["ratios"][name], what.figure == _SPEED
+        sides = [middle[what.ours]["ours"], middle[what.theirs]["theirs"]]
+        cells = [
+            f"{s['comparisons_per_s']:.3f} /s" if speed else f"{s['peak_bytes'] / 1e9:.2f} GB" for s in sides
+        ]
+        spread = f"{found['low']:.2f} to {found['high']:.2f}"
+        lines.append([f"{'speed' if speed else 'memory'}: {what.words}", *cells, f"{found['value']:.2f}",
+                      spread, f"{found['target']:.2f}"])  # fmt: skip
+    work = [
+        [
+            f"{CASES[case].words}: {side}",
+            f"{figures['comparisons']:.0f}",
+            f"{figures['response_tokens']:,.0f}",
+            f"{figures['positions_per_comparison']:.0f}",
+            f"{figures['trainable_parameters']:,.0f}",
+            f"{figures['first_loss']:.3f} to {figures['final_loss']:.3f}",
+        ]
+        for case, sides in middle.items()
+        for side, figures in sides.items()
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
+    return "\n".join(
+        [
+            "# The reward stage against trl.RewardTrainer\n",
+            f"`{report['command']}`, {report['date']}, rounds: {report['settings']['rounds']}, on "
+            f"{host['cores']} cores of {host['cpu']} ({host['memory_gb']} GB, "
+            f"{report['settings']['threads']} threads, "
+            f"load {host['load_average']} at the start); {versions}.\n",
+            table(["", "ours", "theirs", "theirs / ours (cost)", "rounds", "target"], lines),
+            table(_WORK_HEAD, work),
+            *(f"- {note}" for note in report["notes"]),
+            "",
+        ]
+    )
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reward", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--comparisons", nargs="+", default=[], metavar="FILE", help="pairs; none = made with HH's lengths")
+    add("--rankings", nargs="+", default=[], metavar="FILE", help="rankings of four or more; none = made")
+    add("--base", default="models/smollm2-135m", help="folder of the base model")
+    add("--pairs", type=int, default=40, help="pairs a child trains on")
+    add("--ranked", type=int, default=8, help="rankings of four a child trains on")
+    add("--pairs-a-step", type=int, default=8)
+    add("--rankings-a-step", type=int, default=2)
+    add("--epochs", type=int, default=1)
+    add("--rounds", type=int, default=3, help="times that every side of every case runs")
+    add("--threads", type=int, default=2)
+    add("--tokens-per-micro-batch", type=int, default=4096, help="of ours, as in a recipe")
+    add("--their-pairs-at-once", type=int, default=None, help="of theirs; none = a whole step, its default")
+    add("--output", type=Path, default=None, help=f"folder of the results, {RESULTS} unless --quick")
+    add("--quick", action="store_true", help="a tiny random model, one round: to see that it works")
+    arguments = parser.parse_args(words)
+    if arguments.quick:
+        arguments.pairs, arguments.ranked, arguments.rounds = 8, 4, 1
+        arguments.pairs_a_step, arguments.threads = 4, 1
+    if min(arguments.pairs // arguments.pairs_a_step, arguments.ranked // arguments.rankings_a_step) < 2:
+        raise UserError(
+            "--pairs and --ranked: at least two optimiser steps are needed, the first is left out"
+        )
+    if arguments.rounds < 1 or arguments.threads < 1:
+        raise UserError("--rounds and --threads: at least 1")
+    return arguments
+
+
+def _files(specs: Sequence[str]) -> list[str]:
+    for spec in specs:
+        if not files_of(spec):
+            raise UserError(f"no file matches {spec}; check the path")
+    return [file for spec in specs for file in files_of(spec)]
+
+
+def collect(
+    arguments: argparse.Namespace, child: Sequence[str], scratch: Path
+) -> tuple[list[Figures], Figures]:
+    """Prepare the rows, run all children; returns their figures and what the rows are."""
+    environment = {
+        "OMP_NUM_THREADS": str(arguments.threads),
+        "MKL_NUM_THREADS": str(arguments.threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+    def ask(kind: str, values: dict[str, Any]) -> Figures:
+        write_json(scratch / "task.json", values)
+        command = [*child, kind, str(scratch / "task.json"), str(scratch / "result.json")]
+        return run_child(command, scratch / "result.json", environment)
+
+    base = Path(arguments.base)
+    if arguments.quick:
+        base = scratch / "tiny"
+        ask("tiny", {"base": str(base)})
+    if not (base / "config.json").is_file():
+        raise UserError(f"--base: no model at {base}; run `make model RECIPE=recipes/hh.yaml` first")
+    layers = int(json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
+
+    data: Figures = {}
+    for responses, files, number in (
+        (2, _files(arguments.comparisons), arguments.pairs),
+        (4, _files(arguments.rankings), arguments.ranked),
+    ):
+        wanted = {"base": str(base), "files": files, "responses": responses, "number": number, "seed": 0,
+                  "max_tokens": MAX_TOKENS, "scale": 0.15 if arguments.quick else 1.0}  # fmt: skip
+        rows = ask("prepare", wanted)["rows"]
+        write_json(scratch / f"rows-{responses}.json", {"rows": rows})
+        data[f"responses_{responses}"] = {
+            "source": [Path(f).name for f in files] or "made with the lengths of Anthropic HH",
+            "comparisons": len(rows),
+            "mean_prompt_tokens": statistics.mean(len(r["prompt"]) for r in rows),
+            "mean_response_tokens": statistics.mean(len(t) for r in rows for t in r["responses"]),
+            "sha256": hash_of(rows),
+        }
+
+    def run(turn: Turn) -> Figures:
+        case = CASES[turn.case]
+        figures = ask(
+            turn.side,
+            {
+                "base": str(base),
+                "rows": str(scratch / f"rows-{case.responses}.json"),
+                "layers": f"top_{max(1, layers // 3)}" if case.top_third else "all",
+                "batch_size": arguments.pairs_a_step if case.responses == 2 else arguments.rankings_a_step,
+                "epochs": arguments.epochs,
+                "max_tokens": MAX_TOKENS,
+                "tokens_per_micro_batch": arguments.tokens_per_micro_batch,
+                "their_pairs_at_once": arguments.their_pairs_at_once,
+                "threads": arguments.threads,
+            },
+        )
+        print(
+            f"round {turn.round + 1} of {arguments.rounds}, {turn.case}, {turn.side}: "
+            f"{figures['comparisons_per_s']:.3f} comparisons/s, {figures['peak_bytes'] / 1e9:.2f} GB, "
+            f"{figures['process_s']:.0f} s",
+            flush=True,
+        )
+        return figures
+
+    return run_all(turns(list(CASES), SIDES, arguments.rounds), run), data
+
+
+def benchmark(words: Sequence[str], child: Sequence[str] = CHILD) -> Figures:
+    """Run the benchmark of a command line; prints the page, writes the results and returns them."""
+    arguments = parse(words)
+    host = machine(PACKAGES)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs, data = collect(arguments, child, Path(scratch))
+    check_same_work(runs)
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("comparisons", "rankings", "output")}
+    report = {
+        "benchmark": "reward stage against trl.RewardTrainer",
+        "date": now(),
+        "command": command_line("benchmarks.reward", words),
+        "machine": host,
+        "settings": settings | {"base": relative_name(arguments.base), "max_tokens": MAX_TOKENS},
+        "data": data,
+        "ratios": evaluate(runs),
+        "medians": medians(runs),
+        "runs": runs,
+        "notes": NOTES,
+    }
+    text = markdown(report)
+    print(f"\n{text}")
+    folder = arguments.output or (None if arguments.quick else RESULTS)
+    if folder is not None:
+        write_results(folder, "reward", report, text)
+        print(f"written: {relative_name(str(folder))}/reward.json and reward.md")
+    return report
+
+
+def main() -> None:
+    """The `bench-reward` target."""
+    benchmark(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
