@@ -1,0 +1,1 @@
+"""Reproducible studies: published claims tried on small models, with the project's own losses."""

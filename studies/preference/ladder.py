@@ -1,0 +1,103 @@
+"""The ladder of models: decoder-only transformers of L layers and width 128 L, with a scalar head beside.
+
+Askell et al. 2021 (arXiv 2112.00861) keep width / layers = 128, so that the weight matrices of the layers
+are 12 * (128 L)^2 * L = 196,608 L^3 numbers; their smallest model, 13M, is L = 4. GPT-2's block has exactly
+12 d^2 of them (4 d^2 attention, 8 d^2 MLP of width 4 d), and 13 d biases and layer-norm parameters.
+
+Suffixes: ``_B`` sentence, ``_T`` token, ``_D`` hidden unit. Masks: True = a real token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2Model
+
+from reward.loss import head_init_std
+from rlhf.sequences import chosen_log_probs, last_true_index
+from studies.preference.data import END, PAD, VOCABULARY, WIDTH
+
+WIDTH_PER_LAYER = 128
+HEAD_WIDTH = 64
+WEIGHTS_OF_ONE_LAYER = 12 * WIDTH_PER_LAYER**2  # 196,608
+
+
+def matrix_weights(layers: int) -> int:
+    """N = 196,608 L^3: the weights in the matrices of the layers, by formula."""
+    return WEIGHTS_OF_ONE_LAYER * layers**3
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters: in the matrices of the layers, in the layers with biases and norms, in total."""
+
+    matrices: int
+    non_embedding: int
+    total: int
+
+
+class Rung(nn.Module):
+    """One model of the ladder: a language model with tied embeddings, and a score read at END."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        width = WIDTH_PER_LAYER * layers
+        config = GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=WIDTH,
+            n_embd=width,
+            n_layer=layers,
+            n_head=width // HEAD_WIDTH,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=END,
+            pad_token_id=PAD,
+        )
+        self.body = GPT2Model(config)
+        self.body.set_attn_implementation("eager")  # as fast as any at this length, and the plainest
+        self.head = nn.Linear(width, 1)
+        nn.init.normal_(self.head.weight, std=head_init_std(width))
+        nn.init.zeros_(self.head.bias)
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Last hidden states [B, T, D]. The rows are padded on the right."""
+        return self.body(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).last_hidden_state
+
+    def score(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Score of every sentence [B], higher is better: the scalar head on the last real token, END."""
+        hidden_BTD = self.hidden(ids_BT, mask_BT)
+        last_B = last_true_index(mask_BT)
+        return self.head(hidden_BTD[torch.arange(len(last_B)), last_B]).squeeze(-1)
+
+    def log_probs(self, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of every token after START and the topic: (logp, mask), both [B, T - 2]."""
+        hidden_BTD = self.hidden(ids_BT, mask_BT)[:, 1:-1]
+        mask = mask_BT[:, 2:]
+        logp, _ = chosen_log_probs(
+            hidden_BTD, self._vocabulary, ids_BT[:, 2:], mask, temperature=1.0, chunk=mask.numel()
+        )
+        return logp, mask
+
+    def _vocabulary(self, hidden_ND: Tensor) -> Tensor:
+        return hidden_ND @ self.body.wte.weight.T
+
+
+def make_rung(layers: int, seed: int) -> Rung:
+    """A fresh model whose initial weights depend on (layers, seed) alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Rung(layers)
+
+
+def count(model: Rung) -> Counts:
+    """Count the parameters, for comparison with :func:`matrix_weights`."""
+    blocks = list(model.body.h.parameters())
+    return Counts(
+        matrices=sum(p.numel() for p in blocks if p.dim() == 2),
+        non_embedding=sum(p.numel() for p in [*blocks, *model.body.ln_f.parameters()]),
+        total=sum(p.numel() for p in model.parameters()),
+    )
