@@ -26,8 +26,10 @@ from rlhf.comparisons import Prompt
 from rlhf.dialogue import Dialogue, load_tokenizer
 from rlhf.errors import UserError
 from rlhf.recipe import Recipe
+from rlhf.runtime import whole_parameters
 from rlhf.schema import Model
 from rlhf.sequences import chosen_log_probs
+from rlhf.stage import processes
 
 if TYPE_CHECKING:
     from reward.trunk import Trunk
@@ -275,13 +277,17 @@ def check_packing(model: nn.Module, examples: Sequence[Example], pad_id: int) ->
 def vocabulary_head(recipe: Recipe, model: Any) -> nn.Module:
     """The frozen map from hidden states to vocabulary logits, which a sequence classifier does not have.
 
-    Where the base ties it to its embeddings it is those, without a copy.
+    Where the base ties it to its embeddings it is those, without a copy unless ZeRO-3 will take them apart.
     """
     decoder = model.base_model.model.base_model
     embedding = decoder.get_input_embeddings().weight
     if getattr(decoder.config.get_text_config(), "tie_word_embeddings", False):
-        head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
-        head.weight = embedding
+        with whole_parameters([embedding]):
+            head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
+            apart = processes() > 1 and recipe.distributed.zero_stage == 3
+            head.weight = (
+                nn.Parameter(embedding.detach().clone(), requires_grad=False) if apart else embedding
+            )
         return head
     causal: Any = load_base(recipe.model)
     return causal.get_output_embeddings().to(embedding.device)

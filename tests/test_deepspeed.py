@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from rlhf.artifacts import MANIFEST
 
 TOLERANCE = 5e-6
+ONE_PAIR = 0.02  # of the pairs of a batch in these tests, 57 or more, and a little
 PPO = ("ppo.steps=4", "ppo.checkpoint_every=1", "ppo.max_grad_norm=0.3")
 REWARD = (
     "reward.batch_size=38",  # all comparisons, so that no batch is padded
@@ -110,6 +111,9 @@ def assert_close(folder, alone, name, *adapters):
     mine, expected = curve(folder, name), curve(alone, name)
     assert [row["step"] for row in mine] == [row["step"] for row in expected]
     for row, wanted in zip(mine, expected, strict=True):
+        # two scores of a random model may be equal up to rounding: such a pair is half right, or right
+        share = row.pop("reward/pair_accuracy", 0.0) - wanted.pop("reward/pair_accuracy", 0.0)
+        assert abs(share) < ONE_PAIR
         assert row == pytest.approx(wanted, abs=TOLERANCE, rel=TOLERANCE), row["step"]
     for adapter in adapters:
         file = f"runs/tiny/{name}/{adapter}/adapter_model.safetensors"

@@ -36,13 +36,13 @@ class Plan:
     versus_pairs: int = 4_800
     versus_test: int = 2_000
     source_pairs: int = 6_000
-    target_pairs: tuple[int, ...] = (0, 50, 100, 200, 500, 2_000)
+    target_pairs: tuple[int, ...] = (0, 50, 200, 500, 2_000)
     agreeing_pairs: tuple[int, ...] = (0, 50, 200)  # no claim is made where the orders agree
     target_test: int = 600
-    calibration_pairs: int = 4_800
+    calibration_pairs: int = 4_000
     calibration_test: int = 3_000
     epochs: tuple[int, ...] = (1, 4)
-    prompts: int = 800
+    prompts: int = 600
     prompts_test: int = 200
 
 
