@@ -196,8 +196,8 @@ def test_newton_ends_where_bisection_does(gaps):
         assert math.isnan(found)
         return
     x = np.array(gaps) / max(map(abs, gaps))
-    low, high = -1e3, 1e3
-    for _ in range(100):
+    low, high = -1e9, 1e9
+    for _ in range(200):
         middle = (low + high) / 2
         uphill = (x * np.exp(-np.logaddexp(0, middle * x))).sum() > 0
         low, high = (middle, high) if uphill else (low, middle)
