@@ -5,8 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from rlhf.recipe import load
+
+# the same examples at every run: what lands must not depend on luck
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny.yaml"
