@@ -35,7 +35,11 @@ log = pathlib.Path({log!r})
 calls = json.loads(log.read_text()) if log.is_file() else []
 log.write_text(json.dumps([*calls, [kind, task]]))
 print("noise on stdout"), print("noise on stderr", file=sys.stderr)
-if kind == "prepare":
+figures = {{}}
+if kind == "tiny":
+    pathlib.Path(task["base"]).mkdir()
+    (pathlib.Path(task["base"]) / "config.json").write_text('{{"num_hidden_layers": 3}}')
+elif kind == "prepare":
     row = {{"prompt": [5, 6, 9], "responses": [[7, 1]] * task["responses"], "index": 0}}
     figures = {{"rows": [row] * task["number"]}}
 else:
@@ -109,7 +113,8 @@ def test_sides_run_in_turn_and_swap_every_second_round():
     ]  # fmt: skip
 
 
-def test_a_child_hands_back_its_figures_and_gets_its_environment(tmp_path):
+def test_a_child_hands_back_its_figures_and_gets_its_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("X", "the parent's")
     command = python(
         tmp_path,
         """
@@ -139,6 +144,12 @@ def test_a_child_that_fails_shows_the_end_of_its_output(tmp_path):
         harness.run_child(python(tmp_path, text), tmp_path / "r", {})
     assert "\n99\n" in str(caught.value)
     assert "\n50\n" not in str(caught.value)
+
+
+def test_a_child_that_fails_after_writing_is_not_believed(tmp_path):
+    text = "import sys; open(sys.argv[1], 'w').write('{}'); sys.exit(3)"
+    with pytest.raises(RuntimeError, match="status 3"):
+        harness.run_child([*python(tmp_path, text), str(tmp_path / "r")], tmp_path / "r", {})
 
 
 def test_a_mistake_that_the_user_can_mend_comes_through_as_one_line(tmp_path):
@@ -269,7 +280,12 @@ def test_the_result_file_holds_the_raw_runs_and_ratios_made_of_them(finished):
     speed = report["ratios"]["speed_ratio_k4"]
     assert speed["by_processor_time"] == pytest.approx(9 * speed["value"])
     assert 1 < speed["with_first_step"] < speed["value"]
-    assert report["medians"]["k4"]["ours"]["first_loss"] == 0.7
+    for case, side in itertools.product(reward.CASES, reward.SIDES):
+        some = [r for r in report["runs"] if (r["case"], r["side"]) == (case, side)]
+        found = report["medians"][case][side]
+        assert found[SPEED] == sorted(r[SPEED] for r in some)[1]
+        assert found["first_loss"] == 0.7
+        assert not {"round", "place", "case", "losses"} & set(found)
 
 
 def test_a_target_is_reached_or_not(finished):
@@ -356,9 +372,13 @@ def test_mistakes_are_told_before_a_model_is_loaded(inside, words, match):
     assert not (inside / "calls.json").exists()
 
 
-def test_quick_is_small_and_does_not_touch_the_kept_results():
-    arguments = reward.parse(["--quick"])
-    assert (arguments.rounds, arguments.pairs, arguments.output) == (1, 8, None)
+def test_quick_is_small_and_does_not_touch_the_kept_results(inside):
+    report = reward.benchmark(["--quick"], stand_in(inside))
+    calls = json.loads((inside / "calls.json").read_text())
+    assert [kind for kind, _ in calls[:3]] == ["tiny", "prepare", "prepare"]
+    assert len(report["runs"]) == 6
+    assert {task["scale"] for kind, task in calls if kind == "prepare"} == {0.15}
+    assert sorted(p.name for p in inside.iterdir()) == ["base", "calls.json", "child.py"]
     assert reward.parse([]).rounds == 3
 
 

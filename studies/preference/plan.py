@@ -19,7 +19,6 @@ FORWARD_SPEEDUP = 3.0
 LM_RATE, PM_RATE, FINETUNE_RATE = 1e-3, 5e-4, 3e-4
 OVERHEAD = 0.3  # seconds a unit: making the model and drawing the data
 
-LABELS = ("true", "shuffled")
 ARMS = ("none", "imitation", "ranked", "binary")
 TARGETS = ("shifted", "conflicting", "agreeing")
 

@@ -12,8 +12,8 @@ import numpy as np
 from rlhf.intervals import Estimate
 from studies.preference.ladder import matrix_weights
 from studies.preference.measure import SeedMean, over_seeds
+from studies.preference.plan import ARMS
 from studies.preference.results import (
-    ARMS,
     Results,
     accuracy,
     best_imitation,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rlhf.intervals import Estimate
 from studies.preference.ladder import matrix_weights
 from studies.preference.measure import SeedMean, from_text, over_seeds
+from studies.preference.plan import ARMS
 from studies.preference.work import Settings, Unit
 
 Floats = NDArray[np.float64]
@@ -27,7 +28,6 @@ VERSUS_COLUMNS = (
     "PM, shuffled labels",
 )
 TRANSFER_COLUMNS = ("target", "L", "pairs", "no PMP", "control", "ranked PMP", "binary PMP")
-ARMS = ("none", "imitation", "ranked", "binary")
 
 
 @dataclass(frozen=True)
