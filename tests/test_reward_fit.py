@@ -130,8 +130,8 @@ def assert_same_model(folder, other):
     tensors, wanted = load_file(folder / MODEL / WEIGHTS), load_file(other / MODEL / WEIGHTS)
     assert_equal_tensors(tensors, wanted, atol=1e-5)
     mine, expected = results(folder), results(other)
-    for name in ("held_out_accuracy", "train_accuracy"):
-        assert mine[name] == expected[name]
+    for name in ("held_out_accuracy", "train_accuracy"):  # of 30 pairs; a near tie may turn over
+        assert mine[name]["mean"] == pytest.approx(expected[name]["mean"], abs=1 / 30)
     with contextlib.chdir(folder):
         some = stored("held_out")
         scores = [TextRewardModel(f / MODEL).score(*asked(some)) for f in (folder, other)]
