@@ -38,7 +38,7 @@ def test_foreign_prompts_are_told_from_the_prompts_of_the_comparisons(judged):
 
 
 def test_a_prompt_of_the_comparisons_is_no_outlier(judged, tmp_path):
-    recipe, scorer, comparisons = judged
+    _, scorer, comparisons = judged
     file = tmp_path / "mixed.txt"
     lines = [c.prompt[-1].content for c in comparisons[:2]] + ["one", "two", "three", "four", "five", "six"]
     file.write_text("\n".join(lines) + "\n")
