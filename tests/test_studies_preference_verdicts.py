@@ -223,9 +223,11 @@ def between(low, high):
     [
         (above("", between(0.01, 0.1)), SUPPORTED),
         (above("", between(-0.01, 0.3)), UNDECIDED),
+        (above("", between(-0.3, 0.01)), UNDECIDED),
         (above("", between(-0.2, -0.1)), CONTRADICTED),
         (below("", between(0.7, 0.9), 1.0), SUPPORTED),
         (below("", between(0.7, 1.1), 1.0), UNDECIDED),
+        (below("", between(0.95, 1.2), 1.0), UNDECIDED),
         (below("", between(1.1, 1.2), 1.0), CONTRADICTED),
         (inside("", between(-0.02, 0.03), -0.03, 0.03), SUPPORTED),
         (inside("", between(-0.02, 0.04), -0.03, 0.03), UNDECIDED),
@@ -309,6 +311,9 @@ def test_results_as_the_papers_say_support_every_claim():
     made = claims.all_claims(Results.of(everything, found))
     assert [c.number for c in made] == [1, 2, 3, 4, 11, 12]
     assert {c.verdict for c in made} == {SUPPORTED}
+    shrinks = made[2].statements[2]  # ranked: 0.15 above none with few pairs, 0.03 with most
+    assert shrinks.text.startswith("ranked PMP less no PMP: with few pairs less with most")
+    assert shrinks.estimate.mean == pytest.approx(0.12, abs=0.003)
 
 
 def test_results_the_other_way_round_contradict_every_claim():
