@@ -11,8 +11,9 @@ import re
 from pydantic import field_validator, model_validator
 
 from rlhf.schema.contract import SAMPLED, Data, Dialogue, Distributed, Lora, Model
+from rlhf.schema.evaluate import Evaluate
 from rlhf.schema.fields import Section
-from rlhf.schema.policy import Evaluate, Ppo
+from rlhf.schema.ppo import Ppo
 from rlhf.schema.preferences import Card, Collect, Pmp, PreferenceTraining, Reward
 
 __all__ = [
