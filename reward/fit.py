@@ -20,13 +20,12 @@ from reward.model import (
     new_reward_model,
     read_card,
     save_reward_model,
-    score_examples,
-    scores_of,
     start_from,
     start_tensors,
     vocabulary_head,
 )
 from reward.objectives import candidate_scores
+from reward.packed import score_examples, scores_of
 from reward.probe import fit_probe
 from rlhf.artifacts import MANIFEST, read_json, write_json
 from rlhf.backbone import Backbone

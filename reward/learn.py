@@ -10,8 +10,9 @@ from datasets import Dataset
 from torch import nn
 
 from reward.batches import Example
-from reward.model import check_packing, vocabulary_head
+from reward.model import vocabulary_head
 from reward.objectives import objective
+from reward.packed import check_packing
 from reward.trainer import PreferenceTrainer, training_arguments
 from reward.trunk import Trunk, build_trunk
 from rlhf.artifacts import Checkpoints, step_of

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from reward.batches import Example, layout, micro_batches, pack
 from reward.loss import pair_accuracy, ranked_loss
-from reward.model import forward_packed
+from reward.packed import forward_packed
 from reward.trunk import Trunk
 from rlhf.intervals import Estimate, cluster_mean_interval
 

@@ -19,8 +19,8 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 from reward.batches import Wanted, micro_batches, pack
-from reward.model import forward_packed, response_log_probs
 from reward.objectives import Signals, objective
+from reward.packed import forward_packed, response_log_probs
 from reward.trunk import Trunk
 from rlhf.artifacts import Checkpoints
 from rlhf.metrics import Metrics

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reward.batches import Example, Packed, micro_batches, pack, rows_of, width
-from reward.model import dtype_of, forward_packed, inputs_of
+from reward.packed import dtype_of, forward_packed, inputs_of
 from rlhf.recipe import Recipe
 from rlhf.stage import processes
 

@@ -18,7 +18,8 @@ import reward.fit
 from reward import train
 from reward.batches import encode, micro_batches
 from reward.learn import learn
-from reward.model import TextRewardModel, head_of, new_reward_model, read_card, score_examples
+from reward.model import TextRewardModel, head_of, new_reward_model, read_card
+from reward.packed import score_examples
 from reward.trainer import PreferenceTrainer
 from rlhf.artifacts import read_json
 from rlhf.backbone import HEAD, WEIGHTS

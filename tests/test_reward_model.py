@@ -32,18 +32,14 @@ from reward.batches import encode, pack
 from reward.model import (
     RewardCard,
     TextRewardModel,
-    check_packing,
-    forward_packed,
     head_of,
     new_reward_model,
     read_card,
-    response_log_probs,
     save_reward_model,
-    score_examples,
-    scores_of,
     start_from,
     vocabulary_head,
 )
+from reward.packed import check_packing, forward_packed, response_log_probs, score_examples, scores_of
 from rlhf.backbone import WEIGHTS, Backbone
 from rlhf.base import load_base
 from rlhf.dialogue import load_dialogue
@@ -146,7 +142,7 @@ def test_log_probs_in_pieces_are_those_in_one(model, monkeypatch):
     vocabulary = vocabulary_head(tiny()[0], model)
     packed = pack(MIXED, 0, wanted="all")
     whole = response_log_probs(forward_packed(model, packed)[0], packed, vocabulary)
-    monkeypatch.setattr("reward.model._LOGITS_AT_ONCE", 7)
+    monkeypatch.setattr("reward.packed._LOGITS_AT_ONCE", 7)
     parts = response_log_probs(forward_packed(model, packed)[0], packed, vocabulary)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
 

@@ -15,7 +15,8 @@ from preference_cases import (
 )
 
 from reward.batches import pack
-from reward.model import forward_packed, new_reward_model, score_examples
+from reward.model import new_reward_model
+from reward.packed import forward_packed, score_examples
 from reward.probe import features
 from reward.trunk import build_trunk
 
