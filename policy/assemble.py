@@ -16,9 +16,10 @@ from torch import Tensor
 
 from policy.rollout import Responses, ScoreFn
 from reward.ensemble import Combination, check_one_base, combine, member_folders, spread
-from reward.model import TextRewardModel, check_same_contract, read_card
+from reward.model import TextRewardModel, check_has_score, check_same_contract, read_card
+from rlhf.adapters import WEIGHTS
 from rlhf.artifacts import sha256_of
-from rlhf.backbone import WEIGHTS, Backbone
+from rlhf.backbone import Backbone
 from rlhf.base import best_device, load_base
 from rlhf.dialogue import Dialogue
 from rlhf.recipe import Recipe
@@ -44,7 +45,7 @@ def reward_adapters(number: int) -> tuple[str, ...]:
 
 
 def check_rewards(recipe: Recipe, dialogue: Dialogue, folders: Sequence[Path]) -> None:
-    """Reward models that score as adapters must fit each other and the policy's base.
+    """Reward models that score as adapters must have a score, and fit each other and the policy's base.
 
     Raises:
         UserError: one of them does not; the remedy is to let them read the text.
@@ -68,9 +69,11 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
     detail 8). A reward model on another base cannot be copied: the value then starts fresh, with a zero head.
 
     Raises:
-        UserError: a reward model does not fit and the recipe does not allow re-tokenising.
+        UserError: a reward model gives no score, or does not fit and the recipe does not allow re-tokenising.
     """
     folders = reward_folders(recipe, run)
+    for folder in folders:
+        check_has_score(read_card(folder), folder)
     names = reward_adapters(len(folders))
     shares_base = not recipe.ppo.retokenise
     adapters = ("policy", "value", *(names if shares_base else ()))
@@ -133,13 +136,16 @@ class EnsembleScore:
     def figures(self, all_sum: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Mean disagreement on the responses scored since the last call, over all processes; then start anew.
 
-        Every process must call it. Empty for a single reward model, which has nobody to disagree with.
+        Every process must call it. Empty for a single reward model, which has nobody to disagree with, and
+        where nothing was scored.
+
+        all_sum: the sum of a tensor over all processes. device: where they sum.
         """
         if len(self.members) == 1:
             return {}
         total, number = all_sum(torch.tensor([self._spread, float(self._scored)], device=device)).tolist()
         self._spread, self._scored = 0.0, 0
-        return {SPREAD: total / number}
+        return {SPREAD: total / number} if number else {}
 
 
 def score_function(recipe: Recipe, run: StageRun, model: Backbone, dialogue: Dialogue) -> EnsembleScore:

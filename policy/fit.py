@@ -6,7 +6,7 @@ from typing import Any
 
 from policy.assemble import assemble, score_function
 from policy.ppo import LEARNS, PpoTrainer
-from rlhf.backbone import HEAD
+from rlhf.adapters import HEAD
 from rlhf.collect import stored_prompts
 from rlhf.dialogue import load_dialogue
 from rlhf.metrics import read_metrics

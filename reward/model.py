@@ -20,8 +20,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from reward.batches import Example, as_example
 from reward.loss import head_init_std
 from reward.packed import check_packing, score_examples
+from rlhf.adapters import WEIGHTS, lora_config
 from rlhf.artifacts import read_json, write_json
-from rlhf.backbone import WEIGHTS, layers_of, lora_config
+from rlhf.backbone import layers_of
 from rlhf.base import load_base
 from rlhf.comparisons import Prompt
 from rlhf.dialogue import Dialogue, load_tokenizer
@@ -203,12 +204,27 @@ def read_card(folder: Path) -> RewardCard:
     return RewardCard(**read_json(file))
 
 
-def check_same_contract(card: RewardCard, recipe: Recipe, dialogue: Dialogue, folder: Path) -> None:
-    """A reward adapter can share the policy's base only if base and tokens are the same.
+def check_has_score(card: RewardCard, folder: Path) -> None:
+    """A model trained by imitation has an adapter and an untrained head: it gives no score.
 
     Raises:
-        UserError: they differ; the remedy is to let it score decoded text as a model of its own.
+        UserError: the card is that of such a model.
     """
+    if card.objective == "imitation":
+        raise UserError(
+            f"{folder} was trained by imitation and gives no score; train it with reward.objective=ranked or "
+            "binary, or name another reward model"
+        )
+
+
+def check_same_contract(card: RewardCard, recipe: Recipe, dialogue: Dialogue, folder: Path) -> None:
+    """A reward adapter can share the policy's base only if it has a score, and the same base and tokens.
+
+    Raises:
+        UserError: it has no score; or they differ, and the remedy is to let it score decoded text as a model
+            of its own.
+    """
+    check_has_score(card, folder)
     if card.base != recipe.model.path:
         what = f"its base is {card.base}, this recipe's is {recipe.model.path}"
     elif card.contract != dialogue.fingerprint():
@@ -227,10 +243,14 @@ class TextRewardModel:
     Args:
         folder: a reward model of ours.
         device: where it runs.
+
+    Raises:
+        UserError: the folder holds no reward model of ours, or one without a score.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         self.card = read_card(folder)
+        check_has_score(self.card, folder)
         self.dialogue = Dialogue(
             load_tokenizer(folder),
             template=self.card.template,

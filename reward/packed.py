@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reward.batches import Example, Packed, as_example, attention_mask, micro_batches, pack
-from rlhf.sequences import chosen_log_probs
+from rlhf.vocabulary import chosen_log_probs
 
 if TYPE_CHECKING:
     from reward.trunk import Trunk

@@ -23,11 +23,14 @@ from reward.objectives import Signals, objective
 from reward.packed import forward_packed, response_log_probs
 from reward.trunk import Trunk
 from rlhf.artifacts import Checkpoints
+from rlhf.merged import Folder
 from rlhf.metrics import Metrics
 from rlhf.recipe import Recipe
 from rlhf.runtime import backward_part, deepspeed_config, join_cpu_processes, most_of_all
 from rlhf.schema import PreferenceTraining
 from rlhf.stage import StageRun, processes
+
+_ADAPTER = "default"  # peft's name of the one adapter of a reward model
 
 
 def training_arguments(
@@ -120,6 +123,7 @@ class PreferenceTrainer(RewardTrainer):
             **options,
         )
         self.remove_callback(PrinterCallback)
+        self._folder = Folder(self.model)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # encoded by reward.batches, in the one template of all stages
@@ -137,15 +141,16 @@ class PreferenceTrainer(RewardTrainer):
         parts = micro_batches(examples, self._budget, share=self._share)
         number = most_of_all(len(parts), self.args.device)
         total = torch.zeros((), device=self.args.device)
-        for index in range(number):
-            # a process that is done goes on with weight 0: ZeRO-3's forward passes are collective
-            part, weight = (parts[index], 1.0) if index < len(parts) else (parts[0], 0.0)
-            some = [examples[i] for i in part]
-            loss = weight * self.compute_loss(
-                model, {"examples": some, "normaliser": len(examples), "weight": weight}
-            )
-            backward_part(self.accelerator, loss, last=index == number - 1)
-            total += loss.detach()
+        with self._folder.folded(_ADAPTER):
+            for index in range(number):
+                # a process that is done goes on with weight 0: ZeRO-3's forward passes are collective
+                part, weight = (parts[index], 1.0) if index < len(parts) else (parts[0], 0.0)
+                some = [examples[i] for i in part]
+                loss = weight * self.compute_loss(
+                    model, {"examples": some, "normaliser": len(examples), "weight": weight}
+                )
+                backward_part(self.accelerator, loss, last=index == number - 1)
+                total += loss.detach()
         return total
 
     def compute_loss(

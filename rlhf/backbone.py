@@ -3,7 +3,8 @@
 With ``reward/model.py`` (the saved format) the only file that knows peft.
 
 Roles: ``policy``, ``value`` and ``reward`` are adapters on the one base; ``reference`` is the base with every
-adapter switched off. All roles go through :meth:`Backbone.forward`, so that one DeepSpeed engine can wrap it.
+adapter switched off, or a frozen adapter where the policy starts from one. All roles go through
+:meth:`Backbone.forward`, so that one DeepSpeed engine can wrap it.
 
 Where only the top layers are adapted (``lora.layers: top_k``), the layers below are the same for every role
 and every pass: :meth:`Backbone.trunk` computes their hidden states once, and ``forward`` starts from them.
@@ -14,68 +15,26 @@ Shape suffixes: ``_B`` sequence, ``_T`` token, ``_D`` hidden unit, ``_R`` respon
 from __future__ import annotations
 
 import contextlib
-import json
-import re
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.artifacts import write_atomically
+from rlhf.adapters import HEAD, lora_config, read_adapter, write_adapter
 from rlhf.errors import UserError
+from rlhf.merged import Folder
 from rlhf.schema import Lora
-from rlhf.sequences import chosen_log_probs, last_true_index, positions_from_mask
+from rlhf.sequences import last_true_index, positions_from_mask
+from rlhf.vocabulary import chosen_log_probs
 
 REFERENCE = "reference"  # the role of the base without adapters
-WEIGHTS = "adapter_model.safetensors"
-HEAD = "base_model.model.score"  # where Hugging Face's sequence classifier keeps its head, under peft
-_ADAPTED = "base_model.model."
-_CHUNK = 2048  # positions whose logits are in memory at once
-
-
-def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **options: Any) -> LoraConfig:
-    """peft's configuration of one adapter.
-
-    Args:
-        lora: the recipe's section.
-        base: the model to be adapted.
-        task: peft's task type.
-        options: further fields of peft's configuration.
-
-    Raises:
-        UserError: ``top_k`` asks for more layers than there are, or no module has the name of a target.
-    """
-    k, layers = lora.top_k, int(base.config.get_text_config().num_hidden_layers)
-    # every linear map inside the layers, by its last name: peft cannot combine its `all-linear` with layers
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name)
-    }
-    targets = sorted(linear) if lora.targets == "all-linear" else list(lora.targets)
-    unknown = sorted(set(targets) - linear)
-    if unknown or not targets:
-        raise UserError(
-            f"lora.targets: {unknown} are no linear modules of {base.name_or_path}; "
-            f"it has {', '.join(sorted(linear))}"
-        )
-    if k is not None and k > layers:
-        raise UserError(f"lora.layers: top_{k} of a model with {layers} layers; use `all` or a smaller k")
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        target_modules=targets,
-        layers_to_transform=None if k is None else list(range(layers - k, layers)),
-        task_type=task,
-        **options,
-    )
+_LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
 
 
 @contextlib.contextmanager
@@ -106,6 +65,7 @@ class Backbone(nn.Module):
         adapters: names of the adapters; each starts as no change (B = 0).
         heads: names of the adapters that carry a scalar head with bias.
         trainable: names of the adapters that learn; the others stay frozen.
+        shared: heads that have no adapter of their own, and whose adapter each reads instead.
     """
 
     def __init__(
@@ -116,6 +76,7 @@ class Backbone(nn.Module):
         adapters: Sequence[str],
         heads: Sequence[str] = (),
         trainable: Sequence[str] = (),
+        shared: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         layers = int(base.config.get_text_config().num_hidden_layers)
@@ -128,8 +89,10 @@ class Backbone(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, 1, dtype=torch.float32) for name in heads})
         self.offsets = dict.fromkeys(heads, 0.0)  # added to what a head says; constants, not weights
         self.trainable = tuple(trainable)
+        self.shared = dict(shared or {})
         self.frozen_layers = 0 if lora.top_k is None else layers - lora.top_k
         self._layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        self._folder = Folder(self.model)
         self._active: str | None = None
         self.activate(REFERENCE)
         self.eval()
@@ -152,22 +115,36 @@ class Backbone(nn.Module):
         return next(self.model.parameters()).device
 
     def activate(self, role: str) -> None:
-        """Switch every LoRA layer to one adapter, or all off for the reference.
+        """Switch every LoRA layer to the adapter of a role, or all off.
 
         peft ties switching to ``requires_grad``; here what learns is fixed for the whole run instead, so
         that the backward pass of one role can run while another is switched on.
         """
-        if role == self._active:
+        adapter = self.adapter_of(role)
+        if (adapter or "none") == self._active:
             return
         for layer in self._layers:
-            if role == REFERENCE:
-                layer.enable_adapters(False)
-            else:
-                layer.enable_adapters(True)
-                layer.set_adapter([role])
+            layer.enable_adapters(adapter is not None)
+            if adapter is not None:
+                layer.set_adapter([adapter])
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(any(f".{learns}." in name for learns in self.trainable))
-        self._active = role
+        self._active = adapter or "none"
+
+    def adapter_of(self, role: str) -> str | None:
+        """The adapter that a role runs with; None = the base alone, as the reference without a copy."""
+        adapter = self.shared.get(role, role)
+        return None if adapter == REFERENCE and adapter not in self.model.peft_config else adapter
+
+    @contextlib.contextmanager
+    def folded(self, role: str) -> Iterator[None]:
+        """Have a role's adapter folded into its weights, which must not change meanwhile (``rlhf.merged``).
+
+        It changes how fast the role runs, not what it says (to rounding); other roles run as ever.
+        """
+        adapter = self.adapter_of(role)
+        with contextlib.nullcontext() if adapter is None else self._folder.folded(adapter):
+            yield
 
     def parameters_of(self, adapter: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters and its head's, by their names in a saved adapter."""
@@ -186,6 +163,23 @@ class Backbone(nn.Module):
         for parameter in self.heads.parameters():
             parameter.zero_()
 
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Let one adapter start as an exact copy of another."""
+        with torch.no_grad():
+            for name, parameter in self.parameters_of(target).items():
+                parameter.copy_(self.parameters_of(source)[name])
+
+    def reference_hash(self) -> str:
+        """SHA-256 of every frozen weight that the reference runs with, the base's and its adapter's."""
+        digest = hashlib.sha256()
+        own = f".{REFERENCE}."
+        for name, parameter in sorted(self.model.named_parameters()):
+            if "lora_" not in name or own in name:
+                digest.update(name.encode())
+                raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+                digest.update(raw.numpy().data)
+        return digest.hexdigest()
+
     def set_offset(self, adapter: str, offset: float) -> None:
         """Give a head a constant that does not learn, as Hugging Face's format cannot carry it."""
         self.offsets[adapter] = offset
@@ -202,6 +196,8 @@ class Backbone(nn.Module):
         start: int | None = None,
         temperature: float = 1.0,
         targets_mask_BR: Tensor | None = None,
+        bonus: bool = False,
+        value: str | None = None,
     ) -> Any:
         """One pass of one role.
 
@@ -213,6 +209,8 @@ class Backbone(nn.Module):
             start: first response column; None reads a head at the last real token.
             temperature: divides the logits before the log-softmax.
             targets_mask_BR: True = a response token whose log-prob is wanted.
+            bonus: let the entropies carry a gradient.
+            value: a head that shares the role's adapter; its values come along as a third tensor.
 
         Returns:
             ``trunk``: hidden states [B, T, D]. ``policy``/``reference``: log-probs and entropies of the
@@ -229,16 +227,22 @@ class Backbone(nn.Module):
                 rows = torch.arange(len(ids_BT), device=ids_BT.device)
                 last_BD = hidden_BTD[rows, last_true_index(mask_BT)]
                 return self.heads[role](last_BD.float()).squeeze(-1) + self.offsets[role]
-            return self.heads[role](hidden_BTD[:, start - 1 : -2].float()).squeeze(-1) + self.offsets[role]
+            return self._values(role, hidden_BTD[:, start - 1 : -2])
         assert start is not None, "log-probs need the first response column"
-        return chosen_log_probs(
-            hidden_BTD[:, start - 1 : -2],
+        before_BRD = hidden_BTD[:, start - 1 : -2]
+        both = chosen_log_probs(
+            before_BRD,
             self.base.get_output_embeddings(),
             ids_BT[:, start:-1],
             temperature=temperature,
-            chunk=_CHUNK,
+            chunk=max(1, _LOGITS_AT_ONCE // self.base.config.get_text_config().vocab_size),
             mask_BT=targets_mask_BR,
+            differentiable_entropy=bonus,
         )
+        return both if value is None else (*both, self._values(value, before_BRD))
+
+    def _values(self, head: str, hidden_BRD: Tensor) -> Tensor:
+        return self.heads[head](hidden_BRD.float()).squeeze(-1) + self.offsets[head]
 
     def trunk(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor | None:
         """Hidden states below the first adapted layer, or None where there is no such part."""
@@ -308,48 +312,8 @@ class Backbone(nn.Module):
             tensors: whole tensors by saved name, where the parameters are sharded.
         """
         tensors = tensors or {name: p.detach() for name, p in self.parameters_of(adapter).items()}
-        whole = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-        write_atomically(folder / WEIGHTS, save(whole, metadata={"format": "pt"}))
-        config = self.model.peft_config[adapter].to_dict()
-        config["base_model_name_or_path"] = self.base.name_or_path
-        config["inference_mode"] = True
-        for key, value in config.items():
-            if isinstance(value, set):
-                config[key] = sorted(value)
-        write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2, default=str) + "\n")
+        write_adapter(folder, tensors, self.model.peft_config.get(adapter), self.base.name_or_path)
 
-    @torch.no_grad()
     def load_adapter(self, adapter: str, folder: Path) -> int:
-        """Read one adapter (and its head) written in peft's format; every tensor must find its place.
-
-        Returns:
-            Number of tensors read.
-
-        Raises:
-            UserError: a tensor is missing, superfluous or of another shape, or nothing was read: silently
-                keeping a fresh adapter or a fresh head is how reward models get lost.
-        """
-        file = folder / WEIGHTS
-        if not file.is_file():
-            raise UserError(f"{file}: no such adapter; check the folder")
-        saved = load_file(file)
-        expected = self.parameters_of(adapter)
-        bias = f"{HEAD}.bias"
-        if bias in expected and bias not in saved:  # Hugging Face's head has none
-            saved[bias] = torch.zeros_like(expected[bias])
-        missing = sorted(set(expected) - set(saved))
-        surplus = sorted(set(saved) - set(expected) - ({f"{HEAD}.weight", bias}))
-        if missing or surplus:
-            what = f"{missing[0]} is missing" if missing else f"{surplus[0]} has no place"
-            raise UserError(
-                f"{file}: does not fit the `{adapter}` adapter ({what}; {len(missing)} missing, "
-                f"{len(surplus)} superfluous): it was made with other lora settings or another base"
-            )
-        for name, parameter in expected.items():
-            if parameter.shape != saved[name].shape:
-                raise UserError(
-                    f"{file}: {name} is {tuple(saved[name].shape)}, here {tuple(parameter.shape)}: "
-                    "it was made with other lora settings or another base"
-                )
-            parameter.copy_(saved[name])
-        return len(expected)
+        """Read one adapter (and its head); see :func:`rlhf.adapters.read_adapter`."""
+        return read_adapter(folder, self.parameters_of(adapter), adapter)

@@ -1,7 +1,7 @@
 """An adapter folded into the weights below it for a while, and trained as if it were not.
 
-peft adds the low-rank update in every forward pass: three more operations on full-width activations for each
-linear map. Folded in once, W' = W + s·B·A costs one multiplication of the small matrices, and every pass until
+peft adds the low-rank update in every forward pass: three more operations on full-width activations a linear
+map. Folded in once, W' = W + s·B·A costs one multiplication of the small matrices, and every pass until
 the weights change is a plain matrix product, backwards too. The gradients of A and B need only the input and
 the gradient of the output, and are the same to rounding (Hu 2021, eq. 3, differentiated).
 
@@ -30,7 +30,7 @@ class _Folded(torch.autograd.Function):
     """x W'^T + b, with the gradients of x, A and B; W' and b are constants."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, folded_OI: Tensor, bias_O: Tensor | None, a_rI: Tensor, b_Or: Tensor, s: float
     ) -> Tensor:
         ctx.save_for_backward(x, folded_OI, a_rI, b_Or)
@@ -38,8 +38,8 @@ class _Folded(torch.autograd.Function):
         return F.linear(x, folded_OI, bias_O)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, folded_OI, a_rI, b_Or = ctx.saved_tensors
         grad_x = grad @ folded_OI if ctx.needs_input_grad[0] else None
         grad_a = grad_b = None
@@ -92,13 +92,12 @@ class Folder:
     @torch.no_grad()
     def _fold(self, layer: LoraLinear, adapter: str) -> None:
         base: Any = layer.base_layer
-        a_rI, b_Or = (part[adapter].weight for part in (layer.lora_A, layer.lora_B))
+        lora: Any = layer
+        a_rI, b_Or = (part[adapter].weight for part in (lora.lora_A, lora.lora_B))
         scaling = float(layer.scaling[adapter])
         buffer = self._buffers.setdefault(layer, torch.empty_like(base.weight))
         torch.addmm(base.weight, b_Or, a_rI, alpha=scaling, out=buffer)
-        layer.__dict__["forward"] = partial(
-            _forward, layer, adapter, buffer, base.bias, a_rI, b_Or, scaling
-        )
+        layer.__dict__["forward"] = partial(_forward, layer, adapter, buffer, base.bias, a_rI, b_Or, scaling)
 
     def release(self) -> None:
         """Give the memory of the buffers back."""
@@ -120,7 +119,7 @@ def _forward(
     """The layer's forward pass while an adapter is folded in."""
     if args or options or layer.disable_adapters or layer.active_adapters != [adapter]:
         return type(layer).forward(layer, x, *args, **options)
-    return _Folded.apply(x, folded_OI, bias_O, a_rI, b_Or, scaling)  # type: ignore[no-any-return, no-untyped-call]
+    return _Folded.apply(x, folded_OI, bias_O, a_rI, b_Or, scaling)
 
 
 def _can_fold(layer: LoraLinear, adapter: str) -> bool:
@@ -132,3 +131,13 @@ def _can_fold(layer: LoraLinear, adapter: str) -> bool:
     plain = plain and not layer.lora_bias.get(adapter, False)
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
     return plain and dropout == 0.0 and base.weight.dtype == torch.float32
+
+
+def folded_weights(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [O, I] and bias that a LoRA layer runs with just now, where its active adapter is folded in."""
+    forward = layer.__dict__.get("forward")
+    if not isinstance(layer, LoraLinear) or not isinstance(forward, partial):
+        return None
+    _, adapter, folded_OI, bias_O, *_ = forward.args
+    active = not layer.disable_adapters and layer.active_adapters == [adapter]
+    return (folded_OI, bias_O) if active else None

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 WHITEN_EPSILON = 1e-8  # added to the variance (Ziegler et al. 2019, official code)
 
@@ -101,62 +100,6 @@ def ended(response_BT: Tensor, eos_id: int | Sequence[int]) -> Tensor:
 def _is_eos(response_BT: Tensor, eos_id: int | Sequence[int]) -> Tensor:
     ids = [eos_id] if isinstance(eos_id, int) else list(eos_id)
     return torch.isin(response_BT, torch.tensor(ids, dtype=response_BT.dtype, device=response_BT.device))
-
-
-def chosen_log_probs(
-    hidden_BTD: Tensor,
-    head: Callable[[Tensor], Tensor],
-    targets_BT: Tensor,
-    mask_BT: Tensor | None = None,
-    *,
-    temperature: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of every target token, and the entropy it was drawn with, without a [B, T, V] tensor.
-
-    hidden_BTD: the state that predicts targets_BT at the SAME index (the caller has shifted them).
-    head: maps states [N, D] to logits [N, V]; called on at most ``chunk`` counted positions at a time.
-    mask_BT: True = compute this position; the others return 0 and never reach the head. None = all.
-    Returns float32 logp_BT = log softmax(logits / temperature)[target] and entropy_BT of the same
-    distribution in nats, without gradient. No reduction.
-
-    With gradients on and more than one chunk, each is checkpointed: backward runs the head a second time
-    instead of keeping its logits, so the peak is one [chunk, V] block. Under
-    ZeRO-3 each call of the head is a collective: ranks with unequal numbers of counted positions must gather
-    the head's weights before calling this.
-    """
-    if temperature <= 0 or chunk < 1:
-        raise ValueError(f"temperature {temperature} and chunk {chunk} must be positive")
-    shape = targets_BT.shape
-    hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
-    if mask_BT is not None:
-        hidden_ND, targets_N = hidden_BTD[mask_BT], targets_BT[mask_BT]
-
-    def score(hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-        logp_CV = torch.log_softmax(head(hidden_CD).float() / temperature, dim=-1)
-        logp_C = logp_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1)
-        # Last, so that the recomputation of the checkpoint, which stops as soon as it can, skips it.
-        with torch.no_grad():
-            entropy_C = torch.special.entr(logp_CV.exp()).sum(dim=-1)
-        return logp_C, entropy_C
-
-    parts = []
-    for start in range(0, targets_N.shape[0], chunk):
-        piece = hidden_ND[start : start + chunk], targets_N[start : start + chunk]
-        if torch.is_grad_enabled() and targets_N.shape[0] > chunk:
-            parts.append(checkpoint(score, *piece, use_reentrant=False))
-        else:
-            parts.append(score(*piece))
-    if parts:
-        logp_N, entropy_N = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    else:  # nothing counts: empty, but still attached to the graph, so that backward() works
-        logp_N = hidden_ND.float().sum(dim=-1)
-        entropy_N = logp_N.detach()
-    if mask_BT is None:
-        return logp_N.view(shape), entropy_N.view(shape)
-    zeros_BT = torch.zeros(shape, dtype=torch.float32, device=hidden_BTD.device)
-    where = mask_BT.nonzero(as_tuple=True)
-    return zeros_BT.index_put(where, logp_N), zeros_BT.index_put(where, entropy_N)
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

@@ -14,7 +14,8 @@ from transformers import (
     GPTNeoXForCausalLM,
 )
 
-from rlhf.backbone import HEAD, WEIGHTS, Backbone
+from rlhf.adapters import HEAD, WEIGHTS
+from rlhf.backbone import Backbone
 from rlhf.base import load_base
 from rlhf.errors import UserError
 from rlhf.schema import Lora, Model

@@ -20,8 +20,8 @@ class Collecting(Section):
     steps: Positive = 100
     """Rollouts, each followed by `epochs` passes."""
     start: str | None = None
-    """Folder of the adapter that the policy starts from (SFT, distillation); its frozen copy is the reference.
-    null = a fresh adapter, and the base is the reference."""
+    """Folder of the adapter that the policy starts from (SFT, distillation), whose frozen copy is the
+    reference; null = a fresh adapter, and the base is the reference."""
     batch_size: Positive = 64
     """Responses a rollout, over all processes."""
     samples: Positive = 1
@@ -31,8 +31,8 @@ class Collecting(Section):
     temperature: Rate = 1.0
     """Sampling temperature; the log-probs of policy and reference are taken at the same temperature."""
     trunk_gigabytes: NonNegative = 4.0
-    """Memory for the frozen trunk's hidden states of a rollout, a process; a larger rollout computes them anew
-    in every pass."""
+    """Memory for the frozen trunk's hidden states of a rollout, a process; a larger rollout computes them
+    anew in every pass."""
 
 
 class Scoring(Section):
@@ -102,8 +102,8 @@ class Estimating(Section):
     whiten_rewards: bool = False
     """Token rewards to variance 1 over the rollout, their mean kept (Ziegler 2019; off in Huang 2024)."""
     whiten_advantages: bool | None = None
-    """Advantages to mean 0 and variance 1 over all actions of the rollout, on all processes; null = on for ppo
-    and reinforce, off for rloo, as in the papers."""
+    """Advantages to mean 0 and variance 1 over all actions of the rollout, on all processes; null = on for
+    ppo and reinforce, off for rloo, as in the papers."""
 
 
 class Losing(Section):
@@ -146,13 +146,14 @@ class Optimising(Section):
     epochs: Positive = 4
     """Passes over each rollout (K = 4: Stiennon 2020, Huang 2024; 1: InstructGPT)."""
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
-    """`paged_adamw_8bit`: bitsandbytes' AdamW, moments in 8 bit and paged out when the GPU is full (CUDA only)."""
+    """`paged_adamw_8bit`: bitsandbytes' AdamW with 8-bit moments, paged out of a full GPU (CUDA only)."""
     learning_rate: Rate = 3e-6
     """Policy adapter's peak (Huang 2024, for full fine-tuning; LoRA wants about 100 times more)."""
     value_learning_rate: Rate | None = None
     """Value adapter's and head's peak; null = learning_rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Learning rate over the steps, after the warm-up: linear to 0 (Huang 2024), cosine to a tenth, constant."""
+    """Learning rate after the warm-up: linear to 0 (Huang 2024), cosine to a tenth (InstructGPT's reward
+    model), or constant."""
     warmup: Natural = 0
     """Steps in which the learning rate rises linearly from a tenth (InstructGPT: 10)."""
     adam_epsilon: Rate = 1e-5
