@@ -26,6 +26,7 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
+from rlhf.build_lock import settle_locks
 from rlhf.schema import Distributed
 from rlhf.stage import processes, rank
 
@@ -61,6 +62,7 @@ def join_cpu_processes(section: Distributed) -> bool:
     """
     if processes() == 1 or torch.cuda.is_available():
         return False
+    settle_locks()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes()))
     PartialState(backend="gloo", timeout=datetime.timedelta(minutes=section.timeout_minutes))
@@ -142,6 +144,7 @@ class Runtime:
         plugin = None
         handlers = []
         if self.world > 1:
+            settle_locks()
             if cpu:  # the processes share the cores
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
             config = deepspeed_config(section, batch=micro_batch_size, clip=max_grad_norm)
