@@ -8,10 +8,10 @@ import torch
 from conftest import tiny_recipe
 
 import policy.assemble
-from policy.assemble import SPREAD, EnsembleScore, assemble, reward_folders, score_function
+from policy.assemble import SPREAD, EnsembleScore, assemble, check_rewards, reward_folders, score_function
 from policy.evaluate import _judges
 from policy.rollout import Responses
-from reward.model import CARD, RewardCard
+from reward.model import CARD, RewardCard, TextRewardModel
 from rlhf.backbone import Backbone
 from rlhf.base import load_base
 from rlhf.comparisons import Message
@@ -188,6 +188,30 @@ def test_members_that_do_not_fit_each_other_or_the_policy_are_refused(world, cha
         built(world)
 
 
+@pytest.mark.parametrize("retokenise", ["true", "false"])
+def test_a_member_trained_by_imitation_is_refused_before_a_base_is_loaded(world, monkeypatch, retokenise):
+    write_card(world / member(1), offset=0.0, objective="imitation")
+    monkeypatch.setattr(policy.assemble, "load_base", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UserError) as caught:
+        built(world, f"ppo.retokenise={retokenise}")
+    expected = f"{world / member(1)} was trained by imitation and gives no score; train it with reward.objec"
+    assert str(caught.value).startswith(expected)
+
+
+def test_a_model_trained_by_imitation_is_refused_wherever_it_would_score(world):
+    recipe = tiny_recipe()
+    write_card(world / member(0), offset=0.0, objective="imitation")
+    for scorer in (
+        lambda: check_rewards(recipe, load_dialogue(recipe), [world / member(0)]),
+        lambda: TextRewardModel(world / member(0)),
+        lambda: score_function(
+            tiny_recipe("ppo.retokenise=true"), opened(world, recipe), None, load_dialogue(recipe)
+        ),
+    ):
+        with pytest.raises(UserError, match=r"reward/model was trained by imitation and gives no score"):
+            scorer()
+
+
 class Reader:
     """Stands in for a reward model that reads text."""
 
@@ -260,6 +284,18 @@ def test_the_disagreement_is_the_mean_over_all_responses_since_it_was_last_asked
     score(None)
     # another process has three responses with a sum of 5
     assert score.figures(lambda sums: sums + torch.tensor([5.0, 3.0]), cpu) == {SPREAD: pytest.approx(6 / 5)}
+    assert score.figures(lambda sums: sums, cpu) == {}  # nothing was scored since
+    assert score.figures(lambda sums: sums + torch.tensor([5.0, 2.0]), cpu) == {SPREAD: 2.5}
+
+
+def test_the_log_has_the_disagreement_of_the_adapters(world):
+    backbone, score = built(world)
+    with torch.no_grad():
+        score(said(backbone))
+    each = torch.stack([alone(number) for number in range(3)])
+    deviation = ((each - each.mean(0)) ** 2).mean(0).sqrt()
+    found = score.figures(lambda sums: sums, torch.device("cpu"))
+    assert found == {"ppo/score_spread": pytest.approx(float(deviation.mean()), abs=1e-4)}
 
 
 # ---- evaluation, and the recipe
