@@ -14,7 +14,7 @@ from source_rows import jsonl, user
 from rlhf import public
 from rlhf.comparisons import Comparison
 from rlhf.errors import UserError
-from rlhf.public import NOT_DRAWN, binarised, check_prefixes, mixture, shares, thin
+from rlhf.public import NOT_DRAWN, Fits, binarised, check_prefixes, mixture, shares, thin
 from rlhf.schema.preferences import PmpSource
 
 
@@ -162,6 +162,43 @@ def test_only_what_is_drawn_is_in_memory(tmp_path):
     assert peak_of_mixture(large) < peak_of_mixture(small) + 500_000
 
 
+# --- what a training can use ------------------------------------------------------------------------------
+
+
+def every(step, name=None):
+    """Fits the comparisons whose number is a multiple of ``step``; two reasons for the others."""
+
+    def problem(comparison):
+        number = int(comparison.prompt[0].content.split()[1])
+        return None if number % step == 0 else f"too {'odd' if number % 2 else 'even'}"
+
+    return Fits(name or f"every {step}", problem)
+
+
+def test_what_does_not_fit_is_left_out_before_the_drawing_and_counted(tmp_path):
+    sources = [source(tmp_path, "x", 60), source(tmp_path, "y", 9)]
+    comparisons, counts = mix(sources, 20, fits=every(4))
+    first, second = counts.values()
+    assert (first.read, first.kept) == (60, 10)
+    assert first.dropped == {"too odd": 30, "too even": 15, NOT_DRAWN: 5}
+    assert (second.read, second.kept, second.dropped) == (9, 3, {"too odd": 4, "too even": 2})
+    assert all(int(name.split()[1]) % 4 == 0 for name in prompts(comparisons))
+    # as if the others had never been there
+    jsonl(tmp_path / "x.jsonl", *(row for n, row in enumerate(rows("x", 60)) if n % 4 == 0))
+    assert mix(sources, 20, fits=every(4))[0] == comparisons
+    assert mix([sources[0]], 10)[0] == mix([sources[0]], 10, fits=every(4))[0]
+
+
+def test_a_source_in_which_nothing_fits_is_named_with_the_reasons(tmp_path):
+    sources = [source(tmp_path, "x", 3), source(tmp_path, "y", 3, start=1)]
+    message = refusal(sources, 4, fits=every(4))
+    assert message.startswith(
+        f"pmp.sources[1]: no usable comparison in {sources[1].files[0]}: read 3, kept 0"
+    )
+    assert "too odd" in message
+    assert "too even" in message
+
+
 # --- what is kept on disk --------------------------------------------------------------------------------
 
 
@@ -202,6 +239,15 @@ def test_a_part_is_used_again_only_where_nothing_changed(tmp_path, reads, change
     number = 11 if change == "share" else 10
     assert mix(sources, number, cache=cache, **options) == mix(sources, number, **options)
     assert len(reads) == (2 if change == "nothing" else 3)
+
+
+def test_a_part_is_used_again_for_the_same_use_only(tmp_path, reads):
+    cache, sources = tmp_path / "cache", [source(tmp_path, "x", 30)]
+    for number, fits in enumerate((None, every(4), every(2)), start=1):
+        for _ in range(2):  # drawn, then remembered, with its counts
+            assert mix(sources, 5, cache=cache, fits=fits) == mix(sources, 5, fits=fits)
+        assert len(reads) == 3 * number  # two without a cache
+    assert mix(sources, 5, cache=cache, fits=every(3, name="every 4")) == mix(sources, 5, fits=every(4))
 
 
 @pytest.mark.parametrize("damage", ["no note", "bad note", "no data", "cut data", "other data", "empty note"])
