@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from policy.kl import k1
+from policy.kl import ESTIMATORS
 from rlhf.sequences import last_true_index
 
 
@@ -37,6 +37,15 @@ def penalise_missing_eos(
     raise ValueError(f"mode {mode!r} is neither 'replace' nor 'subtract'")
 
 
+def penalise_length(scores_B: Tensor, lengths_B: Tensor, *, penalty: float, target: int) -> Tensor:
+    """Lower a score by ``penalty`` for every token of its response beyond ``target``.
+
+    scores_B; lengths_B: actions of each response. Returns scores_B. A linear penalty is the simplest of those
+    that keep a reward model's taste for length in check (Singhal 2023, arXiv 2310.03716).
+    """
+    return scores_B - penalty * (lengths_B - target).clamp(min=0).to(scores_B.dtype)
+
+
 def token_rewards(
     scores_B: Tensor,
     logp_BT: Tensor,
@@ -44,17 +53,18 @@ def token_rewards(
     mask_BT: Tensor,
     *,
     kl_coef: float,
+    estimator: Literal["k1", "k2", "k3"] = "k1",
 ) -> Tensor:
-    """Spread a score over the actions: -kl_coef * (logp - ref_logp) on each, plus the score on the last.
+    """Spread a score over the actions: -kl_coef * KL estimate on each, plus the score on the last.
 
     scores_B: one per response. logp_BT: the policy that wrote the response; ref_logp_BT: the reference.
     mask_BT: True = an action, EOS included. Returns rewards_BT, 0 where the mask is False; higher is better;
-    the sum over T is score - kl_coef * sequence KL. A row without an action is a ValueError.
+    with k1 the sum over T is score - kl_coef * sequence KL. A row without an action is a ValueError.
 
     Ouyang et al. 2022 (arXiv 2203.02155), eq. 2 with gamma 0; Huang et al. 2024 (arXiv 2403.17031), details
     14 and 15.
     """
-    rewards_BT = torch.where(mask_BT, -kl_coef * k1(logp_BT, ref_logp_BT), 0.0)
+    rewards_BT = torch.where(mask_BT, -kl_coef * ESTIMATORS[estimator](logp_BT, ref_logp_BT), 0.0)
     last_B1 = last_true_index(mask_BT).unsqueeze(-1)
     return rewards_BT.scatter_add(-1, last_B1, scores_B.to(rewards_BT.dtype).unsqueeze(-1))
 
@@ -89,3 +99,17 @@ def gae(
         backwards.append(advantage_B)
     advantages_BT = torch.stack(backwards[::-1], dim=1)
     return advantages_BT, advantages_BT + values_BT
+
+
+def leave_one_out(returns_KG: Tensor) -> Tensor:
+    """RLOO: each response's return less the mean return of the other samples of its prompt.
+
+    returns_KG: K >= 2 samples of G prompts, else ValueError. Returns advantages_KG, which sum to 0 over K:
+    A = R - mean of the others = K / (K - 1) * (R - mean of all).
+
+    Ahmadian et al. 2024 (arXiv 2402.14740), eq. 8; returns are of whole responses, KL included.
+    """
+    samples = returns_KG.shape[0]
+    if samples < 2:
+        raise ValueError("leave-one-out needs at least two samples of a prompt")
+    return (returns_KG - returns_KG.mean(dim=0, keepdim=True)) * (samples / (samples - 1))

@@ -19,7 +19,7 @@ from reward.ensemble import Combination, check_one_base, combine, member_folders
 from reward.model import TextRewardModel, check_has_score, check_same_contract, read_card
 from rlhf.adapters import WEIGHTS
 from rlhf.artifacts import sha256_of
-from rlhf.backbone import Backbone
+from rlhf.backbone import REFERENCE, Backbone
 from rlhf.base import best_device, load_base
 from rlhf.dialogue import Dialogue
 from rlhf.recipe import Recipe
@@ -59,14 +59,20 @@ def load_scorer(backbone: Backbone, adapter: str, folder: Path) -> str:
     """Read a reward model into an adapter, its head and its offset; returns where they come from."""
     count = backbone.load_adapter(adapter, folder)
     backbone.set_offset(adapter, read_card(folder).offset)
-    return f"{count} tensors of {folder} ({sha256_of(folder / WEIGHTS)[:12]})"
+    return f"{count} tensors of {folder} ({_hash_of(folder)})"
+
+
+def _hash_of(folder: Path) -> str:
+    return sha256_of(folder / WEIGHTS)[:12]
 
 
 def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
     """One base with policy, value and, where they fit, reward adapters; prints where every part comes from.
 
-    The value starts as a copy of the (first) reward model, adapter and head (Stiennon 2020; Huang 2024,
-    detail 8). A reward model on another base cannot be copied: the value then starts fresh, with a zero head.
+    A policy that starts from an adapter has a frozen copy of it as its reference; else that is the base. The
+    value starts as a copy of the (first) reward model, adapter and head (Stiennon 2020; Huang 2024, detail
+    8). A reward model on another base cannot be copied, nor a head on the policy's adapter: those start with
+    a zero head.
 
     Raises:
         UserError: a reward model gives no score, or does not fit and the recipe does not allow re-tokenising.
@@ -75,21 +81,38 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
     for folder in folders:
         check_has_score(read_card(folder), folder)
     names = reward_adapters(len(folders))
-    shares_base = not recipe.ppo.retokenise
-    adapters = ("policy", "value", *(names if shares_base else ()))
+    section = recipe.ppo
+    rewards = () if section.retokenise else names
+    own_value = section.has_value and section.value == "adapter"
+    values = ("value",) if section.has_value else ()
     torch.manual_seed(recipe.seed)
     backbone = Backbone(
         load_base(recipe.model),
         recipe.lora,
-        adapters=adapters,
-        heads=adapters[1:],
-        trainable=("policy", "value"),
+        adapters=(
+            "policy",
+            *(values if own_value else ()),
+            *rewards,
+            *((REFERENCE,) if section.start else ()),
+        ),
+        heads=(*values, *rewards),
+        trainable=("policy", *values),
+        shared=None if own_value or not values else {"value": "policy"},
     )
     backbone.zero_heads()
-    origins = {"value": "fresh, zero head"}
-    if shares_base:
+    origins = {"policy": f"{recipe.model.path}, fresh adapter (no change at the start)"}
+    origins["reference"] = f"{recipe.model.path}, adapters off"
+    if section.start:
+        count = backbone.load_adapter("policy", Path(section.start))
+        backbone.copy_adapter("policy", REFERENCE)
+        origins["policy"] = f"{count} tensors of {section.start} ({_hash_of(Path(section.start))})"
+        origins["reference"] = "a frozen copy of the policy's start"
+    if section.has_value:
+        origins["value"] = "fresh, zero head" if own_value else "zero head on the policy's adapter"
+    if rewards:
         check_rewards(recipe, dialogue, folders)
-        for adapter, folder in zip(("value", *names), (folders[0], *folders), strict=True):
+        copies = [("value", folders[0])] if own_value else []
+        for adapter, folder in [*copies, *zip(rewards, folders, strict=True)]:
             origins[adapter] = load_scorer(backbone, adapter, folder)
     else:
         origins |= {n: f"{f}, on its own base, reads the text" for n, f in zip(names, folders, strict=True)}
@@ -97,8 +120,6 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
     if run.is_main:
         if warning:
             print(f"warning: {warning}", flush=True)
-        print(f"policy:    {recipe.model.path}, fresh adapter (no change at the start)")
-        print(f"reference: {recipe.model.path}, adapters off")
         for part, origin in origins.items():
             print(f"{part + ':':<10} {origin}")
         if len(folders) > 1:

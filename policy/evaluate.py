@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.artifacts import read_json, write_atomically, write_json
@@ -37,9 +38,12 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     section = recipe.evaluate
     dialogue = load_dialogue(recipe)
     rewards = () if recipe.ppo.retokenise else reward_adapters(len(reward_folders(recipe, run)))
-    adapters = ("policy", *rewards)
+    start = recipe.ppo.start
+    adapters = ("policy", *rewards, *((REFERENCE,) if start else ()))
     backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=adapters, heads=rewards)
     backbone.load_adapter("policy", run.parent("ppo") / "policy")
+    if start:
+        backbone.load_adapter(REFERENCE, Path(start))
     judges = _judges(recipe, run, backbone, dialogue)
     backbone.check_architecture()
     backbone.to(best_device())
@@ -95,8 +99,6 @@ def _judges(recipe: Recipe, run: StageRun, backbone: Backbone, dialogue: Dialogu
     if recipe.evaluate.judge != "reward":
         judges["gold"] = text_judge(JUDGES[recipe.evaluate.judge])
     elif recipe.evaluate.reward_model:
-        from pathlib import Path
-
         other = TextRewardModel(Path(recipe.evaluate.reward_model), best_device())
         judges["judge"] = tensor_judge(lambda said: other.score(said.prompts, said.texts))
     if not recipe.ppo.retokenise:

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 
+from policy.aim import Targets
 from policy.kl import k3, sequence_kl
 from policy.rollout import Rollout
 from policy.texts import distinct_n
 from rlhf.runtime import Runtime
-
-
-class Targets(NamedTuple):
-    """What the update aims at."""
-
-    rewards_BR: Tensor
-    advantages_BR: Tensor
-    returns_BR: Tensor
-    total_actions: Tensor
-    """Actions of the whole batch, over all processes."""
 
 
 def rollout_figures(

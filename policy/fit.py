@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from policy.assemble import assemble, score_function
-from policy.ppo import LEARNS, PpoTrainer
+from policy.ppo import PpoTrainer
 from rlhf.adapters import HEAD
 from rlhf.collect import stored_prompts
 from rlhf.dialogue import load_dialogue
@@ -32,31 +32,38 @@ def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     if runtime.shards_weights:
         backbone.frozen_layers = 0  # ZeRO-3 gathers whole layers anyway; the cache would save little
     prompts = stored_prompts(run, "prompts.jsonl")
+    score = score_function(recipe, run, backbone, dialogue)
     trainer = PpoTrainer(
         backbone=backbone,
         runtime=runtime,
         dialogue=dialogue,
         prompts=prompts,
-        score_fn=score_function(recipe, run, backbone, dialogue),
+        score_fn=score,
         section=section,
         seed=recipe.seed,
         run=run,
+        score_figures=lambda: score.figures(runtime.all_sum, runtime.device),
     )
     trainer.train()
-    if trainer.done != section.steps:
+    if trainer.done != section.steps and trainer.ended_early is None:
         raise RuntimeError(f"ppo: {trainer.done} of {section.steps} steps were done")
-    weights = runtime.whole_parameters()
+    adapters = trainer.learner.weights()
     if run.is_main:
-        adapters = trainer.by_adapter(weights)
-        adapters["value"][f"{HEAD}.bias"] += backbone.offsets["value"]  # peft's format has no offset
-        trainer.write_adapters(run.folder, adapters)
-        for adapter in LEARNS:
+        if section.has_value:
+            adapters["value"][f"{HEAD}.bias"] += backbone.offsets["value"]  # peft's format has no offset
+        if trainer.learner.average is not None:
+            adapters["policy_last"] = adapters["policy"]
+            adapters["policy"] = trainer.learner.average
+        trainer.learner.write_adapters(run.folder, adapters)
+        for adapter in adapters:
             dialogue.tokenizer.save_pretrained(str(run.folder / adapter))
         log = read_metrics(run.folder)
         results: dict[str, Any] = {"steps": trainer.done, "processes": runtime.world, "zero": runtime.stage}
         for name in _REPORTED:
             ends = [[row[name] for row in part] for part in (log[:_WINDOW], log[-_WINDOW:])]
             results[name] = {"first": sum(ends[0]) / len(ends[0]), "last": sum(ends[1]) / len(ends[1])}
-        results["bad_updates"] = trainer.bad_updates
+        results["bad_updates"] = trainer.bad.count
+        if trainer.ended_early is not None:
+            results["ended_early"] = trainer.ended_early
         return results
     return {}

@@ -44,6 +44,9 @@ def k3(logq: Tensor, logp: Tensor) -> Tensor:
     return torch.expm1(log_r) - log_r
 
 
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
 def sequence_kl(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """KL of whole responses from the reference: the sum of k1 over the actions of each.
 

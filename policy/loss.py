@@ -1,19 +1,20 @@
-"""The two losses of PPO.
+"""The losses of PPO.
 
-Both are sums over counted tokens divided by ``normaliser``, and so is every statistic except the largest
-ratio. With the normaliser = all counted tokens of a minibatch, the values of its micro-batches (and of all
-ranks) simply add up to the mean over the minibatch, however unequally the tokens are spread. Where the ranks
-AVERAGE their gradients instead of adding them, divide the normaliser by the number of ranks.
+All are sums over counted tokens times ``weights``, and so is every statistic except the largest ratio. The
+weights of a whole minibatch sum to 1 (:func:`token_weights`), so the values of its micro-batches, and of all
+ranks, simply add up to the mean over the minibatch, however unequally the tokens are spread. Where the ranks
+AVERAGE their gradients instead of adding them, multiply by the number of ranks.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from policy.kl import k2, k3
+from policy.kl import ESTIMATORS, k2, k3
 from rlhf.sequences import masked_sum
 
 
@@ -27,7 +28,7 @@ class PolicyStats(NamedTuple):
     kl_k2: Tensor  # half the mean squared log ratio, "approxkl" in older code; sums
 
     def plus(self, other: PolicyStats) -> PolicyStats:
-        """Join the statistics of two micro-batches that were given the same normaliser."""
+        """Join the statistics of two micro-batches of one minibatch."""
         return PolicyStats(
             ratio=self.ratio + other.ratio,
             max_ratio_error=torch.maximum(self.max_ratio_error, other.max_ratio_error),
@@ -37,38 +38,83 @@ class PolicyStats(NamedTuple):
         )
 
 
+def token_weights(
+    mask_BT: Tensor, level: Literal["token", "sequence"], all_sum: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What each action of a minibatch counts, so that the weights of all ranks sum to 1.
+
+    mask_BT: this rank's rows of the minibatch, True = an action. level "token": every action alike;
+    "sequence": every response alike, its actions sharing its part. all_sum: sums a tensor over ranks. Returns
+    weights_BT, 0 where the mask is False. A response without an action counts nothing.
+    """
+    counts_B1 = mask_BT.sum(dim=-1, keepdim=True)
+    if level == "token":
+        return mask_BT / all_sum(counts_B1.sum())
+    if level == "sequence":
+        return mask_BT / (counts_B1.clamp(min=1) * all_sum((counts_B1 > 0).sum()))
+    raise ValueError(f"level {level!r} is neither 'token' nor 'sequence'")
+
+
 def policy_loss(
     logp_BT: Tensor,
     old_logp_BT: Tensor,
     advantages_BT: Tensor,
     mask_BT: Tensor,
     *,
-    clip: float,
-    normaliser: float | Tensor,
+    weights_BT: Tensor,
+    clip: float | None,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """Clipped surrogate: sum over actions of max(-A r, -A clip(r, 1 - clip, 1 + clip)) / normaliser.
+    """Clipped surrogate: weighted sum over actions of max(-A r, -A clip(r, 1 - clip, 1 + clip)).
 
     r = exp(logp - old_logp). logp_BT carries the gradient; old_logp_BT and advantages_BT are constants.
-    mask_BT: True = an action. To be minimised. Returns the scalar loss and its :class:`PolicyStats`.
+    mask_BT: True = an action. clip None: -A r. dual_clip c: where A is negative, no more than -A c, so that
+    one action that has become far more probable cannot rule the update. To be minimised. Returns the scalar
+    loss and its :class:`PolicyStats`.
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, with the sign turned.
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, with the sign turned; dual clip: Ye et al. 2020 (arXiv
+    1912.09729), eq. 5.
     """
     log_ratio_BT = torch.where(mask_BT, logp_BT - old_logp_BT, 0.0)
     ratio_BT = log_ratio_BT.exp()
     plain_BT = -advantages_BT * ratio_BT
-    clipped_BT = -advantages_BT * ratio_BT.clamp(1.0 - clip, 1.0 + clip)
-    loss = masked_sum(torch.maximum(plain_BT, clipped_BT), mask_BT) / normaliser
+    held_BT = plain_BT
+    if clip is not None:
+        held_BT = torch.maximum(plain_BT, -advantages_BT * ratio_BT.clamp(1.0 - clip, 1.0 + clip))
+    if dual_clip is not None:
+        bound_BT = -advantages_BT * dual_clip
+        held_BT = torch.where(advantages_BT < 0, torch.minimum(held_BT, bound_BT), held_BT)
+    loss = masked_sum(held_BT * weights_BT, mask_BT)
     with torch.no_grad():
         old_BT = torch.zeros_like(log_ratio_BT)
         error_BT = (ratio_BT - 1.0).abs()  # 0 outside the mask
         stats = PolicyStats(
-            ratio=masked_sum(ratio_BT, mask_BT) / normaliser,
+            ratio=masked_sum(ratio_BT * weights_BT, mask_BT),
             max_ratio_error=error_BT.max() if error_BT.numel() else error_BT.sum(),
-            clip_fraction=masked_sum(clipped_BT > plain_BT, mask_BT) / normaliser,
-            kl_k3=masked_sum(k3(old_BT, log_ratio_BT), mask_BT) / normaliser,
-            kl_k2=masked_sum(k2(old_BT, log_ratio_BT), mask_BT) / normaliser,
+            clip_fraction=masked_sum((held_BT != plain_BT) * weights_BT, mask_BT),
+            kl_k3=masked_sum(k3(old_BT, log_ratio_BT) * weights_BT, mask_BT),
+            kl_k2=masked_sum(k2(old_BT, log_ratio_BT) * weights_BT, mask_BT),
         )
     return loss, stats
+
+
+def kl_loss(
+    logp_BT: Tensor,
+    ref_logp_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    weights_BT: Tensor,
+    estimator: Literal["k2", "k3"],
+) -> Tensor:
+    """Weighted sum over actions of an estimate of KL(policy || reference), with its gradient.
+
+    logp_BT carries the gradient; ref_logp_BT is a constant; mask_BT: True = an action. On-policy, k2 has the
+    gradient of the true KL, the one that k1 has as a reward; k3's is biased; k1's is 0 on average and refused
+    (ValueError). Schulman 2020; arXiv 2510.01555.
+    """
+    if estimator not in ("k2", "k3"):
+        raise ValueError(f"estimator {estimator!r}: as a loss only k2 and k3 have a useful gradient")
+    return masked_sum(ESTIMATORS[estimator](logp_BT, ref_logp_BT) * weights_BT, mask_BT)
 
 
 def value_loss(
@@ -77,10 +123,10 @@ def value_loss(
     returns_BT: Tensor,
     mask_BT: Tensor,
     *,
+    weights_BT: Tensor,
     clip: float | None,
-    normaliser: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Clipped value loss: sum over actions of max((v - R)^2, (v' - R)^2) / 2 / normaliser.
+    """Clipped value loss: weighted sum over actions of max((v - R)^2, (v' - R)^2) / 2.
 
     v' = v held within clip of the old value; clip None = the plain squared error. values_BT carries the
     gradient; old_values_BT and returns_BT are constants. mask_BT: True = an action. To be minimised.
@@ -94,7 +140,7 @@ def value_loss(
     if clip is not None:
         held_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip, clip)
     clipped_BT = (held_BT - returns_BT).square()
-    loss = 0.5 * masked_sum(torch.maximum(plain_BT, clipped_BT), mask_BT) / normaliser
+    loss = 0.5 * masked_sum(torch.maximum(plain_BT, clipped_BT) * weights_BT, mask_BT)
     with torch.no_grad():
-        clip_fraction = masked_sum(clipped_BT > plain_BT, mask_BT) / normaliser
+        clip_fraction = masked_sum((clipped_BT > plain_BT) * weights_BT, mask_BT)
     return loss, clip_fraction

@@ -1,26 +1,30 @@
 """PPO on one base with adapters: the loop, readable as sentences; every formula is elsewhere.
 
-Huang 2024 ("The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031) is followed where the recipe
-does not say otherwise. Not here (yet): adaptive KL, entropy bonus, PPO-ptx, several samples a prompt.
+Collect a rollout; shape its rewards and estimate advantages (``policy.aim``); update (``policy.update``);
+log and checkpoint. RLOO and REINFORCE are the same loop without a value. Huang 2024 ("The N+ Implementation
+Details of RLHF with PPO", arXiv 2403.17031) is followed where the recipe does not say otherwise.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, load_file, save
-from torch import Tensor
+from safetensors.torch import load, save
 
 from policy import invariants
-from policy.advantages import gae, penalise_missing_eos, token_rewards
-from policy.figures import Targets, rollout_figures
-from policy.loss import PolicyStats, policy_loss, value_loss
-from policy.rollout import Rollout, ScoreFn, collect, micro_batches, minibatch_rows, window
+from policy.aim import Aim
+from policy.faults import BadUpdates
+from policy.figures import rollout_figures
+from policy.learner import Learner
+from policy.ptx import PtxBatches
+from policy.rollout import Rollout, ScoreFn, collect
+from policy.scoring import GuardedScore
+from policy.update import Updater
 from rlhf.artifacts import read_json, step_of, write_atomically
 from rlhf.backbone import Backbone
 from rlhf.comparisons import Prompt
@@ -29,18 +33,17 @@ from rlhf.errors import UserError
 from rlhf.metrics import Metrics
 from rlhf.runtime import Runtime
 from rlhf.schema import Ppo
-from rlhf.sequences import masked_whiten
 from rlhf.stage import StageRun
+from rlhf.stopping import StopRequest
 
-LEARNS = ("policy", "value")  # the adapters that are trained
 SHOWN = {"objective/score": ".3f", "objective/kl": ".2f", "policy/entropy": ".2f", "response/length": ".1f"}
 
 
 class PpoTrainer:
-    """Trains the ``policy`` and ``value`` adapters of a backbone against a score function.
+    """Trains the ``policy`` (and ``value``) of a backbone against a score function.
 
     Args:
-        backbone: one base with adapters ``policy`` and ``value``, the latter with a head.
+        backbone: one base with an adapter ``policy`` and, for the algorithm ``ppo``, a head ``value``.
         runtime: the processes; its ``model`` and optimiser are made here.
         dialogue: the token contract.
         prompts: training prompts.
@@ -48,6 +51,7 @@ class PpoTrainer:
         section: the recipe's ``ppo`` section.
         seed: the recipe's seed.
         run: the open stage, for checkpoints.
+        score_figures: what the score function has to say for the log of a step; every process calls it.
     """
 
     def __init__(
@@ -61,38 +65,32 @@ class PpoTrainer:
         section: Ppo,
         seed: int,
         run: StageRun,
+        score_figures: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.backbone, self.runtime, self.dialogue = backbone, runtime, dialogue
-        self.prompts, self.score_fn, self.section, self.seed = prompts, score_fn, section, seed
-        self.run = run
-        self.bad_updates = 0
+        self.prompts, self.section, self.seed, self.run = prompts, section, seed, run
+        self.score_fn = GuardedScore(score_fn, section.score_timeout_minutes)
+        self.score_figures = score_figures
+        self.ended_early: str | None = None
         checkpoint = run.checkpoints.newest()
         self.done = step_of(checkpoint)
-        if checkpoint:
-            for adapter in LEARNS:
-                backbone.load_adapter(adapter, checkpoint / adapter)
-        self._rates = [section.learning_rate, section.value_learning_rate or section.learning_rate]
-        by_adapter = [backbone.parameters_of(adapter) for adapter in LEARNS]
-        groups = [
-            {"params": list(named.values()), "lr": rate}
-            for named, rate in zip(by_adapter, self._rates, strict=True)
-        ]
-        named = {
-            f"{adapter}.{name}": parameter
-            for adapter, parameters in zip(LEARNS, by_adapter, strict=True)
-            for name, parameter in parameters.items()
-        }
-        runtime.prepare(backbone, groups, named, epsilon=section.adam_epsilon)
+        self._anchors = {"reference": backbone.reference_hash(), "contract": dialogue.fingerprint()}
+        self.aim = Aim(section, runtime)
+        self.bad = BadUpdates(run.folder, runtime, section.max_bad_updates)
+        texts = PtxBatches(section, dialogue, runtime, seed) if section.ptx_coef else None
+        self.learner = Learner(backbone, runtime, section, checkpoint)
+        self.update = Updater(backbone, runtime, section, seed=seed, bad=self.bad, texts=texts)
         if checkpoint:
             self._restore(checkpoint)
 
     # ---------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        """Run all remaining steps.
+        """Run all remaining steps, or up to where the recipe's limit on the KL ends the stage.
 
         Raises:
             UserError: an invariant does not hold, or too many updates were not finite.
+            SystemExit: somebody sent SIGTERM; a checkpoint has been written.
         """
         section = self.section
         metrics = Metrics(
@@ -103,21 +101,36 @@ class PpoTrainer:
             description="ppo",
             active=self.run.is_main,
         )
-        for step in range(self.done, section.steps):
-            began = time.monotonic()
-            rollout = self._collect(step)
-            sampled = time.monotonic()
-            if step == 0:
-                rollout = self._centre_values(rollout)
-            targets = self._aim(rollout)
-            stats = self._update(step, rollout, targets)
-            figures = rollout_figures(self.runtime, rollout, targets, section.batch_size) | stats
-            figures["progress/episodes"] = float((step + 1) * section.batch_size)
-            figures |= {"time/rollout": sampled - began, "time/update": time.monotonic() - sampled}
-            metrics.log(step + 1, figures)
-            self.done = step + 1
-            if self.done % section.checkpoint_every == 0 or self.done == section.steps:
-                self._checkpoint()
+        stop = StopRequest()
+        with stop.listening():
+            for step in range(self.done, section.steps if self.ended_early is None else self.done):
+                began = time.monotonic()
+                rollout = self._collect(step)
+                self._leave_if(stop)
+                collected = time.monotonic()
+                if step == 0 and section.has_value:
+                    rollout = self._centre_values(rollout)
+                targets = self.aim(rollout)
+                rate = self.learner.set_rates(step)
+                stats = self.update(step, rollout, targets, self.aim.kl_coef)
+                self.learner.follow()
+                figures = rollout_figures(self.runtime, rollout, targets, section.batch_size) | stats
+                figures |= self.score_figures()
+                figures |= {"objective/kl_coef": self.aim.kl_coef, "policy/learning_rate": rate}
+                figures["progress/episodes"] = float((step + 1) * section.batch_size)
+                figures |= getattr(rollout, "seconds", {})
+                figures |= {"time/rollout": collected - began, "time/update": time.monotonic() - collected}
+                self.aim.follow(rollout)
+                metrics.log(step + 1, figures)
+                self.done = step + 1
+                if section.max_kl is not None and figures["objective/kl"] > section.max_kl:
+                    self.ended_early = f"KL {figures['objective/kl']:.2f} above max_kl {section.max_kl:g}"
+                last = self.done == section.steps or self.ended_early is not None
+                if last or self.done % section.checkpoint_every == 0:
+                    self._checkpoint()
+                if last:
+                    break
+                self._leave_if(stop)
         metrics.close()
 
     def _collect(self, step: int) -> Rollout:
@@ -161,202 +174,65 @@ class PpoTrainer:
         self.backbone.set_offset("value", self.backbone.offsets["value"] + shift)
         return rollout._replace(values_BR=rollout.values_BR + shift)
 
-    def _aim(self, rollout: Rollout) -> Targets:
-        """Shape token rewards and estimate advantages."""
-        section, actions = self.section, rollout.actions_BR
-        scores_B = rollout.scores_B
-        if section.missing_eos != "ignore":
-            scores_B = penalise_missing_eos(
-                scores_B, rollout.ended_B, penalty=section.missing_eos_penalty, mode=section.missing_eos
+    def _leave_if(self, stop: StopRequest) -> None:
+        """Save and end where any process was asked to; the weights are those after the last whole step."""
+        if not self.runtime.any_process(stop.asked):
+            return
+        if self.done and step_of(self.run.checkpoints.newest()) != self.done:
+            self._checkpoint()
+        if self.run.is_main:
+            print(
+                f"ppo: asked to stop (SIGTERM); saved after step {self.done} of {self.section.steps}, "
+                "the same command goes on from there",
+                flush=True,
             )
-        rewards_BR = token_rewards(
-            scores_B,
-            rollout.log_probs_BR,
-            rollout.reference_log_probs_BR,
-            actions,
-            kl_coef=section.kl_coef,
-        )
-        advantages_BR, returns_BR = gae(
-            rewards_BR, rollout.values_BR, actions, gamma=section.gamma, lam=section.lam
-        )
-        if section.whiten_advantages:
-            advantages_BR = masked_whiten(
-                advantages_BR, actions, shift_mean=True, all_reduce=self.runtime.all_sum
-            )
-        return Targets(rewards_BR, advantages_BR, returns_BR, self.runtime.all_sum(actions.sum()))
-
-    def _update(self, step: int, rollout: Rollout, targets: Targets) -> dict[str, float]:
-        """Take ``epochs`` passes over the rollout, one optimiser step a minibatch."""
-        section, runtime = self.section, self.runtime
-        fade = 1.0 - step / section.steps if section.schedule == "linear" else 1.0
-        runtime.set_learning_rates([rate * fade for rate in self._rates])
-        seen: list[dict[str, float]] = []
-        for epoch in range(section.epochs):
-            for number, rows in enumerate(
-                minibatch_rows(
-                    section.batch_size,
-                    section.minibatches,
-                    seed=self.seed,
-                    step=step,
-                    epoch=epoch,
-                    rank=runtime.rank,
-                    world=runtime.world,
-                )
-            ):
-                first = epoch == number == 0
-                stats = self._minibatch(step, rollout, targets, rows, first=first)
-                if stats is not None:
-                    seen.append(stats)
-            if section.stop_kl is not None and seen and seen[-1]["policy/kl_step"] > section.stop_kl:
-                break
-        means = {name: sum(s[name] for s in seen) / len(seen) for name in (seen[0] if seen else {})}
-        if seen:
-            means["policy/kl_step"] = seen[-1]["policy/kl_step"]  # how far this step went in the end
-        return means | {
-            "policy/updates": float(len(seen)),
-            "policy/bad_updates": float(self.bad_updates),
-            "policy/learning_rate": self._rates[0] * fade,
-        }
-
-    def _minibatch(
-        self, step: int, rollout: Rollout, targets: Targets, rows: list[int], *, first: bool
-    ) -> dict[str, float] | None:
-        """One optimiser step; None where the loss was not finite and the weights stayed as they were."""
-        section, runtime = self.section, self.runtime
-        actions = rollout.actions_BR
-        normaliser = runtime.all_sum(actions[rows].sum())
-        total: PolicyStats | None = None
-        losses = torch.zeros(3, device=runtime.device)  # policy, value, value clip fraction
-        micros = micro_batches(rows, rollout.mask_BT.sum(-1), section.micro_batch_size)
-        for number, micro in enumerate(micros):
-            part = window(rollout.ids_BT, rollout.mask_BT, rollout.hidden_BTD, rollout.start, micro)
-            log_probs_BR, _ = runtime.model(
-                "policy",
-                *part[:3],
-                start=part.start,
-                temperature=section.temperature,
-                targets_mask_BR=None if runtime.shards_weights else actions[micro],
-            )
-            objective, stats = policy_loss(
-                log_probs_BR,
-                rollout.log_probs_BR[micro],
-                targets.advantages_BR[micro],
-                actions[micro],
-                clip=section.clip,
-                normaliser=normaliser,
-            )
-            if not self._finite(objective, step, rollout):
-                return None
-            runtime.backward(objective, last=False)
-            values_BR = runtime.model("value", *part[:3], start=part.start)
-            error, clipped = value_loss(
-                values_BR,
-                rollout.values_BR[micro],
-                targets.returns_BR[micro],
-                actions[micro],
-                clip=section.value_clip,
-                normaliser=normaliser,
-            )
-            if not self._finite(error, step, rollout):
-                return None
-            runtime.backward(section.value_coef * error, last=number + 1 == len(micros))
-            losses += torch.stack([objective.detach(), error.detach(), clipped.detach()])
-            total = stats if total is None else total.plus(stats)
-        assert total is not None, "a minibatch has rows"
-        if first and section.check_invariants:
-            invariants.check_first_ratio(total.max_ratio_error)
-        norm = runtime.step()
-        if not math.isfinite(norm):
-            self._count_bad(step, rollout, "the gradient norm")
-            return None
-        sums = runtime.all_sum(torch.stack([*losses, total.ratio, total.clip_fraction, total.kl_k3])).tolist()
-        return {
-            "policy/loss": sums[0],
-            "value/loss": sums[1],
-            "value/clip_fraction": sums[2],
-            "policy/ratio": sums[3],
-            "policy/clip_fraction": sums[4],
-            "policy/kl_step": sums[5],
-            "policy/grad_norm": norm,
-        }
-
-    # ---------------------------------------------------------------- faults
-
-    def _finite(self, loss: Tensor, step: int, rollout: Rollout) -> bool:
-        """Whether a loss is finite on every process; if not, gradients are dropped and it is counted."""
-        if not self.runtime.any_process(not bool(loss.detach().isfinite())):
-            return True
-        self.runtime.discard_gradients()
-        self._count_bad(step, rollout, "a loss")
-        return False
-
-    def _count_bad(self, step: int, rollout: Rollout, what: str) -> None:
-        self.bad_updates += 1
-        file = self.run.folder / "bad_batches" / f"step-{step + 1:07d}-rank-{self.runtime.rank}.safetensors"
-        tensors = {k: v.contiguous() for k, v in rollout._asdict().items() if isinstance(v, Tensor)}
-        write_atomically(file, save(tensors))
-        if self.bad_updates > self.section.max_bad_updates:
-            raise UserError(
-                f"ppo: {what} was not finite {self.bad_updates} times (ppo.max_bad_updates is "
-                f"{self.section.max_bad_updates}): lower ppo.learning_rate; the batches are in {file.parent}"
-            )
+        raise SystemExit(0)
 
     # ---------------------------------------------------------------- checkpoints
 
     def _checkpoint(self) -> None:
         """Write everything that the next step depends on."""
-        weights = self.by_adapter(self.runtime.whole_parameters())
+        weights = self.learner.weights()
         moments = self.runtime.optimizer_tensors()
         if self.run.is_main:
             self.run.checkpoints.clean()
             with self.run.checkpoints.writing(self.done) as folder:
-                self.write_adapters(folder, weights)
-                write_atomically(folder / "optimizer.safetensors", save(moments))
+                self.learner.save(folder, weights, moments)
                 write_atomically(folder / "rng.safetensors", save({"torch": torch.get_rng_state()}))
                 state = {
                     "step": self.done,
-                    "bad_updates": self.bad_updates,
-                    "value_offset": self.backbone.offsets["value"],
+                    "bad_updates": self.bad.count,
+                    "ended_early": self.ended_early,
+                    "value_offset": self.backbone.offsets.get("value", 0.0),
+                    **self.aim.state(),
+                    **self._anchors,
                 }
                 write_atomically(folder / "state.json", json.dumps(state))
             self.run.note_clock()
         self.runtime.barrier()
 
-    def write_adapters(self, folder: Path, weights: dict[str, dict[str, Tensor]] | None = None) -> None:
-        """Save the learning adapters in peft's format, each in a folder of its name."""
-        weights = weights or self.by_adapter(self.runtime.whole_parameters())
-        for adapter, tensors in weights.items():
-            (folder / adapter).mkdir(parents=True, exist_ok=True)
-            self.backbone.save_adapter(adapter, folder / adapter, tensors)
-
-    @staticmethod
-    def by_adapter(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Parameters by adapter and saved name, from their names in a checkpoint."""
-        return {
-            adapter: {
-                name.removeprefix(f"{adapter}."): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(f"{adapter}.")
-            }
-            for adapter in LEARNS
-        }
-
     def _restore(self, checkpoint: Path) -> None:
         """Put back everything but the adapters, which were read before the optimiser was made.
 
         Raises:
-            UserError: the checkpoint lacks optimiser state: going on with a fresh Adam would be another run.
+            UserError: the checkpoint lacks optimiser state, or stands on another reference or tokenizer.
         """
-        state: Any = read_json(checkpoint / "state.json")
-        self.bad_updates = int(state["bad_updates"])
-        self.backbone.set_offset("value", float(state["value_offset"]))
-        try:
-            self.runtime.load_optimizer_tensors(load_file(checkpoint / "optimizer.safetensors"))
-        except (KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"{checkpoint}: the optimiser state is incomplete ({error}); "
-                f"remove {checkpoint} to go on from the one before"
-            ) from None
+        state: dict[str, Any] = read_json(checkpoint / "state.json")
+        for anchor, what in (
+            ("reference", "the base or the adapter that the policy started from has changed"),
+            ("contract", "the tokenizer or its template has changed"),
+        ):
+            if state[anchor] != self._anchors[anchor]:
+                raise UserError(
+                    f"{checkpoint}: {what} since it was written, so the run cannot go on; "
+                    f"put the old one back, or remove {self.run.folder} to start again"
+                )
+        self.bad.count = int(state["bad_updates"])
+        self.ended_early = state["ended_early"]
+        if "value" in self.backbone.offsets:
+            self.backbone.set_offset("value", float(state["value_offset"]))
+        self.aim.restore(state)
+        self.learner.restore(checkpoint)
         torch.set_rng_state(load((checkpoint / "rng.safetensors").read_bytes())["torch"])
         if self.run.is_main:
             print(f"ppo: going on after step {self.done} of {self.section.steps}", flush=True)

@@ -9,6 +9,7 @@ Shape suffixes: ``_B`` response row of this process, ``_T`` token (prompt, respo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from policy.invariants import check_scores
 from rlhf.backbone import REFERENCE, Backbone
 from rlhf.comparisons import Prompt
 from rlhf.dialogue import Dialogue
+from rlhf.errors import UserError
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampled, sample, uniforms
 from rlhf.schema import Ppo
@@ -92,6 +94,24 @@ def own_rows(batch_size: int, rank: int, world: int) -> list[int]:
     return list(range(rank, batch_size, world))
 
 
+def prompt_of_row(batch_size: int, samples: int, world: int) -> list[int]:
+    """Which of the rollout's prompts each row of the global batch answers, [batch_size].
+
+    The samples of a prompt stand batch_size / samples rows apart, and so on one process.
+
+    Raises:
+        UserError: they would be on several.
+    """
+    different = batch_size // samples
+    if samples > 1 and different % world:
+        raise UserError(
+            f"ppo.batch_size / ppo.samples: {batch_size} / {samples} = {different} prompts a rollout do not "
+            f"divide into {world} processes, which own whole prompts; choose a batch_size that is a multiple "
+            f"of {samples * world}"
+        )
+    return [row % different for row in range(batch_size)]
+
+
 def minibatch_rows(
     batch_size: int, minibatches: int, *, seed: int, step: int, epoch: int, rank: int, world: int
 ) -> list[list[int]]:
@@ -160,19 +180,26 @@ def collect(
 
     Raises:
         InvariantError: the score function did not return one finite number a response.
+        UserError: the samples of a prompt would be on several processes.
     """
-    indices = prompt_indices(seed, step, section.batch_size, len(prompts))
+    prompt_B = prompt_of_row(section.batch_size, section.samples, runtime.world)
+    indices = prompt_indices(seed, step, section.batch_size // section.samples, len(prompts))
     rows = own_rows(section.batch_size, runtime.rank, runtime.world)
-    chosen = [prompts[indices[row]] for row in rows]
-    ids_BT, mask_BT, actions_BR, sampled_BR, ended_B, start = _sampled(
-        backbone, runtime, dialogue, chosen, section, seed=seed, step=step, rows=rows
+    chosen = [prompts[indices[prompt_B[row]]] for row in rows]
+    encoded = [dialogue.encode_prompt(prompt) for prompt in chosen]
+    keep = _keeps_trunk(backbone, runtime, dialogue, encoded, section)
+    ids_BT, mask_BT, actions_BR, sampled_BR, hidden_BTD = _sampled(
+        backbone, runtime, dialogue, encoded, section, seed=seed, step=step, rows=rows, keep_trunk=keep
     )
+    start = ids_BT.shape[1] - actions_BR.shape[1] - 1
+    ended_B = ended(ids_BT[:, start:-1], dialogue.eos_id)
     lengths = mask_BT.sum(-1)
     order = micro_batches(range(len(rows)), lengths, section.micro_batch_size)
     pieces: dict[str, list[Tensor]] = {}
     texts = [dialogue.decode(ids) for ids in ids_BT[:, start:-1].tolist()]
     with torch.no_grad():
-        hidden_BTD = _trunk(backbone, ids_BT, mask_BT, order)
+        if keep and hidden_BTD is None:
+            hidden_BTD = _trunk(backbone, ids_BT, mask_BT, order)
         for micro in order:
             part = window(ids_BT, mask_BT, hidden_BTD, start, micro)
             actions = None if runtime.shards_weights else actions_BR[micro]
@@ -214,41 +241,82 @@ def collect(
     )
 
 
+def _keeps_trunk(
+    backbone: Backbone,
+    runtime: Runtime,
+    dialogue: Dialogue,
+    prompts: Sequence[Sequence[int]],
+    section: Ppo,
+) -> bool:
+    """Whether there is a frozen trunk whose hidden states fit in memory, on every process."""
+    if not backbone.frozen_layers:
+        return False
+    base = backbone.base
+    tokens = len(prompts) * (max(map(len, prompts)) + dialogue.max_response_tokens + 1)
+    size = tokens * int(base.config.get_text_config().hidden_size) * base.dtype.itemsize
+    if not runtime.any_process(size > section.trunk_gigabytes * 1e9):
+        return True
+    if runtime.rank == 0:
+        _say_once(
+            f"ppo.trunk_gigabytes: the frozen trunk's hidden states of a rollout need more than "
+            f"{section.trunk_gigabytes:g} GB a process, so every pass computes them anew"
+        )
+    return False
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, flush=True)
+
+
 def _sampled(
     backbone: Backbone,
     runtime: Runtime,
     dialogue: Dialogue,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Sequence[int]],
     section: Ppo,
     *,
     seed: int,
     step: int,
     rows: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """Sample all rows of this process and lay them out as closed sequences of one width."""
-    encoded = [dialogue.encode_prompt(p) for p in prompts]
-    batches: list[Sampled] = []
-    with runtime.whole_weights(backbone):
+    keep_trunk: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Sample all rows of this process and lay them out as closed sequences of one width.
+
+    Prompts of one length are sampled together, and equal ones side by side, which saves padding and reading.
+
+    Returns:
+        ids, mask and actions as of ``close``, the sampled log-probs [B, R], and the trunk's hidden states
+        [B, T, D] where sampling could keep them.
+    """
+    start = max(map(len, prompts))
+    order = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), list(prompts[i]), i))
+    pieces: list[tuple[Tensor, ...]] = []
+    hidden_BTD: Tensor | None = None
+    with runtime.whole_weights(backbone), backbone.folded("policy"):
         for first in range(0, len(rows), section.rollout_batch_size):
-            part = slice(first, first + section.rollout_batch_size)
-            batches.append(
-                sample(
-                    backbone,
-                    "policy",
-                    encoded[part],
-                    uniforms(seed, "rollout", step, rows[part], dialogue.max_response_tokens),
-                    eos_id=dialogue.eos_id,
-                    pad_id=dialogue.pad_id,
-                    temperature=section.temperature,
-                    any_process=runtime.any_process if runtime.shards_weights else bool,
-                )
+            part = order[first : first + section.rollout_batch_size]
+            said = sample(
+                backbone,
+                "policy",
+                [prompts[i] for i in part],
+                uniforms(seed, "rollout", step, [rows[i] for i in part], dialogue.max_response_tokens),
+                eos_id=dialogue.eos_id,
+                pad_id=dialogue.pad_id,
+                temperature=section.temperature,
+                any_process=runtime.any_process if runtime.shards_weights else bool,
+                keep_trunk=keep_trunk and not runtime.shards_weights,
             )
-    start = max(b.prompt_ids_BP.shape[1] for b in batches)
-    closed = [close(b, start, eos_id=dialogue.eos_id, pad_id=dialogue.pad_id) for b in batches]
-    ids_BT, mask_BT, actions_BR = (torch.cat(parts) for parts in zip(*closed, strict=True))
-    sampled_BR = torch.cat([b.log_probs_BR for b in batches])
-    ended_B = ended(ids_BT[:, start:-1], dialogue.eos_id)
-    return ids_BT, mask_BT, actions_BR, sampled_BR, ended_B, start
+            closed = close(said, start, eos_id=dialogue.eos_id, pad_id=dialogue.pad_id)
+            pieces.append((*closed, said.log_probs_BR))
+            if said.trunk_BTD is not None:
+                hidden = said.trunk_BTD
+                if hidden_BTD is None:
+                    hidden_BTD = hidden.new_zeros(len(rows), closed[0].shape[1], hidden.shape[-1])
+                hidden_BTD[part, -hidden.shape[1] :] = hidden
+    back = torch.argsort(torch.tensor(order)).to(runtime.device)
+    ids_BT, mask_BT, actions_BR, sampled_BR = (torch.cat(parts)[back] for parts in zip(*pieces, strict=True))
+    return ids_BT, mask_BT, actions_BR, sampled_BR, hidden_BTD
 
 
 def close(sampled: Sampled, width: int, *, eos_id: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,9 +6,25 @@
 
 from __future__ import annotations
 
-from rlhf.errors import exit_on_user_error
-from rlhf.recipe import check_batch_sizes, from_command_line
+from pathlib import Path
+
+from rlhf.errors import UserError, exit_on_user_error
+from rlhf.recipe import Recipe, check_batch_sizes, from_command_line
 from rlhf.stage import open_stage, processes
+
+
+def start_files(recipe: Recipe) -> list[str]:
+    """The weights that the policy starts from, none for a fresh adapter.
+
+    Raises:
+        UserError: there are none where the recipe says.
+    """
+    if not recipe.ppo.start:
+        return []
+    file = Path(recipe.ppo.start) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"ppo.start: {file} is missing; name a folder with a saved adapter")
+    return [str(file)]
 
 
 def main() -> None:
@@ -16,7 +32,8 @@ def main() -> None:
     recipe = from_command_line()
     check_batch_sizes(recipe, processes())
     parents = ("comparisons",) if recipe.ppo.reward_model else ("comparisons", "reward")
-    run = open_stage(recipe, "ppo", section="ppo", parents=parents)
+    inputs = [*recipe.ppo.ptx_texts, *start_files(recipe)]
+    run = open_stage(recipe, "ppo", section="ppo", parents=parents, inputs=inputs)
     if run is None:
         return
     from policy.fit import fit

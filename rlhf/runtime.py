@@ -16,7 +16,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from rlhf.build_lock import settle_locks
+from rlhf.errors import UserError
+from rlhf.optimizer import make_optimizer
 from rlhf.schema import Distributed
 from rlhf.stage import processes, rank
 
@@ -172,17 +174,24 @@ class Runtime:
         named: dict[str, nn.Parameter],
         *,
         epsilon: float,
+        kind: Literal["adamw", "paged_adamw_8bit"] = "adamw",
     ) -> None:
-        """Put the module on its device and make AdamW over the groups; then use ``self.model``.
+        """Put the module on its device and make the optimiser over the groups; then use ``self.model``.
 
         Args:
             module: holds every parameter of the groups.
             groups: parameter groups with their learning rates.
             named: the learning parameters by the names that a checkpoint gives them.
             epsilon: AdamW's epsilon.
+            kind: which AdamW; ZeRO 1 to 3 split the moments of the plain one only.
+
+        Raises:
+            UserError: the kind does not go with the machine or the ZeRO stage.
         """
         self._named = named
-        optimizer = torch.optim.AdamW(groups, eps=epsilon, weight_decay=0.0, foreach=False)
+        if kind != "adamw" and self.stage > 0:
+            raise UserError(f"ppo.optimizer: {kind} does not go with ZeRO {self.stage}; use zero_stage 0")
+        optimizer = make_optimizer(kind, groups, epsilon=epsilon)
         self.model, wrapped = self.accelerator.prepare(module, optimizer)
         self.optimizer = wrapped.optimizer
         if self.world > 1:
@@ -219,6 +228,9 @@ class Runtime:
             self._engine.step()
             self._clear_buffer()
             return math.inf if self.optimizer.overflow else float(self._engine.get_global_grad_norm())
+        for parameter in self._named.values():  # one that this loss does not reach steps like the others
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         # without ZeRO the gradients are whole here, and DeepSpeed would not tell their norm
         norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), self.max_grad_norm))
         if not np.isfinite(norm):
@@ -315,8 +327,9 @@ class Runtime:
             KeyError: a tensor is missing; a fresh optimiser is never put in its place.
         """
         if self.stage == 0:
+            kept = sorted({name.partition(":")[0] for name in tensors} | {"step"})
             for name, parameter in self._named.items():
-                state = {key: tensors[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                state = {key: tensors[f"{key}:{name}"] for key in kept}
                 device = parameter.device
                 self.optimizer.state[parameter] = {
                     key: value.clone() if key == "step" else value.to(device, copy=True)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import policy.ppo
 import policy.rollout
+import policy.update
 from policy import invariants
 from policy.invariants import InvariantError
 from policy.ppo import PpoTrainer
@@ -112,7 +113,7 @@ def test_token_rewards_are_the_score_at_the_end_less_the_price_of_every_token(tm
     built = trainer(tmp_path, stir=0.2, kl_coef=0.3)
     built.done = 1
     rollout = built._collect(1)
-    rewards = built._aim(rollout).rewards_BR
+    rewards = built.aim(rollout).rewards_BR
     for b in range(len(rewards)):
         actions = int(rollout.actions_BR[b].sum())
         expected = -0.3 * (rollout.log_probs_BR[b] - rollout.reference_log_probs_BR[b])[:actions]
@@ -181,7 +182,7 @@ def test_a_response_that_was_cut_is_scored_as_the_recipe_says(tmp_path):
         built = trainer(tmp_path, score_fn=lambda said: torch.full((len(said.texts),), 5.0), missing_eos=mode,
                         missing_eos_penalty=2.0)  # fmt: skip
         rollout = built._collect(0)
-        rewards[mode] = built._aim(rollout).rewards_BR.sum(-1)
+        rewards[mode] = built.aim(rollout).rewards_BR.sum(-1)
     cut = ~rollout.ended_B
     assert bool(cut.any())
     for mode, expected in (("ignore", 5.0), ("replace", -2.0), ("subtract", 3.0)):
@@ -281,13 +282,13 @@ def nan_gradient(loss, log_probs):
 
 def spoil(monkeypatch, how, calls):
     """Let some calls of the policy loss, counted from 0, go wrong."""
-    real, count = policy.ppo.policy_loss, iter(range(10**6))
+    real, count = policy.update.policy_loss, iter(range(10**6))
 
     def wrong(log_probs, *rest, **options):
         loss, stats = real(log_probs, *rest, **options)
         return (how(loss, log_probs) if next(count) in calls else loss), stats
 
-    monkeypatch.setattr(policy.ppo, "policy_loss", wrong)
+    monkeypatch.setattr(policy.update, "policy_loss", wrong)
 
 
 @pytest.mark.parametrize("how", [nan_loss, nan_gradient])
@@ -298,7 +299,7 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_dumped(how, monkeyp
     built.train()
     for name, tensor in weights(built).items():
         assert torch.equal(tensor, before[name]), name
-    assert built.bad_updates == 1
+    assert built.bad.count == 1
     assert all(p.grad is None or not p.grad.any() for p in built.backbone.parameters())
     (file,) = (tmp_path / "bad_batches").iterdir()
     assert load_file(file)["ids_BT"].shape[0] == 16

@@ -148,6 +148,7 @@ def collected(*, rank=0, world=1, layers="top_2", score_fn=None, temperature=1.0
         rank=rank,
         world=world,
         shards_weights=False,
+        any_process=bool,
         whole_weights=lambda _: contextlib.nullcontext(),
         device=torch.device("cpu"),
     )

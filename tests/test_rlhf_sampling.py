@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from rlhf.backbone import Backbone
+from rlhf.decoding import RoomyLayer
 from rlhf.sampling import pick, sample, uniforms
 from rlhf.schema import Lora
 from rlhf.tiny import tiny_model
@@ -87,6 +89,180 @@ def test_sampling_ends_early_only_when_no_process_is_still_going():
             any_process=lambda mine, go=others_go_on, seen=asked: seen.append(mine) or go or mine,
         )
         assert asked == [False] * steps
+
+
+MANY = [PROMPTS[i] for i in (0, 1, 0, 2, 1, 0, 3, 2)]  # equal prompts, apart from each other
+
+
+@torch.no_grad()
+def plainly(model, prompt, uniform_R, role, eos_id):
+    """One response without a cache, a batch, folding or padding: every token reads the whole text anew."""
+    model.activate(role)
+    said, log_probs = [], []
+    for uniform in uniform_R:
+        logits = model.base(input_ids=torch.tensor([[*prompt, *said]]), use_cache=False).logits[:, -1]
+        token, log_prob = pick(logits, uniform[None], 1.0)
+        said.append(int(token))
+        log_probs.append(float(log_prob))
+        if said[-1] == eos_id:
+            break
+    rest = len(uniform_R) - len(said)
+    return said + [0] * rest, torch.tensor(log_probs + [0.0] * rest)
+
+
+@pytest.mark.parametrize("role", ["policy", "reference"])
+@pytest.mark.parametrize("layers", ["top_2", "all"])
+def test_every_row_says_what_it_says_without_any_haste(role, layers):
+    model = backbone(layers)
+    uniform = uniforms(0, "test", 0, range(len(MANY)), LIMIT)
+    eos_id = plainly(model, MANY[0], uniform[0], role, NEVER)[0][4]
+    got = drawn(model, MANY, role=role, eos_id=eos_id, keep_trunk=True)
+    for row, prompt in enumerate(MANY):
+        said, log_probs = plainly(model, prompt, uniform[row], role, eos_id)
+        assert got.response_ids_BR[row].tolist() == said
+        torch.testing.assert_close(got.log_probs_BR[row], log_probs, rtol=0, atol=5e-5)
+
+
+def fed(model, **options):
+    """The shape of what each forward pass of the decoder was fed, and what was sampled."""
+    shapes = []
+    hook = model.decoder.register_forward_pre_hook(
+        lambda _module, _args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    said = drawn(model, MANY, **options)
+    hook.remove()
+    return shapes, said
+
+
+def test_equal_prompts_are_read_once():
+    shapes, said = fed(backbone())
+    assert shapes == [(4, 6)] + [(8, 1)] * (LIMIT - 1)
+    assert len({tuple(row) for row in said.response_ids_BR.tolist()}) == len(MANY)
+
+
+def batches(free, eos_id):
+    """Rows in the batch and rows still going at every step after the prompt, by the rule alone."""
+    lengths = [row.index(eos_id) + 1 if eos_id in row else LIMIT for row in free]
+    rows, steps = len(free), []
+    for t in range(LIMIT - 1):
+        going = sum(length > t + 1 for length in lengths)
+        if not going:
+            break
+        steps.append((rows, going))
+        if rows - going >= rows / 4:
+            rows = going
+    return steps
+
+
+def test_rows_that_have_ended_leave_the_batch_when_they_are_a_quarter_of_it():
+    model = backbone()
+    uniform = uniforms(0, "test", 0, range(len(MANY)), LIMIT)
+    uniform[2] = uniform[0]  # the same prompt: two of eight rows end together
+    free = drawn(model, MANY, uniform).response_ids_BR.tolist()
+    tried = {eos_id: batches(free, eos_id) for eos_id in free[0]}
+    shrunk = [eos_id for eos_id, steps in tried.items() if len({rows for rows, _ in steps}) > 1]
+    waited = [
+        eos_id for eos_id, steps in tried.items() if any(3 * n < 4 * going < 4 * n for n, going in steps)
+    ]
+    assert shrunk
+    assert waited
+    for eos_id in {*shrunk, *waited}:
+        shapes, _ = fed(model, uniform=uniform, eos_id=eos_id)
+        assert shapes[1:] == [(rows, 1) for rows, _ in tried[eos_id]]
+
+
+@pytest.mark.parametrize("keep_trunk", [False, True])
+def test_a_process_whose_rows_have_ended_keeps_step_with_the_others(keep_trunk):
+    model = backbone()
+    eos_id = int(drawn(model, MANY[:1]).response_ids_BR[0, 1])
+    alone = drawn(model, MANY[:1], eos_id=eos_id)
+    calls = []
+    hook = model.decoder.register_forward_hook(lambda *_: calls.append(1))
+    waiting = drawn(model, MANY[:1], eos_id=eos_id, any_process=lambda _: True)
+    hook.remove()
+    assert len(calls) == LIMIT
+    for got, expected in zip(waiting[:4], alone[:4], strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("layers", ["top_2", "top_1"])
+@pytest.mark.parametrize("ending", ["never", "some", "all at once"])
+def test_the_trunk_kept_while_sampling_is_that_of_a_pass_over_the_whole(layers, ending):
+    model = backbone(layers)
+    free = drawn(model, MANY).response_ids_BR
+    prompts = MANY if ending != "all at once" else MANY[:1]
+    eos_id = NEVER if ending == "never" else int(free[0, 2])
+    if eos_id == NEVER:
+        eos_id = next(i for i in range(1, 259) if i not in free)
+    said = drawn(model, prompts, eos_id=eos_id, keep_trunk=True)
+    closing = torch.full((len(prompts), 1), eos_id)
+    response = said.response_ids_BR
+    before = (response == eos_id).long().cumsum(1) - (response == eos_id).long()
+    open_B1 = ~(response == eos_id).any(1, keepdim=True)
+    ids = torch.cat([said.prompt_ids_BP, response, closing], dim=1)
+    mask = torch.cat([said.prompt_mask_BP, before == 0, open_B1], dim=1)
+    assert {"never": bool(open_B1.all()), "some": 0 < open_B1.sum() < len(prompts)}.get(
+        ending, not open_B1.any()
+    )
+    whole = model.trunk(ids, mask)
+    torch.testing.assert_close(said.trunk_BTD[mask], whole[mask], rtol=0, atol=1e-5)
+    assert (said.trunk_BTD[~mask] == 0).all()
+    for got, expected in zip(said[:4], drawn(model, prompts, eos_id=eos_id)[:4], strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_a_trunk_is_kept_only_on_demand_and_where_there_is_one():
+    assert drawn(backbone()).trunk_BTD is None
+    assert drawn(backbone("all"), keep_trunk=True).trunk_BTD is None
+    model = backbone()
+    drawn(model, keep_trunk=True, eos_id=1)
+    assert not model.decoder.layers[0]._forward_hooks
+
+
+def test_the_adapter_is_folded_in_and_the_cache_does_not_move_while_sampling(monkeypatch):
+    model, places, maps = backbone("all"), set(), []
+    update = RoomyLayer.update
+
+    def spied(layer, *args, **options):
+        keys, values = update(layer, *args, **options)
+        places.add((id(layer), keys.data_ptr(), values.data_ptr()))
+        return keys, values
+
+    monkeypatch.setattr(RoomyLayer, "update", spied)
+    layer = model.base.model.layers[1].mlp.up_proj
+
+    def look(going):
+        maps.append(layer.__dict__.get("forward"))
+        return going
+
+    drawn(model, any_process=look)
+    assert len(places) == 3
+    merged = layer.base_layer.weight + layer.get_delta_weight("policy")
+    for forward in maps:
+        torch.testing.assert_close(forward.args[0], merged, rtol=0, atol=1e-6)
+    drawn(
+        model, role="reference", any_process=lambda going: maps.append(layer.__dict__.get("forward")) or going
+    )
+    assert maps[-1] is None
+    assert "forward" not in layer.__dict__
+
+
+def test_a_model_with_sliding_windows_is_sampled_with_a_cache_of_its_own_kind():
+    config = MistralConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = MistralForCausalLM(config).requires_grad_(False).eval()
+    model = Backbone(base, Lora(rank=4, layers="top_2"), adapters=["policy"])
+    uniform = uniforms(0, "test", 0, range(len(MANY)), LIMIT)
+    eos_id = plainly(model, MANY[0], uniform[0], "policy", NEVER)[0][4]
+    got = drawn(model, MANY, eos_id=eos_id, keep_trunk=True)
+    assert got.trunk_BTD is None
+    for row, prompt in enumerate(MANY):
+        said, log_probs = plainly(model, prompt, uniform[row], "policy", eos_id)
+        assert got.response_ids_BR[row].tolist() == said
+        torch.testing.assert_close(got.log_probs_BR[row], log_probs, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
