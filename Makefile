@@ -27,7 +27,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model comparisons pmp reward card ppo evaluate rlhf check test smoke clean \
-        study-preference bench-reward
+        study-preference bench-reward bench-ppo
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -95,6 +95,9 @@ study-preference: setup ## check the papers' claims on a ladder of small models 
 
 bench-reward: setup ## throughput and memory of the reward stage against trl.RewardTrainer
 	@$(PY) -m benchmarks.reward $(BENCH)
+
+bench-ppo: setup ## seconds and memory of a PPO step against trl's last PPOTrainer (BENCH=--scaling)
+	@$(PY) -m benchmarks.ppo $(BENCH)
 
 clean: ## remove runs and models, keep the environment
 	rm -rf runs models .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -6,6 +6,7 @@ Nothing heavy is imported here: the parent stays small while its children are me
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -116,6 +117,30 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Figures:
         "by_round": each,
         "low": min(each),
         "high": max(each),
+    }
+
+
+def medians(
+    runs: Sequence[Figures], cases: Iterable[str], sides: Iterable[str]
+) -> dict[str, dict[str, Figures]]:
+    """The median of every figure that is one number, by case and side."""
+    found: dict[str, dict[str, Figures]] = {}
+    for case, side in itertools.product(cases, sides):
+        some = [r for r in runs if (r["case"], r["side"]) == (case, side)]
+        names = [n for n, v in some[0].items() if type(v) in (int, float) and n not in ("place", "round")]
+        found.setdefault(case, {})[side] = {n: statistics.median(r[n] for r in some) for n in names}
+    return found
+
+
+def environment(threads: int) -> dict[str, str]:
+    """What a child is told: so many threads, no GPU, no network, no telemetry."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
     }
 
 

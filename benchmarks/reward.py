@@ -25,7 +25,9 @@ from benchmarks.harness import (
     Figures,
     Turn,
     command_line,
+    environment,
     machine,
+    medians,
     now,
     ratio,
     raw,
@@ -155,17 +157,6 @@ def evaluate(runs: Sequence[Figures]) -> dict[str, Figures]:
     return found
 
 
-def medians(runs: Sequence[Figures]) -> dict[str, dict[str, Figures]]:
-    """The median of every figure that is one number, by case and side."""
-    found: dict[str, dict[str, Figures]] = {}
-    for case in CASES:
-        for side in SIDES:
-            some = [r for r in runs if (r["case"], r["side"]) == (case, side)]
-            names = [n for n, v in some[0].items() if type(v) in (int, float) and n not in ("place", "round")]
-            found.setdefault(case, {})[side] = {n: statistics.median(r[n] for r in some) for n in names}
-    return found
-
-
 _WORK_HEAD = (
     "work of a run",
     "comparisons",
@@ -259,19 +250,12 @@ def collect(
     arguments: argparse.Namespace, child: Sequence[str], scratch: Path
 ) -> tuple[list[Figures], Figures]:
     """Prepare the rows, run all children; returns their figures and what the rows are."""
-    environment = {
-        "OMP_NUM_THREADS": str(arguments.threads),
-        "MKL_NUM_THREADS": str(arguments.threads),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    told = environment(arguments.threads)
 
     def ask(kind: str, values: dict[str, Any]) -> Figures:
         write_json(scratch / "task.json", values)
         command = [*child, kind, str(scratch / "task.json"), str(scratch / "result.json")]
-        return run_child(command, scratch / "result.json", environment)
+        return run_child(command, scratch / "result.json", told)
 
     base = Path(arguments.base)
     if arguments.quick:
@@ -341,7 +325,7 @@ def benchmark(words: Sequence[str], child: Sequence[str] = CHILD) -> Figures:
         "settings": settings | {"base": relative_name(arguments.base), "max_tokens": MAX_TOKENS},
         "data": data,
         "ratios": evaluate(runs),
-        "medians": medians(runs),
+        "medians": medians(runs, CASES, SIDES),
         "runs": runs,
         "notes": NOTES,
     }
