@@ -114,6 +114,7 @@ def kl_loss(
     """
     if estimator not in ("k2", "k3"):
         raise ValueError(f"estimator {estimator!r}: as a loss only k2 and k3 have a useful gradient")
+    logp_BT = torch.where(mask_BT, logp_BT, 0.0)  # else NaN outside the mask would reach the gradient
     return masked_sum(ESTIMATORS[estimator](logp_BT, ref_logp_BT) * weights_BT, mask_BT)
 
 
