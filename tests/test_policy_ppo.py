@@ -5,87 +5,22 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_ppo import LIMIT, TOKENIZER, assert_close, trained, trainer, varied, weights
 
 import policy.ppo
 import policy.rollout
 import policy.update
 from policy import invariants
 from policy.invariants import InvariantError
-from policy.ppo import PpoTrainer
-from rlhf.backbone import Backbone
-from rlhf.comparisons import Message
-from rlhf.dialogue import Dialogue
 from rlhf.errors import UserError
 from rlhf.metrics import read_metrics
-from rlhf.runtime import Runtime
-from rlhf.schema import Distributed, Lora, Ppo
-from rlhf.stage import StageRun
-from rlhf.tiny import tiny_model, tiny_tokenizer
 
-TOKENIZER = tiny_tokenizer()
 LETTER = TOKENIZER.decode([40])
-PROMPTS = [(Message("user", text),) for text in ("one", "and two", "three or so", "4", "five", "is six")]
-LIMIT = 6
 
 
 def share(said):
     """Share of the one letter that is wanted."""
     return torch.tensor([text.count(LETTER) / LIMIT for text in said.texts])
-
-
-def varied(said):
-    """Scores that differ from text to text."""
-    return torch.tensor([sum(map(ord, text)) % 7 - 3.0 for text in said.texts])
-
-
-def trainer(folder, *, score_fn=varied, stir=0.0, trunk=True, **section):
-    torch.manual_seed(0)
-    dialogue = Dialogue(TOKENIZER, template="plain", max_prompt_tokens=32, max_response_tokens=LIMIT)
-    backbone = Backbone(
-        tiny_model(len(TOKENIZER), width=64).requires_grad_(False).eval(),
-        Lora(rank=4, alpha=8, layers="top_2"),
-        adapters=["policy", "value"],
-        heads=["value"],
-        trainable=["policy", "value"],
-    )
-    for parameter in backbone.heads["value"].parameters():
-        parameter.data.zero_()
-    for name, parameter in backbone.parameters_of("policy").items():
-        if "lora_B" in name:
-            parameter.data.normal_(std=stir)
-    if not trunk:
-        backbone.frozen_layers = 0
-    options = {"steps": 2, "batch_size": 16, "micro_batch_size": 16, "epochs": 2, "learning_rate": 1e-2,
-               "missing_eos": "ignore", "checkpoint_every": 1000} | section  # fmt: skip
-    ppo = Ppo(**options)
-    return PpoTrainer(
-        backbone=backbone,
-        runtime=Runtime(
-            Distributed(), seed=0, max_grad_norm=ppo.max_grad_norm, micro_batch_size=ppo.micro_batch_size
-        ),
-        dialogue=dialogue,
-        prompts=PROMPTS,
-        score_fn=score_fn,
-        section=ppo,
-        seed=0,
-        run=StageRun("ppo", folder, None, {}, {}, True, None),
-    )
-
-
-def weights(built):
-    named = {a: built.backbone.parameters_of(a) for a in ("policy", "value")}
-    return {f"{a}.{n}": p.detach().clone() for a, part in named.items() for n, p in part.items()}
-
-
-def trained(folder, **options):
-    built = trainer(folder, **options)
-    built.train()
-    return weights(built)
-
-
-def assert_close(got, expected, atol):
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_policy_learns_what_is_scored_and_a_high_price_of_kl_holds_it_back(tmp_path):

@@ -1,0 +1,84 @@
+"""The PPO loop around a tiny random model, for tests."""
+
+import torch
+
+from policy.ppo import PpoTrainer
+from rlhf.backbone import Backbone
+from rlhf.comparisons import Message
+from rlhf.dialogue import Dialogue
+from rlhf.runtime import Runtime
+from rlhf.schema import Distributed, Lora, Ppo
+from rlhf.stage import StageRun
+from rlhf.tiny import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+PROMPTS = [(Message("user", text),) for text in ("one", "and two", "three or so", "4", "five", "is six")]
+LIMIT = 6
+SMALL = {"width": 16, "limit": 4, "batch_size": 8, "micro_batch_size": 8, "epochs": 1, "learning_rate": 1e-3}
+"""Options of a trainer that takes a few hundredths of a second a step."""
+
+
+def varied(said):
+    """Scores that differ from text to text."""
+    return torch.tensor([sum(map(ord, text)) % 7 - 3.0 for text in said.texts])
+
+
+def trainer(folder, *, score_fn=varied, stir=0.0, trunk=True, start=False, width=64, limit=LIMIT, **section):
+    """A trainer in a folder.
+
+    stir: spread of the policy adapter's B at the start. start: that adapter has a frozen copy as its
+    reference. section: fields of the recipe's ``ppo`` section.
+    """
+    options = {"steps": 2, "batch_size": 16, "micro_batch_size": 16, "epochs": 2, "learning_rate": 1e-2,
+               "missing_eos": "ignore", "checkpoint_every": 1000} | section  # fmt: skip
+    ppo = Ppo(**options)
+    torch.manual_seed(0)
+    dialogue = Dialogue(TOKENIZER, template="plain", max_prompt_tokens=32, max_response_tokens=limit)
+    own_value = ppo.has_value and ppo.value == "adapter"
+    values = ["value"] if ppo.has_value else []
+    backbone = Backbone(
+        tiny_model(len(TOKENIZER), width=width).requires_grad_(False).eval(),
+        Lora(rank=4, alpha=8, layers="top_2"),
+        adapters=["policy", *(["value"] if own_value else []), *(["reference"] if start else [])],
+        heads=values,
+        trainable=["policy", *values],
+        shared=None if own_value or not values else {"value": "policy"},
+    )
+    backbone.zero_heads()
+    for name, parameter in backbone.parameters_of("policy").items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=stir)
+    if start:
+        backbone.copy_adapter("policy", "reference")
+    if not trunk:
+        backbone.frozen_layers = 0
+    return PpoTrainer(
+        backbone=backbone,
+        runtime=Runtime(
+            Distributed(), seed=0, max_grad_norm=ppo.max_grad_norm, micro_batch_size=ppo.micro_batch_size
+        ),
+        dialogue=dialogue,
+        prompts=PROMPTS,
+        score_fn=score_fn,
+        section=ppo,
+        seed=0,
+        run=StageRun("ppo", folder, None, {}, {}, True, None),
+    )
+
+
+def weights(built):
+    """A copy of every learning tensor, by adapter and name."""
+    named = {a: built.backbone.parameters_of(a) for a in ("policy", "value")}
+    return {f"{a}.{n}": p.detach().clone() for a, part in named.items() for n, p in part.items()}
+
+
+def trained(folder, **options):
+    """The weights after all steps."""
+    built = trainer(folder, **options)
+    built.train()
+    return weights(built)
+
+
+def assert_close(got, expected, atol):
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
