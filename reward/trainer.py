@@ -123,7 +123,8 @@ class PreferenceTrainer(RewardTrainer):
             **options,
         )
         self.remove_callback(PrinterCallback)
-        self._folder = Folder(self.model)
+        trained: Any = self.model
+        self._folder = Folder(trained)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # encoded by reward.batches, in the one template of all stages

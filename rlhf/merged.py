@@ -43,7 +43,7 @@ class _Folded(torch.autograd.Function):
         x, folded_OI, a_rI, b_Or = ctx.saved_tensors
         grad_x = grad @ folded_OI if ctx.needs_input_grad[0] else None
         grad_a = grad_b = None
-        grad_NO, x_NI = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[3]:
             grad_a = ctx.scaling * ((grad_NO @ b_Or).T @ x_NI)
         if ctx.needs_input_grad[4]:
@@ -95,7 +95,9 @@ class Folder:
         lora: Any = layer
         a_rI, b_Or = (part[adapter].weight for part in (lora.lora_A, lora.lora_B))
         scaling = float(layer.scaling[adapter])
-        buffer = self._buffers.setdefault(layer, torch.empty_like(base.weight))
+        buffer = self._buffers.get(layer)
+        if buffer is None or buffer.device != base.weight.device:
+            buffer = self._buffers[layer] = torch.empty_like(base.weight)
         torch.addmm(base.weight, b_Or, a_rI, alpha=scaling, out=buffer)
         layer.__dict__["forward"] = partial(_forward, layer, adapter, buffer, base.bias, a_rI, b_Or, scaling)
 
@@ -136,8 +138,9 @@ def _can_fold(layer: LoraLinear, adapter: str) -> bool:
 def folded_weights(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight [O, I] and bias that a LoRA layer runs with just now, where its active adapter is folded in."""
     forward = layer.__dict__.get("forward")
-    if not isinstance(layer, LoraLinear) or not isinstance(forward, partial):
+    if not isinstance(forward, partial) or forward.func is not _forward:
         return None
     _, adapter, folded_OI, bias_O, *_ = forward.args
-    active = not layer.disable_adapters and layer.active_adapters == [adapter]
+    lora: Any = layer
+    active = not lora.disable_adapters and lora.active_adapters == [adapter]
     return (folded_OI, bias_O) if active else None

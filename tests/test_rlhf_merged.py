@@ -1,0 +1,368 @@
+"""Folded adapters against peft's own layers: same outputs, same gradients, nothing left behind."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+from rlhf.base import load_base
+from rlhf.merged import Folder, _Folded
+from rlhf.schema import Model
+from rlhf.tiny import write_tiny_model
+
+NAMES = ("policy", "value")
+LINEAR = LoraLinear.forward
+
+
+class Chain(nn.Module):
+    """Three linear maps in a row, with and without bias, and one that is not adapted."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.first = nn.Linear(10, 16, dtype=dtype)
+        self.second = nn.Linear(16, 12, bias=False, dtype=dtype)
+        self.plain = nn.Linear(12, 12, dtype=dtype)
+        self.third = nn.Linear(12, 7, dtype=dtype)
+
+    def forward(self, x):
+        for layer in (self.first, self.second, self.plain):
+            x = torch.tanh(layer(x))
+        return self.third(x)
+
+
+def adapted(base=None, targets=("first", "second", "third"), **options):
+    """The base under two adapters, both far from zero."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=list(targets), **options)
+    model = get_peft_model(base or Chain(), config, adapter_name=NAMES[0])
+    model.add_adapter(NAMES[1], config)
+    stir(model, 1)
+    model.set_adapter(NAMES[0])
+    return model
+
+
+@torch.no_grad()
+def stir(model, seed):
+    """Other adapter weights, written in place as an optimiser does."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def inputs(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+
+def run(model, x):
+    """Output, and gradients of the input and of all learning parameters, of a loss that is not symmetric."""
+    model.zero_grad()
+    x = x.clone().requires_grad_(True)
+    out = model(x)
+    (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return out.detach(), x.grad, grads
+
+
+def relative(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def is_folded(layer):
+    return "forward" in vars(layer)
+
+
+@pytest.fixture
+def model():
+    return adapted()
+
+
+@pytest.mark.parametrize("shape", [(5, 10), (2, 6, 10), (10,), (2, 3, 4, 10)])
+def test_outputs_and_gradients_are_pefts(model, shape):
+    x = inputs(*shape)
+    out, grad_x, grads = run(model, x)
+    with Folder(model).folded("policy"):
+        assert [is_folded(layer) for layer in lora_layers(model)] == [True] * 3
+        folded_out, folded_x, folded_grads = run(model, x)
+    assert float((folded_out - out).abs().max()) < 1e-6
+    assert relative(folded_x, grad_x) < 1e-5
+    assert len(grads) == 6
+    assert set(folded_grads) == set(grads)
+    assert all(relative(folded_grads[name], grads[name]) < 1e-5 for name in grads)
+    assert all(bool(gradient.any()) for gradient in grads.values())
+    model.disable_adapter_layers()
+    assert float((model(x) - out).abs().max()) > 0.1  # the adapter says something
+
+
+def test_the_derivative_is_that_of_the_plain_formula_in_float64(model):
+    layer = lora_layers(model)[0]
+    a, b = (part["policy"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
+    weight, bias = (tensor.detach().double() for tensor in (layer.base_layer.weight, layer.base_layer.bias))
+
+    def folded(x, a, b):
+        return _Folded.apply(x, (weight + 1.5 * b @ a).detach(), bias, a, b, 1.5)
+
+    def plain(x, a, b):
+        return x @ (weight + 1.5 * b @ a).T + bias
+
+    at = (inputs(3, 10).double(), a, b)
+    found, expected = (torch.autograd.functional.jacobian(function, at) for function in (folded, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_only_what_learns_gets_a_gradient(model):
+    x = inputs(5, 10)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_A" in name and ".policy." in name)
+    expected = run(model, x)[2]
+    with Folder(model).folded("policy"):
+        found = run(model, x)[2]
+        model.requires_grad_(False)
+        assert not model(x).requires_grad
+    assert set(found) == set(expected)
+    assert {name.split(".")[-3] for name in found} == {"lora_A"}
+    assert all(relative(found[name], expected[name]) < 1e-5 for name in expected)
+
+
+def test_gradients_add_up_over_passes_as_ever(model):
+    x = inputs(8, 10)
+
+    def in_parts():
+        model.zero_grad()
+        for part in x.split(3):
+            model(part).square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = in_parts()
+    with Folder(model).folded("policy"):
+        found = in_parts()
+    assert all(relative(found[name], expected[name]) < 1e-5 for name in expected)
+
+
+# ---- who else is there
+
+
+def test_other_adapters_and_the_reference_run_as_ever(model):
+    x = inputs(5, 10)
+    model.set_adapter("value")
+    value = run(model, x)
+    with model.disable_adapter():
+        reference = model(x)
+    model.set_adapter("policy")
+    policy = model(x)
+    with Folder(model).folded("policy"):
+        model.set_adapter("value")
+        out, grad_x, grads = run(model, x)
+        assert torch.equal(out, value[0])
+        assert torch.equal(grad_x, value[1])
+        assert all(torch.equal(grads[name], value[2][name]) for name in value[2])
+        assert {name.split(".")[-2] for name in grads} == {"value"}
+        with model.disable_adapter():
+            assert torch.equal(model(x), reference)
+        model.set_adapter("policy")
+        assert float((model(x) - policy).detach().abs().max()) < 1e-6
+    differ = [float((a - b).detach().abs().max()) for a, b in ((value[0], policy), (reference, policy))]
+    assert min(differ) > 0.1
+
+
+def test_two_adapters_at_once_are_left_to_peft(model):
+    x = inputs(5, 10)
+    model.base_model.set_adapter(list(NAMES))
+    both = model(x)
+    with Folder(model).folded("policy"):
+        assert torch.equal(model(x), both)
+
+
+def test_the_adapters_share_their_buffers_one_after_the_other(model):
+    x, folder = inputs(5, 10), Folder(model)
+    for name in (*NAMES, *NAMES):
+        model.set_adapter(name)
+        expected = model(x)
+        with folder.folded(name):
+            assert float((model(x) - expected).detach().abs().max()) < 1e-6
+    buffers = {id(buffer) for buffer in folder._buffers.values()}
+    with folder.folded("policy"):
+        assert {id(buffer) for buffer in folder._buffers.values()} == buffers
+    assert len(buffers) == 3
+    folder.release()
+    assert not folder._buffers
+    with folder.folded("value"):
+        assert float((model(x) - expected).detach().abs().max()) < 1e-6
+
+
+def test_a_second_adapter_inside_raises_and_the_same_does_nothing(model):
+    folder = Folder(model)
+    with folder.folded("policy"):
+        refused = pytest.raises(RuntimeError, match="`policy` is folded in: leave it before folding `value`")
+        with refused, folder.folded("value"):
+            pytest.fail("entered")
+        with folder.folded("policy"):
+            pass
+        assert all(map(is_folded, lora_layers(model)))  # leaving the inner one has not unfolded
+    assert not any(map(is_folded, lora_layers(model)))
+
+
+# ---- leaving
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaving_restores_the_class_s_forward(model, fails):
+    x, folder = inputs(5, 10), Folder(model)
+    before = model(x)
+    try:
+        with folder.folded("policy"):
+            assert all(map(is_folded, lora_layers(model)))
+            if fails:
+                raise KeyError("a mistake of the caller")
+    except KeyError:
+        assert fails
+    for layer in lora_layers(model):
+        assert not is_folded(layer)
+        assert layer.forward.__func__ is LINEAR
+    assert torch.equal(model(x), before)
+    with folder.folded("value"):  # and another adapter may come in
+        pass
+
+
+def test_a_failure_half_way_in_leaves_nothing_folded(model, monkeypatch):
+    folder = Folder(model)
+    fold, seen = folder._fold, []
+
+    def second_fails(layer, adapter):
+        seen.append(layer)
+        if len(seen) == 2:
+            raise MemoryError
+        fold(layer, adapter)
+
+    monkeypatch.setattr(folder, "_fold", second_fails)
+    with pytest.raises(MemoryError), folder.folded("policy"):
+        pytest.fail("entered")
+    assert not any(map(is_folded, lora_layers(model)))
+    monkeypatch.undo()
+    with folder.folded("value"):
+        assert all(map(is_folded, lora_layers(model)))
+
+
+def test_nothing_drifts(model):
+    x, folder = inputs(5, 10), Folder(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora" not in name}
+    names = set(model.state_dict())
+    for step in range(50):
+        stir(model, step)
+        with folder.folded(NAMES[step % 2]):
+            model(x).sum().backward()
+            assert set(model.state_dict()) == names
+    assert len(before) == 7
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in before.items())
+    expected = model(x)
+    with folder.folded("policy"):
+        assert float((model(x) - expected).detach().abs().max()) < 1e-6
+
+
+# ---- weights that change
+
+
+def test_weights_changed_between_two_contexts_are_picked_up(model):
+    x, folder = inputs(5, 10), Folder(model)
+    outs = []
+    for seed in (5, 6):
+        stir(model, seed)
+        expected = model(x)
+        with folder.folded("policy"):
+            outs.append(model(x))
+        assert float((outs[-1] - expected).detach().abs().max()) < 1e-6
+    assert float((outs[0] - outs[1]).detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("change", ["in place", "behind autograd's back", "another adapter"])
+def test_a_backward_pass_with_other_weights_than_the_forward_pass_raises(model, change):
+    x, folder = inputs(5, 10).requires_grad_(True), Folder(model)
+    with folder.folded("policy"):
+        late = model(x).sum()
+    if change == "in place":
+        stir(model, 7)
+    elif change == "behind autograd's back":  # as some optimisers write
+        for layer in lora_layers(model):
+            layer.lora_A["policy"].weight.data.mul_(2)
+    refused = pytest.raises(RuntimeError, match="modified by an inplace operation")
+    with folder.folded("value" if change == "another adapter" else "policy"), refused:
+        late.backward()
+    assert x.grad is None
+
+
+def test_a_backward_pass_after_leaving_is_right_while_nothing_changed(model):
+    x = inputs(5, 10)
+    model(x).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with Folder(model).folded("policy"):
+        loss = model(x).square().sum()
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(relative(found[name], expected[name]) < 1e-5 for name in expected)
+
+
+# ---- what is left to peft
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precision_is_left_to_peft(dtype):
+    model = adapted(Chain(dtype))
+    x = inputs(5, 10).to(dtype)
+    before = model(x)
+    with Folder(model).folded("policy"):
+        assert not any(map(is_folded, lora_layers(model)))
+        assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantised_layers_are_left_to_peft(tmp_path, quantization):
+    write_tiny_model(tmp_path)
+    base = load_base(Model(path=str(tmp_path), quantization=quantization))
+    model = adapted(base, ("q_proj", "down_proj"), task_type="CAUSAL_LM")
+    ids = torch.arange(10, 20)[None]
+    folder = Folder(model)
+    before = model(input_ids=ids).logits
+    with folder.folded("policy"):
+        assert torch.equal(model(input_ids=ids).logits, before)
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert not folder._buffers
+    with model.disable_adapter():
+        assert float((model(input_ids=ids).logits - before).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}])
+def test_adapters_that_are_no_plain_update_are_left_to_peft(options):
+    model = adapted(**options).eval()
+    x = inputs(5, 10)
+    before = model(x)
+    with Folder(model).folded("policy"):
+        assert torch.equal(model(x), before)
+        assert [is_folded(layer) for layer in lora_layers(model)] == [False] * 3
+
+
+def test_merged_layers_are_left_to_peft(model):
+    x = inputs(5, 10)
+    model.merge_adapter(["policy"])
+    before = model(x)
+    with Folder(model).folded("policy"):
+        assert torch.equal(model(x), before)
+        assert not any(map(is_folded, lora_layers(model)))
+
+
+def test_a_layer_without_the_adapter_stays_as_it_is():
+    torch.manual_seed(0)
+    model = get_peft_model(Chain(), LoraConfig(r=4, target_modules=["first"]), adapter_name="policy")
+    model.add_adapter("value", LoraConfig(r=2, target_modules=["second"]))
+    stir(model, 1)
+    x = inputs(5, 10)
+    model.set_adapter("value")
+    expected = model(x)
+    with Folder(model).folded("value"):
+        assert [is_folded(layer) for layer in lora_layers(model)] == [False, True]
+        assert float((model(x) - expected).detach().abs().max()) < 1e-6
