@@ -2,13 +2,21 @@
 
 import ast
 import functools
+import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 PACKAGES = ("rlhf", "reward", "policy")
-FILES = sorted(p.relative_to(ROOT).as_posix() for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+BESIDE = ("studies", "benchmarks")  # they use the packages, nobody uses them
+
+
+def python_files(folders):
+    return sorted(p.relative_to(ROOT).as_posix() for name in folders for p in (ROOT / name).rglob("*.py"))
+
+
+FILES = python_files(PACKAGES)
 MAX_LINES = 400
 
 SCRIPTS = ("reward.pretrain", "reward.train", "reward.evaluate", "policy.train", "policy.evaluate")
@@ -18,6 +26,9 @@ LIGHT = (
     *(f"rlhf/{name}.py" for name in ("recipe", "comparisons", "errors", "artifacts", "stage")),
     *(file for file in FILES if file.startswith("rlhf/schema/")),
     *(f"rlhf/{name}.py" for name in ("intervals", "judges", "prompts", "summary", "collect", "prepare")),
+    *(f"rlhf/{name}.py" for name in ("public", "clusters", "markdown", "metrics", "build_lock")),
+    *(f"reward/{name}.py" for name in ("calibrate", "card", "card_page")),
+    "policy/texts.py",
     *(file for file in FILES if file.startswith("rlhf/sources/")),
     *(f"{script.replace('.', '/')}.py" for script in SCRIPTS),
 )
@@ -147,6 +158,22 @@ def test_nobody_imports_tests_recipes_or_studies():
     assert not {f: found for f in FILES if (found := {m.partition(".")[0] for m in all_imports(f)} & names)}
 
 
+def test_studies_and_benchmarks_stand_beside_the_packages():
+    for folder in BESIDE:
+        found = {file: all_imports(file) for file in python_files([folder])}
+        assert any(m.partition(".")[0] in PACKAGES for modules in found.values() for m in modules)
+        wrong = {"tests", "recipes", "conftest", *BESIDE} - {folder}
+        assert {
+            f: bad for f, modules in found.items() if (bad := {m.partition(".")[0] for m in modules} & wrong)
+        } == {}
+        assert {f: bad for f, modules in found.items() if (bad := modules & set(SCRIPTS))} == {}
+
+
+def test_the_type_checker_sees_all_of_them():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["mypy"]["packages"] == [*PACKAGES, *BESIDE]
+
+
 @pytest.mark.parametrize("file", LIGHT)
 def test_a_mistake_is_told_before_torch_is_loaded(file):
     assert loaded_with(file) & HEAVY == set()
@@ -158,9 +185,11 @@ def test_torch_is_seen_where_it_is_loaded():
 
 
 def test_each_library_is_known_to_few():
+    # rlhf/adapters.py: makes and reads adapters; rlhf/merged.py: computes what peft's layers compute;
     # reward/model.py: the saved format is peft's adapter for Hugging Face's sequence classifier;
     # reward/scorers.py: the card reads anybody's reward model, an adapter too
-    assert importers("peft") == {"rlhf/backbone.py", "reward/model.py", "reward/scorers.py"}
+    ground = {f"rlhf/{name}.py" for name in ("adapters", "backbone", "merged")}
+    assert importers("peft") <= ground | {"reward/model.py", "reward/scorers.py"}
     assert importers("accelerate") == {"rlhf/runtime.py"}
     assert importers("deepspeed") == {"rlhf/runtime.py"}
     assert importers("deepspeed", first_imports) == set()  # it takes seconds, and one process needs none
@@ -168,13 +197,13 @@ def test_each_library_is_known_to_few():
 
 
 def test_only_the_base_loader_knows_how_a_base_is_quantised():
-    assert importers("bitsandbytes") <= {"rlhf/base.py"}
+    assert importers("bitsandbytes") <= {"rlhf/base.py", "rlhf/optimizer.py"}  # which has its 8-bit AdamW
     named = {f for f in FILES if "BitsAndBytesConfig" in {m.rpartition(".")[2] for m in all_imports(f)}}
     assert named == {"rlhf/base.py"}
 
 
 def test_no_file_is_too_long_to_be_read_in_one_go():
     files = [*map(ROOT.joinpath, FILES)]
-    files += [p for name in ("tests", "studies", "benchmarks") for p in (ROOT / name).rglob("*.py")]
+    files += map(ROOT.joinpath, python_files(["tests", *BESIDE]))
     lengths = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files}
     assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}
