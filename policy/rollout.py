@@ -10,7 +10,9 @@ Shape suffixes: ``_B`` response row of this process, ``_T`` token (prompt, respo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +80,8 @@ class Rollout(NamedTuple):
     """The responses as text."""
     start: int
     """First response column of ``ids_BT``."""
+    seconds: Mapping[str, float] = MappingProxyType({})
+    """How long sampling took, and log-probs, values and scores together, by their names in the log."""
 
 
 def prompt_indices(seed: int, step: int, batch_size: int, available: int) -> list[int]:
@@ -182,6 +186,7 @@ def collect(
         InvariantError: the score function did not return one finite number a response.
         UserError: the samples of a prompt would be on several processes.
     """
+    began = time.monotonic()
     prompt_B = prompt_of_row(section.batch_size, section.samples, runtime.world)
     indices = prompt_indices(seed, step, section.batch_size // section.samples, len(prompts))
     rows = own_rows(section.batch_size, runtime.rank, runtime.world)
@@ -193,37 +198,20 @@ def collect(
     )
     start = ids_BT.shape[1] - actions_BR.shape[1] - 1
     ended_B = ended(ids_BT[:, start:-1], dialogue.eos_id)
-    lengths = mask_BT.sum(-1)
-    order = micro_batches(range(len(rows)), lengths, section.micro_batch_size)
-    pieces: dict[str, list[Tensor]] = {}
+    generated = time.monotonic()
+    order = micro_batches(range(len(rows)), mask_BT.sum(-1), section.micro_batch_size)
     texts = [dialogue.decode(ids) for ids in ids_BT[:, start:-1].tolist()]
+    scores: list[Tensor] = []
     with torch.no_grad():
         if keep and hidden_BTD is None:
             hidden_BTD = _trunk(backbone, ids_BT, mask_BT, order)
+        part = functools.partial(window, ids_BT, mask_BT, hidden_BTD, start)
+        counted_BR = None if runtime.shards_weights else actions_BR
+        whole = _measured(model, backbone, section, part, counted_BR, order)
         for micro in order:
-            part = window(ids_BT, mask_BT, hidden_BTD, start, micro)
-            actions = None if runtime.shards_weights else actions_BR[micro]
-            options: dict[str, Any] = {
-                "start": part.start,
-                "temperature": section.temperature,
-                "targets_mask_BR": actions,
-            }
-            log_probs, entropy = model("policy", *part[:3], **options)
-            reference, _ = model(REFERENCE, *part[:3], **options)
-            values = model("value", *part[:3], start=part.start)
-            said = Responses([chosen[i] for i in micro], [texts[i] for i in micro], *part[:3])
-            scores = score_fn(said).to(runtime.device)
-            check_scores(scores, len(micro))
-            for name, tensor in (
-                ("log_probs", log_probs),
-                ("reference", reference),
-                ("entropy", entropy),
-                ("values", values),
-                ("scores", scores),
-            ):
-                pieces.setdefault(name, []).append(tensor)
-    back = torch.argsort(torch.cat(order)).to(runtime.device)
-    whole = {name: torch.cat(parts)[back] for name, parts in pieces.items()}
+            said = Responses([chosen[i] for i in micro], [texts[i] for i in micro], *part(micro)[:3])
+            scores.append(score_fn(said).to(runtime.device))
+            check_scores(scores[-1], len(micro))
     return Rollout(
         ids_BT,
         mask_BT,
@@ -234,11 +222,53 @@ def collect(
         whole["reference"],
         whole["entropy"],
         whole["values"],
-        whole["scores"],
+        _in_order(scores, order),
         ended_B,
         texts,
         start,
+        {"time/generate": generated - began, "time/score": time.monotonic() - generated},
     )
+
+
+def _measured(
+    model: Any,
+    backbone: Backbone,
+    section: Ppo,
+    part: Callable[[Tensor], Window],
+    counted_BR: Tensor | None,
+    order: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    """What policy, reference and value say of the sampled tokens, [B, R] each; no value is all 0.
+
+    A role at a time, its adapter folded in. ``counted_BR``: True = a token to look at; None = all of them.
+    """
+    shared = section.has_value and section.value == "shared"
+    pieces: dict[str, list[Tensor]] = {}
+    for role, names in (("policy", ("log_probs", "entropy", "values")), (REFERENCE, ("reference", "-"))):
+        with backbone.folded(role):
+            for micro in order:
+                rows = part(micro)
+                said = model(
+                    role,
+                    *rows[:3],
+                    start=rows.start,
+                    temperature=section.temperature,
+                    targets_mask_BR=None if counted_BR is None else counted_BR[micro],
+                    value="value" if shared and role == "policy" else None,
+                )
+                for name, tensor_BR in zip(names, said, strict=False):
+                    pieces.setdefault(name, []).append(tensor_BR)
+    if section.has_value and not shared:
+        with backbone.folded("value"):
+            pieces["values"] = [model("value", *part(m)[:3], start=part(m).start) for m in order]
+    whole = {name: _in_order(parts, order) for name, parts in pieces.items()}
+    return {"values": torch.zeros_like(whole["log_probs"])} | whole
+
+
+def _in_order(parts: Sequence[Tensor], order: Sequence[Tensor]) -> Tensor:
+    """Tensors of micro-batches as one, the rows back where they were."""
+    whole = torch.cat(list(parts))
+    return whole[torch.argsort(torch.cat(list(order))).to(whole.device)]
 
 
 def _keeps_trunk(

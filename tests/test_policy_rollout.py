@@ -8,10 +8,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.rollout import close, collect, micro_batches, minibatch_rows, own_rows, prompt_indices, window
+from policy import rollout as module
+from policy.rollout import (
+    close,
+    collect,
+    micro_batches,
+    minibatch_rows,
+    own_rows,
+    prompt_indices,
+    prompt_of_row,
+    window,
+)
 from rlhf.backbone import Backbone
 from rlhf.comparisons import Message
 from rlhf.dialogue import Dialogue
+from rlhf.errors import UserError
+from rlhf.merged import folded_weights
 from rlhf.sampling import Sampled
 from rlhf.schema import Lora, Ppo
 from rlhf.tiny import tiny_model, tiny_tokenizer
@@ -132,22 +144,38 @@ def test_a_window_loses_the_padding_that_its_rows_share_and_nothing_else(lengths
 PROMPTS = [(Message("user", text),) for text in ("a", "a longer one", "medium", "it", "was there", "x y z")]
 
 
-def collected(*, rank=0, world=1, layers="top_2", score_fn=None, temperature=1.0, **sizes):
-    """One rollout of a policy that differs from its base, on one of several pretended processes."""
+def stirred(layers="top_2", *, heads=("value",), shared=None):
+    """A policy that differs from its base, and its dialogue."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     dialogue = Dialogue(tokenizer, template="plain", max_prompt_tokens=32, max_response_tokens=6)
     dialogue.eos_id = 30  # a letter that the tiny model says now and then
     base = tiny_model(len(tokenizer)).requires_grad_(False).eval()
-    adapters = ["policy", "value"]
-    model = Backbone(base, Lora(rank=4, layers=layers), adapters=adapters, heads=["value"])
+    adapters = ["policy", *(head for head in heads if not shared)]
+    model = Backbone(base, Lora(rank=4, layers=layers), adapters=adapters, heads=heads, shared=shared)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.2)
+    return model, dialogue
+
+
+def collected(
+    *,
+    rank=0,
+    world=1,
+    layers="top_2",
+    score_fn=None,
+    temperature=1.0,
+    shards_weights=False,
+    made=None,
+    **sizes,
+):
+    """One rollout of a policy that differs from its base, on one of several pretended processes."""
+    model, dialogue = made or stirred(layers)
     runtime = SimpleNamespace(
         rank=rank,
         world=world,
-        shards_weights=False,
+        shards_weights=shards_weights,
         any_process=bool,
         whole_weights=lambda _: contextlib.nullcontext(),
         device=torch.device("cpu"),
@@ -236,3 +264,129 @@ def test_a_score_function_sees_rows_that_belong_together():
 
     collected(score_fn=score_fn, micro_batch_size=3)
     assert seen == [3, 3, 2]
+
+
+def test_each_row_of_a_rollout_has_a_prompt_and_samples_of_a_prompt_share_a_process():
+    assert prompt_of_row(6, 1, 4) == [0, 1, 2, 3, 4, 5]
+    assert prompt_of_row(6, 3, 2) == [0, 1, 0, 1, 0, 1]
+    for world in (1, 2, 4):
+        owners = {}
+        for rank in range(world):
+            for row in own_rows(16, rank, world):
+                owners.setdefault(prompt_of_row(16, 4, world)[row], []).append(rank)
+        assert sorted(owners) == [0, 1, 2, 3]
+        assert all(len(ranks) == 4 and len(set(ranks)) == 1 for ranks in owners.values())
+
+
+def test_samples_that_would_be_torn_apart_are_refused():
+    with pytest.raises(
+        UserError, match=r"ppo.batch_size / ppo.samples: 8 / 4 = 2 .* 4 processes.* multiple of 16"
+    ):
+        collected(samples=4, world=4)
+
+
+@pytest.mark.parametrize("samples", [2, 4])
+def test_several_samples_of_a_prompt_are_different_answers_to_it(samples):
+    rollout, dialogue = collected(samples=samples)
+    different = 8 // samples
+    order = prompt_indices(3, 1, different, len(PROMPTS))
+    for b, row in enumerate(rows_of(rollout)):
+        prompt = dialogue.encode_prompt(PROMPTS[order[b % different]])
+        assert row["ids"][: len(prompt)] == prompt
+    assert len({str(row["ids"]) for row in rows_of(rollout)}) == 8
+    for world in (1, 2):
+        for rank in range(world):
+            mine = rows_of(collected(rank=rank, world=world, samples=samples, rollout_batch_size=3)[0])
+            assert_same(mine, rows_of(rollout)[rank::world])
+
+
+def test_prompts_of_one_length_are_sampled_together(monkeypatch):
+    lengths, sample = [], module.sample
+
+    def spied(backbone, role, prompts, uniform, **options):
+        lengths.append([len(prompt) for prompt in prompts])
+        return sample(backbone, role, prompts, uniform, **options)
+
+    monkeypatch.setattr(module, "sample", spied)
+    collected(rollout_batch_size=3, samples=2)
+    flat = [length for part in lengths for length in part]
+    assert flat == sorted(flat)
+    assert flat != flat[::-1]
+    assert [len(part) for part in lengths] == [3, 3, 2]
+
+
+def test_the_trunk_is_kept_while_sampling(monkeypatch):
+    expected, _ = collected(shards_weights=True)  # computed anew
+    monkeypatch.setattr(module, "_trunk", None)
+    rollout, _ = collected(rollout_batch_size=3)
+    mask = rollout.mask_BT
+    assert torch.equal(mask, expected.mask_BT)
+    whole = stirred()[0].trunk(rollout.ids_BT, mask)
+    for hidden in (rollout.hidden_BTD, expected.hidden_BTD):
+        assert hidden.shape == whole.shape
+        torch.testing.assert_close(hidden[mask], whole[mask], rtol=0, atol=1e-4)
+    assert_same(rows_of(rollout), rows_of(expected))
+
+
+def test_weights_in_pieces_have_no_trunk_from_sampling(monkeypatch):
+    asked, sample = [], module.sample
+    monkeypatch.setattr(module, "sample", lambda *a, **o: asked.append(o["keep_trunk"]) or sample(*a, **o))
+    collected(shards_weights=True)
+    collected(layers="all")
+    collected()
+    assert asked == [False, False, True]
+
+
+def test_a_trunk_beyond_its_memory_is_computed_anew_in_every_pass(capsys):
+    whole, _ = collected()
+    size = whole.hidden_BTD.numel() * 4
+    assert collected(trunk_gigabytes=size / 1e9)[0].hidden_BTD is not None
+    assert capsys.readouterr().out == ""
+    for _ in range(2):
+        rollout, _ = collected(trunk_gigabytes=(size - 1) / 1e9, score_fn=blind)
+        assert rollout.hidden_BTD is None
+        assert_same(rows_of(rollout), rows_of(collected(score_fn=blind)[0]))
+    assert capsys.readouterr().out.count("ppo.trunk_gigabytes") == 1
+    assert collected(trunk_gigabytes=0, rank=1, world=2)[0].hidden_BTD is None
+    assert capsys.readouterr().out == ""
+    assert collected(trunk_gigabytes=0, layers="all")[0].hidden_BTD is None
+    assert capsys.readouterr().out == ""
+
+
+def blind(said):
+    return torch.zeros(len(said.texts))
+
+
+def test_a_policy_without_a_value_has_values_of_0():
+    made = stirred(heads=())
+    rollout, _ = collected(made=made, algorithm="rloo", samples=2)
+    assert torch.equal(rollout.values_BR, torch.zeros_like(rollout.log_probs_BR))
+
+
+def test_a_value_on_the_policys_adapter_comes_with_its_pass():
+    made = stirred(shared={"value": "policy"})
+    passes = []
+    hook = made[0].register_forward_pre_hook(lambda _module, args: passes.append(args[0]) if args else None)
+    rollout, _ = collected(made=made, value="shared")
+    hook.remove()
+    assert passes == ["policy", "reference"]
+    with torch.no_grad():
+        values = made[0]("value", rollout.ids_BT, rollout.mask_BT, start=rollout.start)
+    actions = rollout.actions_BR
+    torch.testing.assert_close(rollout.values_BR[actions], values[actions], rtol=0, atol=1e-4)
+    assert float(values[actions].abs().max()) > 0.01
+
+
+def test_policy_and_value_are_asked_with_their_adapters_folded_in():
+    made = stirred()
+    layer, folded = made[0].base.model.layers[2].mlp.up_proj, []
+
+    def look(_module, _args, given):
+        if given.get("inputs_embeds") is not None:  # the layers above the trunk: a pass over the whole
+            folded.append((*layer.active_adapters, layer.disable_adapters, folded_weights(layer) is not None))
+
+    hook = made[0].decoder.register_forward_pre_hook(look, with_kwargs=True)
+    rollout, _ = collected(made=made)
+    hook.remove()
+    assert folded == [("policy", False, True), ("policy", True, False), ("value", False, True)]
+    assert set(rollout.seconds) == {"time/generate", "time/score"}
