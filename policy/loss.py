@@ -109,8 +109,9 @@ def kl_loss(
     """Weighted sum over actions of an estimate of KL(policy || reference), with its gradient.
 
     logp_BT carries the gradient; ref_logp_BT is a constant; mask_BT: True = an action. On-policy, k2 has the
-    gradient of the true KL, the one that k1 has as a reward; k3's is biased; k1's is 0 on average and refused
-    (ValueError). Schulman 2020; arXiv 2510.01555.
+    gradient of each token's true KL; k1 as a reward has the same, and prices beside it the KL that a token
+    leads to later in its response. k3's is biased; k1's is 0 on average and refused (ValueError). Schulman
+    2020; arXiv 2510.01555.
     """
     if estimator not in ("k2", "k3"):
         raise ValueError(f"estimator {estimator!r}: as a loss only k2 and k3 have a useful gradient")

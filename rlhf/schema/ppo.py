@@ -79,8 +79,9 @@ class KlControl(Section):
     kl_in: Literal["reward", "loss"] = "reward"
     """The penalty is part of each token's reward (Stiennon 2020), or a term of the policy's loss."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the KL a token (Schulman 2020). In the loss k2 has the gradient that k1 has in the reward,
-    k3 is biased, and k1 would have none (arXiv 2510.01555), so it is refused there."""
+    """Estimator of the KL a token (Schulman 2020). In the loss k2 has the gradient that k1 has in the reward
+    (less the KL that a token leads to later), k3 is biased, and k1 would have none (arXiv 2510.01555), so it
+    is refused there."""
     stop_kl: Rate | None = None
     """Leave the remaining epochs of a step when the mean KL (k3) a token to the rollout policy exceeds this,
     in nats; null = never."""
