@@ -25,7 +25,7 @@ from rlhf.backbone import REFERENCE, Backbone
 from rlhf.comparisons import Prompt
 from rlhf.dialogue import Dialogue
 from rlhf.intervals import Z95, mean_interval, paired_difference, win_rate
-from rlhf.sampling import sample, uniforms
+from rlhf.sampling import Sampled, sample, uniforms
 from rlhf.sequences import ended, masked_mean
 
 ScoreFn = Callable[[Responses], Sequence[float]]
@@ -47,6 +47,54 @@ class Side(NamedTuple):
     """From the reference, k1 summed over the tokens, nats."""
     kl_k3: list[float]
     """The same by the k3 estimator."""
+
+
+class Answer(NamedTuple):
+    """One batch of responses, as judges see them and as the sampler gave them."""
+
+    said: Responses
+    sampled: Sampled
+    actions_BR: Tensor
+    """True = a sampled token, EOS included."""
+    start: int
+    """First response column of ``said.ids_BT``."""
+
+
+@torch.no_grad()
+def respond(
+    backbone: Backbone,
+    role: str,
+    dialogue: Dialogue,
+    prompts: Sequence[Prompt],
+    uniform_BR: Tensor,
+    *,
+    temperature: float,
+) -> Answer:
+    """Sample one response to every prompt of a batch.
+
+    Args:
+        backbone: the model.
+        role: ``policy`` or ``reference``.
+        dialogue: the token contract.
+        prompts: one row each.
+        uniform_BR: random numbers in [0, 1), one a token.
+        temperature: of sampling.
+    """
+    sampled = sample(
+        backbone,
+        role,
+        [dialogue.encode_prompt(p) for p in prompts],
+        uniform_BR,
+        eos_id=dialogue.eos_id,
+        pad_id=dialogue.pad_id,
+        temperature=temperature,
+    )
+    start = sampled.prompt_ids_BP.shape[1]
+    ids_BT, mask_BT, actions_BR = close(sampled, start, eos_id=dialogue.eos_id, pad_id=dialogue.pad_id)
+    hidden_BTD = backbone.trunk(ids_BT, mask_BT)
+    part = window(ids_BT, mask_BT, hidden_BTD, start, torch.arange(len(prompts)))
+    texts = [dialogue.decode(ids) for ids in sampled.response_ids_BR.tolist()]
+    return Answer(Responses(list(prompts), texts, *part[:3]), sampled, actions_BR, part.start)
 
 
 @torch.no_grad()
@@ -79,29 +127,19 @@ def say(
     for first in range(0, len(prompts), batch_size):
         batch = list(prompts[first : first + batch_size])
         rows = range(first, first + len(batch))
-        sampled = sample(
-            backbone,
-            role,
-            [dialogue.encode_prompt(p) for p in batch],
-            uniforms(seed, "evaluate", 0, rows, dialogue.max_response_tokens),
-            eos_id=dialogue.eos_id,
-            pad_id=dialogue.pad_id,
-            temperature=temperature,
+        uniform_BR = uniforms(seed, "evaluate", 0, rows, dialogue.max_response_tokens)
+        said, sampled, actions_BR, start = respond(
+            backbone, role, dialogue, batch, uniform_BR, temperature=temperature
         )
-        start = sampled.prompt_ids_BP.shape[1]
-        ids_BT, mask_BT, actions_BR = close(sampled, start, eos_id=dialogue.eos_id, pad_id=dialogue.pad_id)
-        hidden_BTD = backbone.trunk(ids_BT, mask_BT)
-        part = window(ids_BT, mask_BT, hidden_BTD, start, torch.arange(len(batch)))
+        tokens = (said.ids_BT, said.mask_BT, said.hidden_BTD)
         both = [
-            backbone(r, *part[:3], start=part.start, temperature=temperature, targets_mask_BR=actions_BR)
+            backbone(r, *tokens, start=start, temperature=temperature, targets_mask_BR=actions_BR)
             for r in (role, REFERENCE)
         ]
         (log_probs_BR, entropy_BR), (reference_BR, _) = both
-        texts = [dialogue.decode(ids) for ids in sampled.response_ids_BR.tolist()]
-        said = Responses(batch, texts, *part[:3])
         for name, judge in judges.items():
             side.scores[name].extend(float(s) for s in judge(said))
-        side.texts.extend(texts)
+        side.texts.extend(said.texts)
         side.length.extend(actions_BR.sum(-1).float().tolist())
         side.ended.extend(ended(sampled.response_ids_BR, dialogue.eos_id).float().tolist())
         side.entropy.extend(masked_mean(entropy_BR, actions_BR, dim=-1).tolist())

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from rlhf.stage import StageRun, open_stage
 from rlhf.summary import as_markdown
 
 if TYPE_CHECKING:
-    from policy.compare import ScoreFn
+    from policy.compare import ScoreFn, Side
     from rlhf.backbone import Backbone
+    from rlhf.comparisons import Prompt
     from rlhf.dialogue import Dialogue
 
 STAGES = ("comparisons", "reward", "ppo")
@@ -66,12 +68,14 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
             )
             for role in (REFERENCE, "policy")
         )
+    best_of = _best_of_n(recipe, backbone, dialogue, prompts, judges, before, after)
     summary: dict[str, Any] = {
         "name": recipe.name,
         "seed": recipe.seed,
         "model": recipe.model.path,
         "judged_by": section.judge,
         **compare(before, after, samples=section.samples),
+        **best_of,
         "reward_model": _reward_figures(run),
         "samples": sample_pairs(rows, before, after, section.pairs_shown),
         "stages": _stage_costs(run),
@@ -86,9 +90,52 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     return summary
 
 
+def _best_of_n(
+    recipe: Recipe,
+    backbone: Backbone,
+    dialogue: Dialogue,
+    prompts: Sequence[Prompt],
+    judges: dict[str, ScoreFn],
+    before: Side,
+    after: Side,
+) -> dict[str, Any]:
+    """Best of n from the reference beside the policy on the same prompts; empty where the recipe has none."""
+    from tqdm import tqdm
+
+    from policy.best_of_n import best_of_figures, draw
+    from policy.compare import per_prompt
+
+    section = recipe.evaluate
+    if not section.best_of:
+        return {}
+    prompts = prompts[: section.best_of_prompts]
+    with tqdm(total=len(prompts) * section.best_of, desc="best of n", mininterval=5) as bar:
+        scores = draw(
+            backbone,
+            dialogue,
+            prompts,
+            judges,
+            samples=section.best_of,
+            seed=recipe.seed,
+            temperature=section.temperature,
+            batch_size=section.batch_size,
+            progress=bar.update,
+        )
+    first = slice(len(prompts))
+    said_before, said_after = (
+        {name: per_prompt(values, section.samples)[first] for name, values in side.scores.items()}
+        for side in (before, after)
+    )
+    kl_P = per_prompt(after.kl, section.samples)[first]
+    judge = next(iter(judges))
+    figures = best_of_figures(scores, said_before, said_after, kl_P, proxy="reward", judge=judge)
+    return {"best_of_n": figures}
+
+
 def _judges(recipe: Recipe, run: StageRun, backbone: Backbone, dialogue: Dialogue) -> dict[str, ScoreFn]:
-    """Who scores: ``gold`` where the recipe has a gold judge, ``reward`` the score that PPO was trained on
-    (all its reward models, combined), ``judge`` a reward model of the recipe's choice."""
+    """Who scores, the one that decides first: ``gold`` where the recipe has a gold judge, ``judge`` a reward
+    model of the recipe's choice, and ``reward`` the score that PPO was trained on (all its reward models,
+    combined)."""
     from policy.assemble import check_rewards, load_scorer, reward_adapters, reward_folders, score_function
     from policy.compare import tensor_judge, text_judge
     from reward.model import TextRewardModel

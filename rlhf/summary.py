@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlhf.markdown import table
+
 _ROWS = (  # key, label, format
     ("gold", "gold score", ".3f"),
     ("judge", "held-out reward model", ".3f"),
@@ -39,6 +41,7 @@ def as_markdown(summary: dict[str, Any]) -> str:
         f"Base {summary['model']}; {summary['reward']['n']} held-out prompts, the same for both sides; "
         "95% intervals, paired by prompt.\n",
         _figures(summary),
+        *([_best_of_n(summary["best_of_n"])] if "best_of_n" in summary else []),
         _proxies(summary),
         _costs(summary["stages"]),
         _samples(summary["samples"]),
@@ -60,6 +63,54 @@ def _figures(summary: dict[str, Any]) -> str:
     kl, k3 = (_estimate(summary[key], ".2f") for key in ("kl", "kl_k3"))
     lines.append(f"KL(policy || reference), nats a response: {kl} (k1), {k3} (k3).\n")
     return "\n".join(lines)
+
+
+_JUDGES = {
+    "gold": "gold score",
+    "judge": "score by the held-out reward model",
+    "reward": "proxy score",
+}
+
+
+def _best_of_n(found: dict[str, Any]) -> str:
+    policy, names = found["policy"], list(found["policy"]["scores"])
+    scores = [_JUDGES[name] for name in names]
+    head = ["n", "KL, nats", "win rate", *scores, f"{_JUDGES[found['judge']]} less the policy's"]
+    rows = [
+        [
+            str(row["n"]),
+            f"at most {row['kl_bound']:.3f}",
+            f"at most {row['win_rate_bound']:.3f}",
+            *(_estimate(row["scores"][name], ".3f") for name in names),
+            _estimate(row["over_policy"], "+.3f"),
+        ]
+        for row in found["rows"]
+    ]
+    measured = [_estimate(policy[key], ".3f") for key in ("kl", "win_rate")]
+    rows.append(["policy", *measured, *(_estimate(policy["scores"][name], ".3f") for name in names), ""])
+    parts = [
+        "## Best of n\n",
+        f"{found['samples']} responses of the reference to each of {found['prompts']} prompts; out of n, "
+        "the proxy (the score that PPO was trained on) chooses one. "
+        f"{100 * found['tied']:.1f}% of the responses share their proxy score with another one to the same "
+        "prompt.\n",
+        table(head, rows),
+        _reached(found),
+    ]
+    return "\n".join(parts)
+
+
+def _reached(found: dict[str, Any]) -> str:
+    """One sentence: at which n best-of-n is as good as the policy."""
+    judge, policy = found["judge"], found["policy"]
+    goal = f"the policy's {_JUDGES[judge]}, {_number(policy['scores'][judge]['mean'], '.3f')},"
+    if found["reaches"] is None:
+        return f"Best of n does not reach {goal} up to n = {found['rows'][-1]['n']}.\n"
+    row = next(row for row in found["rows"] if row["n"] == found["reaches"])
+    return (
+        f"Best of n reaches {goal} at n = {row['n']}, with a KL of at most {row['kl_bound']:.2f} nats; the "
+        f"policy's is {_number(policy['kl']['mean'], '.2f')}.\n"
+    )
 
 
 def _proxies(summary: dict[str, Any]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rlhf.schema.fields import Positive, Rate, Section
+from pydantic import model_validator
+
+from rlhf.schema.fields import Natural, Positive, Rate, Section
 
 
 class Evaluate(Section):
@@ -24,3 +26,23 @@ class Evaluate(Section):
     """Responses generated together."""
     pairs_shown: Positive = 10
     """Sample pairs in the summary."""
+    best_of: Natural = 0
+    """Best of n beside the policy: samples a prompt from the reference, 2 or more; 0 = off. Figures are given
+    for n = 1, 2, 4, ... up to it."""
+    best_of_prompts: Positive | None = None
+    """Held-out prompts for best of n, the first ones; null = all `prompts`."""
+
+    @model_validator(mode="after")
+    def _best_of(self) -> Evaluate:
+        if self.best_of == 1:
+            raise ValueError("best_of 1 has nothing to choose from: set it to 2 or more, or to 0 (off)")
+        if self.best_of_prompts and not self.best_of:
+            raise ValueError(
+                "best_of_prompts is only used with best_of: set best_of to 2 or more, or remove it"
+            )
+        if self.best_of_prompts and self.best_of_prompts > self.prompts:
+            raise ValueError(
+                f"best_of_prompts {self.best_of_prompts} is more than the {self.prompts} prompts that the "
+                "policy is compared on: lower it, or raise prompts"
+            )
+        return self

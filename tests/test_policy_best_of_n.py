@@ -1,0 +1,421 @@
+"""Best of n: the estimator against enumeration, the bounds against exact distributions, the stage."""
+
+import itertools
+import json
+import math
+import shutil
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from conftest import stage, tiny_recipe
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policy import best_of_n as module
+from policy import evaluate
+from policy.best_of_n import (
+    best_of_figures,
+    best_of_n,
+    draw,
+    kl_bound,
+    powers_of_two,
+    rank_weights,
+    ranked,
+    tied_share,
+    win_rate_bound,
+)
+from policy.compare import say, text_judge
+from policy.invariants import InvariantError
+from rlhf.backbone import REFERENCE, Backbone
+from rlhf.comparisons import Message
+from rlhf.dialogue import Dialogue
+from rlhf.errors import UserError
+from rlhf.schema import Lora
+from rlhf.summary import as_markdown
+from rlhf.tiny import tiny_model, tiny_tokenizer
+
+# --- the estimator ---------------------------------------------------------------------------------------
+
+
+def worth_of_best(proxy, values):
+    """The value of the response with the highest proxy; of several, the mean."""
+    best = [v for p, v in zip(proxy, values, strict=True) if p == max(proxy)]
+    return sum(best) / len(best)
+
+
+def by_subsets(proxy, values, n):
+    subsets = itertools.combinations(range(len(proxy)), n)
+    return np.mean([worth_of_best([proxy[i] for i in s], [values[i] for i in s]) for s in subsets])
+
+
+scores = st.integers(-3, 3).map(float)  # few values, so that most examples have ties
+
+
+@given(st.lists(st.tuples(scores, st.floats(-9, 9)), min_size=1, max_size=7))
+def test_the_estimate_is_the_mean_over_all_subsets_with_or_without_ties(pairs):
+    proxy, values = zip(*pairs, strict=True)
+    for n in range(1, len(pairs) + 1):
+        assert best_of_n([proxy], [values], n)[0] == pytest.approx(by_subsets(proxy, values, n), abs=1e-9)
+
+
+def test_without_ties_the_order_of_the_samples_does_not_matter_and_every_row_stands_alone():
+    rng = np.random.default_rng(0)
+    proxy, values = rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
+    shuffled = np.stack([rng.permutation(6) for _ in range(3)])
+    again = [np.take_along_axis(x, shuffled, 1) for x in (proxy, values)]
+    for n in range(1, 7):
+        expected = [by_subsets(list(p), list(v), n) for p, v in zip(proxy, values, strict=True)]
+        assert best_of_n(proxy, values, n) == pytest.approx(expected)
+        assert best_of_n(*again, n) == pytest.approx(expected)
+
+
+def test_ties_are_the_average_over_all_orders_of_the_tied():
+    proxy, values = [1.0, 0.0, 1.0, 1.0, 0.0], np.array([5.0, 1.0, -2.0, 3.0, 7.0])
+    orders = [o for o in itertools.permutations(range(5)) if [proxy[i] for i in o] == sorted(proxy)]
+    assert len(orders) == 12
+    for n in range(1, 6):
+        weights = rank_weights(5, n)
+        assert best_of_n([proxy], [values], n)[0] == pytest.approx(
+            np.mean([values[list(order)] @ weights for order in orders])
+        )
+    assert ranked(proxy, values) == pytest.approx([4, 4, 2, 2, 2])
+
+
+def test_it_is_unbiased_for_fresh_samples_of_a_distribution_with_ties():
+    outcomes = [(0.0, 1.0, 0.2), (1.0, 4.0, 0.3), (1.0, -2.0, 0.1), (2.0, 3.0, 0.4)]  # proxy, value, share
+
+    def expected(count, figure):
+        total = 0.0
+        for draws in itertools.product(outcomes, repeat=count):
+            proxy, values, shares = zip(*draws, strict=True)
+            total += math.prod(shares) * figure(proxy, values)
+        return total
+
+    for n in (1, 2, 3):
+        truth = expected(n, worth_of_best)
+        estimate = expected(4, lambda proxy, values, n=n: best_of_n([proxy], [values], n)[0])
+        assert estimate == pytest.approx(truth), n
+
+
+def test_the_best_of_one_is_the_mean_and_of_all_the_best():
+    rng = np.random.default_rng(1)
+    proxy, values = rng.normal(size=(4, 9)), rng.normal(size=(4, 9))
+    assert best_of_n(proxy, values, 1) == pytest.approx(values.mean(1))
+    assert best_of_n(proxy, values, 9) == pytest.approx(values[range(4), proxy.argmax(1)])
+    assert best_of_n([[2.0, 0.0, 2.0]], [[1.0, 100.0, 4.0]], 3) == pytest.approx([2.5])
+
+
+@pytest.mark.parametrize("samples", [5, 64, 1000])
+def test_the_best_of_the_first_whole_numbers_has_its_closed_form(samples):
+    ranks = np.arange(1.0, samples + 1)[None]
+    for n in {1, 2, 3, samples // 2, samples - 1, samples}:
+        assert best_of_n(ranks, ranks, n)[0] == pytest.approx(n * (samples + 1) / (n + 1), rel=1e-9)
+
+
+def test_the_weights_are_exact_and_do_not_overflow():
+    for n in (1, 2, 7, 30, 60):
+        exact = [Fraction(math.comb(i - 1, n - 1), math.comb(60, n)) for i in range(1, 61)]
+        assert rank_weights(60, n) == pytest.approx([float(x) for x in exact], rel=1e-10)
+    for n in (1, 2, 500, 999, 1000):
+        weights = rank_weights(1000, n)
+        assert weights.shape == (1000,)
+        assert weights.sum() == pytest.approx(1, rel=1e-9)
+        assert (weights >= 0).all()
+
+
+def test_where_the_proxy_is_the_gold_more_responses_are_never_worse():
+    gold = np.random.default_rng(2).integers(0, 5, size=(6, 16)).astype(float)
+    curve = np.array([best_of_n(gold, gold, n) for n in range(1, 17)])
+    assert (np.diff(curve, axis=0) >= -1e-12).all()
+    assert (curve[-1] > curve[0]).all()
+    against = np.array([best_of_n(-gold, gold, n) for n in range(1, 17)])
+    assert (np.diff(against, axis=0) <= 1e-12).all()  # a proxy that is wrong makes it worse
+
+
+def test_what_cannot_be_estimated_is_refused():
+    for samples, n in ((4, 5), (4, 0), (0, 1)):
+        with pytest.raises(ValueError, match="samples"):
+            rank_weights(samples, n)
+    with pytest.raises(ValueError, match="shape"):
+        best_of_n([[1.0, 2.0]], [[1.0]], 1)
+    with pytest.raises(ValueError, match="shape"):
+        best_of_n([1.0, 2.0], [1.0, 2.0], 1)
+    for bound in (kl_bound, win_rate_bound):
+        with pytest.raises(ValueError, match="best of 0"):
+            bound(0)
+
+
+def test_powers_of_two_stop_at_the_number_of_samples():
+    assert [powers_of_two(n) for n in (1, 2, 3, 8)] == [[1], [1, 2], [1, 2], [1, 2, 4, 8]]
+    assert powers_of_two(1000)[-1] == 512
+
+
+def test_ties_are_counted_within_a_prompt():
+    assert tied_share([[1.0, 2.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]]) == 3 / 8
+    assert tied_share([[1.0, 2.0]]) == 0
+
+
+# --- the bounds ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "kl"), [(1, 0.0), (4, 0.636), (16, 1.835), (64, 3.175), (256, 4.549), (1000, 5.909)]
+)
+def test_the_kl_of_best_of_n_is_the_published_one(n, kl):
+    assert kl_bound(n) == pytest.approx(kl, abs=5e-4)
+
+
+@pytest.mark.parametrize("n", [2, 4, 16])
+def test_the_kl_bounds_that_of_equal_outcomes_and_is_reached_by_many_of_them(n):
+    gaps = []
+    for outcomes in (2, 10, 10_000):
+        edges = (np.arange(outcomes + 1) / outcomes) ** n
+        share = np.diff(edges)  # of each outcome, worst first, among the best of n
+        kl = float((share * np.log(np.maximum(share, 1e-300) * outcomes)).sum())
+        gaps.append(kl_bound(n) - kl)
+    assert gaps[0] > gaps[1] > gaps[2] > 0
+    assert gaps[2] < 1e-2
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_win_rate_bound_is_reached_by_the_judge_that_chooses_and_by_no_other(n):
+    def wins(gold):
+        orders = list(itertools.permutations(range(n + 1)))  # proxies of the n and of the one response
+        outcomes = [np.sign(gold[order[max(range(n), key=order.__getitem__)]] - gold[order[-1]])
+                    for order in orders]  # fmt: skip
+        return np.mean([(1 + outcome) / 2 for outcome in outcomes])
+
+    assert wins(range(n + 1)) == pytest.approx(win_rate_bound(n))
+    for gold in itertools.product(range(3), repeat=n + 1):  # gold score of the response with each proxy
+        assert wins(gold) <= win_rate_bound(n) + 1e-12
+
+
+# --- the driver ------------------------------------------------------------------------------------------
+
+PROMPTS = [(Message("user", text),) for text in ("one", "and two", "three or so")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    dialogue = Dialogue(tokenizer, template="plain", max_prompt_tokens=32, max_response_tokens=6)
+    dialogue.eos_id = 30  # a letter that the tiny model says now and then
+    base = tiny_model(len(tokenizer)).requires_grad_(False).eval()
+    backbone = Backbone(base, Lora(rank=4, layers="top_2"), adapters=["policy"])
+    for name, parameter in backbone.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    return backbone, dialogue
+
+
+JUDGES = {
+    "gold": text_judge(lambda texts: [float(sum(map(ord, t)) % 97) for t in texts]),
+    "reward": text_judge(lambda texts: [float(len(set(t))) for t in texts]),
+}
+
+
+def drawn(model, *, samples=4, seed=0, batch_size=5, prompts=PROMPTS, judges=JUDGES, **options):
+    return draw(*model, prompts, judges, samples=samples, seed=seed, temperature=1.0,
+                batch_size=batch_size, **options)  # fmt: skip
+
+
+def test_the_best_of_more_is_better_by_the_score_that_chooses(model):
+    done = []
+    proxy = drawn(model, samples=16, progress=done.append)["reward"]
+    assert proxy.shape == (3, 16)
+    assert sum(done) == 48
+    curve = [best_of_n(proxy, proxy, n).mean() for n in powers_of_two(16)]
+    assert (np.diff(curve) > 0).all()
+
+
+def test_it_is_the_reference_that_answers(model):
+    backbone, _ = model
+    few = drawn(model)
+    states = {name: p.clone() for name, p in backbone.named_parameters() if "lora_B" in name}
+    try:
+        for name, parameter in backbone.named_parameters():
+            if name in states:
+                parameter.data.zero_()
+        without = drawn(model)
+    finally:
+        for name, parameter in backbone.named_parameters():
+            if name in states:
+                parameter.data.copy_(states[name])
+    assert {k: v.tolist() for k, v in few.items()} == {k: v.tolist() for k, v in without.items()}
+
+
+def test_neither_batches_nor_further_samples_or_prompts_change_what_was_drawn(model):
+    few, many = drawn(model, samples=3), drawn(model, samples=5, batch_size=2)
+    for name in JUDGES:
+        assert few[name].tolist() == many[name][:, :3].tolist()
+        assert few[name][:2].tolist() == drawn(model, samples=3, prompts=PROMPTS[:2])[name].tolist()
+    assert few["gold"].tolist() != drawn(model, samples=3, seed=1)["gold"].tolist()
+    assert all(len(set(row)) > 1 for row in many["gold"].tolist())  # each sample has numbers of its own
+
+
+def test_the_random_numbers_are_not_those_of_the_comparison(model, monkeypatch):
+    backbone, dialogue = model
+    side = say(backbone, REFERENCE, dialogue, PROMPTS, JUDGES, seed=0, temperature=1.0, batch_size=3)
+    assert drawn(model, samples=1)["gold"][:, 0].tolist() != side.scores["gold"]
+    uniforms = module.uniforms
+
+    def those_of_before(seed, purpose, prompt, rows, width):
+        return uniforms(seed, "evaluate", 0, [prompt], width)
+
+    monkeypatch.setattr(module, "uniforms", those_of_before)
+    assert drawn(model, samples=1)["gold"][:, 0].tolist() == side.scores["gold"]
+
+
+def test_equal_prompts_stand_next_to_each_other(model, monkeypatch):
+    seen, respond = [], module.respond
+
+    def watched(backbone, role, dialogue, prompts, *rest, **options):
+        seen.extend(prompts)
+        return respond(backbone, role, dialogue, prompts, *rest, **options)
+
+    monkeypatch.setattr(module, "respond", watched)
+    drawn(model, samples=4)
+    assert seen == [prompt for prompt in PROMPTS for _ in range(4)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_score_that_cannot_be_ranked_is_refused(model, bad):
+    judges = JUDGES | {"reward": text_judge(lambda texts: [bad] + [1.0] * (len(texts) - 1))}
+    with pytest.raises(InvariantError, match="1 of 12 scores by reward are not finite"):
+        drawn(model, judges=judges, batch_size=12)
+
+
+# --- figures and page ------------------------------------------------------------------------------------
+
+
+def figures(policy_gold=(2.0, 4.0), *, judge="gold"):
+    found = {"gold": np.array([[0.0, 1.0, 2.0, 3.0]] * 2), "reward": np.array([[0.0, 1.0, 2.0, 3.0]] * 2)}
+    after = {"gold": np.array(policy_gold), "reward": np.array([5.0, 6.0])}
+    before = {"gold": np.array([1.0, 5.0]), "reward": np.array([0.0, 9.0])}
+    return best_of_figures(found, before, after, np.array([0.5, 1.5]), proxy="reward", judge=judge)
+
+
+def test_the_figures_stand_beside_the_policy():
+    found = figures(policy_gold=(1.0, 2.8))
+    assert (found["samples"], found["prompts"], found["tied"]) == (4, 2, 0)
+    assert [row["n"] for row in found["rows"]] == [1, 2, 4]
+    assert [row["scores"]["gold"]["mean"] for row in found["rows"]] == pytest.approx([3 / 2, 7 / 3, 3])
+    assert [row["kl_bound"] for row in found["rows"]] == [kl_bound(n) for n in (1, 2, 4)]
+    assert [row["win_rate_bound"] for row in found["rows"]] == pytest.approx([1 / 2, 2 / 3, 4 / 5])
+    over = found["rows"][1]["over_policy"]  # 7/3 - 1 and 7/3 - 2.8, paired
+    mean = 7 / 3 - 1.9
+    assert over["mean"] == pytest.approx(mean)
+    half = 1.959964 * 0.9  # their deviation is 1.8 / sqrt 2, of two prompts
+    assert over["ci95"] == pytest.approx([mean - half, mean + half], abs=1e-5)
+    assert found["policy"]["kl"]["mean"] == 1
+    assert found["policy"]["win_rate"]["mean"] == 0.25  # 1 against 1 is a tie, 2.8 against 5 is lost
+    assert found["policy"]["scores"]["reward"]["mean"] == 5.5
+
+
+@pytest.mark.parametrize(
+    ("policy_gold", "reaches"), [((1.0, 1.8), 1), ((1.0, 2.8), 2), ((3.0, 3.0), 4), ((3.0, 3.1), None)]
+)
+def test_the_page_says_at_which_n_the_policy_is_reached(policy_gold, reaches, summary):
+    found = figures(policy_gold)
+    assert found["reaches"] == reaches
+    page = as_markdown(summary | {"best_of_n": found})
+    mean = f"{sum(policy_gold) / 2:.3f}"
+    if reaches is None:
+        assert f"Best of n does not reach the policy's gold score, {mean}, up to n = 4.\n" in page
+    else:
+        assert (
+            f"Best of n reaches the policy's gold score, {mean}, at n = {reaches}, with a KL of at most "
+            f"{kl_bound(reaches):.2f} nats; the policy's is 1.00.\n"
+        ) in page
+
+
+def test_the_judge_decides_and_not_the_proxy():
+    assert figures((0.0, 0.0))["reaches"] == 1
+    assert figures((0.0, 0.0), judge="reward")["reaches"] is None  # the policy's proxy is 5.5
+
+
+# --- the stage -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def summary(road):
+    return json.loads((road / "runs/tiny/evaluate/summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def with_best_of(road, tmp_path_factory):
+    """The folder of the evaluate stage of the same run, with best-of-n."""
+    folder = tmp_path_factory.mktemp("best")
+    shutil.copytree(road, folder, dirs_exist_ok=True)
+    shutil.rmtree(folder / "runs/tiny/evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        stage(evaluate.main, "evaluate.best_of=5", "evaluate.best_of_prompts=6")
+    return folder / "runs/tiny/evaluate"
+
+
+def test_best_of_n_changes_no_other_figure(summary, with_best_of, road):
+    other = json.loads((with_best_of / "summary.json").read_text())
+    assert set(other) - set(summary) == {"best_of_n"}
+    for name in set(summary) - {"stages"}:  # which are seconds
+        assert other[name] == summary[name], name
+    name = "runs/tiny/evaluate/responses.jsonl"
+    assert (with_best_of / "responses.jsonl").read_text() == (road / name).read_text()
+
+
+def test_the_summary_has_the_curve_and_the_page_shows_it(with_best_of):
+    found = json.loads((with_best_of / "summary.json").read_text())["best_of_n"]
+    lines = [json.loads(line) for line in (with_best_of / "responses.jsonl").read_text().splitlines()]
+    assert (found["samples"], found["prompts"], found["judge"], found["proxy"]) == (5, 6, "gold", "reward")
+    assert found["policy"]["kl"]["n"] == 6 < len(lines)
+    proxies = [row["scores"]["reward"]["mean"] for row in found["rows"]]
+    assert proxies == sorted(proxies)
+    assert proxies[0] < proxies[-1]
+    page = (with_best_of / "summary.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
+    table = {row[0]: row[1:] for row in rows if len(row) == 6}
+    assert list(table)[1:] == ["---", "1", "2", "4", "policy"]
+    assert table["n"] == ["KL, nats", "win rate", "gold score", "proxy score", "gold score less the policy's"]
+    for row in found["rows"]:
+        cells = table[str(row["n"])]
+        assert cells[:2] == [f"at most {row['kl_bound']:.3f}", f"at most {row['win_rate_bound']:.3f}"]
+        shown = [row["scores"]["gold"], row["scores"]["reward"]]
+        for text, figure in zip(cells[2:4], shown, strict=True):
+            low, high = figure["ci95"]
+            assert text == f"{figure['mean']:.3f} [{low:.3f}, {high:.3f}]"
+        assert cells[4].startswith(f"{row['over_policy']['mean']:+.3f} [")
+    assert table["policy"][0].startswith(f"{found['policy']['kl']['mean']:.3f} [")
+    assert "5 responses of the reference to each of 6 prompts" in page
+
+
+def test_without_it_the_page_says_nothing_of_it(summary):
+    assert "best_of_n" not in summary
+    assert "Best of n" not in as_markdown(summary)
+
+
+# --- the recipe ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluate.best_of=1"], "best_of 1 has nothing to choose from"),
+        (["evaluate.best_of=-1"], "evaluate.best_of"),
+        (["evaluate.best_of=2.5"], "evaluate.best_of"),
+        (["evaluate.best_of_prompts=4"], "best_of_prompts is only used with best_of"),
+        (["evaluate.best_of=4", "evaluate.best_of_prompts=25"], "more than the 24 prompts"),
+        (["evaluate.best_of=4", "evaluate.best_of_prompts=0"], "evaluate.best_of_prompts"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        tiny_recipe(*overrides)
+
+
+def test_a_recipe_with_best_of_n_is_accepted():
+    assert tiny_recipe().evaluate.best_of == 0
+    assert tiny_recipe("evaluate.best_of=2").evaluate.best_of_prompts is None
+    assert tiny_recipe("evaluate.best_of=64", "evaluate.best_of_prompts=24").evaluate.best_of == 64
