@@ -189,9 +189,10 @@ def _adapter(model: Backbone, name: str, last_token: int | None) -> ScoreFn:
     """Scores by one adapter, read on ``last_token`` behind EOS, or on EOS itself where that is None."""
 
     def score(said: Responses) -> Tensor:
-        if last_token is None:
-            return model(name, said.ids_BT, said.mask_BT, said.hidden_BTD)
-        # the cached trunk has not seen that token
-        return model(name, *append_token(said.ids_BT, said.mask_BT, last_token))
+        inputs: tuple[Tensor | None, ...] = (said.ids_BT, said.mask_BT, said.hidden_BTD)
+        if last_token is not None:  # the cached trunk has not seen that token
+            inputs = append_token(said.ids_BT, said.mask_BT, last_token)
+        with model.folded(name):
+            return model(name, *inputs)
 
     return score

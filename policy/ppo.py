@@ -118,7 +118,7 @@ class PpoTrainer:
                 figures |= self.score_figures()
                 figures |= {"objective/kl_coef": self.aim.kl_coef, "policy/learning_rate": rate}
                 figures["progress/episodes"] = float((step + 1) * section.batch_size)
-                figures |= getattr(rollout, "seconds", {})
+                figures |= rollout.seconds
                 figures |= {"time/rollout": collected - began, "time/update": time.monotonic() - collected}
                 self.aim.follow(rollout)
                 metrics.log(step + 1, figures)
