@@ -183,7 +183,7 @@ def test_scores_have_mean_0_and_variance_1_and_the_gain_changes_no_comparison(re
     assert card.gain > 0
     assert abs(card.gain - 1) > 0.05
     torch.testing.assert_close(scores, card.gain * raw + card.offset, rtol=0, atol=1e-4)
-    assert scores.argsort(stable=True).tolist() == raw.argsort(stable=True).tolist()
+    assert float(scores[raw.argsort()].diff().min()) > -1e-5  # equal scores may change places by rounding
 
 
 def test_a_training_that_made_all_scores_equal_is_an_error_with_a_remedy(retrained, monkeypatch):
