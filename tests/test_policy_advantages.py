@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.advantages import gae, penalise_missing_eos, token_rewards
+from policy.advantages import gae, leave_one_out, penalise_length, penalise_missing_eos, token_rewards
+from policy.kl import ESTIMATORS
 
 
 def _episodes(seed, batch=4, width=6):
@@ -119,3 +120,38 @@ def test_a_missing_eos_replaces_the_score_or_lowers_it():
         penalise_missing_eos(scores_B, ended_B, penalty=-1.0)
     with pytest.raises(ValueError, match="neither"):
         penalise_missing_eos(scores_B, ended_B, penalty=1.0, mode="add")
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_every_token_pays_the_estimate_that_is_asked_for(estimator):
+    logp_BT, ref_BT, mask_BT = _episodes(5)
+    mask_BT[:, 0] = True
+    nothing_B = torch.zeros(4, dtype=torch.float64)
+    rewards_BT = token_rewards(nothing_B, logp_BT, ref_BT, mask_BT, kl_coef=0.3, estimator=estimator)
+    expected_BT = -0.3 * ESTIMATORS[estimator](logp_BT, ref_BT)
+    torch.testing.assert_close(rewards_BT[mask_BT], expected_BT[mask_BT])
+    assert (rewards_BT[~mask_BT] == 0).all()
+
+
+def test_only_tokens_beyond_the_target_cost():
+    scores_B, lengths_B = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2, 3, 7])
+    assert penalise_length(scores_B, lengths_B, penalty=0.25, target=3).tolist() == [1.0, 1.0, 0.0]
+    assert penalise_length(scores_B, lengths_B, penalty=0.25, target=0).tolist() == [0.5, 0.25, -0.75]
+
+
+@given(seed=st.integers(0, 10_000), samples=st.integers(2, 5), prompts=st.integers(1, 4))
+def test_leave_one_out_compares_with_the_others_of_the_same_prompt(seed, samples, prompts):
+    generator = torch.Generator().manual_seed(seed)
+    returns_KG = torch.randn(samples, prompts, generator=generator, dtype=torch.float64)
+    advantages_KG = leave_one_out(returns_KG)
+    for k in range(samples):
+        others_G = torch.stack([returns_KG[j] for j in range(samples) if j != k]).mean(dim=0)
+        torch.testing.assert_close(advantages_KG[k], returns_KG[k] - others_G)
+    expected_KG = samples / (samples - 1) * (returns_KG - returns_KG.mean(dim=0))
+    torch.testing.assert_close(advantages_KG, expected_KG)
+    torch.testing.assert_close(advantages_KG.sum(0), torch.zeros(prompts, dtype=torch.float64))
+
+
+def test_a_single_sample_has_nothing_to_be_compared_with():
+    with pytest.raises(ValueError, match="two samples"):
+        leave_one_out(torch.ones(1, 3))
