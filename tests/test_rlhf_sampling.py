@@ -17,6 +17,7 @@ NEVER = 10**6  # an id that is never sampled
 
 
 def backbone(layers="top_2"):
+    torch.manual_seed(0)
     base = tiny_model(259).requires_grad_(False).eval()
     model = Backbone(base, Lora(rank=4, layers=layers), adapters=["policy"])
     generator = torch.Generator().manual_seed(1)
@@ -159,7 +160,7 @@ def test_rows_that_have_ended_leave_the_batch_when_they_are_a_quarter_of_it():
     uniform = uniforms(0, "test", 0, range(len(MANY)), LIMIT)
     uniform[2] = uniform[0]  # the same prompt: two of eight rows end together
     free = drawn(model, MANY, uniform).response_ids_BR.tolist()
-    tried = {eos_id: batches(free, eos_id) for eos_id in free[0]}
+    tried = {eos_id: batches(free, eos_id) for row in free for eos_id in row}
     shrunk = [eos_id for eos_id, steps in tried.items() if len({rows for rows, _ in steps}) > 1]
     waited = [
         eos_id for eos_id, steps in tried.items() if any(3 * n < 4 * going < 4 * n for n, going in steps)
