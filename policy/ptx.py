@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policy.rollout import own_rows
+from policy.rows import own_rows
 from rlhf.dialogue import Dialogue
 from rlhf.errors import UserError
 from rlhf.runtime import Runtime

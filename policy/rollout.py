@@ -1,8 +1,5 @@
 """A rollout: sampled responses with everything that the update needs, computed once.
 
-Which prompts a step takes, which rows a process owns and which rows make a minibatch are pure functions of
-(seed, step), so that a resumed run, and a run on another number of processes, goes through the same data.
-
 Shape suffixes: ``_B`` response row of this process, ``_T`` token (prompt, response, closing column),
 ``_R`` response token, ``_D`` hidden unit.
 """
@@ -15,21 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from policy.invariants import check_scores
+from policy.rows import micro_batches, own_rows, prompt_indices, prompt_of_row
 from rlhf.backbone import REFERENCE, Backbone
 from rlhf.comparisons import Prompt
 from rlhf.dialogue import Dialogue
-from rlhf.errors import UserError
 from rlhf.runtime import Runtime
 from rlhf.sampling import Sampled, sample, uniforms
 from rlhf.schema import Ppo
 from rlhf.sequences import action_mask, ended
-
-_PROMPTS, _MINIBATCHES = 1, 2  # set the random numbers of the two purposes apart
 
 
 class Responses(NamedTuple):
@@ -82,62 +76,6 @@ class Rollout(NamedTuple):
     """First response column of ``ids_BT``."""
     seconds: Mapping[str, float] = MappingProxyType({})
     """How long sampling took, and log-probs, values and scores together, by their names in the log."""
-
-
-def prompt_indices(seed: int, step: int, batch_size: int, available: int) -> list[int]:
-    """Prompts of a step (counted from 0): each pass over the prompts has an order of its own."""
-    indices = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        order = np.random.default_rng([seed % 2**63, _PROMPTS, position // available]).permutation(available)
-        indices.append(int(order[position % available]))
-    return indices
-
-
-def own_rows(batch_size: int, rank: int, world: int) -> list[int]:
-    """Rows of the global batch that a process owns."""
-    return list(range(rank, batch_size, world))
-
-
-def prompt_of_row(batch_size: int, samples: int, world: int) -> list[int]:
-    """Which of the rollout's prompts each row of the global batch answers, [batch_size].
-
-    The samples of a prompt stand batch_size / samples rows apart, and so on one process.
-
-    Raises:
-        UserError: they would be on several.
-    """
-    different = batch_size // samples
-    if samples > 1 and different % world:
-        raise UserError(
-            f"ppo.batch_size / ppo.samples: {batch_size} / {samples} = {different} prompts a rollout do not "
-            f"divide into {world} processes, which own whole prompts; choose a batch_size that is a multiple "
-            f"of {samples * world}"
-        )
-    return [row % different for row in range(batch_size)]
-
-
-def minibatch_rows(
-    batch_size: int, minibatches: int, *, seed: int, step: int, epoch: int, rank: int, world: int
-) -> list[list[int]]:
-    """Each minibatch of an epoch as indices into this process's own rows.
-
-    Row i of the batch belongs to stratum i mod (batch_size / minibatches); every minibatch takes one row of
-    each stratum, in an order drawn for the stratum. A process owns whole strata, so the union over the
-    processes is the same minibatch for any number of processes that divides its size.
-    """
-    size = batch_size // minibatches
-    batches: list[list[int]] = [[] for _ in range(minibatches)]
-    for stratum in range(rank, size, world):
-        rng = np.random.default_rng([seed % 2**63, _MINIBATCHES, step, epoch, stratum])
-        for batch, member in zip(batches, rng.permutation(minibatches), strict=True):
-            batch.append((stratum + size * int(member) - rank) // world)
-    return batches
-
-
-def micro_batches(rows: Sequence[int], lengths: Tensor, size: int) -> list[Tensor]:
-    """Rows of similar prompt length together, ``size`` at a time; the order does not change the result."""
-    order = sorted(rows, key=lambda row: (int(lengths[row]), row))
-    return [torch.tensor(order[i : i + size]) for i in range(0, len(order), size)]
 
 
 class Window(NamedTuple):

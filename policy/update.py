@@ -20,7 +20,8 @@ from policy.aim import Targets
 from policy.faults import BadUpdates
 from policy.loss import PolicyStats, kl_loss, policy_loss, token_weights, value_loss
 from policy.ptx import PtxBatches, Texts
-from policy.rollout import Rollout, micro_batches, minibatch_rows, window
+from policy.rollout import Rollout, window
+from policy.rows import micro_batches, minibatch_rows
 from rlhf.backbone import Backbone
 from rlhf.runtime import Runtime
 from rlhf.schema import Ppo

@@ -9,16 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy import rollout as module
-from policy.rollout import (
-    close,
-    collect,
-    micro_batches,
-    minibatch_rows,
-    own_rows,
-    prompt_indices,
-    prompt_of_row,
-    window,
-)
+from policy.rollout import close, collect, window
+from policy.rows import micro_batches, minibatch_rows, own_rows, prompt_indices, prompt_of_row
 from rlhf.backbone import Backbone
 from rlhf.comparisons import Message
 from rlhf.dialogue import Dialogue
