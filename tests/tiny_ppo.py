@@ -23,17 +23,14 @@ def varied(said):
     return torch.tensor([sum(map(ord, text)) % 7 - 3.0 for text in said.texts])
 
 
-def trainer(folder, *, score_fn=varied, stir=0.0, trunk=True, start=False, width=64, limit=LIMIT, **section):
-    """A trainer in a folder.
+def dialogue_of(limit=LIMIT):
+    """The token contract."""
+    return Dialogue(TOKENIZER, template="plain", max_prompt_tokens=32, max_response_tokens=limit)
 
-    stir: spread of the policy adapter's B at the start. start: that adapter has a frozen copy as its
-    reference. section: fields of the recipe's ``ppo`` section.
-    """
-    options = {"steps": 2, "batch_size": 16, "micro_batch_size": 16, "epochs": 2, "learning_rate": 1e-2,
-               "missing_eos": "ignore", "checkpoint_every": 1000} | section  # fmt: skip
-    ppo = Ppo(**options)
+
+def backbone_of(ppo, *, stir=0.0, start=False, width=64):
+    """A random base with the adapters that a ``ppo`` section needs; all random numbers are seeded."""
     torch.manual_seed(0)
-    dialogue = Dialogue(TOKENIZER, template="plain", max_prompt_tokens=32, max_response_tokens=limit)
     own_value = ppo.has_value and ppo.value == "adapter"
     values = ["value"] if ppo.has_value else []
     backbone = Backbone(
@@ -50,6 +47,19 @@ def trainer(folder, *, score_fn=varied, stir=0.0, trunk=True, start=False, width
             parameter.data.normal_(std=stir)
     if start:
         backbone.copy_adapter("policy", "reference")
+    return backbone
+
+
+def trainer(folder, *, score_fn=varied, stir=0.0, trunk=True, start=False, width=64, limit=LIMIT, **section):
+    """A trainer in a folder.
+
+    stir: spread of the policy adapter's B at the start. start: that adapter has a frozen copy as its
+    reference. section: fields of the recipe's ``ppo`` section.
+    """
+    options = {"steps": 2, "batch_size": 16, "micro_batch_size": 16, "epochs": 2, "learning_rate": 1e-2,
+               "missing_eos": "ignore", "checkpoint_every": 1000} | section  # fmt: skip
+    ppo = Ppo(**options)
+    backbone = backbone_of(ppo, stir=stir, start=start, width=width)
     if not trunk:
         backbone.frozen_layers = 0
     return PpoTrainer(
@@ -57,7 +67,7 @@ def trainer(folder, *, score_fn=varied, stir=0.0, trunk=True, start=False, width
         runtime=Runtime(
             Distributed(), seed=0, max_grad_norm=ppo.max_grad_norm, micro_batch_size=ppo.micro_batch_size
         ),
-        dialogue=dialogue,
+        dialogue=dialogue_of(limit),
         prompts=PROMPTS,
         score_fn=score_fn,
         section=ppo,

@@ -1,0 +1,303 @@
+"""What learns, when, and how it is kept: average, warm-up of the value, ends, checkpoints, saved adapters."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_ppo import PROMPTS, SMALL, backbone_of, dialogue_of, trained, trainer, varied, weights
+
+import policy.fit
+from rlhf.adapters import HEAD
+from rlhf.artifacts import Checkpoints
+from rlhf.errors import UserError
+from rlhf.metrics import read_metrics
+from rlhf.schema import Distributed, Ppo
+from rlhf.stage import StageRun
+
+
+def after_every_step(built):
+    """Train, and return the weights at the start and after every step."""
+    seen, real = [weights(built)], built.learner.follow
+
+    def follow():
+        seen.append(weights(built))
+        real()
+
+    built.learner.follow = follow
+    built.train()
+    return seen
+
+
+def moved(before, after, adapter):
+    """Names of an adapter's tensors that are not bit for bit the same."""
+    return {n for n, t in after.items() if n.startswith(f"{adapter}.") and not torch.equal(t, before[n])}
+
+
+def logs(folder):
+    """Every logged figure but the times."""
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(folder)]
+
+
+# ---- the value first
+
+
+@pytest.mark.parametrize("value", ["adapter", "shared"])
+def test_only_the_value_moves_while_it_warms_up(value, tmp_path):
+    built = trainer(
+        tmp_path, **SMALL | {"steps": 3, "value_warmup": 2, "value": value, "stir": 0.1, "start": True}
+    )
+    seen = after_every_step(built)
+    for step in (0, 1):
+        assert not moved(seen[step], seen[step + 1], "policy")
+        assert f"value.{HEAD}.weight" in moved(seen[step], seen[step + 1], "value")
+    assert len(moved(seen[2], seen[3], "policy")) > 10
+    assert "policy/loss" not in read_metrics(tmp_path)[0]
+    assert [row["policy/learning_rate"] > 0 for row in read_metrics(tmp_path)] == [False, False, True]
+
+
+# ---- the moving average
+
+
+def test_the_average_is_that_of_the_weights_after_every_step(tmp_path):
+    built = trainer(tmp_path, **SMALL | {"steps": 3, "ema_decay": 0.75})
+    seen = after_every_step(built)
+    for name, tensor in built.learner.average.items():
+        expected = seen[0][f"policy.{name}"]
+        for state in seen[1:]:
+            expected = 0.75 * expected + 0.25 * state[f"policy.{name}"]
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-8)
+    names = [n for n in built.learner.average if "lora_B" in n]
+    assert all(not torch.equal(built.learner.average[n], seen[-1][f"policy.{n}"]) for n in names)
+
+
+def test_an_average_changes_nothing_that_is_trained(tmp_path):
+    with_it, without = (trained(tmp_path / str(d), **SMALL, ema_decay=d) for d in (0.9, None))
+    assert all(torch.equal(tensor, without[name]) for name, tensor in with_it.items())
+
+
+def fitted(folder, monkeypatch, **section):
+    """Run the stage's own function around a tiny backbone; returns its figures and the trainer."""
+    options = {"steps": 2, "missing_eos": "ignore", "batch_size": 8, "epochs": 1, "learning_rate": 1e-3}
+    recipe = SimpleNamespace(ppo=Ppo(**options | section), distributed=Distributed(), seed=0)
+    made = []
+
+    class Trainer(policy.fit.PpoTrainer):
+        def __init__(self, **parts):
+            super().__init__(**parts)
+            made.append(self)
+
+    class Score:
+        def __call__(self, said):
+            return varied(said)
+
+        def figures(self, all_sum, device):
+            return {"ppo/score_spread": 0.5}
+
+    backbone = backbone_of(recipe.ppo, width=16)
+    monkeypatch.setattr(policy.fit, "PpoTrainer", Trainer)
+    monkeypatch.setattr(policy.fit, "load_dialogue", lambda recipe: dialogue_of(4))
+    monkeypatch.setattr(policy.fit, "assemble", lambda *parts: backbone)
+    monkeypatch.setattr(policy.fit, "stored_prompts", lambda *parts: PROMPTS)
+    monkeypatch.setattr(policy.fit, "score_function", lambda *parts: Score())
+    results = policy.fit.fit(recipe, StageRun("ppo", folder, None, {}, {}, True, None))
+    return results, made[0]
+
+
+def saved(folder, adapter):
+    tensors = load_file(folder / adapter / "adapter_model.safetensors")
+    return {n: t for n, t in tensors.items() if "lora_B" in n}
+
+
+def test_the_stage_saves_the_average_as_the_policy_and_the_last_weights_beside_it(tmp_path, monkeypatch):
+    results, built = fitted(tmp_path, monkeypatch, ema_decay=0.5)
+    last = weights(built)
+    policy_B, last_B = saved(tmp_path, "policy"), saved(tmp_path, "policy_last")
+    assert set(policy_B) == set(last_B)
+    for name in policy_B:
+        assert torch.equal(policy_B[name], built.learner.average[name])
+        assert torch.equal(last_B[name], last[f"policy.{name}"])
+        assert not torch.equal(policy_B[name], last_B[name])
+    assert results["steps"] == 2
+    assert "ended_early" not in results
+    assert read_metrics(tmp_path)[0]["ppo/score_spread"] == 0.5
+
+
+def test_without_an_average_the_stage_saves_the_last_weights_and_the_value_with_its_offset(
+    tmp_path, monkeypatch
+):
+    _, built = fitted(tmp_path, monkeypatch)
+    assert not (tmp_path / "policy_last").exists()
+    last = weights(built)
+    assert all(torch.equal(t, last[f"policy.{n}"]) for n, t in saved(tmp_path, "policy").items())
+    bias = load_file(tmp_path / "value" / "adapter_model.safetensors")[f"{HEAD}.bias"]
+    offset = built.backbone.offsets["value"]
+    assert abs(offset) > 0.01
+    torch.testing.assert_close(bias, last[f"value.{HEAD}.bias"] + offset)
+
+
+@pytest.mark.parametrize("options", [{"algorithm": "reinforce"}, {"algorithm": "rloo", "samples": 2}])
+def test_without_a_value_none_is_learned_or_saved(options, tmp_path, monkeypatch):
+    _, built = fitted(tmp_path, monkeypatch, **options)
+    assert [group["lr"] for group in built.runtime.optimizer.param_groups] == [pytest.approx(5e-4)]
+    assert not (tmp_path / "value").exists()
+    assert all(t.abs().max() > 0 for t in saved(tmp_path, "policy").values())
+    assert "value/loss" not in read_metrics(tmp_path)[0]
+
+
+# ---- ending early
+
+
+def test_a_limit_on_the_kl_ends_the_stage_and_a_resumed_one_stays_ended(tmp_path, monkeypatch):
+    limited = {"steps": 6, "max_kl": 1e-4, "learning_rate": 1e-2, "checkpoint_every": 1000}
+    results, built = fitted(tmp_path, monkeypatch, **limited)
+    kl = [row["objective/kl"] for row in read_metrics(tmp_path)]
+    assert 1 < len(kl) < 6
+    assert kl[-1] > 1e-4
+    assert all(value <= 1e-4 for value in kl[:-1])
+    assert results["steps"] == len(kl)
+    assert "above max_kl" in results["ended_early"]
+    at_end = weights(built)
+    again, resumed = fitted(tmp_path, monkeypatch, **limited)
+    assert again["ended_early"] == results["ended_early"]
+    assert len(read_metrics(tmp_path)) == len(kl)
+    assert all(torch.equal(t, at_end[n]) for n, t in weights(resumed).items())
+
+
+# ---- going on
+
+EVERYTHING = SMALL | {
+    "steps": 5, "checkpoint_every": 2, "epochs": 2, "minibatches": 2, "kl_control": "adaptive",
+    "kl_horizon": 50, "ptx_batch_size": 2,
+    "score_normalisation": "running", "score_clip": 1.5, "ema_decay": 0.8, "ptx_coef": 0.3,
+    "value_warmup": 3, "schedule": "cosine", "warmup": 2, "entropy_coef": 0.01, "whiten_rewards": True,
+    "stir": 0.1, "start": True,
+}  # fmt: skip
+
+
+def everything(folder, **options):
+    texts = folder.parent / "texts.txt"
+    texts.write_text("a first text\nand a second\nthird\nfourth one\n", encoding="utf-8")
+    return trainer(folder, ptx_texts=[str(texts)], **EVERYTHING | options)
+
+
+def assert_same_end(built, expected, folders):
+    for name, tensor in weights(expected).items():
+        assert torch.equal(weights(built)[name], tensor), name
+    if expected.learner.average is not None:
+        for name, tensor in expected.learner.average.items():
+            assert torch.equal(built.learner.average[name], tensor), name
+    assert built.aim.state() == expected.aim.state()
+    assert built.backbone.offsets == expected.backbone.offsets
+    assert logs(folders[0]) == logs(folders[1])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of everything, and its folder."""
+    folder = tmp_path_factory.mktemp("everything") / "whole"
+    built = everything(folder)
+    built.train()
+    assert built.aim.kl_coef != 0.05
+    return built, folder
+
+
+@pytest.mark.parametrize("options", [{}, {"value": "shared", "value_warmup": 1}])
+def test_an_interrupted_run_with_everything_in_it_goes_on_bit_for_bit(options, tmp_path, whole):
+    if options:
+        whole = everything(tmp_path / "whole", **options), tmp_path / "whole"
+        whole[0].train()
+    calls = []
+
+    def interrupted(said):
+        calls.append(said)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return varied(said)
+
+    parts = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        everything(parts, score_fn=interrupted, **options).train()
+    again = everything(parts, **options)
+    assert again.done == 2
+    again.train()
+    assert_same_end(again, whole[0], (parts, whole[1]))
+
+
+@pytest.mark.parametrize(
+    ("file", "anchor"),
+    [("average.safetensors", None), ("state.json", "reference"), ("state.json", "contract")],
+)
+def test_a_checkpoint_that_lacks_a_part_or_stands_on_another_reference_is_refused(
+    file, anchor, tmp_path, monkeypatch
+):
+    built = trainer(tmp_path, **SMALL, ema_decay=0.5)
+    built.train()
+    folder = built.run.checkpoints.newest()
+    if anchor:
+        state = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(state | {anchor: "0" * 64}))
+    else:
+        (folder / file).unlink()
+    monkeypatch.setattr(Checkpoints, "newest", lambda self: folder)  # past the hashes of the manifest
+    with pytest.raises(UserError, match="has changed" if anchor else "incomplete"):
+        trainer(tmp_path, **SMALL, ema_decay=0.5)
+
+
+# ---- asked to stop
+
+
+@pytest.fixture
+def no_death():
+    """SIGTERM fails the test instead of ending all tests, where the loop does not take it."""
+
+    def caught(number, frame):
+        pytest.fail("SIGTERM was not taken")
+
+    before = signal.signal(signal.SIGTERM, caught)
+    yield caught
+    signal.signal(signal.SIGTERM, before)
+
+
+def asks(at):
+    """A score function in which SIGTERM arrives at one of its calls."""
+    calls = []
+
+    def score(said):
+        calls.append(said)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return varied(said)
+
+    return score
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_sigterm_saves_the_last_whole_step_and_the_same_command_goes_on(
+    step, tmp_path, capsys, no_death, whole
+):
+    parts = tmp_path / "parts"
+    with pytest.raises(SystemExit) as ended:
+        everything(parts, checkpoint_every=1000, score_fn=asks(step + 1)).train()
+    assert ended.value.code == 0
+    words = f"saved after step {step} of 5" if step else "no step was done"
+    assert words in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is no_death
+    again = everything(parts, checkpoint_every=1000)
+    assert again.done == step
+    assert len(read_metrics(parts)) == step
+    again.train()
+    assert_same_end(again, whole[0], (parts, whole[1]))
+
+
+def test_sigterm_during_an_update_is_taken_when_the_step_is_whole(tmp_path, no_death):
+    built = trainer(tmp_path, **SMALL | {"steps": 4})
+    built.score_figures = lambda: os.kill(os.getpid(), signal.SIGTERM) or {}
+    with pytest.raises(SystemExit):
+        built.train()
+    again = trainer(tmp_path, **SMALL | {"steps": 4})
+    assert again.done == 1
+    assert len(read_metrics(tmp_path)) == 1
