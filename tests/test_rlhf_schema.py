@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from pydantic import ValidationError
 
-from rlhf.schema import Recipe, Section
+from rlhf.schema import Ppo, Recipe, Section
 from rlhf.schema.preferences import Pmp, Reward
 
 
@@ -42,7 +42,10 @@ def readings():
     return read, texts
 
 
-BY_PROPERTY = {("lora", "layers"): ("lora", "top_k")}  # read inside the schema, for this property
+BY_PROPERTY = {  # read inside the schema, for these properties
+    ("lora", "layers"): ("lora", "top_k"),
+    ("ppo", "whiten_advantages"): ("ppo", "whitens_advantages"),
+}
 
 
 def test_every_field_is_read_by_the_code():
@@ -123,3 +126,99 @@ def test_numbers_out_of_their_range_are_refused(field, values):
     for value in values:
         with pytest.raises(ValidationError):
             Reward(**{field: value})
+
+
+PPO_CONTRADICTIONS = {
+    "rloo compares the samples of a prompt": {"algorithm": "rloo", "samples": 1},
+    "k1 in the loss has no gradient": {"kl_in": "loss", "kl_estimator": "k1"},
+    "adaptive multiplies kl_coef": {"kl_control": "adaptive", "kl_coef": 0.0},
+    "reinforce has no value: remove value": {"algorithm": "reinforce", "value": "shared"},
+    "reinforce has no value: .* value_warmup": {"algorithm": "reinforce", "value_warmup": 2},
+    "value_warmup 5 leaves the policy none of 5 steps": {"value_warmup": 5, "steps": 5},
+    "warmup 7 leaves nothing of 7 steps": {"warmup": 7, "steps": 7},
+    "does not divide into 3 minibatches": {"minibatches": 3},
+    "does not divide into 5 samples": {"samples": 5},
+}
+
+
+@pytest.mark.parametrize("message", PPO_CONTRADICTIONS)
+def test_options_of_ppo_that_contradict_each_other_are_refused(message):
+    options = PPO_CONTRADICTIONS[message]
+    with pytest.raises(ValidationError, match=message) as caught:
+        Ppo(**options)
+    assert caught.value.error_count() == 1
+    if options.get("algorithm") == "rloo":
+        Ppo(algorithm="rloo", samples=2)
+        Ppo(samples=1)
+        return
+    for changed in options:  # without any one of them the others are fine
+        others = {name: value for name, value in options.items() if name != changed}
+        mended = {"kl_estimator": "k2", "steps": 100}.get(changed)
+        Ppo(**others if mended is None else others | {changed: mended})
+
+
+def test_the_weight_of_plain_texts_and_the_texts_come_together():
+    for options in ({"ptx_coef": 1.0}, {"ptx_texts": ["a.txt"]}):
+        with pytest.raises(ValidationError, match="give both or neither"):
+            Ppo(**options)
+    assert Ppo(ptx_coef=1.0, ptx_texts="a.txt").ptx_texts == ["a.txt"]
+    assert Ppo(reward_model="a").reward_model == ["a"]
+    assert Ppo(reward_model=None).reward_model == []
+
+
+@pytest.mark.parametrize(
+    ("options", "whitens", "has_value"),
+    [
+        ({}, True, True),
+        ({"algorithm": "reinforce"}, True, False),
+        ({"algorithm": "rloo", "samples": 2}, False, False),
+        ({"algorithm": "rloo", "samples": 2, "whiten_advantages": True}, True, False),
+        ({"whiten_advantages": False}, False, True),
+    ],
+)
+def test_what_is_left_open_follows_the_algorithm(options, whitens, has_value):
+    section = Ppo(**options)
+    assert (section.whitens_advantages, section.has_value) == (whitens, has_value)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("steps", (0, 1.5)),
+        ("temperature", (0.0, -1.0, float("inf"))),
+        ("trunk_gigabytes", (-1.0,)),
+        ("score_clip", (0.0, -1.0)),
+        ("missing_eos", ("drop",)),
+        ("missing_eos_penalty", (-1.0, float("nan"))),
+        ("length_penalty", (-0.1,)),
+        ("length_target", (-1,)),
+        ("score_timeout_minutes", (0.0, float("inf"))),
+        ("kl_coef", (-0.1, float("nan"))),
+        ("kl_target", (0.0,)),
+        ("kl_horizon", (0,)),
+        ("kl_estimator", ("k4",)),
+        ("stop_kl", (0.0,)),
+        ("max_kl", (0.0,)),
+        ("gamma", (-0.1, 1.1)),
+        ("lam", (-0.1, 1.1)),
+        ("clip", (0.0, -0.2)),
+        ("dual_clip", (1.0, 0.5, float("inf"))),
+        ("loss_level", ("response",)),
+        ("entropy_coef", (-0.1,)),
+        ("value_clip", (0.0,)),
+        ("value_coef", (-0.1,)),
+        ("value_warmup", (-1,)),
+        ("ptx_batch_size", (0,)),
+        ("ptx_max_tokens", (0,)),
+        ("epochs", (0,)),
+        ("learning_rate", (0.0, float("nan"))),
+        ("warmup", (-1,)),
+        ("max_grad_norm", (0.0,)),
+        ("ema_decay", (-0.1, 1.0, 1.5)),
+        ("max_bad_updates", (0,)),
+    ],
+)
+def test_numbers_of_ppo_out_of_their_range_are_refused(field, values):
+    for value in values:
+        with pytest.raises(ValidationError, match=field):
+            Ppo(**{field: value})
