@@ -99,14 +99,14 @@ def alone(number, rows=ROWS):
 # ---- one reward model
 
 
-def test_one_reward_model_scores_bit_for_bit_as_its_adapter(world, capsys):
+def test_one_reward_model_scores_as_its_adapter(world, capsys):
     for how in ("mean", "minimum", "pessimistic"):
         backbone, score = built(world, f"ppo.reward_model={member(1)}", f"ppo.ensemble={how}")
         part = said(backbone)
         assert part.hidden_BTD is not None
         with torch.no_grad():
             expected = backbone("reward", part.ids_BT, part.mask_BT, part.hidden_BTD)
-            assert torch.equal(score(part), expected)
+            torch.testing.assert_close(score(part), expected, rtol=0, atol=1e-5)  # folded in, so to rounding
     torch.testing.assert_close(expected, alone(1), rtol=0, atol=1e-4)
     assert float(expected.std()) > 0.1
     assert list(backbone.heads) == ["value", "reward"]
