@@ -7,9 +7,10 @@ Details of RLHF with PPO", arXiv 2403.17031) is followed where the recipe does n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from rlhf.artifacts import read_json, step_of, write_atomically
 from rlhf.backbone import Backbone
 from rlhf.comparisons import Prompt
 from rlhf.dialogue import Dialogue
-from rlhf.errors import UserError
+from rlhf.errors import UserError, lost_process, without
 from rlhf.metrics import Metrics
 from rlhf.runtime import Runtime
 from rlhf.schema import Ppo
@@ -73,7 +74,7 @@ class PpoTrainer:
         self.score_figures = score_figures
         self.ended_early: str | None = None
         checkpoint = run.checkpoints.newest()
-        self.done = step_of(checkpoint)
+        self.done = self.saved = step_of(checkpoint)
         self._anchors = {"reference": backbone.reference_hash(), "contract": dialogue.fingerprint()}
         self.aim = Aim(section, runtime)
         self.bad = BadUpdates(run.folder, runtime, section.max_bad_updates)
@@ -102,7 +103,7 @@ class PpoTrainer:
             active=self.run.is_main,
         )
         stop = StopRequest()
-        with stop.listening():
+        with stop.listening(), self._naming_a_lost_process(), contextlib.closing(metrics):
             for step in range(self.done, section.steps if self.ended_early is None else self.done):
                 began = time.monotonic()
                 rollout = self._collect(step)
@@ -131,7 +132,17 @@ class PpoTrainer:
                 if last:
                     break
                 self._leave_if(stop)
-        metrics.close()
+
+    @contextlib.contextmanager
+    def _naming_a_lost_process(self) -> Iterator[None]:
+        """Say in one line that another process is gone, and where the run goes on."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = lost_process(error)
+            if reason is None:
+                raise
+            raise without(reason, "ppo", f"after step {self.saved}") from error
 
     def _collect(self, step: int) -> Rollout:
         """Sample a batch and score it, then check that it is what it should be."""
@@ -178,14 +189,12 @@ class PpoTrainer:
         """Save and end where any process was asked to; the weights are those after the last whole step."""
         if not self.runtime.any_process(stop.asked):
             return
-        if self.done and step_of(self.run.checkpoints.newest()) != self.done:
+        if self.saved != self.done:
             self._checkpoint()
         if self.run.is_main:
-            print(
-                f"ppo: asked to stop (SIGTERM); saved after step {self.done} of {self.section.steps}, "
-                "the same command goes on from there",
-                flush=True,
-            )
+            saved = f"saved after step {self.done} of {self.section.steps}"
+            kept = saved if self.done else "no step was done"
+            print(f"ppo: asked to stop (SIGTERM); {kept}, the same command goes on from there", flush=True)
         raise SystemExit(0)
 
     # ---------------------------------------------------------------- checkpoints
@@ -210,6 +219,7 @@ class PpoTrainer:
                 write_atomically(folder / "state.json", json.dumps(state))
             self.run.note_clock()
         self.runtime.barrier()
+        self.saved = self.done
 
     def _restore(self, checkpoint: Path) -> None:
         """Put back everything but the adapters, which were read before the optimiser was made.

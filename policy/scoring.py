@@ -12,7 +12,7 @@ from torch import Tensor
 
 from policy.invariants import check_scores
 from policy.rollout import Responses, ScoreFn
-from rlhf.errors import USER_ERROR_STATUS, UserError
+from rlhf.errors import USER_ERROR_STATUS, UserError, lost_process
 
 
 class GuardedScore:
@@ -42,11 +42,18 @@ class GuardedScore:
             except UserError:
                 raise
             except Exception as error:
+                if lost_process(error) is not None:  # a sharded model scores on all processes together
+                    raise
                 reason = (str(error).splitlines() or [""])[0]
                 raise UserError(
                     f"ppo: the score function failed on {len(said.texts)} responses "
                     f"({type(error).__name__}: {reason}); mend it and run again, the run goes on where it was"
                 ) from error
+        if not isinstance(scores_B, Tensor):
+            raise UserError(
+                f"ppo: the score function returned a {type(scores_B).__name__}, not a tensor with one finite "
+                "number a response; mend it and run again, the run goes on where it was"
+            )
         scores_B = scores_B.to(said.ids_BT.device)
         check_scores(scores_B, len(said.texts))
         return scores_B

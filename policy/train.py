@@ -12,6 +12,9 @@ from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe import Recipe, check_batch_sizes, from_command_line
 from rlhf.stage import open_stage, processes
 
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
+"""Files of a model folder in which a change makes other token ids of the same text."""
+
 
 def start_files(recipe: Recipe) -> list[str]:
     """The weights that the policy starts from, none for a fresh adapter.
@@ -27,12 +30,17 @@ def start_files(recipe: Recipe) -> list[str]:
     return [str(file)]
 
 
+def tokenizer_files(recipe: Recipe) -> list[str]:
+    """What text becomes token ids by; none for a model that is not in a local folder."""
+    return [str(file) for name in TOKENIZER if (file := Path(recipe.model.path) / name).is_file()]
+
+
 def main() -> None:
     """The `ppo` target."""
     recipe = from_command_line()
     check_batch_sizes(recipe, processes())
     parents = ("comparisons",) if recipe.ppo.reward_model else ("comparisons", "reward")
-    inputs = [*recipe.ppo.ptx_texts, *start_files(recipe)]
+    inputs = [*recipe.ppo.ptx_texts, *start_files(recipe), *tokenizer_files(recipe)]
     run = open_stage(recipe, "ppo", section="ppo", parents=parents, inputs=inputs)
     if run is None:
         return

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import sys
 from collections.abc import Callable
 
 USER_ERROR_STATUS = 2  # exit status of every mistake that the user can mend
 _FULL_DISK = ("No space left", "StorageFull", "os error 28", "file write failed")  # safetensors, torch
+
+_LOST_PROCESS = (  # gloo, NCCL, torch's store
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "pair closure",
+    "connection refused",
+    "remote process exit",
+    "socket timeout",
+    "timed out",
+    "wait timeout",
+)
 
 
 class UserError(Exception):
@@ -24,10 +38,38 @@ def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, Exception) and any(sign in str(error) for sign in _FULL_DISK)
 
 
+def lost_process(error: BaseException) -> str | None:
+    """What a collective call says when another process of the run ended or hangs; None for other errors."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
+        return None
+    text = " ".join(str(error).split())
+    # gloo raises a plain RuntimeError with its source file; no torch here, so the class goes by its name
+    if "/gloo/" not in text and "DistError" not in {kind.__name__ for kind in type(error).__mro__}:
+        return None
+    if not any(sign in text.lower() for sign in _LOST_PROCESS):
+        return None
+    return re.sub(r"^\[[^]]*\] ?", "", text).partition(". ")[0][:120]
+
+
+def without(reason: str, stage: str = "", goes_on: str = "from its last checkpoint") -> UserError:
+    """The error of a process that cannot go on without another one.
+
+    Args:
+        reason: of :func:`lost_process`.
+        stage: where it was.
+        goes_on: where the same command will go on.
+    """
+    return UserError(
+        f"{stage + ': ' if stage else ''}another process of this run ended or hangs ({reason}); look at its "
+        f"last lines, then run the same command again: it goes on {goes_on}"
+    )
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a stage's ``main``; a :class:`UserError` becomes one line on stderr and exit status 2.
 
-    A full disk is reported in the same way, because it is the commonest fault that is nobody's bug.
+    A full disk and the loss of another process are reported in the same way: the commonest faults that are
+    nobody's bug.
     """
     try:
         main()
@@ -35,6 +77,10 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_STATUS)
     except Exception as error:
+        lost = lost_process(error)
+        if lost is not None:
+            print(f"error: {without(lost)}", file=sys.stderr, flush=True)
+            sys.exit(USER_ERROR_STATUS)
         if not is_full_disk(error):
             raise
         file = getattr(error, "filename", None)

@@ -64,6 +64,8 @@ class Metrics:
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **clean}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint of this step: it would not be written again
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         text = " ".join(f"{name.rpartition('/')[2]} {values[name]:{form}}"

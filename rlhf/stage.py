@@ -98,8 +98,7 @@ class StageRun:
             "git_commit": _git_commit(),
         }
         artifacts.write_manifest(self.folder, extra, _WORKING)
-        for name in ("checkpoints", "parts"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        _drop_work(self.folder)
 
 
 def peak_bytes() -> float:
@@ -190,11 +189,17 @@ def open_stage(
         manifest = artifacts.read_json(folder / MANIFEST)
         _refuse_changes(manifest["fingerprint"], fingerprint, folder, finished=True)
         if is_main:
+            _drop_work(folder)  # a kill may have come between the manifest and this
             print(f"{stage}: done already ({folder})", flush=True)
         return None
     if is_main:
         _start_or_resume(folder, fingerprint, recipe)
     return StageRun(stage, folder, recipe, fingerprint, found, is_main, lock)
+
+
+def _drop_work(folder: Path) -> None:
+    for name in ("checkpoints", "parts"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _start_or_resume(folder: Path, fingerprint: dict[str, Any], recipe: Recipe) -> None:

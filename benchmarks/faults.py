@@ -1,0 +1,167 @@
+"""Kill the PPO stage at random moments, start it again until it ends, and compare with a run left alone.
+
+``python -m benchmarks.faults --kills 100`` makes a tiny model, its comparisons and its reward model in a
+scratch folder, runs PPO once uninterrupted, and then again and again under kills. Everything that a finished
+run leaves must be the same, bit for bit. The kills go to the phases of :data:`benchmarks.victims.PHASES` in
+turn; where within a phase is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import random
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.victims import (
+    BETWEEN,
+    BRIEF,
+    LAST,
+    PHASES,
+    STATEFUL,
+    STEPS,
+    Plan,
+    Start,
+    beginning,
+    outcome,
+    prepare,
+)
+from rlhf.artifacts import write_atomically
+
+
+def usual(alone: Start) -> dict[str, tuple[float, float]]:
+    """Visits a step and seconds a visit of every phase, in a run left alone."""
+    seconds = collections.defaultdict(list)
+    for name, duration in alone.visits():
+        seconds[name].append(duration)
+    return {name: (len(s) / STEPS, sum(s) / len(s)) for name, s in seconds.items()}
+
+
+def draw(phase: str, known: Mapping[str, tuple[float, float]], rng: random.Random) -> Plan:
+    """A moment in a phase, in one of the first two steps after a start."""
+    visits, seconds = known[phase]
+    within = 1 if phase in LAST else max(1, round(visits * rng.choice((1.0, 1.0, 2.0))))
+    delay = rng.choice((0.0, float("inf"))) if phase in BRIEF else rng.uniform(0, seconds)
+    return Plan(phase, rng.randrange(within), delay)
+
+
+@dataclasses.dataclass
+class Report:
+    """What a campaign saw."""
+
+    kills: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """By what the process was doing."""
+    runs: int = 0
+    starts: int = 0
+    faults: list[str] = dataclasses.field(default_factory=list)
+    """What was not as it should be."""
+
+    @property
+    def killed(self) -> int:
+        """All kills."""
+        return sum(self.kills.values())
+
+
+def torment(folder: Path, wanted: Mapping[str, Any], phases: Iterator[str], known: Mapping[str, Any],
+            rng: random.Random, report: Report, kills: int) -> None:  # fmt: skip
+    """Kill one run up to so many times, let it end, and compare it with what is wanted."""
+    report.runs += 1
+    every = rng.choice((1, 2))  # the distance of checkpoints does not change the result
+    overrides = (*STATEFUL, f"ppo.checkpoint_every={every}")
+    for number in range(kills + 1):
+        done = (folder / f"runs/tiny/ppo/checkpoints/step-{STEPS:07d}").is_dir()
+        phase = rng.choice(LAST) if done else next(phases)
+        plan = draw(phase, known, rng) if number < kills else None
+        start = Start(folder, overrides, plan)
+        report.starts += 1
+        status = start.wait()
+        if status == -signal.SIGKILL:
+            report.kills[start.died_in()] += 1
+            continue
+        if status != 0:
+            report.faults.append(f"run {report.runs}, {plan}: status {status}: {start.said()[-500:]}")
+            return
+        break
+    found = outcome(folder)
+    report.faults += [f"run {report.runs}: {key} differ" for key in wanted if found[key] != wanted[key]]
+
+
+def campaign(source: Path, scratch: Path, kills: int, seed: int) -> Report:
+    """Kill runs until there have been so many kills.
+
+    Args:
+        source: a folder that :func:`prepare` made, or one with the same stages.
+        scratch: where the runs go.
+        kills: how many at least.
+        seed: of the moments.
+    """
+    rng, report = random.Random(f"faults, seed {seed}"), Report()
+    whole = beginning(source, scratch / "whole")
+    alone = Start(whole)
+    if alone.wait() != 0:
+        raise RuntimeError(alone.said()[-2000:])
+    wanted, known = outcome(whole), usual(alone)
+
+    early = [phase for phase in PHASES if phase not in LAST]
+
+    def in_turn() -> Iterator[str]:
+        while True:
+            yield from rng.sample(early, len(early))
+
+    phases = in_turn()
+    while report.killed < kills and not report.faults:
+        folder = beginning(source, scratch / f"run-{report.runs}")
+        torment(folder, wanted, phases, known, rng, report, kills - report.killed)
+    return report
+
+
+def table(report: Report) -> str:
+    """The report in Markdown."""
+    rows = [
+        f"| {phase}: {what} | {report.kills[phase]} |"
+        for phase, what in (
+            *PHASES.items(),
+            (BETWEEN, "everything else"),
+        )
+    ]
+    wrong = "none" if not report.faults else "; ".join(report.faults)
+    return "\n".join(
+        [
+            f"{report.killed} kills in {report.starts} starts of {report.runs} runs. Differences: {wrong}.",
+            "",
+            "| what the process was doing when it was killed | kills |",
+            "|---|---|",
+            *rows,
+        ]
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=100, help="how many at least (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    parser.add_argument("--write", type=Path, help="a page with two `<!-- kills -->` marks around the place")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        prepare(Path(scratch) / "source")
+        report = campaign(Path(scratch) / "source", Path(scratch), arguments.kills, arguments.seed)
+    shown = table(report)
+    print(shown)
+    if arguments.write:
+        mark = "<!-- kills -->"
+        before, _, after = arguments.write.read_text(encoding="utf-8").split(mark)
+        command = f"python -m benchmarks.faults --kills {arguments.kills} --seed {arguments.seed}"
+        text = f"{before}{mark}\n`{command}`: {shown}\n{mark}{after}"
+        write_atomically(arguments.write, text)
+    sys.exit(1 if report.faults else 0)
+
+
+if __name__ == "__main__":
+    main()
