@@ -31,6 +31,7 @@ CONTRACT = ("seed", "model", "lora", "dialogue", "data")  # what all stages shar
 _CHANGEABLE = {  # may change between two starts of an unfinished stage, because the result stays the same
     "ppo.micro_batch_size",
     "ppo.checkpoint_every",
+    "ppo.score_timeout_minutes",
     "reward.checkpoint_every",
     "pmp.checkpoint_every",
 }
