@@ -76,8 +76,7 @@ def torment(folder: Path, wanted: Mapping[str, Any], phases: Iterator[str], know
     overrides = (*STATEFUL, f"ppo.checkpoint_every={every}")
     for number in range(kills + 1):
         done = (folder / f"runs/tiny/ppo/checkpoints/step-{STEPS:07d}").is_dir()
-        phase = rng.choice(LAST) if done else next(phases)
-        plan = draw(phase, known, rng) if number < kills else None
+        plan = draw(rng.choice(LAST) if done else next(phases), known, rng) if number < kills else None
         start = Start(folder, overrides, plan)
         report.starts += 1
         status = start.wait()

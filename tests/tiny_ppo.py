@@ -42,6 +42,7 @@ def backbone_of(ppo, *, stir=0.0, start=False, width=64):
         shared=None if own_value or not values else {"value": "policy"},
     )
     backbone.zero_heads()
+    torch.manual_seed(1)  # the same stir whatever other adapters there are
     for name, parameter in backbone.parameters_of("policy").items():
         if "lora_B" in name:
             parameter.data.normal_(std=stir)
