@@ -165,6 +165,7 @@ def test_several_processes_settle_the_locks_before_deepspeed_is_used(kernels, mo
         raise Reached
 
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")  # set by what is tested; so it is put back
     monkeypatch.setattr(runtime, "DeepSpeedPlugin", deepspeed)
     monkeypatch.setattr(runtime, "PartialState", deepspeed)
     monkeypatch.setattr(runtime.torch, "set_num_threads", lambda _: None)
