@@ -23,7 +23,7 @@ from reward.objectives import Signals, objective
 from reward.packed import forward_packed, response_log_probs
 from reward.trunk import Trunk
 from rlhf.artifacts import Checkpoints
-from rlhf.merged import Folder
+from rlhf.merged import Folding
 from rlhf.metrics import Metrics
 from rlhf.recipe import Recipe
 from rlhf.runtime import backward_part, deepspeed_config, join_cpu_processes, most_of_all
@@ -124,7 +124,7 @@ class PreferenceTrainer(RewardTrainer):
         )
         self.remove_callback(PrinterCallback)
         trained: Any = self.model
-        self._folder = Folder(trained)
+        self._folding = Folding(trained)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # encoded by reward.batches, in the one template of all stages
@@ -142,7 +142,7 @@ class PreferenceTrainer(RewardTrainer):
         parts = micro_batches(examples, self._budget, share=self._share)
         number = most_of_all(len(parts), self.args.device)
         total = torch.zeros((), device=self.args.device)
-        with self._folder.folded(_ADAPTER):
+        with self._folding.folded(_ADAPTER):
             for index in range(number):
                 # a process that is done goes on with weight 0: ZeRO-3's forward passes are collective
                 part, weight = (parts[index], 1.0) if index < len(parts) else (parts[0], 0.0)

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from rlhf.adapters import HEAD, lora_config, read_adapter, write_adapter
 from rlhf.errors import UserError
-from rlhf.merged import Folder
+from rlhf.merged import Folding
 from rlhf.schema import Lora
 from rlhf.sequences import last_true_index, positions_from_mask
 from rlhf.vocabulary import chosen_log_probs
@@ -92,7 +92,7 @@ class Backbone(nn.Module):
         self.shared = dict(shared or {})
         self.frozen_layers = 0 if lora.top_k is None else layers - lora.top_k
         self._layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
-        self._folder = Folder(self.model)
+        self._folding = Folding(self.model)
         self._active: str | None = None
         self.activate(REFERENCE)
         self.eval()
@@ -143,7 +143,7 @@ class Backbone(nn.Module):
         It changes how fast the role runs, not what it says (to rounding); other roles run as ever.
         """
         adapter = self.adapter_of(role)
-        with contextlib.nullcontext() if adapter is None else self._folder.folded(adapter):
+        with contextlib.nullcontext() if adapter is None else self._folding.folded(adapter):
             yield
 
     def parameters_of(self, adapter: str) -> dict[str, nn.Parameter]:

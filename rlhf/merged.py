@@ -51,7 +51,7 @@ class _Folded(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None
 
 
-class Folder:
+class Folding:
     """Folds adapters of a module into buffers that all adapters share, one adapter at a time.
 
     Args:

@@ -7,7 +7,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from rlhf.base import load_base
-from rlhf.merged import Folder, _Folded
+from rlhf.merged import Folding, _Folded
 from rlhf.schema import Model
 from rlhf.tiny import write_tiny_model
 
@@ -86,7 +86,7 @@ def model():
 def test_outputs_and_gradients_are_pefts(model, shape):
     x = inputs(*shape)
     out, grad_x, grads = run(model, x)
-    with Folder(model).folded("policy"):
+    with Folding(model).folded("policy"):
         assert [is_folded(layer) for layer in lora_layers(model)] == [True] * 3
         folded_out, folded_x, folded_grads = run(model, x)
     assert float((folded_out - out).abs().max()) < 1e-6
@@ -120,7 +120,7 @@ def test_only_what_learns_gets_a_gradient(model):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_A" in name and ".policy." in name)
     expected = run(model, x)[2]
-    with Folder(model).folded("policy"):
+    with Folding(model).folded("policy"):
         found = run(model, x)[2]
         model.requires_grad_(False)
         assert not model(x).requires_grad
@@ -139,7 +139,7 @@ def test_gradients_add_up_over_passes_as_ever(model):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     expected = in_parts()
-    with Folder(model).folded("policy"):
+    with Folding(model).folded("policy"):
         found = in_parts()
     assert all(relative(found[name], expected[name]) < 1e-5 for name in expected)
 
@@ -155,7 +155,7 @@ def test_other_adapters_and_the_reference_run_as_ever(model):
         reference = model(x)
     model.set_adapter("policy")
     policy = model(x)
-    with Folder(model).folded("policy"):
+    with Folding(model).folded("policy"):
         model.set_adapter("value")
         out, grad_x, grads = run(model, x)
         assert torch.equal(out, value[0])
@@ -174,34 +174,34 @@ def test_two_adapters_at_once_are_left_to_peft(model):
     x = inputs(5, 10)
     model.base_model.set_adapter(list(NAMES))
     both = model(x)
-    with Folder(model).folded("policy"):
+    with Folding(model).folded("policy"):
         assert torch.equal(model(x), both)
 
 
 def test_the_adapters_share_their_buffers_one_after_the_other(model):
-    x, folder = inputs(5, 10), Folder(model)
+    x, folding = inputs(5, 10), Folding(model)
     for name in (*NAMES, *NAMES):
         model.set_adapter(name)
         expected = model(x)
-        with folder.folded(name):
+        with folding.folded(name):
             assert float((model(x) - expected).detach().abs().max()) < 1e-6
-    buffers = {id(buffer) for buffer in folder._buffers.values()}
-    with folder.folded("policy"):
-        assert {id(buffer) for buffer in folder._buffers.values()} == buffers
+    buffers = {id(buffer) for buffer in folding._buffers.values()}
+    with folding.folded("policy"):
+        assert {id(buffer) for buffer in folding._buffers.values()} == buffers
     assert len(buffers) == 3
-    folder.release()
-    assert not folder._buffers
-    with folder.folded("value"):
+    folding.release()
+    assert not folding._buffers
+    with folding.folded("value"):
         assert float((model(x) - expected).detach().abs().max()) < 1e-6
 
 
 def test_a_second_adapter_inside_raises_and_the_same_does_nothing(model):
-    folder = Folder(model)
-    with folder.folded("policy"):
+    folding = Folding(model)
+    with folding.folded("policy"):
         refused = pytest.raises(RuntimeError, match="`policy` is folded in: leave it before folding `value`")
-        with refused, folder.folded("value"):
+        with refused, folding.folded("value"):
             pytest.fail("entered")
-        with folder.folded("policy"):
+        with folding.folded("policy"):
             pass
         assert all(map(is_folded, lora_layers(model)))  # leaving the inner one has not unfolded
     assert not any(map(is_folded, lora_layers(model)))
@@ -212,10 +212,10 @@ def test_a_second_adapter_inside_raises_and_the_same_does_nothing(model):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_leaving_restores_the_class_s_forward(model, fails):
-    x, folder = inputs(5, 10), Folder(model)
+    x, folding = inputs(5, 10), Folding(model)
     before = model(x)
     try:
-        with folder.folded("policy"):
+        with folding.folded("policy"):
             assert all(map(is_folded, lora_layers(model)))
             if fails:
                 raise KeyError("a mistake of the caller")
@@ -225,13 +225,13 @@ def test_leaving_restores_the_class_s_forward(model, fails):
         assert not is_folded(layer)
         assert layer.forward.__func__ is LINEAR
     assert torch.equal(model(x), before)
-    with folder.folded("value"):  # and another adapter may come in
+    with folding.folded("value"):  # and another adapter may come in
         pass
 
 
 def test_a_failure_half_way_in_leaves_nothing_folded(model, monkeypatch):
-    folder = Folder(model)
-    fold, seen = folder._fold, []
+    folding = Folding(model)
+    fold, seen = folding._fold, []
 
     def second_fails(layer, adapter):
         seen.append(layer)
@@ -239,28 +239,28 @@ def test_a_failure_half_way_in_leaves_nothing_folded(model, monkeypatch):
             raise MemoryError
         fold(layer, adapter)
 
-    monkeypatch.setattr(folder, "_fold", second_fails)
-    with pytest.raises(MemoryError), folder.folded("policy"):
+    monkeypatch.setattr(folding, "_fold", second_fails)
+    with pytest.raises(MemoryError), folding.folded("policy"):
         pytest.fail("entered")
     assert not any(map(is_folded, lora_layers(model)))
     monkeypatch.undo()
-    with folder.folded("value"):
+    with folding.folded("value"):
         assert all(map(is_folded, lora_layers(model)))
 
 
 def test_nothing_drifts(model):
-    x, folder = inputs(5, 10), Folder(model)
+    x, folding = inputs(5, 10), Folding(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora" not in name}
     names = set(model.state_dict())
     for step in range(50):
         stir(model, step)
-        with folder.folded(NAMES[step % 2]):
+        with folding.folded(NAMES[step % 2]):
             model(x).sum().backward()
             assert set(model.state_dict()) == names
     assert len(before) == 7
     assert all(torch.equal(model.get_parameter(name), weight) for name, weight in before.items())
     expected = model(x)
-    with folder.folded("policy"):
+    with folding.folded("policy"):
         assert float((model(x) - expected).detach().abs().max()) < 1e-6
 
 
@@ -268,12 +268,12 @@ def test_nothing_drifts(model):
 
 
 def test_weights_changed_between_two_contexts_are_picked_up(model):
-    x, folder = inputs(5, 10), Folder(model)
+    x, folding = inputs(5, 10), Folding(model)
     outs = []
     for seed in (5, 6):
         stir(model, seed)
         expected = model(x)
-        with folder.folded("policy"):
+        with folding.folded("policy"):
             outs.append(model(x))
         assert float((outs[-1] - expected).detach().abs().max()) < 1e-6
     assert float((outs[0] - outs[1]).detach().abs().max()) > 0.1
@@ -281,8 +281,8 @@ def test_weights_changed_between_two_contexts_are_picked_up(model):
 
 @pytest.mark.parametrize("change", ["in place", "behind autograd's back", "another adapter"])
 def test_a_backward_pass_with_other_weights_than_the_forward_pass_raises(model, change):
-    x, folder = inputs(5, 10).requires_grad_(True), Folder(model)
-    with folder.folded("policy"):
+    x, folding = inputs(5, 10).requires_grad_(True), Folding(model)
+    with folding.folded("policy"):
         late = model(x).sum()
     if change == "in place":
         stir(model, 7)
@@ -290,7 +290,7 @@ def test_a_backward_pass_with_other_weights_than_the_forward_pass_raises(model, 
         for layer in lora_layers(model):
             layer.lora_A["policy"].weight.data.mul_(2)
     refused = pytest.raises(RuntimeError, match="modified by an inplace operation")
-    with folder.folded("value" if change == "another adapter" else "policy"), refused:
+    with folding.folded("value" if change == "another adapter" else "policy"), refused:
         late.backward()
     assert x.grad is None
 
@@ -300,7 +300,7 @@ def test_a_backward_pass_after_leaving_is_right_while_nothing_changed(model):
     model(x).square().sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    with Folder(model).folded("policy"):
+    with Folding(model).folded("policy"):
         loss = model(x).square().sum()
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -315,7 +315,7 @@ def test_other_precision_is_left_to_peft(dtype):
     model = adapted(Chain(dtype))
     x = inputs(5, 10).to(dtype)
     before = model(x)
-    with Folder(model).folded("policy"):
+    with Folding(model).folded("policy"):
         assert not any(map(is_folded, lora_layers(model)))
         assert torch.equal(model(x), before)
 
@@ -326,12 +326,12 @@ def test_quantised_layers_are_left_to_peft(tmp_path, quantization):
     base = load_base(Model(path=str(tmp_path), quantization=quantization))
     model = adapted(base, ("q_proj", "down_proj"), task_type="CAUSAL_LM")
     ids = torch.arange(10, 20)[None]
-    folder = Folder(model)
+    folding = Folding(model)
     before = model(input_ids=ids).logits
-    with folder.folded("policy"):
+    with folding.folded("policy"):
         assert torch.equal(model(input_ids=ids).logits, before)
         assert not any("forward" in vars(module) for module in model.modules())
-    assert not folder._buffers
+    assert not folding._buffers
     with model.disable_adapter():
         assert float((model(input_ids=ids).logits - before).detach().abs().max()) > 1e-3
 
@@ -341,7 +341,7 @@ def test_adapters_that_are_no_plain_update_are_left_to_peft(options):
     model = adapted(**options).eval()
     x = inputs(5, 10)
     before = model(x)
-    with Folder(model).folded("policy"):
+    with Folding(model).folded("policy"):
         assert torch.equal(model(x), before)
         assert [is_folded(layer) for layer in lora_layers(model)] == [False] * 3
 
@@ -350,7 +350,7 @@ def test_merged_layers_are_left_to_peft(model):
     x = inputs(5, 10)
     model.merge_adapter(["policy"])
     before = model(x)
-    with Folder(model).folded("policy"):
+    with Folding(model).folded("policy"):
         assert torch.equal(model(x), before)
         assert not any(map(is_folded, lora_layers(model)))
 
@@ -363,6 +363,6 @@ def test_a_layer_without_the_adapter_stays_as_it_is():
     x = inputs(5, 10)
     model.set_adapter("value")
     expected = model(x)
-    with Folder(model).folded("value"):
+    with Folding(model).folded("value"):
         assert [is_folded(layer) for layer in lora_layers(model)] == [False, True]
         assert float((model(x) - expected).detach().abs().max()) < 1e-6
