@@ -58,7 +58,7 @@ def main() -> None:
     )
     if run is None:
         return
-    from policy.distill_fit import fit
+    from policy.distillation.fit import fit
 
     run.finish(fit(recipe, section, run))
 

@@ -26,7 +26,7 @@ def main() -> None:
     run = open_stage(recipe, "sft", section="sft", parents=parents, inputs=inputs)
     if run is None:
         return
-    from policy.sft_fit import fit
+    from policy.fine_tuning.fit import fit
 
     run.finish(fit(recipe, section, run))
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from policy.tax_table import score_settings
+from policy.alignment_tax.table import score_settings
 from rlhf.arms import SETTINGS, arm_names, arm_stages, base_of, check_others, model_files
 from rlhf.artifacts import read_json
 from rlhf.errors import UserError, exit_on_user_error
@@ -134,7 +134,7 @@ def main() -> None:
             + (f"; not there: {', '.join(absent)}" if absent else ""),
             flush=True,
         )
-        from policy.tax_work import measure
+        from policy.alignment_tax.work import measure
 
         run.finish(measure(recipe, section, run, items))
     elif section.score and read_json(folder / "tax.json")["evaluate"] != score_settings(recipe):

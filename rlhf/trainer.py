@@ -1,7 +1,7 @@
 """What makes a stage of a Hugging Face trainer: arguments, a log, checkpoints that survive ``kill -9``.
 
 The trainers themselves are trl's, subclassed where the stages are: ``reward/trainer.py`` and
-``policy/sft_trainer.py``.
+``policy/fine_tuning/trainer.py``.
 """
 
 from __future__ import annotations

@@ -1,18 +1,42 @@
-"""A tiny policy and encoded demonstrations for the tests of fine-tuning, without any stage."""
+"""A tiny policy, encoded demonstrations and the beginning of a run for the tests of fine-tuning."""
 
+import os
 import random
 
 import torch
+from conftest import ROOT, stage
 from datasets import Dataset
 from preference_cases import tiny as tiny_recipe_and_dialogue
 
-from policy.sft_fit import fresh, learn
-from policy.sft_losses import vocabulary_head
-from policy.sft_trainer import ADAPTER, SftTrainer, training_arguments
+from policy.fine_tuning.fit import fresh, learn
+from policy.fine_tuning.losses import vocabulary_head
+from policy.fine_tuning.trainer import ADAPTER, SftTrainer, training_arguments
 from rlhf.packing import Row
 from rlhf.stage import StageRun
 
 VOCABULARY = 259
+FAST = (
+    f"data.comparisons={ROOT}/recipes/tiny/comparisons.jsonl",
+    "sft.learning_rate=5e-3",
+    "sft.batch_size=8",
+    "sft.checkpoint_every=1",
+)
+"""Overrides of the tiny recipe with which the stage takes a moment."""
+
+
+def begun(folder):
+    """A folder with the tiny model and the comparisons that the stage reads."""
+    from rlhf import collect, prepare
+
+    before = os.getcwd()
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    try:
+        for main in (prepare.main, collect.main):
+            stage(main, *FAST)
+    finally:
+        os.chdir(before)
+    return folder
 
 
 def tiny(*overrides):

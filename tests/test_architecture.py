@@ -35,6 +35,8 @@ LIGHT = (
     *(f"rlhf/{name}.py" for name in ("chats", "quick", "starts")),
     *(f"reward/{name}.py" for name in ("calibrate", "card", "card_page")),
     "policy/texts.py",
+    *(f"rlhf/evaluate/{name}.py" for name in ("humaneval", "outcome")),  # nor before generated code runs
+    *(file for file in FILES if file.startswith("rlhf/evaluate/sandbox")),
     *(file for file in FILES if file.startswith("rlhf/sources/")),
     *(f"{script.replace('.', '/')}.py" for script in SCRIPTS),
 )
@@ -95,8 +97,7 @@ def loaded_with(file):
         if current in seen:
             continue
         seen.add(current)
-        parent = f"{Path(current).parts[0]}/__init__.py"
-        todo.append(parent)
+        todo += [f"{folder.as_posix()}/__init__.py" for folder in Path(current).parents[:-1]]
         for module in first_imports(current):
             own = file_of(module)
             if own:
@@ -132,7 +133,7 @@ def test_the_reward_model_knows_nothing_of_the_policy():
 
 def taxing():
     """The files that put the tax table together."""
-    return {file for file in inside("policy") if file.startswith("policy/tax")}
+    return {"policy/tax.py", *inside("policy/alignment_tax")}
 
 
 def test_reward_and_policy_meet_where_stages_are_put_together_only():
@@ -144,7 +145,8 @@ def test_the_trainings_and_their_formulas_do_not_reach_the_reward_model_by_any_w
     assembling = {"policy.assemble", "policy.fit", "policy.evaluate", "policy.train"}
     loop = inside("policy") - {f"{module.replace('.', '/')}.py" for module in assembling} - taxing()
     assert {"policy/ppo.py", "policy/rollout.py", "policy/loss.py", "policy/compare.py"} <= loop
-    assert {"policy/sft.py", "policy/sft_fit.py", "policy/distill.py", "policy/distill_fit.py"} <= loop
+    assert {"policy/sft.py", "policy/distill.py"} <= loop
+    assert {"policy/fine_tuning/fit.py", "policy/distillation/fit.py"} <= loop
     assembling |= {file.removesuffix(".py").replace("/", ".") for file in taxing()}
     assert not any(all_imports(file) & assembling for file in loop)
 
@@ -188,6 +190,12 @@ def test_the_type_checker_sees_all_of_them():
     assert settings["tool"]["mypy"]["packages"] == [*PACKAGES, *BESIDE]
 
 
+def test_every_package_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {Path(file).parent.as_posix().replace("/", ".") for file in FILES}
+    assert set(settings["tool"]["setuptools"]["packages"]) == folders
+
+
 @pytest.mark.parametrize("file", LIGHT)
 def test_a_mistake_is_told_before_torch_is_loaded(file):
     assert loaded_with(file) & HEAVY == set()
@@ -207,7 +215,7 @@ def test_each_library_is_known_to_few():
     assert importers("accelerate") == {"rlhf/runtime.py"}
     assert importers("deepspeed") == {"rlhf/runtime.py"}
     assert importers("deepspeed", first_imports) == set()  # it takes seconds, and one process needs none
-    assert importers("trl") == {"reward/trainer.py", "policy/sft_trainer.py"}
+    assert importers("trl") == {"reward/trainer.py", "policy/fine_tuning/trainer.py"}
     assert importers("lm_eval") == {"rlhf/evaluate/harness.py"}
     assert importers("lm_eval", first_imports) == set()  # it takes seconds, and few stages ask for it
 
@@ -216,6 +224,12 @@ def test_only_the_base_loader_knows_how_a_base_is_quantised():
     assert importers("bitsandbytes") <= {"rlhf/base.py", "rlhf/optimizer.py"}  # which has its 8-bit AdamW
     named = {f for f in FILES if "BitsAndBytesConfig" in {m.rpartition(".")[2] for m in all_imports(f)}}
     assert named == {"rlhf/base.py"}
+
+
+def test_the_rooms_of_the_policy_are_opened_by_their_stage_only():
+    for room, stage in (("alignment_tax", "tax"), ("distillation", "distill"), ("fine_tuning", "sft")):
+        outside = importers(f"policy.{room}") - inside(f"policy/{room}")
+        assert outside == {f"policy/{stage}.py"}, room
 
 
 def test_no_file_is_too_long_to_be_read_in_one_go():

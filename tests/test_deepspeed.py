@@ -1,22 +1,21 @@
-"""Two processes under the real DeepSpeed launcher do what one process does, whatever ZeRO shards.
+"""Two processes do what one process does, whatever ZeRO shards.
 
-CPU processes over gloo. Every launch but the reward stage's is killed after its first checkpoint and started
-again, so each curve that is compared holds a resume. Equal means: within 5e-6, where float32 sums in another
-order were seen to differ by up to 1e-6; the gradient clip is low enough to be at work in most updates.
+CPU processes over gloo; one start of either stage goes through the real launcher. Every run of PPO is killed
+after its first checkpoint and started again, so each curve that is compared holds a resume. Equal means:
+within 5e-6, where float32 sums in another order were seen to differ by up to 1e-6; the gradient clip is low
+enough to be at work in most updates.
 """
 
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import PROMPTS, ROOT, TINY, stage
+import ranks
+from conftest import ROOT, stage
+from ranks import finish
 from safetensors.torch import load_file
 
 from rlhf.artifacts import MANIFEST
@@ -43,62 +42,12 @@ def copy_of(road, to, *stages):
     return to
 
 
-def launch(folder, module, *overrides):
-    """Start two processes as the Makefile does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tools = Path(sys.executable).parent
-    env = {
-        **os.environ,
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command = [str(tools / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), "--module", module]
-    with (folder / "log").open("a") as log:
-        return subprocess.Popen(
-            [*command, str(TINY), *PROMPTS, *overrides],
-            cwd=folder,
-            env=env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def kill(process):
-    """SIGKILL to the launcher and everything that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def finish(folder, module, *overrides):
-    """Launch and wait; what the processes said."""
-    process = launch(folder, module, *overrides)
-    try:
-        status = process.wait(240)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        status = "timeout"
-    said = (folder / "log").read_text()
-    assert status == 0, said[-4000:]
-    return said
-
-
-def interrupt(folder, module, *overrides):
-    """Launch, and kill everything as soon as there is a checkpoint."""
-    process = launch(folder, module, *overrides)
+def interrupt(folder, *overrides):
+    """PPO on two processes, killed after its first checkpoint."""
     done = folder / "runs" / "tiny" / "ppo"
-    deadline = time.monotonic() + 240
-    while process.poll() is None and not list(done.glob("checkpoints/step-*")):
-        assert time.monotonic() < deadline, "no checkpoint"
-        time.sleep(0.02)
-    assert process.poll() is None, (folder / "log").read_text()[-4000:]
-    kill(process)
-    assert not (done / MANIFEST).exists(), "the kill came too late"
+    ranks.interrupt(
+        folder, "policy.train", lambda: list(done.glob("checkpoints/step-*")), done / MANIFEST, *overrides
+    )
 
 
 def curve(folder, name):
@@ -149,7 +98,7 @@ def alone(road, tmp_path_factory):
 def stopped(road, tmp_path_factory):
     """PPO on two processes with ZeRO 2, killed after its first checkpoint."""
     folder = copy_of(road, tmp_path_factory.mktemp("stopped") / "run", "comparisons", "reward")
-    interrupt(folder, "policy.train", *PPO, "distributed.zero_stage=2")
+    interrupt(folder, *PPO, "distributed.zero_stage=2")
     (folder / "log").unlink()
     return folder
 
@@ -161,7 +110,7 @@ def test_the_clip_is_at_work(alone):
 @pytest.mark.parametrize("zero", [0, 3])
 def test_two_processes_and_a_kill_learn_what_one_process_learns(zero, road, alone, tmp_path):
     here = copy_of(road, tmp_path / "here", "comparisons", "reward")
-    interrupt(here, "policy.train", *PPO, f"distributed.zero_stage={zero}")
+    interrupt(here, *PPO, f"distributed.zero_stage={zero}")
     said = finish(here, "policy.train", *PPO, f"distributed.zero_stage={zero}")
     assert "ppo: going on after step" in said
     assert_close(here, alone, "ppo", "policy", "value")
@@ -171,7 +120,8 @@ def test_two_processes_and_a_kill_learn_what_one_process_learns(zero, road, alon
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_run_of_zero_2_goes_on_with_any_zero_stage(zero, stopped, alone, tmp_path):
     here = Path(shutil.copytree(stopped, tmp_path / "here"))
-    said = finish(here, "policy.train", *PPO, f"distributed.zero_stage={zero}")
+    start = ranks.Launched if zero == 3 else ranks.Forked
+    said = finish(here, "policy.train", *PPO, f"distributed.zero_stage={zero}", start=start)
     assert "ppo: going on after step" in said
     assert_close(here, alone, "ppo", "policy", "value")
     results = json.loads((here / "runs" / "tiny" / "ppo" / MANIFEST).read_text())["results"]
@@ -221,7 +171,8 @@ def test_two_processes_train_the_reward_model_of_one(zero, single, road, tmp_pat
     )
     assert min(row["reward/grad_norm"] for row in curve(alone, "reward")) > 0.3
     here = copy_of(road, tmp_path / "here", "comparisons")
-    finish(here, "reward.train", *REWARD, f"distributed.zero_stage={zero}")
+    start = ranks.Launched if zero == 2 else ranks.Forked
+    finish(here, "reward.train", *REWARD, f"distributed.zero_stage={zero}", start=start)
     assert_close(here, alone, "reward", "model")
     figures = [json.loads((f / "runs/tiny/reward" / MANIFEST).read_text())["results"] for f in (here, alone)]
     for name in ("held_out_accuracy", "train_accuracy", "probe_accuracy"):

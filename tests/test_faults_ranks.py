@@ -7,11 +7,11 @@ rollout, and the clock of a test starts there.
 
 import os
 import signal
-import socket
 import time
 
 import pytest
 import torch
+from ranks import free_port
 
 from benchmarks.victims import Plan, Start, beginning
 from rlhf.errors import exit_on_user_error, lost_process
@@ -22,11 +22,8 @@ SHORT = ("ppo.steps=3", "ppo.checkpoint_every=1", f"distributed.timeout_minutes=
 
 
 def launch(folder, overrides, plans):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}  # fmt: skip
+              "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}  # fmt: skip
     starts = [
         Start(folder, overrides, plans.get(rank), rank=rank,
               environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from policy.distil_loss import Coarse, Words, coarse, coarse_kl, distil_kl, full_kl, measure, teach
+from policy.distillation.loss import Coarse, Words, coarse, coarse_kl, distil_kl, full_kl, measure, teach
 
 V, K, D, N = 40, 6, 12, 30
 

@@ -10,9 +10,9 @@ import pytest
 from conftest import stage, tiny_recipe
 from tiny_distill import overrides, passage, results, run, write_lab
 
-from policy.distill_data import Frame, _place, content_hash, draw, question, questions, split, texts
-from policy.distill_report import Measured, figures, lines
-from policy.distill_train import batch_rows
+from policy.distillation.data import Frame, _place, content_hash, draw, question, questions, split, texts
+from policy.distillation.report import Measured, figures, lines
+from policy.distillation.train import batch_rows
 from rlhf import collect
 from rlhf.comparisons import Comparison, Counts, Message
 from rlhf.context import Context
@@ -95,7 +95,7 @@ def test_the_runs_own_comparisons_are_the_default(lab):
         run(**options)
     stage(collect.main, *overrides(**options))
     folder = run(**options)
-    assert results(folder)["counts"]["questions"]["sequences"] == 20
+    assert results(folder)["counts"]["questions"]["sequences"] == 12
     own = Path("runs/tiny/comparisons/train.jsonl").read_text().splitlines()
     assert results(folder)["counts"]["questions"]["counts"]["read"] == len(own)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_distill import results, run, steps, write_lab
 
-from policy.distill_train import DistillTrainer
+from policy.distillation.train import DistillTrainer
 from rlhf.schema import Distill
 from rlhf.tiny import write_tiny_model
 
@@ -30,14 +30,14 @@ LENGTH = {"rates", "saves"}  # of the training
 TABLE = {  # field: (its other value, what it changes)
     "texts": ("others.jsonl", CHOSEN),
     "questions": ("more.jsonl", CHOSEN),
-    "text_share": (0.25, CHOSEN),
-    "sequences": (24, CHOSEN | {"shards"} | LENGTH),
+    "text_share": (0.75, CHOSEN | LENGTH),
+    "sequences": (14, CHOSEN | {"shards"} | LENGTH),
     "max_tokens": (36, CHOSEN),
     "held_out": (0.7, {"rows"} | LEARNED | LENGTH),
     "teacher": ("models/wise", SAID),
     "teacher_file": ("words", {"files"}),
     "top_k": (5, SAID),
-    "shard_sequences": (20, {"shards"}),
+    "shard_sequences": (12, {"shards"}),
     "method": ("full", {"weights", "files", "trunk"}),
     "start": ("runs/first/distill/policy", LEARNED),
     "epochs": (3, LENGTH),

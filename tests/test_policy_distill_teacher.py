@@ -9,9 +9,9 @@ import torch
 from tiny_distill import PROMPT, dialogue_of, passage
 from transformers import MistralConfig, MistralForCausalLM
 
-from policy.distill_data import content_hash
-from policy.prompted import PromptedModel, check_head, cut, shard_records
-from policy.teacher import TeacherFile, record_type
+from policy.distillation.data import content_hash
+from policy.distillation.prompted import PromptedModel, check_head, cut, shard_records
+from policy.distillation.teacher import TeacherFile, record_type
 from rlhf.context import Context
 from rlhf.errors import UserError
 from rlhf.tiny import tiny_model, tiny_tokenizer

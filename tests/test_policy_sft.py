@@ -9,9 +9,9 @@ from sft_cases import awake, batch_of, cases, opened, plain_nll, taught, tiny, t
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from policy.sft_fit import fresh, judged
-from policy.sft_losses import check_packing, losses, vocabulary_head
-from policy.sft_trainer import ADAPTER
+from policy.fine_tuning.fit import fresh, judged
+from policy.fine_tuning.losses import check_packing, losses, vocabulary_head
+from policy.fine_tuning.trainer import ADAPTER
 from rlhf.backbone import Backbone
 from rlhf.base import load_base
 from rlhf.errors import UserError
@@ -99,7 +99,9 @@ def test_parts_without_weight_change_neither_gradients_nor_figures(tmp_path, mon
     backbone = awake(tmp_path, tiny()[0])
     found = []
     for more in (0, 3):
-        monkeypatch.setattr("policy.sft_trainer.most_of_all", lambda number, device, more=more: number + more)
+        monkeypatch.setattr(
+            "policy.fine_tuning.trainer.most_of_all", lambda number, device, more=more: number + more
+        )
         trainer = trainer_of(tmp_path, backbone, MIXED, "sft.tokens_per_micro_batch=120")
         total = trainer.training_step(backbone.model, batch_of(MIXED))
         found.append((float(total), dict(trainer._seen), gradients(backbone)))

@@ -1,9 +1,10 @@
-"""Two processes under the DeepSpeed launcher fine-tune what one process does, whatever ZeRO shards."""
+"""Two processes fine-tune what one process does, whatever ZeRO shards."""
 
 import json
 
 import pytest
-from test_deepspeed import alone_in, assert_close, copy_of, curve, finish
+from ranks import finish
+from test_deepspeed import alone_in, assert_close, copy_of, curve
 
 from rlhf.artifacts import MANIFEST
 

@@ -143,28 +143,50 @@ def test_the_base_would_not_be_zero_nats_away(copy):
     assert abs(summary["kl"]["mean"]) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["distill", "reward", "ppo", "evaluate"])
-def test_a_stage_is_refused_when_what_it_started_from_was_made_anew(copy, name):
-    from policy import distill, evaluate, sft, train
+@pytest.fixture(scope="module")
+def remade(assistant, tmp_path_factory):
+    """A copy of that folder in which the distillation was run anew, with another recipe."""
+    from policy import distill
+
+    here, before = tmp_path_factory.mktemp("remade") / "here", os.getcwd()
+    shutil.copytree(assistant[0], here, symlinks=True)
+    shutil.rmtree(here / "runs/tiny-assistant/distill")
+    os.chdir(here)
+    try:
+        stage(distill.main, "distill.epochs=3")
+    finally:
+        os.chdir(before)
+    return here
+
+
+@pytest.mark.parametrize("name", ["reward", "ppo", "evaluate"])
+def test_a_finished_stage_is_refused_when_its_start_was_made_anew(remade, monkeypatch, name):
+    from policy import evaluate, train
     from reward import train as reward_train
 
-    stages = {"distill": distill.main, "reward": reward_train.main, "ppo": train.main}
-    mains = {**stages, "evaluate": evaluate.main}
-    start = "sft" if name == "distill" else "distill"
-    shutil.rmtree(copy / "runs/tiny-assistant" / start)
-    stage(sft.main if start == "sft" else distill.main, f"{start}.epochs=3")
-    with pytest.raises(UserError, match=f"the {start} stage was run anew"):
-        stage(mains[name], f"{start}.epochs=3")
+    monkeypatch.chdir(remade)
+    mains = {"reward": reward_train.main, "ppo": train.main, "evaluate": evaluate.main}
+    with pytest.raises(UserError, match="the distill stage was run anew"):
+        stage(mains[name], "distill.epochs=3")
 
 
-def test_an_evaluation_does_not_take_a_remade_start_for_the_reference(copy):
-    from policy import distill, evaluate
+def test_an_evaluation_does_not_take_a_remade_start_for_the_reference(remade, tmp_path, monkeypatch):
+    from policy import evaluate
 
-    for name in ("distill", "evaluate"):
-        shutil.rmtree(copy / "runs/tiny-assistant" / name)
-    stage(distill.main, "distill.epochs=3")
+    here = shutil.copytree(remade, tmp_path / "here", symlinks=True)
+    shutil.rmtree(here / "runs/tiny-assistant/evaluate")
+    monkeypatch.chdir(here)
     with pytest.raises(UserError, match=r"was trained from another start \(the distill stage was run anew\)"):
         stage(evaluate.main, "distill.epochs=3")
+
+
+def test_a_distillation_is_refused_when_the_fine_tuning_was_made_anew(copy):
+    from policy import distill, sft
+
+    shutil.rmtree(copy / "runs/tiny-assistant/sft")
+    stage(sft.main, "sft.epochs=1")
+    with pytest.raises(UserError, match="the sft stage was run anew"):
+        stage(distill.main, "sft.epochs=1")
 
 
 def test_a_missing_start_is_named_with_its_target(copy):

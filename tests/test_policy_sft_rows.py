@@ -2,7 +2,7 @@
 
 import pytest
 
-from policy.sft_rows import answers, encode
+from policy.fine_tuning.rows import answers, encode
 from rlhf.chats import Demonstration
 from rlhf.comparisons import Message
 from rlhf.dialogue import Dialogue, PromptTooLongError

@@ -1,37 +1,34 @@
-"""The sft stage through its main: what it reads, leaves and refuses, and that a kill costs nothing."""
+"""The sft stage through its main: what it reads, what it leaves, and what it refuses."""
 
-import contextlib
 import gc
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
 from conftest import stage
-from test_bad_input import made
+from sft_cases import FAST, begun
 
 from policy import sft
-from rlhf.artifacts import sha256_of
 from rlhf.errors import exit_on_user_error
 
-FAST = ("sft.learning_rate=5e-3", "sft.batch_size=8", "sft.checkpoint_every=1")
 CHATS = [
     {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"n{n}"}]}
     for n in range(24)
 ]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["policy.sft_fit", "trl", "tensorboard", "conftest"])
+
+
+@pytest.fixture(scope="module")
+def beginning(tmp_path_factory):
+    """A folder with the tiny model and the comparisons of a run."""
+    return begun(tmp_path_factory.mktemp("beginning"))
 
 
 @pytest.fixture
-def lab(road, inside):
-    """A folder with the tiny model and its comparisons."""
-    shutil.copytree(road / "models", inside / "models")
-    shutil.copytree(road / "runs" / "tiny" / "comparisons", inside / "runs" / "tiny" / "comparisons")
+def lab(beginning, inside):
+    """A copy of that folder, to work in."""
+    for name in ("models", "runs"):
+        shutil.copytree(beginning / name, inside / name)
     return inside
 
 
@@ -81,7 +78,9 @@ def test_the_best_responses_of_the_run_are_learned_and_measured_on_held_out_ones
     said = capsys.readouterr().out
     assert f"sft: {counts['train']} demonstrations to learn, {counts['held_out']} held out" in said
     assert f"-> {after['mean']:.3f} [" in said
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= made("sft")
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= {
+        file.name for file in Path("runs/tiny/sft/policy").iterdir()
+    }
     stage(sft.main, *FAST, "sft.epochs=4")
     assert "sft: done already" in capsys.readouterr().out
 
@@ -155,59 +154,3 @@ def test_another_recipe_is_refused_with_what_changed(lab, capsys):
     stage(sft.main, *FAST)
     line = refused(capsys, *FAST, "sft.loss_on=all")
     assert "sft.loss_on: 'response' -> 'all'" in line
-
-
-# --- an interruption -------------------------------------------------------------------------------------
-
-
-def work(folder, log):
-    """What a process of its own does: the stage in one folder, like the command line."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(folder)
-    import torch
-
-    torch.set_num_threads(1)
-    exit_on_user_error(lambda: stage(sft.main, *FAST, "sft.epochs=2"))
-
-
-def start(folder):
-    process = SERVER.Process(target=work, args=(str(folder), str(folder / "log")))
-    process.start()
-    return process
-
-
-def left(folder):
-    """Everything of a finished stage that must not depend on interruptions."""
-    done = folder / "runs/tiny/sft"
-    lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
-    files = {p.name: sha256_of(p) for p in sorted((done / "policy").iterdir())}
-    return lines, files, json.loads((done / "manifest.json").read_text())["results"]
-
-
-def test_a_stage_that_was_killed_twice_ends_bit_for_bit_as_if_it_had_not_been(lab):
-    alone = lab / "alone"
-    for name in ("models", "runs"):
-        shutil.copytree(lab / name, alone / name)
-    whole = start(alone)
-    whole.join(120)
-    assert whole.exitcode == 0, (alone / "log").read_text()
-    steps = len(left(alone)[0])
-    kills = 0
-    for goal in (2, steps - 2):
-        process, wanted = start(lab), lab / f"runs/tiny/sft/checkpoints/step-{goal:07d}"
-        while process.is_alive() and not wanted.exists():
-            time.sleep(0.0005)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        kills += process.exitcode == -signal.SIGKILL
-        assert not Path("runs/tiny/sft/manifest.json").exists()
-    last = start(lab)
-    last.join(120)
-    assert last.exitcode == 0, (lab / "log").read_text()
-    assert kills == 2
-    assert (lab / "log").read_text().count("sft: going on after step") == 2
-    assert left(lab) == left(alone)
-    assert not Path("runs/tiny/sft/checkpoints").exists()

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import statistics
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from tiny_tax import HHH, PROMPT, SHORT, TASKS, TEXTS, again, items, responses, 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from policy import tax, tax_work
+from policy import tax
+from policy.alignment_tax import work as tax_work
 from reward.model import TextRewardModel
 from rlhf import arms
 from rlhf.comparisons import Message
@@ -257,13 +259,24 @@ def test_a_changed_prompt_is_refused_where_there_is_work_to_lose(here, monkeypat
         stage(tax.main, *options)
 
 
-def test_the_judge_is_loaded_when_the_arms_are_gone(here, monkeypatch, no_picture):
-    order = []
+def test_one_model_is_in_memory_at_a_time_and_the_judge_comes_last(here, monkeypatch, no_picture):
+    alive, order = [], []
     load, judge = tax_work.load_arm, tax_work.Toxic.judge
-    monkeypatch.setattr(tax_work, "load_arm", lambda *a, **k: order.append("arm") or load(*a, **k))
-    monkeypatch.setattr(tax_work.Toxic, "judge", lambda self: order.append("judge") or judge(self))
-    again("tax.arms=[base,sft]", tasks=["toxicity"])
-    assert order == ["arm", "arm", "judge"]
+
+    def loading(arm, recipe, same):
+        order.append((arm.name, [ref() for ref in alive if ref() is not None]))
+        loaded = load(arm, recipe, same=same)
+        alive.append(weakref.ref(loaded.model))
+        return loaded
+
+    def judging(self):
+        order.append(("judge", [ref() for ref in alive if ref() is not None]))
+        return judge(self)
+
+    monkeypatch.setattr(tax_work, "load_arm", loading)
+    monkeypatch.setattr(tax_work.Toxic, "judge", judging)
+    again("tax.arms=[base,sft]", tasks=["lm_loss", "toxicity"])
+    assert order == [("base", []), ("sft", []), ("judge", [])]
 
 
 def test_a_prompt_needs_no_second_loading(here, monkeypatch, no_picture):

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from policy.tax_figures import (
+from policy.alignment_tax.figures import (
     arm_figures,
     common,
     difference,
@@ -17,9 +17,9 @@ from policy.tax_figures import (
     verdict,
     verdicts,
 )
-from policy.tax_page import as_markdown
-from policy.tax_parts import Parts
-from policy.tax_plot import draw
+from policy.alignment_tax.page import as_markdown
+from policy.alignment_tax.parts import Parts
+from policy.alignment_tax.plot import draw
 from rlhf.evaluate.outcome import Outcome
 
 Z = statistics.NormalDist().inv_cdf(0.975)

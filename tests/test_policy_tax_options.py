@@ -9,7 +9,8 @@ import tiny_tax
 from conftest import stage
 from tiny_tax import SHORT, TASKS, TEXTS, again, items, lines, responses, table, task_of
 
-from policy import tax, tax_work
+from policy import tax
+from policy.alignment_tax import work as tax_work
 from reward.model import TextRewardModel
 from rlhf.comparisons import Message
 from rlhf.errors import UserError

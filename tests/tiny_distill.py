@@ -7,7 +7,7 @@ import numpy as np
 from conftest import stage
 
 from policy import distill
-from policy.distill_data import Passage
+from policy.distillation.data import Passage
 from rlhf.artifacts import MANIFEST
 from rlhf.dialogue import Dialogue
 from rlhf.metrics import read_metrics
@@ -47,12 +47,12 @@ SMALL = {
     "dialogue.template": "chat",
     "distill.texts": "texts.jsonl",
     "distill.questions": "questions.jsonl",
-    "distill.sequences": 40,
+    "distill.sequences": 24,
     "distill.max_tokens": 40,
     "distill.held_out": 0.25,
     "distill.top_k": 20,
     "distill.shard_sequences": 8,
-    "distill.batch_size": 8,
+    "distill.batch_size": 6,
     "distill.epochs": 2,
     "distill.learning_rate": 1e-2,
     "distill.full_kl_sequences": 4,

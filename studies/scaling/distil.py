@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from policy.distil_loss import Coarse, Words, chunk_of, distil_kl, full_kl, measure, teach
-from policy.distill_data import TEXTS, Passage
-from policy.distill_report import Measured, figures
-from policy.prompted import PromptedModel, cut
+from policy.distillation.data import TEXTS, Passage
+from policy.distillation.loss import Coarse, Words, chunk_of, distil_kl, full_kl, measure, teach
+from policy.distillation.prompted import PromptedModel, cut
+from policy.distillation.report import Measured, figures
 from policy.schedule import learning_rate_factor
 from rlhf.backbone import REFERENCE, Backbone
 from rlhf.sequences import positions_from_mask, right_pad
@@ -106,7 +106,7 @@ def distil(
     *,
     continued: bool,
 ) -> dict[str, Any]:
-    """Distil a context into the adapter; returns the figures of ``policy.distill_report`` on held-out texts.
+    """Distil a context into the adapter; returns its figures on held-out texts.
 
     The teacher is the rung itself under the context, the student the rung with the adapter, without it
     (Askell 2021; Bai 2022, A.1, but for the size of the data and generic text only).

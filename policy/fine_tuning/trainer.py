@@ -16,7 +16,7 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from policy.sft_losses import log_probs
+from policy.fine_tuning.losses import log_probs
 from rlhf.artifacts import Checkpoints
 from rlhf.merged import Folding
 from rlhf.metrics import Metrics

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from policy.distill_data import Passage, content_hash
-from policy.prompted import PromptedModel, check_head, shard_records
-from policy.student import Student
-from policy.teacher import TeacherFile
+from policy.distillation.data import Passage, content_hash
+from policy.distillation.prompted import PromptedModel, check_head, shard_records
+from policy.distillation.student import Student
+from policy.distillation.teacher import TeacherFile
 from rlhf.artifacts import hash_of, sha256_of
 from rlhf.base import best_device, load_base
 from rlhf.context import Context, window_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from policy.tax_figures import LEVEL, intervals, verdicts
+from policy.alignment_tax.figures import LEVEL, intervals, verdicts
 from rlhf.markdown import number, plain, table
 
 _DIRECTION = {True: "higher", False: "lower"}

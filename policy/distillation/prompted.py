@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from policy.distil_loss import chunk_of, teach
-from policy.distill_data import Passage
-from policy.teacher import TeacherFile
+from policy.distillation.data import Passage
+from policy.distillation.loss import chunk_of, teach
+from policy.distillation.teacher import TeacherFile
 from rlhf.errors import UserError
 from rlhf.sequences import positions_from_mask, right_pad
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from policy.tax_figures import item_rows, verdicts
-from policy.tax_judged import HeldOutScore, Toxic, hhh_by_reward_model
-from policy.tax_page import as_markdown
-from policy.tax_parts import Parts
-from policy.tax_plot import draw
-from policy.tax_table import Outcomes, table_of
+from policy.alignment_tax.figures import item_rows, verdicts
+from policy.alignment_tax.judged import HeldOutScore, Toxic, hhh_by_reward_model
+from policy.alignment_tax.page import as_markdown
+from policy.alignment_tax.parts import Parts
+from policy.alignment_tax.plot import draw
+from policy.alignment_tax.table import Outcomes, table_of
 from rlhf.arms import Arm, LoadedArm, arm_hash, arms_of, load_arm
 from rlhf.artifacts import write_atomically, write_json
 from rlhf.errors import UserError

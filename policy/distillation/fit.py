@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from policy.distill_data import Frame, passages
-from policy.distill_report import Measured, figures, lines
-from policy.distill_train import DistillTrainer, measured
-from policy.student import Student, trunk_of, width
-from policy.teacher import TeacherFile
-from policy.teaching import Teaching, key_of, speak
+from policy.distillation.data import Frame, passages
+from policy.distillation.report import Measured, figures, lines
+from policy.distillation.student import Student, trunk_of, width
+from policy.distillation.teacher import TeacherFile
+from policy.distillation.teaching import Teaching, key_of, speak
+from policy.distillation.train import DistillTrainer, measured
 from rlhf.artifacts import full_disk_as_os_error, read_json, write_json
 from rlhf.context import Context, window_of
 from rlhf.dialogue import load_dialogue

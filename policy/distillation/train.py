@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from policy.distil_loss import chunk_of, distil_kl, full_kl, measure
-from policy.distill_data import Passage
-from policy.distill_report import Measured
-from policy.prompted import PromptedModel, cut
+from policy.distillation.data import Passage
+from policy.distillation.loss import chunk_of, distil_kl, full_kl, measure
+from policy.distillation.prompted import PromptedModel, cut
+from policy.distillation.report import Measured
+from policy.distillation.student import Student, Trunk, collate, width
+from policy.distillation.teacher import TeacherFile
 from policy.schedule import learning_rate_factor
-from policy.student import Student, Trunk, collate, width
-from policy.teacher import TeacherFile
 from rlhf.artifacts import read_json, step_of, write_atomically
 from rlhf.errors import UserError
 from rlhf.metrics import Metrics

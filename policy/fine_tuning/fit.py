@@ -12,9 +12,9 @@ import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor
 
-from policy.sft_losses import check_packing, gives_states, losses, vocabulary_head
-from policy.sft_rows import encode
-from policy.sft_trainer import ADAPTER, SftTrainer, training_arguments
+from policy.fine_tuning.losses import check_packing, gives_states, losses, vocabulary_head
+from policy.fine_tuning.rows import encode
+from policy.fine_tuning.trainer import ADAPTER, SftTrainer, training_arguments
 from rlhf.artifacts import read_json, step_of, write_json
 from rlhf.backbone import Backbone
 from rlhf.base import best_device, load_base

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from policy.distil_loss import Coarse, Words
-from policy.distill_data import Passage
-from policy.prompted import check_head, cut
-from policy.teacher import TeacherFile
+from policy.distillation.data import Passage
+from policy.distillation.loss import Coarse, Words
+from policy.distillation.prompted import check_head, cut
+from policy.distillation.teacher import TeacherFile
 from rlhf.artifacts import write_atomically
 from rlhf.backbone import REFERENCE, Backbone, layers_of
 from rlhf.base import load_base

@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
-from policy.tax_figures import task_figures
+from policy.alignment_tax.figures import task_figures
 from rlhf.arms import Arm, arm_hash, tokenizer_hash
 from rlhf.evaluate.outcome import Outcome
 from rlhf.recipe import Recipe

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning on demonstrations, through trl's trainer."""
