@@ -22,7 +22,8 @@ ARGS = $(RECIPE) $(SET) $(if $(filter-out 0,$(QUICK)),quick=true)
 LAUNCHER = $(VENV)/bin/deepspeed $(if $(HOSTFILE),--hostfile $(HOSTFILE),--num_gpus $(PROCS)) --module
 # one process needs no launcher; PATH lets the launcher find this environment's tools
 ALONE := $(if $(HOSTFILE),,$(filter 1,$(PROCS)))
-RUN = PATH="$(abspath $(VENV))/bin:$$PATH" $(if $(ALONE),$(PY) -m,$(LAUNCHER))
+TOOLS = PATH="$(abspath $(VENV))/bin:$$PATH"
+RUN = $(TOOLS) $(if $(ALONE),$(PY) -m,$(LAUNCHER))
 export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
@@ -95,7 +96,7 @@ check: setup ## lint, formatting and types
 
 # Two files at a time, one thread each: most tests wait for one core, and figures do not depend on the load.
 test: setup ## all tests
-	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
+	@$(TOOLS) OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 smoke: setup ## both roads on a tiny random model, in scratch folders
 	@rm -rf runs/smoke runs/smoke-assistant

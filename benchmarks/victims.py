@@ -38,6 +38,7 @@ MODULES = {
     "model": "rlhf.prepare",
     "comparisons": "rlhf.collect",
     "reward": "reward.train",
+    "sft": "policy.sft",
     "ppo": "policy.train",
 }
 STEPS = 6
@@ -45,6 +46,7 @@ STEPS = 6
 STATEFUL = (
     f"ppo.steps={STEPS}",
     "ppo.checkpoint_every=1",
+    "ppo.epochs=1",  # a checkpoint falls between steps: a second pass only takes time
     "ppo.kl_control=adaptive",
     "ppo.kl_horizon=100",
     "ppo.score_normalisation=running",
@@ -71,7 +73,9 @@ FULL_DISK = 0  # in the place of a signal: the call says that no space is left
 BRIEF = ("optimiser", "log", "sync", "rename", "remove", "tidy")  # over before a timer could hit them
 BETWEEN = "between"
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["policy.fit", "tensorboard"])
+_SERVER.set_forkserver_preload(
+    ["policy.fit", "policy.fine_tuning.fit", "reward.fit", "rlhf.lab", "trl", "deepspeed", "tensorboard"]
+)
 
 
 class Plan(NamedTuple):
@@ -242,6 +246,15 @@ class Start:
             self.process.join()
             return None
         return self.process.exitcode
+
+    def kill_when(self, due: Callable[[], object]) -> bool:
+        """SIGKILL as soon as ``due()`` holds; whether that was before the end."""
+        while self.process.is_alive() and not due():
+            time.sleep(0.0005)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid or 0, signal.SIGKILL)
+        self.process.join()
+        return self.process.exitcode == -signal.SIGKILL
 
     def said(self) -> str:
         """What it printed."""

@@ -45,9 +45,7 @@ def copy_of(road, to, *stages):
 def interrupt(folder, *overrides):
     """PPO on two processes, killed after its first checkpoint."""
     done = folder / "runs" / "tiny" / "ppo"
-    ranks.interrupt(
-        folder, "policy.train", lambda: list(done.glob("checkpoints/step-*")), done / MANIFEST, *overrides
-    )
+    ranks.interrupt(folder, "ppo", lambda: list(done.glob("checkpoints/step-*")), done / MANIFEST, *overrides)
 
 
 def curve(folder, name):
@@ -99,7 +97,6 @@ def stopped(road, tmp_path_factory):
     """PPO on two processes with ZeRO 2, killed after its first checkpoint."""
     folder = copy_of(road, tmp_path_factory.mktemp("stopped") / "run", "comparisons", "reward")
     interrupt(folder, *PPO, "distributed.zero_stage=2")
-    (folder / "log").unlink()
     return folder
 
 
@@ -111,7 +108,7 @@ def test_the_clip_is_at_work(alone):
 def test_two_processes_and_a_kill_learn_what_one_process_learns(zero, road, alone, tmp_path):
     here = copy_of(road, tmp_path / "here", "comparisons", "reward")
     interrupt(here, *PPO, f"distributed.zero_stage={zero}")
-    said = finish(here, "policy.train", *PPO, f"distributed.zero_stage={zero}")
+    said = finish(here, "ppo", *PPO, f"distributed.zero_stage={zero}")
     assert "ppo: going on after step" in said
     assert_close(here, alone, "ppo", "policy", "value")
 
@@ -121,7 +118,7 @@ def test_two_processes_and_a_kill_learn_what_one_process_learns(zero, road, alon
 def test_a_run_of_zero_2_goes_on_with_any_zero_stage(zero, stopped, alone, tmp_path):
     here = Path(shutil.copytree(stopped, tmp_path / "here"))
     start = ranks.Launched if zero == 3 else ranks.Forked
-    said = finish(here, "policy.train", *PPO, f"distributed.zero_stage={zero}", start=start)
+    said = finish(here, "ppo", *PPO, f"distributed.zero_stage={zero}", start=start)
     assert "ppo: going on after step" in said
     assert_close(here, alone, "ppo", "policy", "value")
     results = json.loads((here / "runs" / "tiny" / "ppo" / MANIFEST).read_text())["results"]
@@ -172,7 +169,7 @@ def test_two_processes_train_the_reward_model_of_one(zero, single, road, tmp_pat
     assert min(row["reward/grad_norm"] for row in curve(alone, "reward")) > 0.3
     here = copy_of(road, tmp_path / "here", "comparisons")
     start = ranks.Launched if zero == 2 else ranks.Forked
-    finish(here, "reward.train", *REWARD, f"distributed.zero_stage={zero}", start=start)
+    finish(here, "reward", *REWARD, f"distributed.zero_stage={zero}", start=start)
     assert_close(here, alone, "reward", "model")
     figures = [json.loads((f / "runs/tiny/reward" / MANIFEST).read_text())["results"] for f in (here, alone)]
     for name in ("held_out_accuracy", "train_accuracy", "probe_accuracy"):

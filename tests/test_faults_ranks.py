@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from ranks import free_port
+from ranks import pair
 
 from benchmarks.victims import Plan, Start, beginning
 from rlhf.errors import exit_on_user_error, lost_process
@@ -22,13 +22,7 @@ SHORT = ("ppo.steps=3", "ppo.checkpoint_every=1", f"distributed.timeout_minutes=
 
 
 def launch(folder, overrides, plans):
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}  # fmt: skip
-    starts = [
-        Start(folder, overrides, plans.get(rank), rank=rank,
-              environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]  # fmt: skip
+    starts = pair(folder, "ppo", overrides, plans)
     deadline = time.monotonic() + COMPILING
     while not all(any(name == "rollout" for name, _ in start.visits()) for start in starts):
         ended = [start.said()[-3000:] for start in starts if not start.process.is_alive()]

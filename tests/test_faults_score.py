@@ -61,14 +61,14 @@ FAULTS = {
     says_nan: "ppo: 1 of 4 scores are not finite",
     miscounts: "ppo: the score function returned shape (3,) for 4 responses",
     answers_a_list: "ppo: the score function returned a list, not a tensor",
-    hangs: "ppo: the score function has not answered for 0.1 minutes (ppo.score_timeout_minutes)",
+    hangs: "ppo: the score function has not answered for 0.05 minutes (ppo.score_timeout_minutes)",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_score_function_that_fails_ends_the_run_and_mended_it_goes_on(fault, road, alone, tmp_path):
     here = beginning(road, tmp_path / "here")
-    limit = ("ppo.score_timeout_minutes=0.1",) if fault is hangs else ()
+    limit = ("ppo.score_timeout_minutes=0.05",) if fault is hangs else ()
     start = Start(here, (*STATEFUL, *limit), before=fault)
     assert start.wait() == 2, start.said()
     (line,) = start.errors()

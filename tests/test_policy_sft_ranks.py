@@ -31,7 +31,7 @@ def alone(road, tmp_path_factory):
 def test_two_processes_learn_what_one_process_learns(zero, alone, road, tmp_path):
     assert min(row["sft/grad_norm"] for row in curve(alone, "sft")) > 0.3  # the clip is at work
     here = copy_of(road, tmp_path / "here", "comparisons")
-    finish(here, "policy.sft", *SFT, f"distributed.zero_stage={zero}")
+    finish(here, "sft", *SFT, f"distributed.zero_stage={zero}")
     assert_close(here, alone, "sft", "policy")
     mine, expected = (
         json.loads((folder / "runs/tiny/sft" / MANIFEST).read_text())["results"] for folder in (here, alone)

@@ -5,76 +5,39 @@ that it begins in a tenth of a second and can be killed like any other.
 """
 
 import contextlib
-import importlib
 import json
-import multiprocessing
-import os
 import random
 import shutil
-import signal
 import time
 from pathlib import Path
 
 import pytest
-from conftest import stage
 from safetensors.torch import load_file, save_file
 
+from benchmarks import victims
 from rlhf.artifacts import MANIFEST, sha256_of, write_manifest
-from rlhf.errors import exit_on_user_error
 
-MODULES = {"comparisons": "rlhf.collect", "reward": "reward.train", "ppo": "policy.train"}
 BATCHES = ("collect.prompts_per_batch=4",)
 REWARD = (*BATCHES, "reward.epochs=2", "reward.checkpoint_every=1")
 LONGER = {
     "comparisons": BATCHES,
     "reward": REWARD,
-    "ppo": (*REWARD, "ppo.steps=8", "ppo.checkpoint_every=1"),
+    "ppo": (*REWARD, "ppo.steps=4", "ppo.checkpoint_every=1"),
 }
 ENSEMBLE = (*BATCHES, "reward.checkpoint_every=1", "reward.members=2", "reward.lm_coef=0.5")
 PARENTS = {"comparisons": (), "reward": ("comparisons",), "ppo": ("comparisons", "reward")}
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["reward.fit", "policy.fit", "rlhf.lab", "trl", "tensorboard", "conftest"])
 
 
-def work(name, folder, log, overrides):
-    """What a process of this file does: one stage in one folder, like the command line."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(folder)
-    import torch
-
-    torch.set_num_threads(1)
-    main = importlib.import_module(MODULES[name]).main
-    exit_on_user_error(lambda: stage(main, *overrides))
-
-
-class Start:
+class Start(victims.Start):
     """One start of a stage, in its own process."""
 
     def __init__(self, name, folder, overrides=()):
-        self.folder = folder / "runs" / "tiny" / name
-        self.log = folder / f"{name}.log"
-        self.process = SERVER.Process(
-            target=work, args=(name, str(folder), str(self.log), overrides or LONGER[name])
-        )
-        self.process.start()
-
-    def kill_when(self, due):
-        """SIGKILL as soon as ``due()`` holds; whether that was before the end."""
-        while self.process.is_alive() and not due():
-            time.sleep(0.0005)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGKILL)
-        self.process.join()
-        return self.process.exitcode == -signal.SIGKILL
+        super().__init__(folder, overrides or LONGER[name], name=name)
 
     def finish(self):
-        """Wait for the end; what the process printed since the folder was made."""
-        self.process.join(60)
-        said = self.log.read_text()
-        assert self.process.exitcode == 0, said
-        return said
+        """Wait for the end; what the process printed."""
+        assert self.wait() == 0, self.said()
+        return self.said()
 
     def progress(self):
         """Finished batches or saved steps, of all members together."""
@@ -102,7 +65,7 @@ def whole(road, tmp_path_factory):
     """The uninterrupted runs."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(road / "models", folder / "models")
-    for name in MODULES:
+    for name in LONGER:
         Start(name, folder).finish()
     return folder
 
@@ -143,7 +106,7 @@ def assert_same(folder, whole, name):
     assert not (folder / "runs" / "tiny" / name / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", ["comparisons", "reward"])  # PPO: test_faults_kill.py
 def test_a_stage_killed_at_random_moments_ends_as_if_it_had_never_been_killed(name, whole, tmp_path):
     here = beginning(whole, name, tmp_path / "here")
     units = 12 if name == "comparisons" else len(results(whole, name)["steps"])
@@ -166,12 +129,13 @@ def test_an_ensemble_killed_in_every_member_ends_as_if_it_had_never_been_killed(
     alone = beginning(whole, "reward", tmp_path / "alone")
     Start("reward", alone, ENSEMBLE).finish()
     here = beginning(whole, "reward", tmp_path / "here")
-    kills = []
+    kills, said = [], ""
     for goal in (3, 5, 8):  # a member has 5 steps
         start = Start("reward", here, ENSEMBLE)
         if start.kill_when(lambda start=start, goal=goal: start.progress() >= goal):
             kills.append((start.folder / "parts" / "member-0.json").exists())
-    said = Start("reward", here, ENSEMBLE).finish()
+        said += start.said()
+    said += Start("reward", here, ENSEMBLE).finish()
     assert kills[0] is False, "the first kill came too late"
     assert kills[-1] is True, "the last kill did not meet the second member"
     assert said.count("reward: going on after step") >= 2
@@ -182,8 +146,8 @@ def test_an_ensemble_killed_in_every_member_ends_as_if_it_had_never_been_killed(
     assert {"model/adapter_model.safetensors", "model-1/adapter_model.safetensors"} <= set(found["files"])
 
 
-@pytest.mark.parametrize("name", ["reward", "ppo"])
-def test_a_stage_killed_while_it_writes_checkpoints_ends_the_same(name, whole, tmp_path):
+def test_a_stage_killed_while_it_writes_checkpoints_ends_the_same(whole, tmp_path):
+    name = "reward"  # PPO: test_faults_kill.py
     here = beginning(whole, name, tmp_path / "here")
     torn = 0
     for more in (1, 2, 1):
@@ -211,7 +175,6 @@ def stopped(whole, tmp_path_factory):
         start = Start(name, here)
         assert start.kill_when((start.folder / last).exists)
         assert not (start.folder / MANIFEST).exists()
-        start.log.unlink()
     return parent
 
 
@@ -255,9 +218,8 @@ def test_a_checkpoint_without_optimiser_state_is_an_error_and_never_a_fresh_adam
     next(newest.rglob(file)).unlink()
     write_manifest(newest, {})  # as if it had been written so
     start = Start(name, here)
-    start.process.join(60)
-    said = start.log.read_text()
-    assert start.process.exitcode == 2, said
+    assert start.wait() == 2, start.said()
+    said = start.said()
     assert "error:" in said
     assert "optimiser state is incomplete" in said
     assert "Traceback" not in said
@@ -272,6 +234,5 @@ def test_one_missing_moment_is_an_error_too(stopped, tmp_path):
     save_file(moments, file)
     write_manifest(newest, {})
     start = Start("ppo", here)
-    start.process.join(60)
-    assert start.process.exitcode == 2, start.log.read_text()
-    assert "optimiser state is incomplete" in start.log.read_text()
+    assert start.wait() == 2, start.said()
+    assert "optimiser state is incomplete" in start.said()
