@@ -15,6 +15,8 @@ settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny.yaml"
+DATA = Path(os.environ.get("RLHF_DATA") or ROOT.parent / "shared" / "data")
+"""Public data sets; what needs one of them is skipped where it is not there."""
 PROMPTS = [
     f"data.prompts={ROOT}/recipes/prompts/sentiment_train.jsonl",
     f"data.held_out_prompts={ROOT}/recipes/prompts/sentiment_held_out.jsonl",

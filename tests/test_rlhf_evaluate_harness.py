@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DATA, ROOT
 from tiny_evaluate import TOKENIZER, language_model, random_model, write_rows
 
 from rlhf.errors import UserError
@@ -17,7 +17,6 @@ from rlhf.evaluate import inverse_scaling, lambada, truthfulqa
 from rlhf.evaluate.harness import TaskFile, stock_field, through_lm_eval
 from rlhf.evaluate.model import LanguageModel
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 REAL = ROOT / "models" / "smollm2-135m"
 ITEMS = int(os.environ.get("RLHF_REAL_ITEMS", "2"))  # real items of each task; more for a longer look
 SHORT = 8  # real questions with at most so many answers in all, unless more is asked for

@@ -1,10 +1,10 @@
 """HHH: three ways to score two answers, against a computation of its own; categories, ties, bad rows."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA
 from tiny_evaluate import TOKENIZER, ids_of, language_model, random_model, write_rows
 
 from rlhf.comparisons import Message
@@ -12,7 +12,7 @@ from rlhf.errors import UserError
 from rlhf.evaluate.hhh import Item, hhh_by_scores, read, run, win
 from rlhf.evaluate.model import LanguageModel
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "hhh_alignment"
+HHH = DATA / "hhh_alignment"
 
 
 def big_bench(path, *examples):
@@ -146,9 +146,9 @@ def test_a_file_that_is_not_there_or_holds_nothing_is_named(tmp_path):
         read([write_rows(tmp_path / "x.jsonl", [])])
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+@pytest.mark.skipif(not HHH.is_dir(), reason=f"{HHH} is not there")
 def test_the_published_files_are_read():
-    items = read([str(DATA / "*.json")])
+    items = read([str(HHH / "*.json")])
     counts = {
         name: sum(i.category == name for i in items) for name in ("harmless", "helpful", "honest", "other")
     }

@@ -5,14 +5,14 @@ import itertools
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import DATA
 
 from rlhf.errors import UserError
 from rlhf.evaluate import humaneval, sandbox
 from rlhf.evaluate.humaneval import Item, pass_at_k
 from rlhf.evaluate.sandbox import Limits, Verdict
 
-DATA = ROOT.parent / "shared" / "data" / "humaneval" / "HumanEval.jsonl.gz"
+HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
 ADD = Item(
     "own/add",
     'def add(x, y):\n    """Sum."""\n',
@@ -230,9 +230,9 @@ WRONG = [  # one of these in the place of each solution, in turn
 
 @pytest.fixture(scope="module")
 def problems():
-    if not DATA.is_file():
-        pytest.skip(f"no {DATA}")
-    return humaneval.read([str(DATA)])
+    if not HUMANEVAL.is_file():
+        pytest.skip(f"no {HUMANEVAL}")
+    return humaneval.read([str(HUMANEVAL)])
 
 
 @pytest.mark.usefixtures("shut_in")

@@ -2,9 +2,9 @@
 
 import gzip
 import math
-from pathlib import Path
 
 import pytest
+from conftest import DATA
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_evaluate import TOKENIZER, ids_of, language_model, log_prob, write_rows
@@ -12,7 +12,6 @@ from tiny_evaluate import TOKENIZER, ids_of, language_model, log_prob, write_row
 from rlhf.errors import UserError
 from rlhf.evaluate import lambada, lm_loss
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 PASSAGES = ["She gave him the ring and he gave her a kiss", "one two three two", "said:\nIt is\nso, he said"]
 
 

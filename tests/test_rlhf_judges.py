@@ -6,10 +6,10 @@ import itertools
 import math
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import DATA
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,9 +17,7 @@ from rlhf import judges
 from rlhf.errors import UserError
 from rlhf.judges import JUDGES, noisy_ranks, pair_agreement, vader
 
-SENTENCE_POLARITY = (
-    Path(__file__).parents[2] / "shared" / "data" / "sentence_polarity" / "sentence_polarity.zip"
-)
+SENTENCE_POLARITY = DATA / "sentence_polarity" / "sentence_polarity.zip"
 
 
 def test_vader_orders_obvious_sentences() -> None:

@@ -2,15 +2,14 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
+from conftest import DATA
 
 from rlhf.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.prompts import read_prompts
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 REMEDY = "; set data.on_bad_rows=skip to leave such rows out and count them"
 
 

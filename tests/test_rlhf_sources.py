@@ -5,17 +5,15 @@ import gzip
 import json
 import sys
 import types
-from pathlib import Path
 
 import pytest
+from conftest import DATA
 from hypothesis import given
 from hypothesis import strategies as st
 from source_rows import HH, NATIVE, REMEDY, TRL, bot, chat, jsonl, one, read, refusal, user
 
 from rlhf.comparisons import Comparison, problem
 from rlhf.sources.trl import parse as parse_trl
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def real(name):

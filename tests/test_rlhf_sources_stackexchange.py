@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
 import pytest
+from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_rows import REMEDY, jsonl, read, refusal, user
@@ -16,7 +17,6 @@ from rlhf.prompts import read_prompts
 from rlhf.sources import stream_comparisons
 from rlhf.sources.stackexchange import score
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "stackexchange"
 FEW, TIED = "fewer than 2 answers", "all answers have the same score"
 LOST, OTHER = (
     "answers to a question that is not in the file",
@@ -338,7 +338,7 @@ def test_a_bad_hub_row_is_named(tmp_path, bad, message):
     ],
 )
 def test_real_sites_are_read_without_a_bad_row(site, kept, reasons):
-    path = DATA / site / "Posts.xml"
+    path = DATA / "stackexchange" / site / "Posts.xml"
     if not path.exists():
         pytest.skip(f"the real data set {path} is not on this machine")
     counts = Counts()
