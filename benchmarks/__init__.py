@@ -9,7 +9,8 @@
     reward_sides   what one child does: prepare the rows, train ours, train theirs
     reward         the cases, the ratios and the report
     peer           a peer's release in a folder of its own
-    ppo_sides      what one child does, and the clock of both sides
+    ppo_task       what both sides do alike, and how a run is timed
+    ppo_sides      what one child does
     ppo_ours       our loop on one base with three adapters
     ppo_theirs     PPOTrainer of trl 1.12.0
     ppo_work       operations that the matrix products of a step need

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.harness import Figures
-from benchmarks.ppo_sides import PHASES, Clock, Task, dialogue_of, figures
+from benchmarks.ppo_task import PHASES, Clock, Task, dialogue_of, figures
 from benchmarks.ppo_work import Method, Sizes, sizes_of
 from policy.assemble import score_function
 from policy.ppo import PpoTrainer

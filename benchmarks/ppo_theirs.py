@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from benchmarks.harness import Figures
-from benchmarks.ppo_sides import Clock, Task, dialogue_of, figures
+from benchmarks.ppo_task import Clock, Task, dialogue_of, figures
 from benchmarks.ppo_work import Method, Sizes, sizes_of
 from rlhf.errors import UserError
 from rlhf.runtime import seed_everything

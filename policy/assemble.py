@@ -17,8 +17,7 @@ from torch import Tensor
 from policy.rollout import Responses, ScoreFn
 from reward.ensemble import Combination, check_one_base, combine, member_folders, spread
 from reward.model import TextRewardModel, check_has_score, check_same_contract, read_card
-from rlhf.adapters import WEIGHTS
-from rlhf.artifacts import sha256_of
+from rlhf.artifacts import WEIGHTS, sha256_of
 from rlhf.backbone import REFERENCE, Backbone
 from rlhf.base import best_device, load_base
 from rlhf.dialogue import Dialogue

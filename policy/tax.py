@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from policy.alignment_tax.table import score_settings
-from rlhf.arms import SETTINGS, arm_names, arm_stages, base_of, check_others, model_files
-from rlhf.artifacts import read_json
+from rlhf.arms import arm_names, arm_stages, base_of, check_others, model_files
+from rlhf.artifacts import SETTINGS, read_json
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.evaluate.registry import TASKS, canonical, draw
 from rlhf.judges import JUDGES

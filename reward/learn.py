@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from torch import nn
 
-from reward.batches import Example
+from reward.batches import Example, Trunk
 from reward.model import vocabulary_head
 from reward.objectives import objective
 from reward.packed import check_packing
 from reward.trainer import PreferenceTrainer, training_arguments
-from reward.trunk import Trunk, build_trunk
+from reward.trunk import build_trunk
 from rlhf.artifacts import Checkpoints, step_of
 from rlhf.base import best_device
 from rlhf.dialogue import Dialogue

@@ -7,17 +7,14 @@ Shape suffixes: ``_N`` row, ``_T`` token, ``_D`` hidden unit, ``_B`` example, ``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reward.batches import Example, Packed, as_example, micro_batches, pack
+from reward.batches import Example, Packed, Trunk, as_example, micro_batches, pack
 from rlhf.packing import attention_mask
 from rlhf.vocabulary import chosen_log_probs
-
-if TYPE_CHECKING:
-    from reward.trunk import Trunk
 
 TOKENS_AT_ONCE = 4096  # tokens, padding included, of one scoring batch
 _LOGITS_AT_ONCE = 2048  # positions whose vocabulary logits are in memory at once

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reward.batches import Example, layout, micro_batches, pack
+from reward.batches import Example, Trunk, layout, micro_batches, pack
 from reward.loss import pair_accuracy, ranked_loss
 from reward.packed import forward_packed
-from reward.trunk import Trunk
 from rlhf.intervals import Estimate, cluster_mean_interval
 
 _TOKENS_AT_ONCE = 4096

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from transformers import PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
-from reward.batches import Wanted, micro_batches, pack
+from reward.batches import Trunk, Wanted, micro_batches, pack
 from reward.objectives import Signals, objective
 from reward.packed import forward_packed, response_log_probs
-from reward.trunk import Trunk
 from rlhf.artifacts import Checkpoints
 from rlhf.merged import Folding
 from rlhf.metrics import Metrics

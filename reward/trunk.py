@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from reward.batches import Example, Packed, micro_batches, pack, rows_of, width
+from reward.batches import Example, Packed, Trunk, micro_batches, pack, rows_of, width
 from reward.packed import dtype_of, forward_packed, inputs_of
 from rlhf.recipe import Recipe
 from rlhf.stage import processes
@@ -21,33 +20,6 @@ from rlhf.stage import processes
 _TOKENS_AT_ONCE = 2048
 _PROBED = 2  # examples on which trunk + top are compared with the whole
 _TOLERANCE = 1e-3  # between the scores of trunk + top and of the whole, in units of their size
-
-
-class Trunk:
-    """States of every example, on the CPU.
-
-    Args:
-        cut: index of the first adapted layer.
-        rows: each example's rows [T, D], by its index.
-    """
-
-    def __init__(self, cut: int, rows: dict[int, list[Tensor]]) -> None:
-        self.cut = cut
-        self.rows = rows
-
-    def states(self, packed: Packed) -> Tensor:
-        """The states of a packed batch, [N, T, D], 0 at padding."""
-        out: Tensor | None = None
-        before, row = None, 0
-        for n, index in enumerate(packed.index_N.tolist()):
-            row = row + 1 if index == before else 0
-            before = index
-            kept = self.rows[index][row % len(self.rows[index])]
-            if out is None:
-                out = kept.new_zeros(*packed.ids_NT.shape, kept.shape[1])
-            out[n, : len(kept)] = kept
-        assert out is not None, "a packed batch has rows"
-        return out.to(packed.ids_NT.device)
 
 
 @torch.no_grad()

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.artifacts import write_atomically
+from rlhf.artifacts import WEIGHTS, write_atomically
 from rlhf.errors import UserError
 from rlhf.schema import Lora
 
-WEIGHTS = "adapter_model.safetensors"
 HEAD = "base_model.model.score"  # where Hugging Face's sequence classifier keeps its head, under peft
 
 

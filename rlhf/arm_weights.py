@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.arms import SETTINGS, WEIGHTS
-from rlhf.artifacts import read_json
+from rlhf.artifacts import SETTINGS, WEIGHTS, read_json
 from rlhf.errors import UserError
 
 _EXOTIC = (  # settings of peft under which an adapter is more than a low-rank pair for each matrix

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf.artifacts import MANIFEST, hash_of, read_json, sha256_of
+from rlhf.artifacts import MANIFEST, SETTINGS, hash_of, read_json, sha256_of
 from rlhf.errors import UserError
 from rlhf.recipe import Recipe, is_path
 from rlhf.schema.tax import ARMS, DEFAULT_ARMS, Tax, interpolated
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rlhf.context import Context
     from rlhf.dialogue import Dialogue
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """peft's files of an adapter."""
 STAGES = {"sft": "sft", "distilled": "distill", "policy": "ppo", "policy_prompted": "ppo"}
 """The stage that makes an arm of the run."""

@@ -21,6 +21,7 @@ from typing import Any
 from rlhf.errors import UserError, is_full_disk
 
 MANIFEST = "manifest.json"
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # what a saved adapter consists of
 _STAGING = ".staging-"  # prefix of a folder that is being written
 
 

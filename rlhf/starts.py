@@ -10,14 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf.artifacts import MANIFEST, read_json
+from rlhf.artifacts import MANIFEST, SETTINGS, WEIGHTS, read_json
 from rlhf.errors import UserError
 from rlhf.recipe import Recipe
 from rlhf.schema import STARTS
 from rlhf.stage import RUNS, StageRun, differences, input_hashes
 
 ADAPTER = "policy"  # what a stage that can be a start leaves, below its folder
-_WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
 def _named(recipe: Recipe, name: str) -> str | None:
@@ -49,7 +48,7 @@ def start_parents(recipe: Recipe, section: str) -> tuple[str, ...]:
 def start_files(recipe: Recipe, section: str) -> list[str]:
     """The weights of a start that is a folder, as a further input; none for a stage."""
     folder = start_folder(recipe, recipe.name, section)
-    return [] if folder is None or start_parents(recipe, section) else [str(folder / _WEIGHTS)]
+    return [] if folder is None or start_parents(recipe, section) else [str(folder / WEIGHTS)]
 
 
 def start_inputs(recipe: Recipe, section: str) -> list[str]:
@@ -61,14 +60,14 @@ def start_inputs(recipe: Recipe, section: str) -> list[str]:
     """
     files = start_files(recipe, section)
     for file in map(Path, files):
-        for needed in (file, file.with_name(_SETTINGS)):
+        for needed in (file, file.with_name(SETTINGS)):
             if not needed.is_file():
                 words = " or ".join(STARTS.get(section, ()))
                 raise UserError(
                     f"{section}.start: {needed} is not there; name the folder of a saved adapter"
                     + (f", or {words} for that stage of this run" if words else "")
                 )
-        settings = read_json(file.with_name(_SETTINGS))
+        settings = read_json(file.with_name(SETTINGS))
         for key, name, mine in (("r", "rank", recipe.lora.rank), ("lora_alpha", "alpha", recipe.lora.alpha)):
             if settings.get(key) != mine:
                 raise UserError(

@@ -232,6 +232,21 @@ def test_the_rooms_of_the_policy_are_opened_by_their_stage_only():
         assert outside == {f"policy/{stage}.py"}, room
 
 
+def test_no_import_leads_back():
+    files = FILES + python_files(BESIDE)
+    known = {file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): file for file in files}
+    left = {}
+    for file in files:
+        modules = {module for module in all_imports(file) if module in known}
+        # `from a import b` with a module b is about b alone
+        modules -= {module.rpartition(".")[0] for module in modules}
+        left[file] = {known[module] for module in modules} - {file}
+    while ready := [file for file, wanted in left.items() if not wanted & left.keys()]:
+        for file in ready:
+            del left[file]
+    assert left.keys() == set(), "these files import each other, or what does"
+
+
 def test_no_file_is_too_long_to_be_read_in_one_go():
     files = [*map(ROOT.joinpath, FILES)]
     files += map(ROOT.joinpath, python_files(["tests", *BESIDE]))

@@ -17,7 +17,8 @@ from conftest import ROOT
 
 from benchmarks import harness, peer, ppo
 from benchmarks.ppo_ours import ours
-from benchmarks.ppo_sides import Task, dialogue_of, prepare
+from benchmarks.ppo_sides import prepare
+from benchmarks.ppo_task import Task, dialogue_of
 from benchmarks.ppo_work import sizes_of
 from rlhf.artifacts import read_json, write_json
 from rlhf.errors import UserError

@@ -10,8 +10,9 @@ from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ppo, ppo_sides
-from benchmarks.ppo_sides import Clock, Step, figures, matmul_peak
+from benchmarks import ppo, ppo_task
+from benchmarks.ppo_sides import matmul_peak
+from benchmarks.ppo_task import Clock, Step, figures
 from benchmarks.ppo_work import Linear, Method, Sizes, sizes_of, step_flops
 from rlhf.tiny import tiny_model
 
@@ -127,8 +128,8 @@ class Time:
 
     def __init__(self, monkeypatch, *wall):
         self.wall = iter(wall)
-        monkeypatch.setattr(ppo_sides.time, "perf_counter", lambda: next(self.wall))
-        monkeypatch.setattr(ppo_sides.time, "process_time", lambda: 0.0)
+        monkeypatch.setattr(ppo_task.time, "perf_counter", lambda: next(self.wall))
+        monkeypatch.setattr(ppo_task.time, "process_time", lambda: 0.0)
 
 
 def test_a_step_lasts_from_the_end_of_the_one_before(monkeypatch):

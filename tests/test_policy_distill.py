@@ -15,8 +15,7 @@ from policy.distillation.loss import chunk_of, distil_kl
 from policy.distillation.prompted import PromptedModel, cut, shard_records
 from policy.distillation.student import Student, collate, width
 from policy.distillation.teacher import TeacherFile
-from rlhf.adapters import WEIGHTS
-from rlhf.artifacts import sha256_of
+from rlhf.artifacts import WEIGHTS, sha256_of
 from rlhf.base import load_base
 from rlhf.context import Context
 from rlhf.dialogue import load_dialogue

@@ -21,8 +21,8 @@ from reward.learn import learn
 from reward.model import TextRewardModel, head_of, new_reward_model, read_card
 from reward.packed import score_examples
 from reward.trainer import PreferenceTrainer
-from rlhf.adapters import HEAD, WEIGHTS
-from rlhf.artifacts import read_json
+from rlhf.adapters import HEAD
+from rlhf.artifacts import WEIGHTS, read_json
 from rlhf.dialogue import load_dialogue
 from rlhf.errors import UserError
 from rlhf.stage import StageRun

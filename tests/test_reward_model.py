@@ -40,7 +40,7 @@ from reward.model import (
     vocabulary_head,
 )
 from reward.packed import check_packing, forward_packed, response_log_probs, score_examples, scores_of
-from rlhf.adapters import WEIGHTS
+from rlhf.artifacts import WEIGHTS
 from rlhf.backbone import Backbone
 from rlhf.base import load_base
 from rlhf.dialogue import load_dialogue

@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlhf.arm_weights import add_adapter
 from rlhf.arms import (
-    SETTINGS,
-    WEIGHTS,
     Arm,
     arm_hash,
     arm_names,
@@ -24,7 +22,7 @@ from rlhf.arms import (
     load_arm,
     tokenizer_hash,
 )
-from rlhf.artifacts import write_json
+from rlhf.artifacts import SETTINGS, WEIGHTS, write_json
 from rlhf.backbone import Backbone
 from rlhf.base import load_base
 from rlhf.errors import UserError

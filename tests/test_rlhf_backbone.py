@@ -14,7 +14,8 @@ from transformers import (
     GPTNeoXForCausalLM,
 )
 
-from rlhf.adapters import HEAD, WEIGHTS
+from rlhf.adapters import HEAD
+from rlhf.artifacts import WEIGHTS
 from rlhf.backbone import Backbone
 from rlhf.base import load_base
 from rlhf.errors import UserError

@@ -9,10 +9,8 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rlhf.evaluate.sandbox import Verdict
+from rlhf.evaluate.sandbox_verdict import Verdict
 
 # Runs inside, behind a line ``facts = {...}``. It stops at the first thing that it could do, with a sentence.
 PROBE = r"""
