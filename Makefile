@@ -95,8 +95,9 @@ check: setup ## lint, formatting and types
 	@$(VENV)/bin/mypy
 
 # Two files at a time, one thread each: most tests wait for one core, and figures do not depend on the load.
+# In alphabetical order: the longest files have few tests, and last they would leave one core idle.
 test: setup ## all tests
-	@$(TOOLS) OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
+	@$(TOOLS) OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 smoke: setup ## both roads on a tiny random model, in scratch folders
 	@rm -rf runs/smoke runs/smoke-assistant
