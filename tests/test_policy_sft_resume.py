@@ -27,8 +27,10 @@ def test_a_stage_that_was_killed_twice_ends_bit_for_bit_as_if_it_had_not_been(tm
     whole = start(alone)
     assert whole.wait() == 0, whole.said()
     steps = len(left(alone)[0])
-    for goal in (2, steps - 2):
-        assert start(lab).kill_when((lab / f"runs/tiny/sft/checkpoints/step-{goal:07d}").exists)
+    for number, goal in enumerate((2, steps - 2)):
+        killed = start(lab)
+        assert killed.kill_when((lab / f"runs/tiny/sft/checkpoints/step-{goal:07d}").exists)
+        assert ("sft: going on after step" in killed.said()) == bool(number)
         assert not (lab / "runs/tiny/sft/manifest.json").exists()
     last = start(lab)
     assert last.wait() == 0, last.said()
