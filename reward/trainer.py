@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback
 from trl import RewardConfig, RewardTrainer
@@ -18,10 +17,9 @@ from rlhf.artifacts import Checkpoints
 from rlhf.merged import Folding
 from rlhf.metrics import Metrics
 from rlhf.recipe import Recipe
-from rlhf.runtime import backward_part, most_of_all
 from rlhf.schema import PreferenceTraining
 from rlhf.stage import StageRun
-from rlhf.trainer import Checkpointing, StepLog, Sums, arguments
+from rlhf.trainer import Checkpointing, StepLog, Sums, accumulate, arguments
 
 _ADAPTER = "default"  # peft's name of the one adapter of a reward model
 
@@ -96,19 +94,16 @@ class PreferenceTrainer(Checkpointing, RewardTrainer):
         model.train()
         examples = inputs["examples"]
         parts = micro_batches(examples, self._budget, share=self._share)
-        number = most_of_all(len(parts), self.args.device)
-        total = torch.zeros((), device=self.args.device)
+
+        def loss_of(part: list[int], weight: float) -> Tensor:
+            some = [examples[i] for i in part]
+            loss: Tensor = self.compute_loss(
+                model, {"examples": some, "normaliser": len(examples), "weight": weight}
+            )
+            return loss
+
         with self._folding.folded(_ADAPTER):
-            for index in range(number):
-                # a process that is done goes on with weight 0: ZeRO-3's forward passes are collective
-                part, weight = (parts[index], 1.0) if index < len(parts) else (parts[0], 0.0)
-                some = [examples[i] for i in part]
-                loss = weight * self.compute_loss(
-                    model, {"examples": some, "normaliser": len(examples), "weight": weight}
-                )
-                backward_part(self.accelerator, loss, last=index == number - 1)
-                total += loss.detach()
-        return total
+            return accumulate(self, parts, loss_of)
 
     def compute_loss(
         self,

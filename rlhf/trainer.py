@@ -6,19 +6,20 @@ The trainers themselves are trl's, subclassed where the stages are: ``reward/tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf.artifacts import Checkpoints
 from rlhf.errors import UserError
 from rlhf.metrics import Metrics
 from rlhf.recipe import Recipe
-from rlhf.runtime import deepspeed_config, join_cpu_processes
+from rlhf.runtime import backward_part, deepspeed_config, join_cpu_processes, most_of_all
 from rlhf.schema import PreferenceTraining, Sft
 from rlhf.stage import StageRun, processes
 
@@ -66,6 +67,27 @@ def arguments(
         "dataloader_pin_memory": False,  # the loader hands over lists, not tensors
         "deepspeed": config if processes() > 1 else None,
     }
+
+
+def accumulate(trainer: Any, parts: Sequence[Any], loss_of: Callable[[Any, float], Tensor]) -> Tensor:
+    """Gradients of one optimiser step, a micro-batch at a time; returns the sum of the losses, detached.
+
+    A process that is done goes on with weight 0 until the last one is: ZeRO-3's passes are collective.
+
+    Args:
+        trainer: the Hugging Face trainer, for its accelerator and device.
+        parts: this process's micro-batches, at least one.
+        loss_of: a micro-batch's share of the loss; it gets the weight too, for what it counts.
+    """
+    device = trainer.args.device
+    number = most_of_all(len(parts), device)
+    total = torch.zeros((), device=device)
+    for index in range(number):
+        part, weight = (parts[index], 1.0) if index < len(parts) else (parts[0], 0.0)
+        loss = weight * loss_of(part, weight)
+        backward_part(trainer.accelerator, loss, last=index == number - 1)
+        total += loss.detach()
+    return total
 
 
 class Checkpointing:

@@ -99,9 +99,7 @@ def test_parts_without_weight_change_neither_gradients_nor_figures(tmp_path, mon
     backbone = awake(tmp_path, tiny()[0])
     found = []
     for more in (0, 3):
-        monkeypatch.setattr(
-            "policy.fine_tuning.trainer.most_of_all", lambda number, device, more=more: number + more
-        )
+        monkeypatch.setattr("rlhf.trainer.most_of_all", lambda number, device, more=more: number + more)
         trainer = trainer_of(tmp_path, backbone, MIXED, "sft.tokens_per_micro_batch=120")
         total = trainer.training_step(backbone.model, batch_of(MIXED))
         found.append((float(total), dict(trainer._seen), gradients(backbone)))

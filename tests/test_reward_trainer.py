@@ -122,11 +122,11 @@ def test_parts_without_weight_change_neither_gradients_nor_figures(tmp_path, mon
     model = awake(*tiny())
     found = []
     for more in (0, 3):
-        monkeypatch.setattr("reward.trainer.most_of_all", lambda number, device, more=more: number + more)
+        monkeypatch.setattr("rlhf.trainer.most_of_all", lambda number, device, more=more: number + more)
         trainer = trainer_of(tmp_path, model, "reward.tokens_per_micro_batch=70", "reward.lm_coef=0.5")
         ended = []
         monkeypatch.setattr(
-            "reward.trainer.backward_part",
+            "rlhf.trainer.backward_part",
             lambda accelerator, loss, *, last, ended=ended: (loss.backward(), ended.append(last)),
         )
         total = trainer.training_step(model, {"examples": MIXED})

@@ -22,10 +22,9 @@ from rlhf.merged import Folding
 from rlhf.metrics import Metrics
 from rlhf.packing import Row, lay, micro_batches
 from rlhf.recipe import Recipe
-from rlhf.runtime import backward_part, most_of_all
 from rlhf.schema import Sft
 from rlhf.stage import StageRun, processes
-from rlhf.trainer import Checkpointing, StepLog, Sums, arguments
+from rlhf.trainer import Checkpointing, StepLog, Sums, accumulate, arguments
 
 ADAPTER = "default"  # peft's name of the one adapter that learns; its files do not carry it
 
@@ -95,18 +94,15 @@ class SftTrainer(Checkpointing, SFTTrainer):
         model.train()
         rows = [Row(example["ids"], example["counts"]) for example in inputs["examples"]]
         parts = micro_batches([len(row.ids) for row in rows], self._budget, packing=self._packing)
-        number = most_of_all(len(parts), self.args.device)
         share = self._tokens_of_all(rows) / processes()  # DeepSpeed averages over the processes
-        total = torch.zeros((), device=self.args.device)
+
+        def loss_of(bins: Any, weight: float) -> Tensor:
+            batch = {"rows": rows, "bins": bins, "tokens": share, "weight": weight}
+            loss: Tensor = self.compute_loss(model, batch)
+            return loss
+
         with self._folding.folded(ADAPTER):
-            for index in range(number):
-                # a process that is done goes on with weight 0: ZeRO-3's forward passes are collective
-                bins, weight = (parts[index], 1.0) if index < len(parts) else (parts[0], 0.0)
-                batch = {"rows": rows, "bins": bins, "tokens": share, "weight": weight}
-                loss = weight * self.compute_loss(model, batch)
-                backward_part(self.accelerator, loss, last=index == number - 1)
-                total += loss.detach()
-        return total
+            return accumulate(self, parts, loss_of)
 
     def _tokens_of_all(self, rows: list[Row]) -> float:
         """Learned tokens of the step, over all processes."""

@@ -46,6 +46,16 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
+def spent(found: Sequence[dict[str, Any]], jobs: int) -> dict[str, int]:
+    """What the units of a study took, seconds, so many of them at a time."""
+    return {
+        "units": len(found),
+        "jobs": jobs,
+        "unit_seconds": round(sum(f["seconds"] for f in found)),
+        "cpu_seconds": round(sum(f["cpu_seconds"] for f in found)),
+    }
+
+
 def study(
     plan: dict[str, Any],
     claims: Sequence[Claim],
@@ -63,12 +73,7 @@ def study(
         "machine": machine(),
         "versions": versions(),
         "models": _models(units, found),
-        "time": {
-            "units": len(units),
-            "jobs": jobs,
-            "unit_seconds": round(sum(f["seconds"] for f in found)),
-            "cpu_seconds": round(sum(f["cpu_seconds"] for f in found)),
-        },
+        "time": spent(found, jobs),
         "claims": [c.as_dict() for c in claims],
         "units": [
             {

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from rlhf.markdown import table
-from studies.preference.report import machine, versions
+from studies.preference.report import machine, spent, versions
 from studies.preference.verdicts import Claim
 from studies.preference.work import Unit
 from studies.scaling.claims import in_words
@@ -45,12 +45,7 @@ def study(
         "machine": machine(),
         "versions": versions(),
         "rungs": [{"rung": rung.label, "N": rung.size, **_trained(done, rung)} for rung in done.rungs],
-        "time": {
-            "units": len(units),
-            "jobs": jobs,
-            "unit_seconds": round(sum(f["seconds"] for f in found)),
-            "cpu_seconds": round(sum(f["cpu_seconds"] for f in found)),
-        },
+        "time": spent(found, jobs),
         "claims": [c.as_dict() for c in claims],
         "figures": [f.as_dict() for f in figures],
         "units": [
