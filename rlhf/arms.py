@@ -178,7 +178,8 @@ def tokenizer_hash(arm: Arm) -> str:
     return hash_of(hashes or {"hub": arm.base})
 
 
-def _hash_of(place: str) -> str:
+def model_hash(place: str) -> str:
+    """Content hash of a model or adapter: of its files, or of its name where it lies on the hub."""
     files = {file.name: _hash_of_file(file, file.stat().st_mtime_ns) for file in model_files(place)}
     return hash_of(files or {"hub": place})
 
@@ -192,8 +193,8 @@ def _hash_of_file(file: Path, changed: int) -> str:
 def arm_hash(arm: Arm, recipe: Recipe) -> str:
     """Content hash of everything that decides what an arm says: weights, tokenizer, prompt, precision."""
     parts = {
-        "base": _hash_of(arm.base),
-        "adapters": [[_hash_of(folder), weight] for folder, weight in arm.adapters],
+        "base": model_hash(arm.base),
+        "adapters": [[model_hash(folder), weight] for folder, weight in arm.adapters],
         "prompt": sha256_of(Path(recipe.hhh_prompt).expanduser()) if arm.prompted else None,
         "dialogue": recipe.dialogue.model_dump(mode="json"),
         "precision": [recipe.model.dtype, recipe.model.quantization],

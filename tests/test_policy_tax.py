@@ -13,6 +13,7 @@ import tiny_tax
 import torch
 from conftest import stage
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_tax import HHH, PROMPT, SHORT, TASKS, TEXTS, again, items, responses, table, task_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -201,6 +202,11 @@ class Killed(BaseException):
     """As if the process had been."""
 
 
+def stirred(file):
+    """Change the weights in a file."""
+    save_file({name: tensor + 0.1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
 class Counting:
     """Calls of a function, the n-th of which never returns."""
 
@@ -246,6 +252,36 @@ def test_what_was_done_before_a_kill_is_not_done_again(here, monkeypatch, no_pic
     assert calls == {"run": 4, "write": 2, "judge": 2}
     assert table() | {"cost": 0} == expected | {"cost": 0}
     assert {name: Path("runs/tiny/tax", name).read_text() for name in whole} == whole
+
+
+def test_pieces_that_are_kept_cost_nothing_in_the_next_table(here, monkeypatch, no_picture):
+    options = ("tax.pieces=kept", "tax.score=true", "evaluate.judge=reward")
+    again("tax.arms=[base]", *options)
+    done = {
+        "run": Counting(tax_work.run_task),
+        "write": Counting(tax_work.HeldOutScore.respond),
+        "judge": Counting(tax_work.HeldOutScore.outcome),
+    }
+    monkeypatch.setattr(tax_work, "run_task", done["run"])
+    monkeypatch.setattr(tax_work.HeldOutScore, "respond", done["write"])
+    monkeypatch.setattr(tax_work.HeldOutScore, "outcome", done["judge"])
+
+    def counts():
+        found = {name: len(counting.calls) for name, counting in done.items()}
+        for counting in done.values():
+            counting.calls.clear()
+        return found
+
+    together = again("tax.arms=[base,sft]", *options)
+    assert counts() == {"run": 2, "write": 1, "judge": 1}  # sft alone
+    assert together | {"cost": 0} == again("tax.arms=[base,sft]", *options) | {"cost": 0}
+    assert counts() == {"run": 0, "write": 0, "judge": 0}
+    stirred(Path("runs/tiny/reward/model/adapter_model.safetensors"))  # another judge of the same name
+    again("tax.arms=[base,sft]", *options)
+    assert counts() == {"run": 0, "write": 0, "judge": 2}
+    stirred(Path("runs/tiny/sft/policy/adapter_model.safetensors"))
+    again("tax.arms=[base,sft]", *options)
+    assert counts() == {"run": 2, "write": 1, "judge": 1}
 
 
 def test_a_changed_prompt_is_refused_where_there_is_work_to_lose(here, monkeypatch):

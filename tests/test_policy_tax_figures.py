@@ -293,5 +293,8 @@ def test_a_piece_is_there_for_its_key_alone(tmp_path):
     assert parts.get("a--b/c", {"seed": 1}) == {"x": [1.0, "ä"]}
     assert parts.get("a--b/c", {"seed": 2}) is None
     assert parts.get("a--b", {"seed": 1}) is None
-    (tmp_path / "parts" / "a--b-c.json").write_text('{"key": {"seed": 1}, "val')
+    parts.put("a--b/c", {"seed": 2}, {"x": [2.0]})
+    assert parts.get("a--b/c", {"seed": 1}) == {"x": [1.0, "ä"]}  # they lie side by side
+    for file in (tmp_path / "parts").iterdir():
+        file.write_text('{"key": {"seed": 1}, "val')
     assert parts.get("a--b/c", {"seed": 1}) is None

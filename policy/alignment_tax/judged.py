@@ -16,7 +16,7 @@ from policy.texts import distinct_n
 from reward.ensemble import combine, member_folders
 from reward.model import TextRewardModel
 from reward.scorers import load_scorer
-from rlhf.arms import Arm, dialogue_of, prompt_of
+from rlhf.arms import Arm, dialogue_of, model_hash, prompt_of
 from rlhf.base import best_device
 from rlhf.collect import stored_prompts
 from rlhf.comparisons import Message, Prompt, prompt_key
@@ -63,7 +63,7 @@ class Toxic:
         """What decides how it is scored."""
         toxic = self.section
         return {
-            "judge": toxic.judge,
+            "judge": model_hash(toxic.judge),
             "higher_is_better": toxic.higher_is_better,
             "threshold": toxic.threshold,
         }
@@ -135,7 +135,7 @@ class HeldOutScore:
         ppo = self.recipe.ppo
         by_text = self.section.judge != "reward"
         ensemble = {} if by_text else {"ensemble": ppo.ensemble, "penalty": ppo.ensemble_penalty}
-        folders = [] if by_text else [str(folder) for folder in self._folders()]
+        folders = [] if by_text else [model_hash(str(folder)) for folder in self._folders()]
         return {"judge": self.section.judge, "reward_models": folders, **ensemble}
 
     def respond(self, arm: Arm, lm: LanguageModel) -> Responses:

@@ -8,6 +8,7 @@ import json
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Work:
 
     def __init__(self, recipe: Recipe, section: Tax, run: StageRun, items: Items) -> None:
         self.recipe, self.section, self.run, self.items = recipe, section, run, items
-        self.parts = Parts(run.folder / "parts")
+        self.parts = Parts(Path(section.pieces).expanduser() if section.pieces else run.folder / "parts")
         self._loaded: tuple[Arm, LoadedArm, LanguageModel] | None = None
         self._files = {
             name: input_hashes(task.files) for name, task in section.tasks.items() if name in items

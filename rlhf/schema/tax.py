@@ -125,6 +125,9 @@ class Tax(Section):
     """Also a row with the share of the HHH items that the run's own reward model ranks right."""
     tokens_at_once: Annotated[int, Field(ge=1, strict=True)] = 2048
     """Tokens of one forward pass, padding included; it does not change the result."""
+    pieces: str | None = None
+    """Folder where finished pieces (an arm on a task each) are kept, for tables that share them; null = in
+    the stage's own, dropped when it ends. One is used again where nothing that it depends on has changed."""
     groups_shown: Natural = 8
     """Tasks with at most this many groups of items have a line for each group; 0 = none."""
 
