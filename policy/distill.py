@@ -12,30 +12,22 @@ from pathlib import Path
 
 from rlhf.context import parse
 from rlhf.errors import UserError, exit_on_user_error
-from rlhf.recipe import Recipe, from_command_line, is_path
-from rlhf.schema import Distill
+from rlhf.recipe import Recipe, from_command_line
 from rlhf.stage import open_stage, processes
 from rlhf.starts import start_inputs, start_parents
 
 
-def check(recipe: Recipe, section: Distill) -> None:
-    """Tell a malformed prompt or a wrong teacher before anything is loaded.
+def check(recipe: Recipe) -> None:
+    """Tell a malformed prompt before anything is loaded.
 
     Raises:
-        UserError: the prompt's file and line, or the folder that is not there.
+        UserError: the prompt's file and line.
     """
     prompt = Path(recipe.hhh_prompt).expanduser()
     try:
         parse(prompt.read_text(encoding="utf-8-sig"), str(prompt))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"hhh_prompt: {prompt} cannot be read as UTF-8 text ({error})") from None
-    teacher = section.teacher
-    if teacher is not None and (
-        not teacher or (is_path(teacher) and not Path(teacher).expanduser().is_dir())
-    ):
-        raise UserError(
-            f"distill.teacher: {teacher or repr(teacher)} is not a folder; check the path, or name a hub id"
-        )
 
 
 def main() -> None:
@@ -47,7 +39,7 @@ def main() -> None:
         return
     if processes() > 1:
         raise UserError("distill: this stage runs in one process; use PROCS=1")
-    check(recipe, section)
+    check(recipe)
     own = section.text_share < 1 and not section.questions  # answers the run's own comparisons
     run = open_stage(
         recipe,

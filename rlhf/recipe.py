@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.quick import QUICK, laid_over, origins_with, split_overrides, take_block
-from rlhf.schema import Recipe
+from rlhf.schema import STARTS, Recipe
 
 __all__ = ["Recipe", "check_batch_sizes", "dump", "files_of", "from_command_line", "is_path", "load"]
 
@@ -99,6 +99,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if quick:
         recipe = recipe.model_copy(update={"name": f"{recipe.name}-{QUICK}"})
     _check_files(recipe, path, origins)
+    _check_models(recipe, path, origins)
     return recipe
 
 
@@ -255,19 +256,35 @@ def _check_files(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
             if not spec.startswith("hub:") and not files_of(spec):
                 where = _where(key, origins, path)
                 raise UserError(f"{where}: {key}: no file matches {spec}; check the path")
-    for section, folders in (("ppo", recipe.ppo.reward_model), ("evaluate", [recipe.evaluate.reward_model])):
-        for folder in folders:
-            if folder is not None and not (folder and Path(folder).is_dir()):
-                key = f"{section}.reward_model"
-                where = origins.get(key, str(path))
-                raise UserError(f"{where}: {key}: {folder or repr(folder)} is not a folder; check the path")
-    for key in ("model", "against"):
-        name = getattr(recipe.card, key)
-        if name is not None and (not name or (is_path(name) and not Path(name).expanduser().is_dir())):
-            where = origins.get(f"card.{key}", str(path))
-            raise UserError(
-                f"{where}: card.{key}: {name or repr(name)} is not a folder; check the path, or name a hub id"
-            )
+
+
+def _check_models(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
+    """Every folder of a model that the recipe names must be there, but those that this run will make."""
+    card, distill, tax = recipe.card, recipe.distill, recipe.tax
+    starts = {name: getattr(getattr(recipe, name), "start", None) for name in STARTS}
+    folders: list[tuple[str, str | None]] = [
+        *(("ppo.reward_model", folder) for folder in recipe.ppo.reward_model),
+        ("evaluate.reward_model", recipe.evaluate.reward_model),
+        *((f"{name}.start", start) for name, start in starts.items() if start not in STARTS[name]),
+    ]
+    folders_or_ids: list[tuple[str, str | None]] = [
+        ("card.model", card.model),
+        ("card.against", card.against),
+        ("distill.teacher", distill.teacher if distill else None),
+        *((f"tax.others.{label}", place) for label, place in (tax.others if tax else {}).items()),
+        ("tax.toxicity.judge", tax.toxicity.judge if tax else None),
+    ]
+    wrong = [(key, place, "") for key, place in folders if place is not None and not os.path.isdir(place)]
+    wrong += [
+        (key, place, ", or name a hub id")
+        for key, place in folders_or_ids
+        if place is not None
+        and not (place and (not is_path(place) or os.path.isdir(os.path.expanduser(place))))
+    ]
+    for key, place, remedy in wrong:
+        if os.path.exists(place) or not place.startswith(f"runs/{recipe.name}/"):
+            where = _where(key, origins, path)
+            raise UserError(f"{where}: {key}: {place or repr(place)} is not a folder; check the path{remedy}")
 
 
 def check_batch_sizes(recipe: Recipe, processes: int) -> None:

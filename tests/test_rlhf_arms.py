@@ -356,7 +356,7 @@ def test_other_models_must_be_there(here, tmp_path):
     (tmp_path / "empty").mkdir()
     for place, message in (
         (f"{tmp_path}/empty", "holds neither an adapter nor a model"),
-        ("./nowhere", r"tax\.others\.x: \./nowhere is not a folder"),
+        ("runs/tiny/gone/policy", r"tax\.others\.x: runs/tiny/gone/policy is not a folder"),
     ):
         recipe = recipe_of(f"tax.others.x={place}")
         with pytest.raises(UserError, match=message):

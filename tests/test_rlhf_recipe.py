@@ -220,10 +220,43 @@ def test_the_best_responses_of_the_comparisons_are_no_file(recipe):
     assert not load(recipe(), ["sft.data=c.jsonl"]).sft.chosen
 
 
-@pytest.mark.parametrize("section", ["ppo", "evaluate"])
-def test_a_missing_reward_model_is_named(recipe, section):
-    message = refusal(recipe(), f"{section}.reward_model=runs/no")
-    assert f"{section}.reward_model: runs/no is not a folder" in message
+DISTILL = "distill={texts: [c.jsonl]}"
+TAX = "tax={tasks: {lm_loss: c.jsonl}}"
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "more"),
+    [
+        ("ppo.reward_model", "runs/gone", []),
+        ("evaluate.reward_model", "gone", []),
+        ("ppo.start", "gone", []),
+        ("reward.start", "runs/other/sft/policy", []),
+        ("distill.start", "gone/policy", [DISTILL]),
+        ("card.model", "./gone", []),
+        ("card.against", "a/b/c", []),
+        ("distill.teacher", "/gone", [DISTILL]),
+        ("tax.others.x", "~/gone", [TAX]),
+        ("tax.toxicity.judge", "./gone", [TAX]),
+    ],
+)
+def test_a_model_that_a_late_stage_needs_is_missed_before_the_first_one(recipe, inside, key, place, more):
+    Path("recipes/prompts").mkdir(parents=True)
+    Path("recipes/prompts/hhh.txt").touch()
+    message = refusal(recipe(), *more, f"{key}={place}")
+    assert message.startswith(f"override '{key}={place}': {key}: {place} is not a folder; check the path")
+    load(recipe(), ["name=mine", *more, f"{key}=runs/mine/some/folder"])  # this run will make it
+    (inside / "runs/mine").mkdir(parents=True)
+    (inside / "runs/mine/file").touch()
+    assert "is not a folder" in refusal(recipe(), "name=mine", *more, f"{key}=runs/mine/file")
+    (inside / "there").mkdir()
+    load(recipe(), [*more, f"{key}=there"])
+
+
+def test_what_is_no_path_is_a_model_of_the_hub_or_a_judge(recipe):
+    for key in ("card.model", "tax.others.x", "tax.toxicity.judge"):
+        for place in ("owner/name", "name"):
+            load(recipe(), [TAX, f"{key}={place}"])
+    assert "tax.others.x" in refusal(recipe(), TAX, "tax.others.x=")
 
 
 def test_files_are_found_as_the_readers_find_them(inside):
