@@ -53,6 +53,11 @@ $(STAMPS)/setup: pyproject.toml constraints.txt
 recipe: setup
 	@$(PY) -m rlhf.recipe $(ARGS)
 
+# A road takes hours; what its last stage could not use is told before the first one begins.
+.PHONY: preflight
+preflight: recipe
+	@$(PY) -m policy.preflight $(ARGS)
+
 model: recipe ## put the recipe's base model in place
 	@$(PY) -m rlhf.prepare $(ARGS)
 
@@ -83,7 +88,7 @@ evaluate: card ## the reward model's card, then held-out prompts, before against
 tax: recipe ## what alignment cost: base, prompted, distilled, SFT, PPO and others on the same items
 	@$(PY) -m policy.tax $(ARGS)
 
-rlhf: reward ## all stages of the recipe, in order; what is done is skipped
+rlhf: preflight reward ## all stages of the recipe, in order; what is done is skipped
 	@$(RUN) policy.train $(ARGS)
 	@$(PY) -m reward.evaluate $(ARGS)
 	@$(PY) -m policy.evaluate $(ARGS)

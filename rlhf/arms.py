@@ -65,15 +65,17 @@ class LoadedArm(NamedTuple):
 # ---------------------------------------------------------------- which arms
 
 
-def arm_names(recipe: Recipe, section: Tax) -> list[str]:
+def arm_names(recipe: Recipe, section: Tax, *, planned: bool = False) -> list[str]:
     """Names of all arms that a table has, in the order in which they are shown.
 
     Without ``tax.arms``: the base, the prompted base where the file of the prompt is there, and the arms
-    whose stage has finished.
+    whose stage has finished, or, with ``planned``, is in the recipe.
     """
     names = section.arms
     if names is None:
         there = {n: (RUNS / recipe.name / stage / MANIFEST).is_file() for n, stage in STAGES.items()}
+        if planned:
+            there = {n: getattr(recipe, stage) is not None for n, stage in STAGES.items()}
         there |= {"base": True, "prompted": Path(recipe.hhh_prompt).expanduser().is_file()}
         names = [name for name in DEFAULT_ARMS if there[name]]
     between = [interpolated(weight) for weight in section.interpolate] if "policy" in names else []

@@ -23,7 +23,7 @@ SCRIPTS = (
     "reward.pretrain",
     "reward.train",
     "reward.evaluate",
-    *(f"policy.{name}" for name in ("sft", "distill", "train", "evaluate", "tax")),
+    *(f"policy.{name}" for name in ("sft", "distill", "train", "evaluate", "preflight", "tax")),
 )
 
 # told to the user within a second, so nothing here may load torch before it is needed
@@ -35,6 +35,7 @@ LIGHT = (
     *(f"rlhf/{name}.py" for name in ("chats", "quick", "starts")),
     *(f"reward/{name}.py" for name in ("calibrate", "card", "card_page")),
     "policy/texts.py",
+    "policy/alignment_tax/needs.py",
     *(f"rlhf/evaluate/{name}.py" for name in ("humaneval", "outcome")),  # nor before generated code runs
     *(file for file in FILES if file.startswith("rlhf/evaluate/sandbox")),
     *(file for file in FILES if file.startswith("rlhf/sources/")),
@@ -133,7 +134,7 @@ def test_the_reward_model_knows_nothing_of_the_policy():
 
 def taxing():
     """The files that put the tax table together."""
-    return {"policy/tax.py", *inside("policy/alignment_tax")}
+    return {"policy/tax.py", "policy/preflight.py", *inside("policy/alignment_tax")}
 
 
 def test_reward_and_policy_meet_where_stages_are_put_together_only():
@@ -227,9 +228,14 @@ def test_only_the_base_loader_knows_how_a_base_is_quantised():
 
 
 def test_the_rooms_of_the_policy_are_opened_by_their_stage_only():
-    for room, stage in (("alignment_tax", "tax"), ("distillation", "distill"), ("fine_tuning", "sft")):
+    for room, *doors in (
+        ("alignment_tax", "tax", "preflight"),
+        ("distillation", "distill"),
+        ("fine_tuning", "sft"),
+    ):
         outside = importers(f"policy.{room}") - inside(f"policy/{room}")
-        assert outside == {f"policy/{stage}.py"}, room
+        assert outside == {f"policy/{door}.py" for door in doors}, room
+    assert "policy.alignment_tax.needs" in all_imports("policy/preflight.py")
 
 
 def test_no_import_leads_back():
