@@ -15,12 +15,10 @@ of the scaling alone ``ppo_scaling.json`` and ``.md``.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,48 +26,29 @@ from benchmarks.harness import (
     Figures,
     Turn,
     command_line,
-    environment,
     machine,
     medians,
     now,
-    ratio,
     raw,
-    relative_name,
     run_all,
-    run_child,
     turns,
-    write_results,
 )
 from benchmarks.peer import peer_folder, with_peer
-from benchmarks.ppo_page import NOTES, SIDES, markdown
+from benchmarks.ppo_page import NOTES, markdown
+from benchmarks.two_sides import SIDES, Children, Ratio, add_options, against_targets, publish, settings_of
 from rlhf.artifacts import hash_of, write_json
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe import files_of
 
-RESULTS = Path("benchmarks/results")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 PEER = ("trl", "1.12.0")
 CHILD = (sys.executable, "-m", "benchmarks.ppo_sides")
-TINY = "a tiny random model"
 PROMPTS = "recipes/prompts/sentiment_train.jsonl"
 CASES = {
     "all_layers": "all layers adapted",
     "top_third": "the top third of the layers adapted",
 }
 _SPEED, _MEMORY = "s_per_step", "peak_bytes"
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A figure of theirs over the same figure of ours."""
-
-    figure: str
-    theirs: str
-    """Case of theirs."""
-    ours: str
-    words: str
-    target: float | None
-    """At least so much is wanted; None = told beside it, no target."""
 
 
 _ALL = "all layers adapted"
@@ -108,29 +87,8 @@ def check_same_work(runs: Sequence[Figures]) -> None:
 
 def evaluate(runs: Sequence[Figures]) -> dict[str, Figures]:
     """Every ratio with its target; for speeds also ``by_token`` and ``by_processor_time``."""
-    found: dict[str, Figures] = {}
-    there = {(r["case"], r["side"]) for r in runs}
-    for name, what in RATIOS.items():
-        if (what.theirs, "theirs") not in there:
-            continue
-
-        def over(figure: str, what: Ratio = what) -> Figures:
-            return ratio(raw(runs, what.theirs, "theirs", figure), raw(runs, what.ours, "ours", figure))
-
-        values = over(what.figure)
-        if what.figure == _SPEED:
-            values["by_token"] = over("s_per_token")["value"]
-            values["by_processor_time"] = over("cpu_s_per_step")["value"]
-        found[name] = {
-            **values,
-            "figure": what.figure,
-            "ours": what.ours,
-            "theirs": what.theirs,
-            "target": what.target,
-            "reached": None if what.target is None else values["value"] >= what.target,
-            "means": what.words,
-        }
-    return found
+    beside = {_SPEED: {"by_token": "s_per_token", "by_processor_time": "cpu_s_per_step"}}
+    return against_targets(RATIOS, runs, beside)
 
 
 def shares(runs: Sequence[Figures], peak: float) -> dict[str, dict[str, float]]:
@@ -164,22 +122,18 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--prompts", default=PROMPTS, metavar="FILE", help="texts that prompts are joined of")
-    add("--base", default="models/smollm2-135m", help="folder of the base model")
     add("--batch", type=int, default=16, help="responses a step")
     add("--shortest", type=int, default=16, help="tokens of the shortest prompt")
     add("--longest", type=int, default=64, help="tokens of the longest prompt")
     add("--response", type=int, default=48, help="longest response, tokens")
     add("--epochs", type=int, default=4, help="passes over a rollout")
     add("--steps", type=int, default=2, help="measured steps of a run, behind one that is not")
-    add("--rounds", type=int, default=3, help="times that every side of every case runs")
-    add("--threads", type=int, default=2)
     add("--micro-batch", type=int, default=8, help="responses in an update at once, as in a recipe")
     add("--their-micro-batch", type=int, default=None, help="of theirs; none = the same")
     add("--their-value", choices=("full", "lora"), default="full", help="how their value model learns")
     add("--fewer", action="store_true", help="leave out theirs with the top third, which has no target")
     add("--scaling", action="store_true", help="also ours alone on other batches, responses and models")
-    add("--output", type=Path, default=None, help=f"folder of the results, {RESULTS} unless --quick")
-    add("--quick", action="store_true", help="a tiny random model, one round: to see that it works")
+    add_options(parser)
     arguments = parser.parse_args(words)
     if arguments.quick:
         arguments.batch, arguments.response, arguments.epochs, arguments.micro_batch = 4, 8, 2, 2
@@ -205,21 +159,11 @@ def collect(
     arguments: argparse.Namespace, child: Sequence[str], scratch: Path, peer: Callable[..., Path]
 ) -> Figures:
     """Prepare the prompts, run all children; returns ``runs``, ``data``, ``scaling`` and ``matmul``."""
-    told = environment(arguments.threads)
-
-    def ask(kind: str, values: dict[str, Any], told: dict[str, str] = told) -> Figures:
-        write_json(scratch / "task.json", values)
-        command = [*child, kind, str(scratch / "task.json"), str(scratch / "result.json")]
-        return run_child(command, scratch / "result.json", told)
-
-    base = scratch / "tiny" if arguments.quick else Path(arguments.base)
-    if arguments.quick:
-        ask("tiny", {"base": str(base)})
-    if not (base / "config.json").is_file():
-        raise UserError(f"--base: no model at {base}; run `make model RECIPE=recipes/sentiment.yaml` first")
+    children = Children(child, scratch, arguments.threads)
+    ask, told = children.ask, children.told
+    base, layers = children.base(arguments, "recipes/sentiment.yaml")
     if not files_of(arguments.prompts):
         raise UserError(f"--prompts: no file matches {arguments.prompts}; check the path")
-    layers = int(json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
     folder = peer(*PEER) if arguments.rounds else None
 
     wanted = {"base": str(base), "file": arguments.prompts, "shortest": arguments.shortest,
@@ -307,14 +251,13 @@ def benchmark(
     with tempfile.TemporaryDirectory() as scratch:
         measured = collect(arguments, child, Path(scratch), peer)
     runs, sides = measured["runs"], bool(arguments.rounds)
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("prompts", "output")}
     report = {
         "benchmark": f"PPO against PPOTrainer of trl {PEER[1]}" if sides else "PPO: how its cost grows",
         "date": now(),
         "command": command_line("benchmarks.ppo", words),
         **(_both_sides(runs, measured["matmul"]["flops_per_s"]) if sides else {}),
         "machine": host,
-        "settings": settings | {"base": TINY if arguments.quick else relative_name(arguments.base)},
+        "settings": settings_of(arguments, "prompts"),
         "data": measured["data"],
         "matmul_peak": measured["matmul"],
         "scaling": measured["scaling"],
@@ -322,12 +265,7 @@ def benchmark(
     }
     if sides:
         host["versions"]["trl"] = f"{PEER[1]} (theirs)"
-    text, name = markdown(report, CASES), "ppo" if sides else "ppo_scaling"
-    print(f"\n{text}")
-    folder = arguments.output or (None if arguments.quick else RESULTS)
-    if folder is not None:
-        write_results(folder, name, report, text)
-        print(f"written: {relative_name(str(folder))}/{name}.json and {name}.md")
+    publish(arguments, "ppo" if sides else "ppo_scaling", report, markdown(report, CASES))
     return report
 
 

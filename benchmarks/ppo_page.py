@@ -33,7 +33,6 @@ NOTES = [
     "The reward reached at equal samples is not compared here.",
 ]
 
-SIDES = ("ours", "theirs")
 _COST = ("", "ours", "theirs", "theirs / ours", "rounds", "target")
 _PHASES = (
     "a step, median of the runs",

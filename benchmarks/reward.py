@@ -12,38 +12,29 @@ median of theirs over the median of ours. Results: ``benchmarks/results/reward.j
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.harness import (
     Figures,
     Turn,
     command_line,
-    environment,
     machine,
     medians,
     now,
-    ratio,
-    raw,
-    relative_name,
     run_all,
-    run_child,
     turns,
-    write_results,
 )
+from benchmarks.two_sides import SIDES, Children, Ratio, add_options, against_targets, publish, settings_of
 from rlhf.artifacts import hash_of, write_json
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.markdown import table
 from rlhf.recipe import files_of
 
-RESULTS = Path("benchmarks/results")
-SIDES = ("ours", "theirs")
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 CHILD = (sys.executable, "-m", "benchmarks.reward_sides")
 MAX_TOKENS = 256
@@ -65,19 +56,6 @@ CASES = {
     "pairs_top_third": Case(2, True, "pairs, the top third of the layers adapted"),
     "k4": Case(4, False, "rankings of four, all layers adapted"),
 }
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A figure of theirs over the same figure of ours."""
-
-    figure: str
-    theirs: str
-    """Case of theirs."""
-    ours: str
-    words: str
-    target: float
-    """At least so much is wanted."""
 
 
 RATIOS = {
@@ -137,24 +115,9 @@ def check_same_work(runs: Sequence[Figures]) -> None:
 
 
 def evaluate(runs: Sequence[Figures]) -> dict[str, Figures]:
-    """Every ratio with its target; ``by_processor_time`` and, for speeds, ``with_first_step`` beside it."""
-    found: dict[str, Figures] = {}
-    for name, what in RATIOS.items():
-
-        def over(figure: str, what: Ratio = what) -> Figures:
-            return ratio(raw(runs, what.theirs, "theirs", figure), raw(runs, what.ours, "ours", figure))
-
-        values = over(what.figure)
-        if what.figure == _SPEED:
-            values["by_processor_time"] = over("cpu_s_per_comparison")["value"]
-            values["with_first_step"] = over("whole_s_per_comparison")["value"]
-        found[name] = {
-            **values,
-            "target": what.target,
-            "reached": values["value"] >= what.target,
-            "means": what.words,
-        }
-    return found
+    """Every ratio with its target; ``by_processor_time`` and ``with_first_step`` beside speeds."""
+    beside = {"by_processor_time": "cpu_s_per_comparison", "with_first_step": "whole_s_per_comparison"}
+    return against_targets(RATIOS, runs, {_SPEED: beside})
 
 
 _WORK_HEAD = (
@@ -214,18 +177,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--comparisons", nargs="+", default=[], metavar="FILE", help="pairs; none = made with HH's lengths")
     add("--rankings", nargs="+", default=[], metavar="FILE", help="rankings of four or more; none = made")
-    add("--base", default="models/smollm2-135m", help="folder of the base model")
     add("--pairs", type=int, default=40, help="pairs a child trains on")
     add("--ranked", type=int, default=8, help="rankings of four a child trains on")
     add("--pairs-a-step", type=int, default=8)
     add("--rankings-a-step", type=int, default=2)
     add("--epochs", type=int, default=1)
-    add("--rounds", type=int, default=3, help="times that every side of every case runs")
-    add("--threads", type=int, default=2)
     add("--tokens-per-micro-batch", type=int, default=4096, help="of ours, as in a recipe")
     add("--their-pairs-at-once", type=int, default=None, help="of theirs; none = a whole step, its default")
-    add("--output", type=Path, default=None, help=f"folder of the results, {RESULTS} unless --quick")
-    add("--quick", action="store_true", help="a tiny random model, one round: to see that it works")
+    add_options(parser)
     arguments = parser.parse_args(words)
     if arguments.quick:
         arguments.pairs, arguments.ranked, arguments.rounds = 8, 4, 1
@@ -250,21 +209,8 @@ def collect(
     arguments: argparse.Namespace, child: Sequence[str], scratch: Path
 ) -> tuple[list[Figures], Figures]:
     """Prepare the rows, run all children; returns their figures and what the rows are."""
-    told = environment(arguments.threads)
-
-    def ask(kind: str, values: dict[str, Any]) -> Figures:
-        write_json(scratch / "task.json", values)
-        command = [*child, kind, str(scratch / "task.json"), str(scratch / "result.json")]
-        return run_child(command, scratch / "result.json", told)
-
-    base = Path(arguments.base)
-    if arguments.quick:
-        base = scratch / "tiny"
-        ask("tiny", {"base": str(base)})
-    if not (base / "config.json").is_file():
-        raise UserError(f"--base: no model at {base}; run `make model RECIPE=recipes/hh.yaml` first")
-    layers = int(json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
-
+    children = Children(child, scratch, arguments.threads)
+    base, layers = children.base(arguments, "recipes/hh.yaml")
     data: Figures = {}
     for responses, files, number in (
         (2, _files(arguments.comparisons), arguments.pairs),
@@ -272,7 +218,7 @@ def collect(
     ):
         wanted = {"base": str(base), "files": files, "responses": responses, "number": number, "seed": 0,
                   "max_tokens": MAX_TOKENS, "scale": 0.15 if arguments.quick else 1.0}  # fmt: skip
-        rows = ask("prepare", wanted)["rows"]
+        rows = children.ask("prepare", wanted)["rows"]
         write_json(scratch / f"rows-{responses}.json", {"rows": rows})
         data[f"responses_{responses}"] = {
             "source": [Path(f).name for f in files] or "made with the lengths of Anthropic HH",
@@ -284,7 +230,7 @@ def collect(
 
     def run(turn: Turn) -> Figures:
         case = CASES[turn.case]
-        figures = ask(
+        figures = children.ask(
             turn.side,
             {
                 "base": str(base),
@@ -316,25 +262,19 @@ def benchmark(words: Sequence[str], child: Sequence[str] = CHILD) -> Figures:
     with tempfile.TemporaryDirectory() as scratch:
         runs, data = collect(arguments, child, Path(scratch))
     check_same_work(runs)
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("comparisons", "rankings", "output")}
     report = {
         "benchmark": "reward stage against trl.RewardTrainer",
         "date": now(),
         "command": command_line("benchmarks.reward", words),
         "machine": host,
-        "settings": settings | {"base": relative_name(arguments.base), "max_tokens": MAX_TOKENS},
+        "settings": settings_of(arguments, "comparisons", "rankings") | {"max_tokens": MAX_TOKENS},
         "data": data,
         "ratios": evaluate(runs),
         "medians": medians(runs, CASES, SIDES),
         "runs": runs,
         "notes": NOTES,
     }
-    text = markdown(report)
-    print(f"\n{text}")
-    folder = arguments.output or (None if arguments.quick else RESULTS)
-    if folder is not None:
-        write_results(folder, "reward", report, text)
-        print(f"written: {relative_name(str(folder))}/reward.json and reward.md")
+    publish(arguments, "reward", report, markdown(report))
     return report
 
 
