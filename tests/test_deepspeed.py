@@ -22,7 +22,7 @@ from rlhf.artifacts import MANIFEST
 
 TOLERANCE = 5e-6
 ONE_PAIR = 0.02  # of the pairs of a batch in these tests, 57 or more, and a little
-PPO = ("ppo.steps=4", "ppo.checkpoint_every=1", "ppo.max_grad_norm=0.3")
+PPO = ("ppo.steps=3", "ppo.checkpoint_every=1", "ppo.max_grad_norm=0.3")
 REWARD = (
     "reward.batch_size=38",  # all comparisons, so that no batch is padded
     "reward.epochs=4",

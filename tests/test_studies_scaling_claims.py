@@ -88,7 +88,7 @@ def test_a_tax_that_falls_with_size_and_that_text_lowers_is_supported():
     claim = claims.tax(study()[0])
     assert verdicts(claim, "slope of the tax of PPO on held-out loss") == {SUPPORTED}
     assert verdicts(claim, "tax on held-out loss, PPO less PPO-ptx") == {SUPPORTED}
-    assert verdicts(claim, "reward on held-out openings") == {SUPPORTED}
+    assert not any("same reward" in note for note in claim.notes)
 
 
 def test_a_tax_that_grows_is_contradicted_and_one_that_stays_undecided():
@@ -98,9 +98,17 @@ def test_a_tax_that_grows_is_contradicted_and_one_that_stays_undecided():
     assert verdicts(stays, "slope of the tax of PPO on held-out loss") == {UNDECIDED}
 
 
-def test_text_that_does_not_lower_the_tax_or_costs_reward_is_told():
+def test_text_that_does_not_lower_the_tax_is_told():
     assert verdicts(claims.tax(study(ptx=1.5)[0]), "tax on held-out loss, PPO less") == {CONTRADICTED}
-    assert verdicts(claims.tax(study(ptx_reward=0.2)[0]), "reward on held-out") == {CONTRADICTED}
+
+
+def test_a_tax_that_is_lower_for_less_reward_is_told_and_not_judged():
+    claim = claims.tax(study(ptx_reward=0.2)[0])
+    assert verdicts(claim, "tax on held-out loss, PPO less PPO-ptx") == {UNDECIDED}
+    assert sum("same reward" in note for note in claim.notes) == 3
+    (row,) = [row for row in claim.rows if row[0].startswith("reward on held-out openings")]
+    assert row[2].startswith("-0.300")
+    assert verdicts(claims.tax(study(ptx_reward=0.2, ptx=1.5)[0]), "tax on held-out") == {UNDECIDED}
 
 
 def test_a_tax_that_is_paid_is_told_and_not_judged():

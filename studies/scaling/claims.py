@@ -133,18 +133,16 @@ def tax(study: Study) -> Claim:
         text = f"last words lost, {arm}"
         lost = _at_every_rung(study.tax(WORD, arm), text, lambda t, e: below(t, e, SMALL))
         statements += [s if able else _undecided(s) for s, able in zip(lost, skilled, strict=True)]
-    statements += _at_every_rung(lowered, "tax on held-out loss, PPO less PPO-ptx", above)
-    statements += _at_every_rung(
-        reward,
-        "reward on held-out openings, PPO-ptx less PPO (comparable)",
-        lambda t, e: inside(t, e, -COMPARABLE, COMPARABLE),
-    )
+    comparable = [e.low >= -COMPARABLE and e.high <= COMPARABLE for e in reward.estimates]
+    less = _at_every_rung(lowered, "tax on held-out loss, PPO less PPO-ptx", above)
+    statements += [s if fair else _undecided(s) for s, fair in zip(less, comparable, strict=True)]
     rows = []
     for measure, called in ((LOSS, "held-out loss, nats a byte"), (WORD, "last words lost")):
         for arm in (PROMPTED, DISTILLED, PPO, PTX):
             figure = study.tax(measure, arm)
             told = [f"{in_words(e, 4)} {_paid(e)}" for e in figure.estimates]
             rows.append([called, arm, *told, in_words(slope_of(figure), 4)])
+    rows.append(["reward on held-out openings, VADER", f"{PTX} less {PPO}", *_cells(reward)])
     return Claim(
         6,
         "The alignment tax is small, and smaller with size",
@@ -160,8 +158,13 @@ def tax(study: Study) -> Claim:
         (
             "Models below ten billion parameters PAY the tax in the papers: a tax here agrees with them, "
             "and no verdict is made on its sign. *pays*, *gains*: the interval is above, below 0.",
-            f"Comparable: rewards within {COMPARABLE:g} of each other on the whole interval. Where they are "
-            "not, a lower tax may be bought with less reward.",
+            *(
+                f"{rung.label}: PPO-ptx and PPO do not reach the same reward (within {COMPARABLE:g} on the "
+                "whole interval), so a lower tax may be bought with less reward, and no verdict is made on "
+                "it."
+                for rung, fair in zip(study.rungs, comparable, strict=True)
+                if not fair
+            ),
             *(
                 f"{rung.label} is right on less than {SKILL:g} of the last words before: it has nothing to "
                 "lose there, so no verdict is made on what it lost."
