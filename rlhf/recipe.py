@@ -262,10 +262,14 @@ def _check_models(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
     """Every folder of a model that the recipe names must be there, but those that this run will make."""
     card, distill, tax = recipe.card, recipe.distill, recipe.tax
     starts = {name: getattr(getattr(recipe, name), "start", None) for name in STARTS}
-    folders: list[tuple[str, str | None]] = [
-        *(("ppo.reward_model", folder) for folder in recipe.ppo.reward_model),
-        ("evaluate.reward_model", recipe.evaluate.reward_model),
-        *((f"{name}.start", start) for name, start in starts.items() if start not in STARTS[name]),
+    folders: list[tuple[str, str | None, str]] = [
+        *(("ppo.reward_model", folder, "") for folder in recipe.ppo.reward_model),
+        ("evaluate.reward_model", recipe.evaluate.reward_model, ""),
+        *(
+            (f"{name}.start", start, f", or name a stage of this run ({' or '.join(STARTS[name])})")
+            for name, start in starts.items()
+            if start not in STARTS[name]
+        ),
     ]
     folders_or_ids: list[tuple[str, str | None]] = [
         ("card.model", card.model),
@@ -274,7 +278,11 @@ def _check_models(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
         *((f"tax.others.{label}", place) for label, place in (tax.others if tax else {}).items()),
         ("tax.toxicity.judge", tax.toxicity.judge if tax else None),
     ]
-    wrong = [(key, place, "") for key, place in folders if place is not None and not os.path.isdir(place)]
+    wrong = [
+        (key, place, remedy)
+        for key, place, remedy in folders
+        if place is not None and not os.path.isdir(place)
+    ]
     wrong += [
         (key, place, ", or name a hub id")
         for key, place in folders_or_ids

@@ -323,7 +323,8 @@ def trained(lab):
     return lab / "mine"
 
 
-def test_a_start_that_is_not_there_is_refused_and_the_mended_recipe_is_not(trained, refused, capsys):
+def test_a_start_without_an_adapter_is_refused_and_the_mended_recipe_is_not(trained, refused, capsys):
+    Path("mien").mkdir()
     line = refused(reward_train.main, "reward.start=mien")
     assert line.startswith("reward.start: mien/adapter_model.safetensors is not there; name the folder")
     assert made("reward") == OPENING  # not even the probe, which another recipe could not use

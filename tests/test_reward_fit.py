@@ -281,7 +281,8 @@ def test_a_start_is_the_other_model_and_goes_on_from_there(retrained, usual, beg
     )
 
 
-def test_the_start_is_the_recipes_or_that_of_its_pre_training():
+def test_the_start_is_the_recipes_or_that_of_its_pre_training(inside):
+    Path("a/b").mkdir(parents=True)
     run = StageRun("reward", Path("runs/tiny/reward"), tiny_recipe(), {}, {}, True, None)
     sources = "pmp.sources=[{files: hub:x}]"
     assert reward.fit.start_folder(tiny_recipe(), run) is None

@@ -244,6 +244,7 @@ def test_a_model_that_a_late_stage_needs_is_missed_before_the_first_one(recipe, 
     Path("recipes/prompts/hhh.txt").touch()
     message = refusal(recipe(), *more, f"{key}={place}")
     assert message.startswith(f"override '{key}={place}': {key}: {place} is not a folder; check the path")
+    assert ("or name a stage of this run (sft" in message) == key.endswith(".start")
     load(recipe(), ["name=mine", *more, f"{key}=runs/mine/some/folder"])  # this run will make it
     (inside / "runs/mine").mkdir(parents=True)
     (inside / "runs/mine/file").touch()

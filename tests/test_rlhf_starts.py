@@ -91,7 +91,8 @@ def test_a_start_that_cannot_work_is_refused_before_anything_runs(section, start
     assert "\n" not in str(caught.value)
 
 
-def test_a_reward_model_that_starts_from_a_folder_goes_with_pre_training():
+def test_a_reward_model_that_starts_from_a_folder_goes_with_pre_training(inside):
+    Path("a/b").mkdir(parents=True)
     assert recipe_with("reward", "a/b", *SECTIONS["pmp"]).reward.start == "a/b"
 
 
@@ -128,7 +129,6 @@ def trained(inside):
     """A finished ppo stage, written by hand, and the open stage that looks at it."""
 
     def write(start, *, identity="one", content=b"weights"):
-        recipe = recipe_with("ppo", start)
         made = {"recipe": {"ppo": {"start": start}}, "parents": {}, "inputs": {}}
         for folder in (inside / "runs/tiny/ppo", inside / "runs/tiny/sft"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +143,7 @@ def trained(inside):
                 inside / start / "adapter_model.safetensors"
             )
         (inside / "runs/tiny/ppo/manifest.json").write_text(json.dumps({"fingerprint": made}))
+        recipe = recipe_with("ppo", start)
         return recipe, StageRun("evaluate", Path("runs/tiny/evaluate"), recipe, {}, {}, True, None)
 
     return write
