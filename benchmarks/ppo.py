@@ -50,7 +50,6 @@ CASES = {
 }
 _SPEED, _MEMORY = "s_per_step", "peak_bytes"
 
-
 _ALL = "all layers adapted"
 _TOP = "our top third against all layers of theirs, which cannot keep a trunk (another adapter)"
 _SAME = "the top third adapted on both sides"

@@ -73,9 +73,12 @@ def arm_names(recipe: Recipe, section: Tax, *, planned: bool = False) -> list[st
     """
     names = section.arms
     if names is None:
-        there = {n: (RUNS / recipe.name / stage / MANIFEST).is_file() for n, stage in STAGES.items()}
-        if planned:
-            there = {n: getattr(recipe, stage) is not None for n, stage in STAGES.items()}
+        there = {
+            name: getattr(recipe, stage) is not None
+            if planned
+            else (RUNS / recipe.name / stage / MANIFEST).is_file()
+            for name, stage in STAGES.items()
+        }
         there |= {"base": True, "prompted": Path(recipe.hhh_prompt).expanduser().is_file()}
         names = [name for name in DEFAULT_ARMS if there[name]]
     between = [interpolated(weight) for weight in section.interpolate] if "policy" in names else []
