@@ -57,6 +57,8 @@ class Report:
 
     kills: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     """By what the process was doing."""
+    reached: set[str] = dataclasses.field(default_factory=set)
+    """Phases that were not over at some kill; a call of the score function is inside a rollout."""
     runs: int = 0
     starts: int = 0
     faults: list[str] = dataclasses.field(default_factory=list)
@@ -81,7 +83,9 @@ def torment(folder: Path, wanted: Mapping[str, Any], phases: Iterator[str], know
         report.starts += 1
         status = start.wait()
         if status == -signal.SIGKILL:
-            report.kills[start.died_in()] += 1
+            within = start.died_in()
+            report.kills[within[-1] if within else BETWEEN] += 1
+            report.reached.update(within)
             continue
         if status != 0:
             report.faults.append(f"run {report.runs}, {plan}: status {status}: {start.said()[-500:]}")

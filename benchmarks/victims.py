@@ -85,7 +85,7 @@ class Plan(NamedTuple):
     visit: int = 0
     """Which visit to the phase, counted from 0 in this process."""
     delay: float = 0.0
-    """Seconds after the visit's beginning; infinite = at its end."""
+    """Seconds after the visit's beginning; at its end where it is over sooner, so that it is always hit."""
     signal: int = signal.SIGKILL
     """Or :data:`FULL_DISK`."""
 
@@ -100,9 +100,11 @@ class Marks:
         self.descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self.plan = plan
         self.visits: collections.Counter[str] = collections.Counter()
+        self.was_hit = False
 
     def _hit(self) -> None:
         assert self.plan is not None
+        self.was_hit = True
         if self.plan.signal == FULL_DISK:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.kill(os.getpid(), self.plan.signal)
@@ -110,21 +112,25 @@ class Marks:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What happens inside belongs to a phase."""
-        plan, visit = self.plan, self.visits[name]
+        visit = self.visits[name]
         self.visits[name] += 1
-        meant = plan is not None and (plan.phase, plan.visit) == (name, visit)
         os.write(self.descriptor, f"+{name} {time.monotonic()}\n".encode())
-        if meant and plan is not None and plan.delay == 0:
-            self._hit()
-        elif meant and plan is not None and plan.delay < float("inf"):
-            timer = threading.Timer(plan.delay, self._hit)
+        timer = None
+        if self.plan is not None and self.plan[:2] == (name, visit):
+            timer = threading.Timer(min(self.plan.delay, threading.TIMEOUT_MAX), self._hit)
             timer.daemon = True
-            timer.start()
+            if self.plan.delay == 0:
+                self._hit()
+            else:
+                timer.start()
         try:
             yield
         finally:
-            if meant and plan is not None and plan.delay == float("inf"):
-                self._hit()
+            if timer is not None and not self.was_hit:
+                timer.cancel()
+                timer.join()
+                if not self.was_hit:
+                    self._hit()
             os.write(self.descriptor, f"-{name} {time.monotonic()}\n".encode())
 
     def wrap(self, owner: Any, name: str, phase: str) -> None:
@@ -268,10 +274,9 @@ class Start:
         """Every finished visit to a phase, with its seconds."""
         return [(name, after - before) for name, before, after in _visits(self.marks) if after is not None]
 
-    def died_in(self) -> str:
-        """The innermost phase that was not left."""
-        open_ones = [name for name, _, after in _visits(self.marks) if after is None]
-        return open_ones[-1] if open_ones else BETWEEN
+    def died_in(self) -> list[str]:
+        """The phases that were not left, the innermost last."""
+        return [name for name, _, after in _visits(self.marks) if after is None]
 
 
 def _visits(marks: Path) -> list[tuple[str, float, float | None]]:

@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from benchmarks import faults
-from benchmarks.victims import PHASES, STATEFUL, STEPS, Plan, Start, beginning, outcome
+from benchmarks.victims import LAST, PHASES, STATEFUL, STEPS, Plan, Start, beginning, outcome
 
 RARELY = (*STATEFUL, "ppo.checkpoint_every=100")
 
@@ -39,9 +39,7 @@ def test_more_than_20_kills_at_random_points_change_nothing(road, tmp_path):
     report = faults.campaign(road, tmp_path, kills=22, seed=1)
     assert report.faults == []
     assert report.killed >= 22
-    assert {"rollout", "update"} <= set(report.kills)
-    assert set(report.kills) & {"sync", "rename", "remove", "checkpoint"}
-    assert len(set(report.kills) & set(PHASES)) >= 6
+    assert report.reached >= set(PHASES) - set(LAST)
 
 
 def test_a_campaign_tells_what_differs(road, alone, tmp_path):
