@@ -67,6 +67,24 @@ def test_the_result_is_read_by_everybody(lab):
     assert not (folder / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("layers", ["all", "top_2"])
+def test_a_second_round_tells_its_share_of_the_whole_prompt(method, layers, lab, capsys):
+    first = results(run(epochs=8, lora__layers=layers))["held_out"]
+    again = {"start": "runs/tiny/distill/policy", "learning_rate": 1e-3, "lora__layers": layers}
+    second = results(run(name="second", method=method, **again))["held_out"]
+    assert "kl_start" not in first
+    for one, two in ((first, second), (first["texts"], second["texts"])):
+        for mine, theirs in (("kl_before", "kl_before"), ("kl_start", "kl_after")):
+            assert two[mine]["mean"] == pytest.approx(one[theirs]["mean"], rel=1e-4)
+        assert two["recovered_at_start"]["mean"] == pytest.approx(one["kl_recovered"]["mean"], abs=1e-4)
+        whole = 1 - two["kl_after"]["mean"] / one["kl_before"]["mean"]
+        assert two["kl_recovered"]["mean"] == pytest.approx(whole, abs=1e-4)
+        assert two["prompt_gain"]["mean"] == pytest.approx(one["prompt_gain"]["mean"], abs=1e-4)
+    assert second["full_kl_before"]["mean"] == pytest.approx(first["full_kl_before"]["mean"], rel=1e-4)
+    assert " at the start (" in capsys.readouterr().out
+
+
 # ---- exactly nothing to learn
 
 

@@ -15,7 +15,7 @@ from policy.distillation.report import Measured, figures, lines
 from policy.distillation.student import Student, trunk_of, width
 from policy.distillation.teacher import TeacherFile
 from policy.distillation.teaching import Teaching, key_of, speak
-from policy.distillation.train import DistillTrainer, measured
+from policy.distillation.train import DistillTrainer, measured, steps_of
 from rlhf.artifacts import full_disk_as_os_error, read_json, write_json
 from rlhf.context import Context, window_of
 from rlhf.dialogue import load_dialogue
@@ -51,12 +51,14 @@ def _fit(recipe: Recipe, section: Distill, run: StageRun, stop: StopRequest) -> 
     context = Context.read(recipe.hhh_prompt, dialogue, window=teaching.window)
     frame = Frame(context, Context.none(dialogue), dialogue, section.max_tokens)
     train, held_out, counts = passages(recipe, section, run, frame)
+    steps_of(section, len(train))
     everything = [*train, *held_out]
     context.check_window(teaching.window, more=max(len(p.opening) + len(p.ids) for p in everything))
 
-    student = Student(recipe, section, start_folder(recipe, run, "distill"))
+    start = start_folder(recipe, run, "distill")
+    student = Student(recipe, section, start)
     _check_student(student, teaching, section, max(map(width, everything)))
-    student.module.to(runtime.device)
+    student.to(runtime.device)
     for part, origin in (
         ("teacher", f"{teaching.origin} under {context.name!r}, {len(context.prefix_ids)} tokens"),
         ("student", student.origin),
@@ -82,10 +84,10 @@ def _fit(recipe: Recipe, section: Distill, run: StageRun, stop: StopRequest) -> 
     trunk = trunk_of(student, everything, section.trunk_gigabytes)
     rows = range(len(train), len(everything))
 
-    def look() -> Measured:
+    def look(of: Student = student) -> Measured:
         found = measured(
-            student,
-            lambda: teaching.open(student, context),
+            of,
+            lambda: teaching.open(of, context),
             file,
             everything,
             rows,
@@ -96,7 +98,15 @@ def _fit(recipe: Recipe, section: Distill, run: StageRun, stop: StopRequest) -> 
         teaching.release()
         return found
 
-    before = _once(run.folder / "parts" / "before.json", look)
+    def look_at_base() -> Measured:
+        if student.backbone is None:  # the adapter that it started from is one with its weights
+            return look(Student(recipe, section, None).to(runtime.device))
+        with student.as_base():
+            return look()
+
+    parts = run.folder / "parts"
+    before = _once(parts / "before.json", look_at_base if start else look)
+    at_start = _once(parts / "start.json", look) if start else None
     rate = section.learning_rate or _SHARE * recipe.model.pretraining_learning_rate
     trainer = DistillTrainer(
         student=student,
@@ -120,7 +130,8 @@ def _fit(recipe: Recipe, section: Distill, run: StageRun, stop: StopRequest) -> 
     trainer.train(leave)
     if trainer.done != trainer.steps:
         raise RuntimeError(f"distill: {trainer.done} of {trainer.steps} steps were done")
-    found = figures(before, look(), [p.half for p in held_out], [p.group for p in held_out])
+    halves, groups = [p.half for p in held_out], [p.group for p in held_out]
+    found = figures(before, look(), halves, groups, start=at_start)
     with full_disk_as_os_error():
         result = student.export(run.folder)
         dialogue.tokenizer.save_pretrained(str(result))

@@ -38,15 +38,20 @@ class Measured(NamedTuple):
 
 
 def figures(
-    before: Measured, after: Measured, halves: Sequence[str], groups: Sequence[str]
+    before: Measured,
+    after: Measured,
+    halves: Sequence[str],
+    groups: Sequence[str],
+    start: Measured | None = None,
 ) -> dict[str, Any]:
     """Figures of all sequences and of each half.
 
     Args:
-        before: of the student as it started.
-        after: of the trained one.
+        before: of the base, without the prompt.
+        after: of the trained student.
         halves: ``texts`` or ``questions``, a sequence.
         groups: the text or prompt of each.
+        start: of the student as it started, where that was not the base.
 
     Returns:
         ``kl_before``, ``kl_after`` in nats a token; ``kl_recovered`` = 1 - after / before, the share of the
@@ -54,9 +59,10 @@ def figures(
         ``distilled_gain`` = log-prob of the answers' tokens under the prompt and after distillation, less
         that before, nats a token; ``log_prob_recovered`` = their ratio, None where the prompt's gain cannot
         be told from 0; ``full_...``: the KL over the whole vocabulary and, on the same first sequences, its
-        lower bound. Each with mean, 95% interval and number of texts and prompts; and so again by half.
+        lower bound; ``kl_start`` and ``recovered_at_start`` where there is a start. Each with mean, 95%
+        interval and number of texts and prompts; and so again by half.
     """
-    found = _figures(before, after, groups)
+    found = _figures(before, after, groups, start)
     number = len(before.full_kl)
     if number:
         places = np.asarray(before.places[:number], dtype=np.float64)
@@ -66,25 +72,31 @@ def figures(
         found["full_kl_recovered"] = _share_gone(before.full_kl, after.full_kl, groups[:number]).as_dict()
     for half in sorted(set(halves)):
         chosen = [n for n, name in enumerate(halves) if name == half]
-        first, last = (
-            m._replace(
-                **{name: np.asarray(getattr(m, name))[chosen] for name in Measured._fields[:5]},
-                full_kl=[],
-                full_coarse=[],
-            )
-            for m in (before, after)
-        )
-        found[half] = _figures(first, last, [groups[n] for n in chosen])
+        own_start = start and _some(start, chosen)
+        own_groups = [groups[n] for n in chosen]
+        found[half] = _figures(_some(before, chosen), _some(after, chosen), own_groups, own_start)
     return found
 
 
-def _figures(before: Measured, after: Measured, groups: Sequence[str]) -> dict[str, Any]:
+def _some(measured: Measured, rows: Sequence[int]) -> Measured:
+    """Some sequences, without the KL over the whole vocabulary, which is of the first ones."""
+    sums = {name: np.asarray(getattr(measured, name))[rows] for name in Measured._fields[:5]}
+    return Measured(**sums, full_kl=[], full_coarse=[])
+
+
+def _figures(
+    before: Measured, after: Measured, groups: Sequence[str], start: Measured | None
+) -> dict[str, Any]:
     prompted = np.asarray(before.taught) - np.asarray(before.log_prob)
     distilled = np.asarray(after.log_prob) - np.asarray(before.log_prob)
     gain = _ratio(prompted, before.spoken, groups)
     told_apart = not math.isnan(gain.low) and (gain.low > 0 or gain.high < 0)
     recovered = _ratio(distilled, prompted, groups).as_dict() if told_apart else None
-    return {
+    started = start and {
+        "kl_start": _ratio(start.kl, start.places, groups).as_dict(),
+        "recovered_at_start": _share_gone(before.kl, start.kl, groups).as_dict(),
+    }
+    return (started or {}) | {
         "sequences": len(groups),
         "tokens": int(np.sum(before.places)),
         "kl_before": _ratio(before.kl, before.places, groups).as_dict(),
@@ -117,8 +129,12 @@ def lines(found: dict[str, Any]) -> list[str]:
     halves = {name: found[name] for name in ("texts", "questions") if name in found}
     said = []
     for name, part in ({"": found} | halves).items():
+        start = ""
+        if "kl_start" in part:
+            share = shown(part["recovered_at_start"], percent=True)
+            start = f"{shown(part['kl_start'])} at the start ({share} recovered) -> "
         said.append(
-            f"{name or 'held out'}: KL(teacher || student) {shown(part['kl_before'])} -> "
+            f"{name or 'held out'}: KL(teacher || student) {shown(part['kl_before'])} -> {start}"
             f"{shown(part['kl_after'])} nats a token, {shown(part['kl_recovered'], percent=True)} of the "
             f"prompt's effect recovered ({part['sequences']} sequences, {part['tokens']} tokens)"
         )

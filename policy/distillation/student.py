@@ -134,6 +134,7 @@ class Student:
             check_head(base)
         self.base: Any = base
         self.module: nn.Module = self.backbone or base
+        self._adapted = True
 
     @property
     def vocabulary(self) -> int:
@@ -150,6 +151,11 @@ class Student:
         """Layers below the first that learns."""
         return self.backbone.frozen_layers if self.backbone else 0
 
+    def to(self, device: torch.device) -> Student:
+        """Move it there."""
+        self.module.to(device)
+        return self
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """What learns, by its saved name."""
         if self.backbone:
@@ -162,15 +168,26 @@ class Student:
         self.backbone.activate(REFERENCE)
 
     @contextlib.contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Be the base, whatever was started from or learned."""
+        assert self.backbone, "without an adapter the base is not kept"
+        self._adapted = False
+        try:
+            yield
+        finally:
+            self._adapted = True
+
+    @contextlib.contextmanager
     def folded(self) -> Iterator[None]:
         """Have the adapter folded in while its weights do not change."""
-        with self.backbone.folded(ADAPTER) if self.backbone else contextlib.nullcontext():
+        adapted = self.backbone if self._adapted else None
+        with adapted.folded(ADAPTER) if adapted else contextlib.nullcontext():
             yield
 
     def states(self, batch: Batch, trunk: Trunk | None = None) -> Tensor:
         """The last hidden states at the batch's places, [N, D]."""
         if self.backbone:
-            self.backbone.activate(ADAPTER)
+            self.backbone.activate(ADAPTER if self._adapted else REFERENCE)
         cut_at = self.frozen_layers
         inputs: dict[str, Any] = {"input_ids": batch.ids_BT}
         if cut_at:

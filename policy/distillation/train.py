@@ -73,7 +73,7 @@ class DistillTrainer:
         self.student, self.runtime, self.file, self.trunk = student, runtime, file, trunk
         self.passages, self.number, self.section = passages, number, section
         self.seed, self.rate, self.run = seed, rate, run
-        self.steps = section.epochs * -(-number // section.batch_size)
+        self.steps = steps_of(section, number)
         self._anchors = {"words": file.identity, "contract": contract}
         checkpoint = run.checkpoints.newest()
         self.done = self.saved = step_of(checkpoint)
@@ -109,7 +109,7 @@ class DistillTrainer:
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimiser step: the mean KL over all tokens of the batch, a micro-batch at a time."""
-        rate = self.rate * learning_rate_factor(step, self.steps, kind="linear")
+        rate = self.rate * learning_rate_factor(step, self.steps, kind="linear", warmup=self.section.warmup)
         self.runtime.set_learning_rates([rate])
         rows = batch_rows(self.seed, step, self.section.batch_size, self.number)
         total = sum(len(self.passages[row].ids) - self.passages[row].first for row in rows)
@@ -182,6 +182,21 @@ class DistillTrainer:
                 f"remove {checkpoint} to go on from the one before"
             ) from None
         print(f"distill: going on after step {self.done} of {self.steps}", flush=True)
+
+
+def steps_of(section: Distill, number: int) -> int:
+    """Optimiser steps of a recipe over so many sequences.
+
+    Raises:
+        UserError: all of them would be warm-up.
+    """
+    steps = section.epochs * -(-number // section.batch_size)
+    if section.warmup >= steps:
+        raise UserError(
+            f"distill.warmup: {section.warmup} leaves nothing of {steps} steps, with {number} sequences to "
+            "train on"
+        )
+    return steps
 
 
 @torch.no_grad()

@@ -54,8 +54,10 @@ class Distill(DistillData):
     batch_size: Positive = 32
     """Sequences an optimiser step (Bai 2022, A.1: 32)."""
     learning_rate: Rate | None = None
-    """Rate at the first step, linear to 0 from there; null = 0.05 of model.pretraining_learning_rate (Bai
-    2022, A.1)."""
+    """Rate at the first step behind the warm-up, linear to 0 from there; null = 0.05 of
+    model.pretraining_learning_rate (Bai 2022, A.1)."""
+    warmup: Natural = 0
+    """Steps in which the rate rises linearly from a tenth; they have to be fewer than all."""
     max_grad_norm: Rate = 1.0
     """Global gradient-norm clip."""
     tokens_per_micro_batch: Positive = 2048
