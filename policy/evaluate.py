@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.artifacts import read_json, write_atomically, write_json
 from rlhf.errors import UserError, exit_on_user_error
+from rlhf.progress import progress
 from rlhf.recipe import Recipe, from_command_line
 from rlhf.stage import StageRun, open_stage
 from rlhf.starts import check_same_start, start_folder, start_parents
@@ -29,8 +30,6 @@ STAGES = ("comparisons", "sft", "distill", "pmp", "reward", "ppo")
 
 def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     """Do the stage's work; returns the summary."""
-    from tqdm import tqdm
-
     from policy.assemble import reward_adapters, reward_folders
     from policy.compare import compare, sample_pairs, say
     from rlhf.backbone import REFERENCE, Backbone
@@ -54,7 +53,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     if len(prompts) < section.prompts:
         print(f"evaluate: {len(prompts)} held-out prompts, fewer than the {section.prompts} asked for")
     rows = [prompt for prompt in prompts for _ in range(section.samples)]
-    with tqdm(total=2 * len(rows), desc="evaluate", mininterval=5) as bar:
+    with progress("evaluate", total=2 * len(rows), leave=True) as bar:
         before, after = (
             say(
                 backbone,
@@ -101,8 +100,6 @@ def _best_of_n(
     after: Side,
 ) -> dict[str, Any]:
     """Best of n from the reference beside the policy on the same prompts; empty where the recipe has none."""
-    from tqdm import tqdm
-
     from policy.best_of_n import best_of_figures, draw
     from policy.compare import per_prompt
 
@@ -110,7 +107,7 @@ def _best_of_n(
     if not section.best_of:
         return {}
     prompts = prompts[: section.best_of_prompts]
-    with tqdm(total=len(prompts) * section.best_of, desc="best of n", mininterval=5) as bar:
+    with progress("best of n", total=len(prompts) * section.best_of, leave=True) as bar:
         scores = draw(
             backbone,
             dialogue,

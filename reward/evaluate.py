@@ -25,6 +25,7 @@ from reward.card_page import as_markdown
 from rlhf.artifacts import read_json, write_atomically, write_json
 from rlhf.comparisons import Comparison, Counts, prompt_key
 from rlhf.errors import UserError, exit_on_user_error
+from rlhf.progress import progress
 from rlhf.prompts import read_prompts
 from rlhf.recipe import Recipe, from_command_line
 from rlhf.sources import read_comparisons
@@ -191,12 +192,10 @@ def scored(
     run: StageRun, scorer: Scorer, comparisons: Sequence[Comparison], name: str
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_] | None]:
     """Scores of all responses in order, and which texts were cut; what is done survives an interruption."""
-    from tqdm import tqdm
-
     scores: list[float] = []
     cut: list[bool] | None = []
     starts = range(0, len(comparisons), COMPARISONS_AT_ONCE)
-    for number, start in enumerate(tqdm(starts, desc=f"card: {name}", mininterval=5)):
+    for number, start in enumerate(progress(f"card: {name}", starts, leave=True)):
         file = run.folder / "parts" / f"{name}-{number:05d}.json"
         if not file.is_file():
             some = comparisons[start : start + COMPARISONS_AT_ONCE]

@@ -59,6 +59,8 @@ def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     dialogue = load_dialogue(recipe)
     train = encode(drawn(stored(run, "train"), recipe.reward.comparisons, recipe.seed), dialogue)
     rows = Rows(train, encode(stored(run, "held_out"), dialogue, first=len(train)))
+    if run.is_main:
+        print(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out", flush=True)
     fresh = new_reward_model(recipe, dialogue)
     if start := start_folder(recipe, run):
         start_tensors(fresh, start)  # a mistake is told before there is work that a mended recipe would lose

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reward.batches import Example, Packed, Trunk, as_example, micro_batches, pack
 from rlhf.packing import attention_mask
+from rlhf.progress import progress
 from rlhf.vocabulary import chosen_log_probs
 
 TOKENS_AT_ONCE = 4096  # tokens, padding included, of one scoring batch
@@ -87,7 +88,7 @@ def score_examples(
         first.append(first[-1] + len(example["responses"]))
     parts = 1 if vocabulary is None else 3
     out = torch.zeros(parts, first[-1])
-    for batch in micro_batches(examples, tokens, share=share):
+    for batch in progress("score", micro_batches(examples, tokens, share=share)):
         some = [examples[i] for i in batch]
         packed = pack(some, pad_id, share=share, wanted="none" if vocabulary is None else "all").to(device)
         hidden_NTD, scores_BK = forward_packed(model, packed, trunk)

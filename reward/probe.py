@@ -16,6 +16,7 @@ from reward.batches import Example, Trunk, layout, micro_batches, pack
 from reward.loss import pair_accuracy, ranked_loss
 from reward.packed import forward_packed
 from rlhf.intervals import Estimate, cluster_mean_interval
+from rlhf.progress import progress
 
 _TOKENS_AT_ONCE = 4096
 _PENALTIES = (
@@ -39,7 +40,8 @@ def features(
     """Last hidden state at the closing token of each response, flat and in order, [sum of K, D] float32."""
     device = next(model.parameters()).device
     parts: dict[int, Tensor] = {}
-    for batch in micro_batches(examples, _TOKENS_AT_ONCE, share=share):
+    batches = micro_batches(examples, _TOKENS_AT_ONCE, share=share)
+    for batch in progress("probe", batches):
         packed = pack([examples[i] for i in batch], pad_id, share=share).to(device)
         hidden_NTD, _ = forward_packed(model, packed, trunk)
         read = packed.mask_BK

@@ -14,6 +14,7 @@ import torch
 
 from reward.batches import Example, Packed, Trunk, micro_batches, pack, rows_of, width
 from reward.packed import dtype_of, forward_packed, inputs_of
+from rlhf.progress import progress
 from rlhf.recipe import Recipe
 from rlhf.stage import processes
 
@@ -54,7 +55,8 @@ def build_trunk(
     if gap > _TOLERANCE:
         print(f"warning: trunk and top differ from the whole (by {gap:.2g}): no trunk cache", flush=True)
         return None
-    for batch in micro_batches(examples, _TOKENS_AT_ONCE, share=share):
+    batches = micro_batches(examples, _TOKENS_AT_ONCE, share=share)
+    for batch in progress("trunk", batches):
         _read(model, [examples[i] for i in batch], trunk, pad_id, share=share)
     return trunk
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from rlhf.artifacts import write_atomically
 from rlhf.backbone import REFERENCE, Backbone
@@ -20,6 +19,7 @@ from rlhf.base import best_device, load_base
 from rlhf.comparisons import Comparison, Counts, Prompt, problem
 from rlhf.dialogue import Dialogue
 from rlhf.judges import JUDGES, noisy_ranks, pair_agreement
+from rlhf.progress import progress
 from rlhf.recipe import Recipe
 from rlhf.sampling import sample, uniforms
 from rlhf.stage import StageRun
@@ -48,7 +48,7 @@ def sampled_comparisons(
     backbone: Backbone | None = None
     counts = Counts()
     comparisons: list[Comparison] = []
-    for number, start in enumerate(tqdm(batches, desc="comparisons", mininterval=5)):
+    for number, start in enumerate(progress("comparisons", batches, leave=True)):
         file = parts / f"{number:05d}.json"
         batch = chosen[start : start + section.prompts_per_batch]
         if not file.is_file():

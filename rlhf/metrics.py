@@ -6,13 +6,11 @@ import contextlib
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from rlhf.artifacts import write_atomically
+from rlhf.progress import progress
 
 
 class Metrics:
@@ -48,14 +46,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            desc=description,
-            file=sys.stdout,
-            dynamic_ncols=True,
-            mininterval=1.0 if sys.stdout.isatty() else 30.0,
-        )
+        self._bar = progress(description, total=total, initial=done, leave=True, delay=0)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write one step's values (step counts from 1) and move the bar on."""

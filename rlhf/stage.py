@@ -35,6 +35,7 @@ _CHANGEABLE = {  # may change between two starts of an unfinished stage, because
     "reward.checkpoint_every",
     "pmp.checkpoint_every",
     "sft.checkpoint_every",
+    "distill.checkpoint_every",
     "tax.pieces",
 }
 _VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets")

@@ -118,7 +118,7 @@ def test_a_polite_stop_saves_and_the_same_command_goes_on(lab, monkeypatch, caps
     del caught  # with it goes the lock
     gc.collect()
     assert "distill: asked to stop (SIGTERM); saved after step 3 of" in capsys.readouterr().out
-    folder = run(checkpoint_every=100)
+    folder = run(checkpoint_every=50)  # how often it saves may change on the way
     assert "distill: going on after step 3 of" in capsys.readouterr().out
     same(folder, whole)
 

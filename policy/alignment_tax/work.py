@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from policy.alignment_tax.figures import item_rows, verdicts
 from policy.alignment_tax.judged import HeldOutScore, Toxic, hhh_by_reward_model
@@ -27,6 +26,7 @@ from rlhf.evaluate.model import LanguageModel
 from rlhf.evaluate.outcome import Outcome
 from rlhf.evaluate.registry import run_task
 from rlhf.evaluate.toxicity import TASK as TOXICITY
+from rlhf.progress import progress
 from rlhf.recipe import Recipe
 from rlhf.schema.tax import Tax
 from rlhf.stage import StageRun, input_hashes
@@ -97,7 +97,8 @@ class Work:
         plain = [name for name in self.items if name != TOXICITY]
         outcomes: Outcomes = {name: {} for name in (*self.items, *(task.name for task in self.judged))}
         written: dict[tuple[str, str], list[list[str]]] = {}
-        with tqdm(total=len(arms) * (len(plain) + 2 * len(self.judged)), desc="tax", mininterval=5) as bar:
+        pieces = len(arms) * (len(plain) + 2 * len(self.judged))
+        with progress("tax", total=pieces, leave=True) as bar:
             for arm in arms:
                 for name in plain:
                     bar.set_postfix_str(f"{arm.name}: {name}")

@@ -24,6 +24,7 @@ from rlhf.artifacts import write_atomically
 from rlhf.backbone import REFERENCE, Backbone, layers_of
 from rlhf.base import load_base
 from rlhf.errors import UserError
+from rlhf.progress import progress
 from rlhf.recipe import Recipe
 from rlhf.schema import Distill
 from rlhf.sequences import positions_from_mask, right_pad
@@ -247,7 +248,7 @@ class Trunk:
     def __init__(self, student: Student, passages: Sequence[Passage]) -> None:
         assert student.backbone
         self._rows: list[Tensor] = [torch.empty(0)] * len(passages)
-        for some in cut([width(p) for p in passages], _TRUNK_TOKENS):
+        for some in progress("trunk", cut([width(p) for p in passages], _TRUNK_TOKENS)):
             rows = [[*passages[n].lead.tolist(), *passages[n].ids.tolist()] for n in some]
             ids_BT, mask_BT = (t.to(student.backbone.device) for t in right_pad(rows, 0))
             hidden_BTD = student.backbone.trunk(ids_BT, mask_BT)

@@ -22,6 +22,7 @@ from policy.schedule import learning_rate_factor
 from rlhf.artifacts import read_json, step_of, write_atomically
 from rlhf.errors import UserError
 from rlhf.metrics import Metrics
+from rlhf.progress import progress
 from rlhf.runtime import Runtime
 from rlhf.schema import Distill
 from rlhf.stage import StageRun
@@ -227,7 +228,7 @@ def measured(
     chunk = chunk_of(student.vocabulary)
     sums = {name: np.zeros(len(rows)) for name in ("kl", "places", "log_prob", "taught", "spoken")}
     with student.folded():
-        for part in cut([width(passages[row]) for row in rows], budget):
+        for part in progress("held out", cut([width(passages[row]) for row in rows], budget)):
             batch = collate([rows[n] for n in part], passages, file, device)
             hidden_ND = student.states(batch, trunk)
             kl_N, log_prob_N = measure(hidden_ND, student.head, batch.words, batch.targets_N, chunk=chunk)
@@ -241,7 +242,8 @@ def measured(
             ):
                 weights = values_N.double().cpu().numpy() * counted
                 sums[name][part] = np.bincount(of, weights=weights, minlength=len(part))
-    whole = [_full(student, teacher(), row, passages, file, trunk) for row in rows[:full]]
+    first = progress("held out, whole vocabulary", rows[:full])
+    whole = [_full(student, teacher(), row, passages, file, trunk) for row in first]
     return Measured(
         **{name: sums[name].tolist() for name in ("kl", "places", "log_prob", "taught", "spoken")},
         full_kl=whole,

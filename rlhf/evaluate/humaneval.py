@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
-from tqdm import tqdm
-
 from rlhf.errors import UserError
 from rlhf.evaluate import sandbox
 from rlhf.evaluate.outcome import Outcome
 from rlhf.evaluate.sandbox import LIMITS, Limits, Verdict
+from rlhf.progress import progress
 from rlhf.sources.files import origins
 from rlhf.sources.rows import BadRow
 
@@ -150,7 +149,7 @@ def check(
     with ThreadPoolExecutor(workers) as pool:
         try:
             running = pool.map(lambda text: sandbox.run(text, limits), different)
-            bar = tqdm(running, total=len(different), desc="run", mininterval=5, leave=False, disable=None)
+            bar = progress("run", running, total=len(different))
             verdicts = dict(zip(different, bar, strict=True))
         finally:
             pool.shutdown(cancel_futures=True)

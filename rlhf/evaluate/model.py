@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.evaluate.generation import Parts, Rules, write
 from rlhf.evaluate.scoring import Job, Scorer
+from rlhf.progress import progress
 
 _WRITTEN_AT_ONCE = 8  # cached tokens while writing, in units of tokens_at_once
 
@@ -184,7 +184,7 @@ class LanguageModel:
         states = self._scorer.states_of(kept)
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), rows[i], i))
         said = [""] * len(rows)
-        with tqdm(total=len(rows), desc="write", mininterval=5, leave=False, disable=None) as bar:
+        with progress("write", total=len(rows)) as bar:
             while order:
                 room = len(kept) + len(rows[order[0]]) + max_new_tokens
                 several = max(1, _WRITTEN_AT_ONCE * self.tokens_at_once // room)

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rlhf.evaluate.tree import Tree, batches, common_start, fold, lay_out, target_log_probs
+from rlhf.progress import progress
 from rlhf.sequences import right_pad
 
 States = list[tuple[Tensor, Tensor]]  # keys and values of every layer, [1, head, T, D] each
@@ -73,7 +73,7 @@ class Scorer:
         capacity = max(*map(len, rows), min(self.tokens_at_once, max(_FILLED_UP_TO, len(kept) // 2)), 0)
         log_probs = torch.zeros(len(jobs), dtype=torch.float64)
         greedy = torch.ones(len(jobs), dtype=torch.bool)
-        with _progress(len(jobs)) as bar:
+        with progress("score", total=len(jobs)) as bar:
             for batch in batches(fold(rows, capacity), self.tokens_at_once):
                 owner_S, node_S, target_S = _places(batch, jobs, len(lead) - skip)
                 logp_S, best_S = self._read(batch, len(kept), states, node_S, target_S)
@@ -126,7 +126,7 @@ class Scorer:
         """As :meth:`score`, with the model's own forward on whole rows, padded on the right."""
         log_probs, greedy = [0.0] * len(jobs), [True] * len(jobs)
         order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i].inputs))
-        with _progress(len(jobs)) as bar:
+        with progress("score", total=len(jobs)) as bar:
             while order:
                 length = len(prefix) + len(jobs[order[0]].inputs)
                 several = max(1, self.tokens_at_once // 4 // length)  # logits of all positions at once
@@ -172,12 +172,6 @@ class Scorer:
             return False
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
         return bool(((trees - rows).abs() <= tolerance * rows.abs().clamp(min=1)).all())
-
-
-def _progress(total: int) -> tqdm:
-    return tqdm(
-        total=total, desc="score", mininterval=5, leave=False, disable=None
-    )  # none without a terminal
 
 
 def _places(batch: Sequence[Tree], jobs: Sequence[Job], shift: int) -> tuple[Tensor, Tensor, Tensor]:
