@@ -68,7 +68,7 @@ sft: comparisons ## fine-tune the base on demonstrations, where the recipe asks 
 	@$(RUN) policy.sft $(ARGS)
 
 distill: comparisons ## distil the HHH prompt into the base, where the recipe asks for it
-	@$(PY) -m policy.distill $(ARGS)
+	@$(RUN) policy.distill $(ARGS)
 
 pmp: model ## pre-train the preference model on public comparisons, where the recipe asks for it
 	@$(RUN) reward.pretrain $(ARGS)

@@ -39,6 +39,7 @@ MODULES = {
     "comparisons": "rlhf.collect",
     "reward": "reward.train",
     "sft": "policy.sft",
+    "distill": "policy.distill",
     "ppo": "policy.train",
 }
 STEPS = 6

@@ -13,7 +13,7 @@ from pathlib import Path
 from rlhf.context import parse
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe import Recipe, from_command_line
-from rlhf.stage import open_stage, processes
+from rlhf.stage import open_stage, processes, rank
 from rlhf.starts import start_inputs, start_parents
 
 
@@ -35,10 +35,14 @@ def main() -> None:
     recipe = from_command_line()
     section = recipe.distill
     if section is None:
-        print("distill: not in this recipe", flush=True)
+        if rank() == 0:
+            print("distill: not in this recipe", flush=True)
         return
-    if processes() > 1:
-        raise UserError("distill: this stage runs in one process; use PROCS=1")
+    if section.method == "full" and processes() > 1 and recipe.distributed.zero_stage == 3:
+        raise UserError(
+            "distill.method: full does not go with ZeRO-3, whose processes hold a part of every matrix each; "
+            "use distributed.zero_stage=2, or method=lora"
+        )
     check(recipe)
     own = section.text_share < 1 and not section.questions  # answers the run's own comparisons
     run = open_stage(

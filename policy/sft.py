@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe import check_batch_sizes, from_command_line
-from rlhf.stage import open_stage, processes
+from rlhf.stage import open_stage, processes, rank
 from rlhf.starts import start_inputs
 
 
@@ -18,7 +18,8 @@ def main() -> None:
     recipe = from_command_line()
     section = recipe.sft
     if section is None:
-        print("sft: not in this recipe", flush=True)
+        if rank() == 0:
+            print("sft: not in this recipe", flush=True)
         return
     check_batch_sizes(recipe, processes())
     parents = ("comparisons",) if section.chosen else ()

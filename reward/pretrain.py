@@ -14,7 +14,7 @@ from rlhf.errors import exit_on_user_error
 from rlhf.public import Fits, binarised, check_prefixes, mixture, thin
 from rlhf.recipe import Recipe, check_batch_sizes, from_command_line
 from rlhf.schema import Pmp
-from rlhf.stage import StageRun, open_stage, processes
+from rlhf.stage import StageRun, open_stage, processes, rank
 from rlhf.starts import start_files, start_folder, start_parents
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def main() -> None:
     recipe = from_command_line()
     section = recipe.pmp
     if section is None:
-        print("pmp: not in this recipe", flush=True)
+        if rank() == 0:
+            print("pmp: not in this recipe", flush=True)
         return
     check_batch_sizes(recipe, processes())
     files = [spec for source in section.sources for spec in source.files]

@@ -66,6 +66,11 @@ class StageRun:
         """Folder of another stage of the same run."""
         return self.folder.parent / stage
 
+    def say(self, line: str) -> None:
+        """Print a line, once for all processes."""
+        if self.is_main:
+            print(line, flush=True)
+
     def clock(self) -> dict[str, float]:
         """Seconds and peak memory (bytes) of all sessions so far; also noted for the next session."""
         file = self.folder / "clock.json"

@@ -82,10 +82,10 @@ def test_a_teacher_with_another_tokenizer_is_refused(lab):
         run(teacher="models/other")
 
 
-def test_more_than_one_process_is_refused(lab, monkeypatch):
+def test_all_weights_and_zero_3_are_refused(lab, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="distill: this stage runs in one process; use PROCS=1"):
-        run()
+    with pytest.raises(UserError, match=r"distill\.method: full does not go with ZeRO-3.*zero_stage=2"):
+        run(method="full", distributed__zero_stage=3)
 
 
 def test_a_changed_prompt_is_another_run(lab):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_distill import results, run, steps, write_lab
 
-from policy.distillation import teaching
+from policy.distillation import held_out, teaching
 from policy.distillation import train as distill_train
 from policy.distillation.student import Student
 from policy.distillation.teacher import TeacherFile
@@ -76,7 +76,7 @@ def wholes(tmp_path_factory):
     ("method", "where", "name", "number"),
     [
         ("lora", TeacherFile, "write", 3),
-        ("lora", distill_train, "measure", 1),
+        ("lora", held_out, "measure", 1),
         ("lora", DistillTrainer, "_step", 4),
         ("lora", DistillTrainer, "_checkpoint", 3),
         ("lora", Student, "export", 1),

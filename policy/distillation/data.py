@@ -27,7 +27,7 @@ from rlhf.sources.files import origins
 from rlhf.sources.native import read_native
 from rlhf.stage import StageRun
 
-TEXTS, QUESTIONS = "texts", "questions"
+HALVES = TEXTS, QUESTIONS = "texts", "questions"
 Ids = NDArray[np.uint32]
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ def passages(
                 f"distill.{half}: nothing usable{f': {tally}' if tally.read else ''}; name other files"
             )
         few = f" ({asked} were asked for)" if len(drawn) < asked else ""
-        print(f"distill: {half}: {len(drawn)} sequences{few}{f'; {tally}' if tally.read else ''}", flush=True)
+        run.say(f"distill: {half}: {len(drawn)} sequences{few}{f'; {tally}' if tally.read else ''}")
         counts[half] = {"sequences": len(drawn), **({"counts": tally.as_dict()} if tally.read else {})}
         for part, some in zip(parts, split(drawn, section.held_out, recipe.seed), strict=True):
             part.extend(some)

@@ -1,7 +1,7 @@
 """The work of the distill stage: let the teacher speak once, train the student on it, measure, save.
 
 The teacher runs under the prompt, the student without; the loss is the mean over the tokens of a batch of
-KL(teacher || student) (Askell 2021; Bai 2022, A.1). One process.
+KL(teacher || student) (Askell 2021; Bai 2022, A.1). Several processes share all of it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from policy.distillation.data import Frame, passages
+from policy.distillation.held_out import measured
+from policy.distillation.prompted import PromptedModel
 from policy.distillation.report import Measured, figures, lines
 from policy.distillation.student import Student, trunk_of, width
 from policy.distillation.teacher import TeacherFile
 from policy.distillation.teaching import Teaching, key_of, speak
-from policy.distillation.train import DistillTrainer, measured, steps_of
+from policy.distillation.train import DistillTrainer, steps_of
 from rlhf.artifacts import full_disk_as_os_error, read_json, write_json
 from rlhf.context import Context, window_of
 from rlhf.dialogue import load_dialogue
@@ -39,113 +41,166 @@ def fit(recipe: Recipe, section: Distill, run: StageRun) -> dict[str, Any]:
     """
     stop = StopRequest()
     with stop.listening():
-        return _fit(recipe, section, run, stop)
+        work = _Distillation(recipe, section, run, stop)
+        spoken = work.hear_the_teacher()
+        before, at_start = work.before()
+        trainer = work.train()
+        with work.runtime.whole_weights(work.student.module):
+            after = work.look()
+        found = figures(before, after, work.halves, work.groups, start=at_start)
+        work.save()
+        for line in lines(found):
+            run.say(f"distill: {line}")
+        return work.facts() | spoken | {"held_out": found, "steps": trainer.steps, "learning_rate": work.rate}
 
 
-def _fit(recipe: Recipe, section: Distill, run: StageRun, stop: StopRequest) -> dict[str, Any]:
-    runtime = Runtime(
-        recipe.distributed, seed=recipe.seed, max_grad_norm=section.max_grad_norm, micro_batch_size=1
-    )
-    dialogue = load_dialogue(recipe)
-    teaching = Teaching(recipe, section, dialogue)
-    context = Context.read(recipe.hhh_prompt, dialogue, window=teaching.window)
-    frame = Frame(context, Context.none(dialogue), dialogue, section.max_tokens)
-    train, held_out, counts = passages(recipe, section, run, frame)
-    steps_of(section, len(train))
-    everything = [*train, *held_out]
-    context.check_window(teaching.window, more=max(len(p.opening) + len(p.ids) for p in everything))
+class _Distillation:
+    """All that takes part, put together in an order in which a mistake is told before anything is loaded."""
 
-    start = start_folder(recipe, run, "distill")
-    student = Student(recipe, section, start)
-    _check_student(student, teaching, section, max(map(width, everything)))
-    student.to(runtime.device)
-    for part, origin in (
-        ("teacher", f"{teaching.origin} under {context.name!r}, {len(context.prefix_ids)} tokens"),
-        ("student", student.origin),
-    ):
-        print(f"{part + ':':<10} {origin}", flush=True)
-
-    key = key_of(recipe, section, teaching, context, dialogue, everything)
-    folder = Path(section.teacher_file).expanduser() if section.teacher_file else run.folder / "teacher"
-    lengths = [len(p.ids) for p in everything]
-    sizes = {"k": section.top_k, "vocabulary": student.vocabulary, "shard": section.shard_sequences}
-    file = TeacherFile(folder, key, lengths, **sizes)
-    spoken = speak(
-        lambda: teaching.open(student, context),
-        file,
-        everything,
-        budget=section.tokens_per_micro_batch,
-        vocabulary=student.vocabulary,
-        between=lambda: _leave_if(stop, "the shards so far are kept"),
-    )
-    reused = file.shards - spoken
-    print(f"distill: the teacher's words are in {folder} ({reused} of {file.shards} were there)", flush=True)
-
-    trunk = trunk_of(student, everything, section.trunk_gigabytes)
-    rows = range(len(train), len(everything))
-
-    def look(of: Student = student) -> Measured:
-        found = measured(
-            of,
-            lambda: teaching.open(of, context),
-            file,
-            everything,
-            rows,
-            trunk,
-            budget=section.tokens_per_micro_batch,
-            full=section.full_kl_sequences,
+    def __init__(self, recipe: Recipe, section: Distill, run: StageRun, stop: StopRequest) -> None:
+        self.recipe, self.section, self.run, self.stop = recipe, section, run, stop
+        self.rate = section.learning_rate or _SHARE * recipe.model.pretraining_learning_rate
+        self.runtime = Runtime(
+            recipe.distributed, seed=recipe.seed, max_grad_norm=section.max_grad_norm, micro_batch_size=1
         )
-        teaching.release()
+        self.dialogue = load_dialogue(recipe)
+        self.teaching = Teaching(recipe, section, self.dialogue)
+        self.context = Context.read(recipe.hhh_prompt, self.dialogue, window=self.teaching.window)
+        frame = Frame(self.context, Context.none(self.dialogue), self.dialogue, section.max_tokens)
+        train, held_out, self.counts = passages(recipe, section, run, frame)
+        steps_of(section, len(train))
+        self.number, self.passages = len(train), [*train, *held_out]
+        self.halves, self.groups = [p.half for p in held_out], [p.group for p in held_out]
+        longest = max(len(p.opening) + len(p.ids) for p in self.passages)
+        self.context.check_window(self.teaching.window, more=longest)
+        self.start = start_folder(recipe, run, "distill")
+        self.student = Student(recipe, section, self.start, run.say)
+        _check_student(self.student, self.teaching, section, max(map(width, self.passages)))
+        self.student.to(self.runtime.device)
+        prompt = f"{self.context.name!r}, {len(self.context.prefix_ids)} tokens"
+        run.say(f"teacher:   {self.teaching.origin} under {prompt}")
+        run.say(f"student:   {self.student.origin}")
+        folder = run.folder / "teacher"
+        self.file = TeacherFile(
+            Path(section.teacher_file).expanduser() if section.teacher_file else folder,
+            key_of(recipe, section, self.teaching, self.context, self.dialogue, self.passages),
+            [len(p.ids) for p in self.passages],
+            k=section.top_k,
+            vocabulary=self.student.vocabulary,
+            shard=section.shard_sequences,
+        )
+
+    def hear_the_teacher(self) -> dict[str, Any]:
+        """Have all of the teacher's words in the file; returns what to say of them."""
+        spoken = speak(
+            self._teacher,
+            self.file,
+            self.passages,
+            self.runtime,
+            budget=self.section.tokens_per_micro_batch,
+            vocabulary=self.student.vocabulary,
+            between=lambda: self._leave_if_asked("the shards so far are kept"),
+        )
+        there = f"{self.file.shards - spoken} of {self.file.shards} were there"
+        self.run.say(f"distill: the teacher's words are in {self.file.folder} ({there})")
+        if self.runtime.shards_weights:
+            self.student.before_sharding()
+        self.trunk = trunk_of(self.student, self.passages, self.section.trunk_gigabytes, self.run.say)
+        words = {"identity": self.file.identity, "shards": self.file.shards}
+        return {"teacher": {"origin": self.teaching.origin, **words}}
+
+    def before(self) -> tuple[Measured, Measured | None]:
+        """What the base says without the prompt, and the student where it does not start as the base."""
+        parts = self.run.folder / "parts"
+        if self.start is None:
+            return self._once(parts / "before.json", self.look), None
+        return (
+            self._once(parts / "before.json", self._look_at_base),
+            self._once(parts / "start.json", self.look),
+        )
+
+    def train(self) -> DistillTrainer:
+        """Take all steps that are left."""
+        trainer = DistillTrainer(
+            student=self.student,
+            runtime=self.runtime,
+            file=self.file,
+            passages=self.passages,
+            number=self.number,
+            trunk=self.trunk,
+            section=self.section,
+            seed=self.recipe.seed,
+            rate=self.rate,
+            run=self.run,
+            contract=self.dialogue.fingerprint(),
+        )
+        trainer.train(
+            lambda save: self._leave_if_asked(f"saved after step {trainer.done} of {trainer.steps}", save)
+        )
+        if trainer.done != trainer.steps:
+            raise RuntimeError(f"distill: {trainer.done} of {trainer.steps} steps were done")
+        return trainer
+
+    def look(self, student: Student | None = None) -> Measured:
+        """What a student, or this one as it is now, says of the held-out sequences."""
+        some = student or self.student
+        found = measured(
+            some,
+            self.runtime,
+            lambda: self.teaching.open(some, self.context),
+            self.file,
+            self.passages,
+            range(self.number, len(self.passages)),
+            self.trunk,
+            budget=self.section.tokens_per_micro_batch,
+            full=self.section.full_kl_sequences,
+        )
+        self.teaching.release()
         return found
 
-    def look_at_base() -> Measured:
-        if student.backbone is None:  # the adapter that it started from is one with its weights
-            return look(Student(recipe, section, None).to(runtime.device))
-        with student.as_base():
-            return look()
+    def save(self) -> None:
+        """Write the result with its tokenizer."""
+        weights = self.runtime.whole_parameters() if self.runtime.shards_weights else None
+        if self.run.is_main:
+            with full_disk_as_os_error():
+                result = self.student.export(self.run.folder, weights)
+                self.dialogue.tokenizer.save_pretrained(str(result))
 
-    parts = run.folder / "parts"
-    before = _once(parts / "before.json", look_at_base if start else look)
-    at_start = _once(parts / "start.json", look) if start else None
-    rate = section.learning_rate or _SHARE * recipe.model.pretraining_learning_rate
-    trainer = DistillTrainer(
-        student=student,
-        runtime=runtime,
-        file=file,
-        passages=everything,
-        number=len(train),
-        trunk=trunk,
-        section=section,
-        seed=recipe.seed,
-        rate=rate,
-        run=run,
-        contract=dialogue.fingerprint(),
-    )
+    def facts(self) -> dict[str, Any]:
+        """What the manifest tells of the work beside its figures."""
+        tokens = sum(len(p.ids) for p in self.passages[: self.number])
+        prompt = {"name": self.context.name, "sha256": self.context.sha256}
+        return {
+            "train": {"sequences": self.number, "tokens": tokens},
+            "prompt": prompt | {"tokens": len(self.context.prefix_ids)},
+            "counts": self.counts,
+            "processes": self.runtime.world,
+        }
 
-    def leave(save: Callable[[], None]) -> None:
-        if stop.asked:
+    def _teacher(self) -> PromptedModel:
+        return self.teaching.open(self.student, self.context)
+
+    def _look_at_base(self) -> Measured:
+        if self.student.backbone is None:  # the adapter that it started from is one with its weights
+            return self.look(Student(self.recipe, self.section, None).to(self.runtime.device))
+        with self.student.as_base():
+            return self.look()
+
+    def _once(self, file: Path, look: Callable[[], Measured]) -> Measured:
+        """What was measured before the training, and is kept over an interruption."""
+        if not self.runtime.gather(file.is_file())[0]:
+            found = look()
+            if self.run.is_main:
+                write_json(file, found._asdict())
+            self.runtime.barrier()
+        return Measured(**read_json(file))
+
+    def _leave_if_asked(self, kept: str, save: Callable[[], None] = lambda: None) -> None:
+        """End where somebody asked any process for it."""
+        if self.runtime.any_process(self.stop.asked):
             save()
-            _leave_if(stop, f"saved after step {trainer.done} of {trainer.steps}")
-
-    trainer.train(leave)
-    if trainer.done != trainer.steps:
-        raise RuntimeError(f"distill: {trainer.done} of {trainer.steps} steps were done")
-    halves, groups = [p.half for p in held_out], [p.group for p in held_out]
-    found = figures(before, look(), halves, groups, start=at_start)
-    with full_disk_as_os_error():
-        result = student.export(run.folder)
-        dialogue.tokenizer.save_pretrained(str(result))
-    for line in lines(found):
-        print(f"distill: {line}", flush=True)
-    return {
-        "held_out": found,
-        "train": {"sequences": len(train), "tokens": sum(lengths[: len(train)])},
-        "steps": trainer.steps,
-        "learning_rate": rate,
-        "prompt": {"name": context.name, "sha256": context.sha256, "tokens": len(context.prefix_ids)},
-        "teacher": {"origin": teaching.origin, "identity": file.identity, "shards": file.shards},
-        "counts": counts,
-    }
+            self.run.say(f"distill: asked to stop (SIGTERM); {kept}, the same command goes on from there")
+            raise SystemExit(0)
 
 
 def _check_student(student: Student, teaching: Teaching, section: Distill, longest: int) -> None:
@@ -162,17 +217,3 @@ def _check_student(student: Student, teaching: Teaching, section: Distill, longe
             f"distill.top_k: {section.top_k} of a vocabulary of {tokens} leave no rest; use {tokens - 1} or "
             "fewer"
         )
-
-
-def _once(file: Path, look: Callable[[], Measured]) -> Measured:
-    """What was measured before the training, and is kept over an interruption."""
-    if not file.is_file():
-        write_json(file, look()._asdict())
-    return Measured(**read_json(file))
-
-
-def _leave_if(stop: StopRequest, kept: str) -> None:
-    """End where somebody asked for it."""
-    if stop.asked:
-        print(f"distill: asked to stop (SIGTERM); {kept}, the same command goes on from there", flush=True)
-        raise SystemExit(0)

@@ -7,9 +7,11 @@ predicted.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +36,8 @@ _TRUNK_TOKENS = 4096  # tokens of a batch whose trunk is computed; the same for 
 _WEIGHTS = "model.safetensors"
 
 
-class Batch(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Batch:
     """Rows that are read together, and what the teacher said about them."""
 
     rows: list[int]
@@ -103,12 +106,15 @@ class Student:
         recipe: the whole recipe.
         section: its ``distill`` section.
         start: folder of the adapter that it starts from; None = the base.
+        say: gets a line that the user should read.
 
     Raises:
         UserError: the architecture is not one that can be used here, or the base cannot learn as a whole.
     """
 
-    def __init__(self, recipe: Recipe, section: Distill, start: Path | None) -> None:
+    def __init__(
+        self, recipe: Recipe, section: Distill, start: Path | None, say: Callable[[str], None] = print
+    ) -> None:
         whole = section.method == "full"
         if whole and (recipe.model.dtype != "float32" or recipe.model.quantization != "none"):
             raise UserError(
@@ -129,11 +135,13 @@ class Student:
             base, self.backbone = self.backbone.model.merge_and_unload(), None
         if self.backbone:
             if warning := self.backbone.check_architecture():
-                print(f"warning: {warning}", flush=True)
+                say(f"warning: {warning}")
         else:
             base.requires_grad_(True)
             check_head(base)
         self.base: Any = base
+        self.head: Any = base.get_output_embeddings()
+        """States to logits."""
         self.module: nn.Module = self.backbone or base
         self._adapted = True
 
@@ -141,11 +149,6 @@ class Student:
     def vocabulary(self) -> int:
         """Number of logits."""
         return int(self.base.config.get_text_config().vocab_size)
-
-    @property
-    def head(self) -> Any:
-        """States to logits."""
-        return self.base.get_output_embeddings()
 
     @property
     def frozen_layers(self) -> int:
@@ -162,6 +165,15 @@ class Student:
         if self.backbone:
             return self.backbone.parameters_of(ADAPTER)
         return dict(self.base.named_parameters())
+
+    def before_sharding(self) -> None:
+        """Get ready for weights of which each process will keep a part (ZeRO-3).
+
+        The frozen head is needed whole at every pass; layers are gathered at every pass, trunk or not.
+        """
+        assert self.backbone, "refused before"
+        self.head = copy.deepcopy(self.head).requires_grad_(False)
+        self.backbone.frozen_layers = 0
 
     def as_teacher(self) -> None:
         """Switch the adapter off: the base, which teaches."""
@@ -207,10 +219,13 @@ class Student:
             ).last_hidden_state
         return hidden_BTD[batch.before_BT]
 
-    def save(self, folder: Path) -> None:
-        """Write what has been learned, to go on from."""
+    def save(self, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
+        """Write what has been learned, to go on from.
+
+        tensors: whole tensors by saved name, where the parameters are sharded.
+        """
         if self.backbone:
-            self.backbone.save_adapter(ADAPTER, folder)
+            self.backbone.save_adapter(ADAPTER, folder, tensors)
         else:
             whole = {name: p.detach().cpu().contiguous() for name, p in self.parameters().items()}
             write_atomically(folder / _WEIGHTS, save(whole, metadata={"format": "pt"}))
@@ -225,11 +240,11 @@ class Student:
         for name, parameter in self.parameters().items():
             parameter.copy_(saved[name])
 
-    def export(self, folder: Path) -> Path:
-        """Write the result in the format that everybody reads; returns where."""
+    def export(self, folder: Path, tensors: dict[str, Tensor] | None = None) -> Path:
+        """Write the result in the format that everybody reads; returns where. ``tensors`` as in save."""
         if self.backbone:
             (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
-            self.backbone.save_adapter(ADAPTER, folder / ADAPTER)
+            self.backbone.save_adapter(ADAPTER, folder / ADAPTER, tensors)
             return folder / ADAPTER
         self.base.save_pretrained(str(folder / MODEL))
         return folder / MODEL
@@ -265,7 +280,9 @@ class Trunk:
         return out_BTD.to(batch.ids_BT.device)
 
 
-def trunk_of(student: Student, passages: Sequence[Passage], gigabytes: float) -> Trunk | None:
+def trunk_of(
+    student: Student, passages: Sequence[Passage], gigabytes: float, say: Callable[[str], None] = print
+) -> Trunk | None:
     """The trunk of all rows; None where all layers learn, or where it needs more memory than that."""
     if not student.frozen_layers:
         return None
@@ -273,6 +290,6 @@ def trunk_of(student: Student, passages: Sequence[Passage], gigabytes: float) ->
     width_D = int(student.base.config.get_text_config().hidden_size)
     needed = tokens * width_D * student.base.dtype.itemsize / 1e9
     if needed > gigabytes:
-        print(f"trunk: {needed:.1f} GB of states are over the limit; computed anew at every pass", flush=True)
+        say(f"trunk: {needed:.1f} GB of states are over the limit; computed anew at every pass")
         return None
     return Trunk(student, passages)

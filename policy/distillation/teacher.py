@@ -98,7 +98,10 @@ class TeacherFile:
         return range(number * self._shard, min((number + 1) * self._shard, len(self.lengths)))
 
     def missing(self) -> list[int]:
-        """Shards to be computed: those not written yet, and damaged ones, which are named."""
+        """Shards to be computed: those not written yet, and damaged ones, which are named.
+
+        One process asks for all.
+        """
         wanted: list[int] = []
         for number in range(self.shards):
             file = self._file(number)

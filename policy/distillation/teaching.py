@@ -18,6 +18,7 @@ from rlhf.context import Context, window_of
 from rlhf.dialogue import Dialogue, load_tokenizer
 from rlhf.errors import UserError
 from rlhf.recipe import Recipe
+from rlhf.runtime import Runtime
 from rlhf.schema import Distill, Model
 
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json")
@@ -136,6 +137,7 @@ def speak(
     teacher: Callable[[], PromptedModel],
     file: TeacherFile,
     passages: Sequence[Passage],
+    runtime: Runtime,
     *,
     budget: int,
     vocabulary: int,
@@ -143,19 +145,30 @@ def speak(
 ) -> int:
     """Let the teacher say what is not in its file yet; returns how many shards that were.
 
+    Several processes read a shard each, and the first one writes them all.
+
     Args:
         teacher: gives the model; not called where nothing is missing.
         file: where the words are kept.
         passages: all sequences, in the file's order.
+        runtime: the processes; all of them call this.
         budget: tokens of the passages in memory at once.
         vocabulary: size of the student's vocabulary.
-        between: called before every shard; may end the process.
+        between: called before every round of shards; may end the processes.
     """
-    missing = file.missing()
-    for done, number in enumerate(missing):
+    main = runtime.rank == 0
+    missing: list[int] = runtime.gather(file.missing() if main else None)[0]
+    for start in range(0, len(missing), runtime.world):
         between()
-        if done % 10 == 0:
-            print(f"distill: the teacher reads shard {number + 1} of {file.shards}", flush=True)
-        some = [passages[row] for row in file.sequences_of(number)]
-        file.write(number, shard_records(teacher(), some, file, budget, vocabulary))
+        several = missing[start : start + runtime.world]
+        if main and start % (10 * runtime.world) == 0:
+            print(f"distill: the teacher reads shard {several[0] + 1} of {file.shards}", flush=True)
+        own = None
+        if runtime.rank < len(several):
+            some = [passages[row] for row in file.sequences_of(several[runtime.rank])]
+            own = shard_records(teacher(), some, file, budget, vocabulary)
+        for number, records in zip(several, runtime.gather(own), strict=False):
+            if main:
+                file.write(number, records)
+    runtime.barrier()
     return len(missing)

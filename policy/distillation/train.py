@@ -1,4 +1,8 @@
-"""The training loop of context distillation, and what is measured on held-out sequences around it."""
+"""The training loop of context distillation.
+
+Several processes share the sequences of every batch. Which sequences make a batch does not depend on their
+number, and the loss of each is its share of the whole batch's tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
-from policy.distillation.data import Passage
-from policy.distillation.loss import chunk_of, distil_kl, full_kl, measure
-from policy.distillation.prompted import PromptedModel, cut
-from policy.distillation.report import Measured
-from policy.distillation.student import Student, Trunk, collate, width
+from policy.distillation.data import HALVES, Passage
+from policy.distillation.loss import chunk_of, distil_kl
+from policy.distillation.prompted import cut
+from policy.distillation.student import Batch, Student, Trunk, collate, width
 from policy.distillation.teacher import TeacherFile
 from policy.schedule import learning_rate_factor
 from rlhf.artifacts import read_json, step_of, write_atomically
 from rlhf.errors import UserError
 from rlhf.metrics import Metrics
-from rlhf.progress import progress
-from rlhf.runtime import Runtime
+from rlhf.runtime import Runtime, most_of_all
 from rlhf.schema import Distill
 from rlhf.stage import StageRun
 
@@ -37,6 +40,21 @@ def batch_rows(seed: int, step: int, batch_size: int, number: int) -> list[int]:
     epoch, index = divmod(step, -(-number // batch_size))
     order = np.random.default_rng([seed % 2**63, _ORDER, epoch]).permutation(number)
     return [int(row) for row in order[index * batch_size : (index + 1) * batch_size]]
+
+
+class _Lesson(nn.Module):
+    """The forward pass of a step as one module, as DeepSpeed wants it."""
+
+    def __init__(self, student: Student, trunk: Trunk | None) -> None:
+        super().__init__()
+        self.inside = student.module
+        self._student, self._trunk = student, trunk
+
+    def forward(self, batch: Batch) -> Tensor:
+        """KL(teacher || student) at each place of a batch, [N], nats."""
+        hidden_ND = self._student.states(batch, self._trunk)
+        chunk = chunk_of(self._student.vocabulary)
+        return distil_kl(hidden_ND, self._student.head, batch.words, chunk=chunk)
 
 
 class DistillTrainer:
@@ -82,7 +100,7 @@ class DistillTrainer:
             student.load(checkpoint / "student")
         named = student.parameters()
         groups = [{"params": [*named.values()], "lr": rate}]
-        runtime.prepare(student.module, groups, named, epsilon=_EPSILON)
+        runtime.prepare(_Lesson(student, trunk), groups, named, epsilon=_EPSILON)
         if checkpoint:
             self._restore(checkpoint)
 
@@ -96,7 +114,12 @@ class DistillTrainer:
             UserError: the loss or its gradient is not finite.
         """
         metrics = Metrics(
-            self.run.folder, total=self.steps, done=self.done, shown=SHOWN, description="distill"
+            self.run.folder,
+            total=self.steps,
+            done=self.done,
+            shown=SHOWN,
+            description="distill",
+            active=self.run.is_main,
         )
         with contextlib.closing(metrics):
             for step in range(self.done, self.steps):
@@ -113,38 +136,54 @@ class DistillTrainer:
         rate = self.rate * learning_rate_factor(step, self.steps, kind="linear", warmup=self.section.warmup)
         self.runtime.set_learning_rates([rate])
         rows = batch_rows(self.seed, step, self.section.batch_size, self.number)
-        total = sum(len(self.passages[row].ids) - self.passages[row].first for row in rows)
-        parts = cut([width(self.passages[row]) for row in rows], self.section.tokens_per_micro_batch)
-        sums: dict[str, list[float]] = {}
+        total = sum(map(self._places, rows))
+        sums = torch.zeros(len(HALVES), 2, dtype=torch.float64)  # KL and places of each half
+        parts = self._parts(rows)
         with self.student.folded():
-            for index, part in enumerate(parts):
-                batch = collate([rows[n] for n in part], self.passages, self.file, self.runtime.device)
-                hidden_ND = self.student.states(batch, self.trunk)
-                kl_N = distil_kl(
-                    hidden_ND, self.student.head, batch.words, chunk=chunk_of(self.student.vocabulary)
-                )
+            for index, (part, weight) in enumerate(parts):
+                batch = collate(part, self.passages, self.file, self.runtime.device)
+                kl_N = weight * self.runtime.model(batch)
                 self.runtime.backward(kl_N.sum() / total, last=index == len(parts) - 1)
                 by_row = torch.zeros(len(part), device=kl_N.device).index_add(0, batch.row_N, kl_N.detach())
-                for row, kl in zip(batch.rows, by_row.tolist(), strict=True):
-                    passage = self.passages[row]
-                    sums.setdefault(passage.half, []).append(kl)
-                    sums.setdefault(f"{passage.half}_tokens", []).append(len(passage.ids) - passage.first)
-        found = {name: sum(values) for name, values in sums.items()}
-        halves = [name for name in found if not name.endswith("_tokens")]
+                for row, kl in zip(part, by_row.tolist(), strict=True):
+                    half = HALVES.index(self.passages[row].half)
+                    sums[half] += torch.tensor([kl, weight * self._places(row)], dtype=torch.float64)
         norm = self.runtime.step()
-        loss = sum(found[half] for half in halves) / total
+        by_half = sum(self.runtime.gather(sums.numpy()))
+        loss = float(by_half[:, 0].sum()) / total
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise UserError(
                 f"distill: the loss ({loss:g}) or its gradient ({norm:g}) is not finite in step {step + 1}: "
                 f"lower distill.learning_rate, which is {self.rate:g}"
             )
         figures = {"distill/kl": loss}
-        figures |= {f"distill/kl_{half}": found[half] / found[f"{half}_tokens"] for half in halves}
+        figures |= {
+            f"distill/kl_{half}": float(kl / places)
+            for half, (kl, places) in zip(HALVES, by_half, strict=True)
+            if places
+        }
         return figures | {
             "distill/learning_rate": rate,
             "distill/grad_norm": norm,
             "distill/tokens": float(total),
         }
+
+    def _places(self, row: int) -> int:
+        """Places of a sequence where a token is predicted."""
+        return len(self.passages[row].ids) - self.passages[row].first
+
+    def _parts(self, rows: Sequence[int]) -> list[tuple[list[int], float]]:
+        """This process's micro-batches of a step, each with its weight; all processes have as many.
+
+        Whoever is done goes on with weight 0: a backward pass over several processes is everybody's.
+        """
+        own = rows[self.runtime.rank :: self.runtime.world]
+        budget = self.section.tokens_per_micro_batch
+        parts = [
+            ([own[n] for n in part], 1.0) for part in cut([width(self.passages[r]) for r in own], budget)
+        ]
+        number = most_of_all(len(parts), self.runtime.device)
+        return parts + [([rows[0]], 0.0)] * (number - len(parts))
 
     def _save(self) -> None:
         """Write a checkpoint unless there is one of this step."""
@@ -153,13 +192,17 @@ class DistillTrainer:
 
     def _checkpoint(self) -> None:
         """Write everything that the next step depends on."""
-        self.run.checkpoints.clean()
-        with self.run.checkpoints.writing(self.done) as folder:
-            (folder / "student").mkdir()
-            self.student.save(folder / "student")
-            write_atomically(folder / "optimizer.safetensors", save(self.runtime.optimizer_tensors()))
-            write_atomically(folder / "state.json", json.dumps({"step": self.done, **self._anchors}))
-        self.run.note_clock()
+        weights = self.runtime.whole_parameters() if self.runtime.shards_weights else None
+        moments = self.runtime.optimizer_tensors()
+        if self.run.is_main:
+            self.run.checkpoints.clean()
+            with self.run.checkpoints.writing(self.done) as folder:
+                (folder / "student").mkdir()
+                self.student.save(folder / "student", weights)
+                write_atomically(folder / "optimizer.safetensors", save(moments))
+                write_atomically(folder / "state.json", json.dumps({"step": self.done, **self._anchors}))
+            self.run.note_clock()
+        self.runtime.barrier()
         self.saved = self.done
 
     def _restore(self, checkpoint: Path) -> None:
@@ -182,7 +225,7 @@ class DistillTrainer:
                 f"{checkpoint}: the optimiser state is incomplete ({error}); "
                 f"remove {checkpoint} to go on from the one before"
             ) from None
-        print(f"distill: going on after step {self.done} of {self.steps}", flush=True)
+        self.run.say(f"distill: going on after step {self.done} of {self.steps}")
 
 
 def steps_of(section: Distill, number: int) -> int:
@@ -198,76 +241,3 @@ def steps_of(section: Distill, number: int) -> int:
             "train on"
         )
     return steps
-
-
-@torch.no_grad()
-def measured(
-    student: Student,
-    teacher: Callable[[], PromptedModel],
-    file: TeacherFile,
-    passages: Sequence[Passage],
-    rows: Sequence[int],
-    trunk: Trunk | None,
-    *,
-    budget: int,
-    full: int,
-) -> Measured:
-    """What the student says of held-out sequences, beside the teacher's words.
-
-    Args:
-        student: the model.
-        teacher: gives the teacher; not called where ``full`` is 0.
-        file: the teacher's words on ``passages``.
-        passages: all sequences.
-        rows: the held-out ones.
-        trunk: as in :class:`DistillTrainer`.
-        budget: tokens in memory at once.
-        full: number of sequences, the first ones, whose KL over the whole vocabulary is measured too.
-    """
-    device = next(student.module.parameters()).device
-    chunk = chunk_of(student.vocabulary)
-    sums = {name: np.zeros(len(rows)) for name in ("kl", "places", "log_prob", "taught", "spoken")}
-    with student.folded():
-        for part in progress("held out", cut([width(passages[row]) for row in rows], budget)):
-            batch = collate([rows[n] for n in part], passages, file, device)
-            hidden_ND = student.states(batch, trunk)
-            kl_N, log_prob_N = measure(hidden_ND, student.head, batch.words, batch.targets_N, chunk=chunk)
-            of, spoken = batch.row_N.cpu().numpy(), batch.spoken_N.cpu().numpy()
-            for name, values_N, counted in (
-                ("kl", kl_N, np.ones_like(spoken)),
-                ("places", torch.ones_like(kl_N), np.ones_like(spoken)),
-                ("log_prob", log_prob_N, spoken),
-                ("taught", batch.taught_N, spoken),
-                ("spoken", torch.ones_like(kl_N), spoken),
-            ):
-                weights = values_N.double().cpu().numpy() * counted
-                sums[name][part] = np.bincount(of, weights=weights, minlength=len(part))
-    first = progress("held out, whole vocabulary", rows[:full])
-    whole = [_full(student, teacher(), row, passages, file, trunk) for row in first]
-    return Measured(
-        **{name: sums[name].tolist() for name in ("kl", "places", "log_prob", "taught", "spoken")},
-        full_kl=whole,
-        full_coarse=sums["kl"][: len(whole)].tolist(),
-    )
-
-
-def _full(
-    student: Student,
-    teacher: PromptedModel,
-    row: int,
-    passages: Sequence[Passage],
-    file: TeacherFile,
-    trunk: Trunk | None,
-) -> float:
-    """Sum over a sequence's places of the KL over the whole vocabulary."""
-    passage = passages[row]
-    batch = collate([row], passages, file, next(student.module.parameters()).device)
-    theirs_ND = teacher.states([passage])[passage.first - teacher.first_of(passage) :]
-    mine_ND = student.states(batch, trunk)
-    total = 0.0
-    for start in range(0, len(mine_ND), chunk_of(student.vocabulary)):
-        part = slice(start, start + chunk_of(student.vocabulary))
-        theirs_CV, mine_CV = teacher.head(theirs_ND[part]), student.head(mine_ND[part])
-        shared = min(theirs_CV.shape[-1], mine_CV.shape[-1])
-        total += float(full_kl(theirs_CV[:, :shared], mine_CV[:, :shared]).double().sum())
-    return total
