@@ -262,7 +262,8 @@ def _check_models(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
     """Every folder of a model that the recipe names must be there, but those that this run will make."""
     card, distill, tax = recipe.card, recipe.distill, recipe.tax
     starts = {name: getattr(getattr(recipe, name), "start", None) for name in STARTS}
-    folders: list[tuple[str, str | None, str]] = [
+    hub = ", or name a hub id"
+    named: list[tuple[str, str | None, str]] = [
         *(("ppo.reward_model", folder, "") for folder in recipe.ppo.reward_model),
         ("evaluate.reward_model", recipe.evaluate.reward_model, ""),
         *(
@@ -270,24 +271,18 @@ def _check_models(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
             for name, start in starts.items()
             if start not in STARTS[name]
         ),
-    ]
-    folders_or_ids: list[tuple[str, str | None]] = [
-        ("card.model", card.model),
-        ("card.against", card.against),
-        ("distill.teacher", distill.teacher if distill else None),
-        *((f"tax.others.{label}", place) for label, place in (tax.others if tax else {}).items()),
-        ("tax.toxicity.judge", tax.toxicity.judge if tax else None),
+        ("card.model", card.model, hub),
+        ("card.against", card.against, hub),
+        ("distill.teacher", distill.teacher if distill else None, hub),
+        *((f"tax.others.{label}", place, hub) for label, place in (tax.others if tax else {}).items()),
+        ("tax.toxicity.judge", tax.toxicity.judge if tax else None, hub),
     ]
     wrong = [
         (key, place, remedy)
-        for key, place, remedy in folders
-        if place is not None and not os.path.isdir(place)
-    ]
-    wrong += [
-        (key, place, ", or name a hub id")
-        for key, place in folders_or_ids
+        for key, place, remedy in named
         if place is not None
-        and not (place and (not is_path(place) or os.path.isdir(os.path.expanduser(place))))
+        and not os.path.isdir(os.path.expanduser(place))
+        and not (remedy is hub and place and not is_path(place))
     ]
     for key, place, remedy in wrong:
         if os.path.exists(place) or not place.startswith(f"runs/{recipe.name}/"):

@@ -253,6 +253,15 @@ def test_a_model_that_a_late_stage_needs_is_missed_before_the_first_one(recipe, 
     load(recipe(), [*more, f"{key}=there"])
 
 
+def test_a_folder_below_the_home_is_found(recipe, inside, monkeypatch):
+    monkeypatch.setenv("HOME", str(inside))
+    (inside / "adapter").mkdir()
+    assert load(recipe(), ["ppo.start=~/adapter"]).ppo.start == str(inside / "adapter")
+    assert load(recipe(), ["ppo.reward_model=[~/adapter]"]).ppo.reward_model == [str(inside / "adapter")]
+    load(recipe(), ["card.model=~/adapter"])
+    assert "is not a folder" in refusal(recipe(), "ppo.start=~/gone")
+
+
 def test_what_is_no_path_is_a_model_of_the_hub_or_a_judge(recipe):
     for key in ("card.model", "tax.others.x", "tax.toxicity.judge"):
         for place in ("owner/name", "name"):

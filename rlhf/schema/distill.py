@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from rlhf.schema.fields import Fraction, Natural, NonNegative, Positive, Rate, Section, UnitInterval
+from rlhf.schema.fields import Folder, Fraction, Natural, NonNegative, Positive, Rate, Section, UnitInterval
 
 
 class DistillData(Section):
@@ -47,7 +47,7 @@ class Distill(DistillData):
 
     method: Literal["lora", "full"] = "lora"
     """Train an adapter of the recipe's shape, or all weights (saved as a model of its own)."""
-    start: str | None = None
+    start: Folder | None = None
     """Folder of the adapter to start from, or `sft`: that stage of this run; null = the base."""
     epochs: Positive = 1
     """Passes over the sequences."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from rlhf.schema.fields import Natural, Positive, Rate, Section
+from rlhf.schema.fields import Folder, Natural, Positive, Rate, Section
 
 
 class Evaluate(Section):
@@ -14,7 +14,7 @@ class Evaluate(Section):
 
     judge: Literal["vader", "reward"] = "reward"
     """Who scores the responses: a gold judge, or a reward model."""
-    reward_model: str | None = None
+    reward_model: Folder | None = None
     """Folder of the reward model that judges; null = this run's own (then the score is the trained proxy)."""
     prompts: Positive = 128
     """Held-out prompts."""

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf.schema.fields import Fraction, Natural, NonNegative, Positive, Rate, Section, UnitInterval
+from rlhf.schema.fields import Folder, Fraction, Natural, NonNegative, Positive, Rate, Section, UnitInterval
 
 
 class Collecting(Section):
@@ -19,7 +19,7 @@ class Collecting(Section):
 
     steps: Positive = 100
     """Rollouts, each followed by `epochs` passes."""
-    start: str | None = None
+    start: Folder | None = None
     """Adapter that the policy starts from, and whose frozen copy is the reference: a folder, or `sft` or
     `distill`, that stage of this run; null = a fresh one, and the base is the reference."""
     batch_size: Positive = 64
@@ -38,7 +38,7 @@ class Collecting(Section):
 class Scoring(Section):
     """From a reward model's output to one score a response."""
 
-    reward_model: list[str] = []
+    reward_model: list[Folder] = []
     """Folder of another reward model, or several, an ensemble; empty = all members of this run's reward
     stage."""
     ensemble: Literal["mean", "minimum", "pessimistic"] = "mean"

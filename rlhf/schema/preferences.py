@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf.schema.fields import (
     STARTS,
+    Folder,
     Fraction,
     LessThanHalf,
     Natural,
@@ -121,7 +122,7 @@ class Pmp(PreferenceTraining):
 
     sources: list[PmpSource] = Field(min_length=1)
     """The mixture."""
-    start: str | None = None
+    start: Folder | None = None
     """What the adapter starts from: a folder, or `sft` or `distill`, that stage of this run; null = fresh."""
     form: Literal["ranked", "binarised"] = "binarised"
     """`binarised`: each ordered pair A > B becomes GOOD:A > BAD:A and BAD:B > GOOD:B, which transfers better
@@ -141,7 +142,7 @@ class Pmp(PreferenceTraining):
 class Reward(PreferenceTraining):
     """The reward model: k-way ranked loss (InstructGPT, Ouyang 2022, eq. 1) unless said otherwise."""
 
-    start: str | None = None
+    start: Folder | None = None
     """Folder of a trained preference model to start from; or the folder of a policy's adapter, or `sft` or
     `distill`, that stage of this run, whose weights the adapter takes under a fresh head; null = the run's
     `pmp` stage where the recipe has one, else a fresh adapter and head."""

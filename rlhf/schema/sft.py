@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from rlhf.schema.fields import NonNegative, Positive, Rate, Section, UnitInterval
+from rlhf.schema.fields import Folder, NonNegative, Positive, Rate, Section, UnitInterval
 
 CHOSEN = "chosen"  # the value of sft.data that asks for the best responses of the comparisons
 
@@ -17,7 +17,7 @@ class Sft(Section):
     data: list[str] = [CHOSEN]
     """`chosen`: the best response of every training comparison; or chats: files, globs or
     `hub:NAME[:CONFIG][@SPLIT]` with messages, a prompt and a completion, or comparisons."""
-    start: str | None = None
+    start: Folder | None = None
     """Folder of an adapter to go on from; null = a fresh one."""
     loss_on: Literal["response", "assistant", "all"] = "response"
     """Which tokens are learned: the last answer with its EOS, every answer of the assistant, or all."""
