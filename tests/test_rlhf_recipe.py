@@ -9,39 +9,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipe_cases import TEXT, refusal, writer
 
 from rlhf.errors import UserError
-from rlhf.recipe import check_batch_sizes, dump, files_of, from_command_line, load
+from rlhf.recipe import check_batch_sizes, dump, from_command_line, load
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.y*ml"))
-TEXT = """name: x
-model: {path: m}
-data:
-  comparisons: c.jsonl
-ppo:
-  steps: 3
-"""
 
 
 @pytest.fixture
 def recipe(inside):
-    """Write a recipe next to the file of comparisons that it names; returns its path."""
-    (inside / "c.jsonl").touch()
-
-    def write(text=TEXT):
-        (inside / "r.yaml").write_text(text)
-        return "r.yaml"
-
-    return write
-
-
-def refusal(*arguments):
-    with pytest.raises(UserError) as caught:
-        load(arguments[0], arguments[1:])
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    """Write a recipe; returns its path."""
+    return writer(inside)
 
 
 # --- what is shipped -------------------------------------------------------------------------------------
@@ -181,105 +161,6 @@ def test_a_missing_recipe_gets_the_nearest_one(inside):
     assert refusal("recipes/tinny.yaml") == (
         "recipes/tinny.yaml: no such recipe file; did you mean recipes/tiny.yaml?"
     )
-
-
-@pytest.mark.parametrize("key", ["comparisons", "prompts", "held_out_prompts"])
-def test_a_missing_data_file_is_named_with_its_key_and_line(recipe, key):
-    text = TEXT.replace("  comparisons: c.jsonl\n", f"  {key}: [c.jsonl, no.jsonl]\n")
-    if key != "comparisons":
-        text = text.replace("data:\n", "data:\n  comparisons: hub:org/name\n")
-    line = text.splitlines().index(f"  {key}: [c.jsonl, no.jsonl]") + 1
-    assert refusal(recipe(text)) == f"r.yaml:{line}: data.{key}: no file matches no.jsonl; check the path"
-
-
-@pytest.mark.parametrize(
-    ("key", "more"),
-    [
-        ("sft.data", []),
-        ("distill.texts", []),
-        ("distill.questions", ["distill.text_share=0"]),
-        ("card.outliers", []),
-        ("tax.tasks.lm_loss.files", []),
-    ],
-)
-def test_a_missing_file_of_a_stage_is_named_before_any_stage_runs(recipe, key, more):
-    (Path("recipes/prompts")).mkdir(parents=True)
-    Path("recipes/prompts/hhh.txt").touch()
-    message = refusal(recipe(), f"{key}=[c.jsonl, no.jsonl]", *more)
-    assert message.endswith(f": {key}: no file matches no.jsonl; check the path")
-
-
-def test_the_prompt_must_be_there_where_it_is_distilled(recipe):
-    assert load(recipe(), ["hhh_prompt=no.txt"]).hhh_prompt == "no.txt"
-    message = refusal(recipe(), "hhh_prompt=no.txt", "distill.text_share=0")
-    assert message.endswith("hhh_prompt: no file matches no.txt; check the path")
-
-
-def test_the_best_responses_of_the_comparisons_are_no_file(recipe):
-    assert load(recipe(), ["sft.data=chosen"]).sft.chosen
-    assert not load(recipe(), ["sft.data=c.jsonl"]).sft.chosen
-
-
-DISTILL = "distill={texts: [c.jsonl]}"
-TAX = "tax={tasks: {lm_loss: c.jsonl}}"
-
-
-@pytest.mark.parametrize(
-    ("key", "place", "more"),
-    [
-        ("ppo.reward_model", "runs/gone", []),
-        ("evaluate.reward_model", "gone", []),
-        ("ppo.start", "gone", []),
-        ("reward.start", "runs/other/sft/policy", []),
-        ("distill.start", "gone/policy", [DISTILL]),
-        ("card.model", "./gone", []),
-        ("card.against", "a/b/c", []),
-        ("distill.teacher", "/gone", [DISTILL]),
-        ("tax.others.x", "~/gone", [TAX]),
-        ("tax.toxicity.judge", "./gone", [TAX]),
-    ],
-)
-def test_a_model_that_a_late_stage_needs_is_missed_before_the_first_one(recipe, inside, key, place, more):
-    Path("recipes/prompts").mkdir(parents=True)
-    Path("recipes/prompts/hhh.txt").touch()
-    message = refusal(recipe(), *more, f"{key}={place}")
-    assert message.startswith(f"override '{key}={place}': {key}: {place} is not a folder; check the path")
-    assert ("or name a stage of this run (sft" in message) == key.endswith(".start")
-    load(recipe(), ["name=mine", *more, f"{key}=runs/mine/some/folder"])  # this run will make it
-    (inside / "runs/mine").mkdir(parents=True)
-    (inside / "runs/mine/file").touch()
-    assert "is not a folder" in refusal(recipe(), "name=mine", *more, f"{key}=runs/mine/file")
-    (inside / "there").mkdir()
-    load(recipe(), [*more, f"{key}=there"])
-
-
-def test_a_folder_below_the_home_is_found(recipe, inside, monkeypatch):
-    monkeypatch.setenv("HOME", str(inside))
-    (inside / "adapter").mkdir()
-    assert load(recipe(), ["ppo.start=~/adapter"]).ppo.start == str(inside / "adapter")
-    assert load(recipe(), ["ppo.reward_model=[~/adapter]"]).ppo.reward_model == [str(inside / "adapter")]
-    load(recipe(), ["card.model=~/adapter"])
-    assert "is not a folder" in refusal(recipe(), "ppo.start=~/gone")
-
-
-def test_what_is_no_path_is_a_model_of_the_hub_or_a_judge(recipe):
-    for key in ("card.model", "tax.others.x", "tax.toxicity.judge"):
-        for place in ("owner/name", "name"):
-            load(recipe(), [TAX, f"{key}={place}"])
-    assert "tax.others.x" in refusal(recipe(), TAX, "tax.others.x=")
-
-
-def test_files_are_found_as_the_readers_find_them(inside):
-    from rlhf.sources.files import origins
-
-    for name in ("a[1].jsonl", "b/c/d.jsonl", "b/e.jsonl"):
-        (inside / name).parent.mkdir(parents=True, exist_ok=True)
-        (inside / name).touch()
-    for spec in ("a[1].jsonl", "b/**/*.jsonl", "*/*.jsonl", "no*.jsonl"):
-        found = files_of(spec)
-        assert found == ([o.name for o in origins([spec], key="k")] if found else [])
-    assert len(files_of("b/**/*.jsonl")) == 2
-    assert files_of("a[1].jsonl") == ["a[1].jsonl"]
 
 
 # --- overrides -------------------------------------------------------------------------------------------
