@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from ranks import Forked, Launched, finish, interrupt
+from ranks import finish, interrupt
 from test_deepspeed import alone_in, assert_close
 from tiny_distill import overrides, results, write_lab
 
@@ -56,8 +56,7 @@ def test_two_processes_learn_what_one_process_learns(zero, method, layers, alone
     done = here / "runs" / "tiny" / "distill"
     if (zero, method) != (2, "lora"):  # every curve but one holds a resume
         interrupt(here, "distill", lambda: list(done.glob("checkpoints/step-*")), done / MANIFEST, *options)
-    start = Launched if (zero, method) == (2, "lora") else Forked
-    said = finish(here, "distill", *options, start=start)
+    said = finish(here, "distill", *options)
     assert said.count("distill: held out: KL(teacher || student)") == 1
     assert_close(here, whole, "distill", *(() if method == "full" else ("policy",)))
     mine, expected = (results(folder / "runs/tiny/distill") for folder in (here, whole))
