@@ -67,8 +67,7 @@ def test_the_result_is_read_by_everybody(lab):
     assert not (folder / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("layers", ["all", "top_2"])
+@pytest.mark.parametrize(("method", "layers"), [("lora", "top_2"), ("full", "all")])
 def test_a_second_round_tells_its_share_of_the_whole_prompt(method, layers, lab, capsys):
     first = results(run(epochs=8, lora__layers=layers))["held_out"]
     again = {"start": "runs/tiny/distill/policy", "learning_rate": 1e-3, "lora__layers": layers}
