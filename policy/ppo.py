@@ -244,5 +244,4 @@ class PpoTrainer:
         self.aim.restore(state)
         self.learner.restore(checkpoint)
         torch.set_rng_state(load((checkpoint / "rng.safetensors").read_bytes())["torch"])
-        if self.run.is_main:
-            print(f"ppo: going on after step {self.done} of {self.section.steps}", flush=True)
+        self.run.say(f"ppo: going on after step {self.done} of {self.section.steps}")

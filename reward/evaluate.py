@@ -183,8 +183,7 @@ def comparisons_of(recipe: Recipe, run: StageRun) -> tuple[list[Comparison], Cou
         raise UserError(
             f"card.comparisons: nothing usable in {', '.join(comparison_files(recipe))}: {counts}"
         )
-    if run.is_main:
-        print(f"card: {counts}", flush=True)
+    run.say(f"card: {counts}")
     return comparisons, counts
 
 

@@ -59,8 +59,7 @@ def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     dialogue = load_dialogue(recipe)
     train = encode(drawn(stored(run, "train"), recipe.reward.comparisons, recipe.seed), dialogue)
     rows = Rows(train, encode(stored(run, "held_out"), dialogue, first=len(train)))
-    if run.is_main:
-        print(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out", flush=True)
+    run.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
     fresh = new_reward_model(recipe, dialogue)
     if start := start_folder(recipe, run):
         start_tensors(fresh, start)  # a mistake is told before there is work that a mended recipe would lose
@@ -118,8 +117,7 @@ def _member(
     start = start_folder(recipe, run)
     if start:
         read = start_from(fresh, start)
-        if run.is_main:
-            print(f"reward: starts from {start} ({read} tensors)", flush=True)
+        run.say(f"reward: starts from {start} ({read} tensors)")
     model = learn(
         recipe, section, run, dialogue, fresh, rows.train, way, member=member, members=section.members
     )

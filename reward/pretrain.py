@@ -36,8 +36,7 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     fresh = new_reward_model(recipe, dialogue)
     if start := start_folder(recipe, run, "pmp"):
         read = start_from(fresh, start, "pmp.start")
-        if run.is_main:
-            print(f"pmp: starts from {start} ({read} tensors)", flush=True)
+        run.say(f"pmp: starts from {start} ({read} tensors)")
     way = passes(recipe, section, fresh, [*rows["train"], *rows["held_out"]], dialogue)
     model = learn(recipe, section, run, dialogue, fresh, rows["train"], way)
     figures, _ = judge(recipe, section, model, rows["held_out"], dialogue, way)

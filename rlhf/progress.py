@@ -6,12 +6,13 @@ seconds, and in a file, where nothing can be overwritten, has a new line to say 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
+
+from rlhf.stage import rank
 
 _PATIENCE = 5.0  # seconds of silence before a bar shows itself
 _REFRESH, _REFRESH_IN_FILES = 1.0, 30.0  # seconds
@@ -36,6 +37,6 @@ def progress(
         "mininterval": _REFRESH if sys.stdout.isatty() else _REFRESH_IN_FILES,
         "delay": _PATIENCE,
         "leave": False,
-        "disable": os.environ.get("RANK", "0") != "0",
+        "disable": rank() != 0,
     }
     return tqdm(items, **(house | options))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from policy.distillation.data import Passage
 from policy.distillation.loss import chunk_of, full_kl, measure
@@ -73,14 +74,14 @@ def measured(
     whole = np.zeros(min(full, len(rows)))
     for n in progress("held out, whole vocabulary", mine(range(len(whole)))):
         whole[n] = _full(student, teacher(), rows[n], passages, file, trunk)
-    if shared:
-        whole = sum(runtime.gather(whole))
-        sums = {name: sum(runtime.gather(own)) for name, own in sums.items()}
-    return Measured(
-        **{name: sums[name].tolist() for name in ("kl", "places", "log_prob", "taught", "spoken")},
-        full_kl=whole.tolist(),
-        full_coarse=sums["kl"][: len(whole)].tolist(),
-    )
+
+    def of_all(own: NDArray[np.float64]) -> list[float]:
+        """Sums of all rows; a row was read by one process, or by all of them alike."""
+        total = torch.from_numpy(own).to(device)
+        return [float(x) for x in (runtime.all_sum(total) if shared else total)]
+
+    found = {name: of_all(own) for name, own in sums.items()}
+    return Measured(**found, full_kl=of_all(whole), full_coarse=found["kl"][: len(whole)])
 
 
 def _full(

@@ -149,8 +149,8 @@ class DistillTrainer:
                     half = HALVES.index(self.passages[row].half)
                     sums[half] += torch.tensor([kl, weight * self._places(row)], dtype=torch.float64)
         norm = self.runtime.step()
-        by_half = sum(self.runtime.gather(sums.numpy()))
-        loss = float(by_half[:, 0].sum()) / total
+        by_half = self.runtime.all_sum(sums.to(self.runtime.device)).tolist()
+        loss = sum(kl for kl, _ in by_half) / total
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise UserError(
                 f"distill: the loss ({loss:g}) or its gradient ({norm:g}) is not finite in step {step + 1}: "
@@ -158,7 +158,7 @@ class DistillTrainer:
             )
         figures = {"distill/kl": loss}
         figures |= {
-            f"distill/kl_{half}": float(kl / places)
+            f"distill/kl_{half}": kl / places
             for half, (kl, places) in zip(HALVES, by_half, strict=True)
             if places
         }

@@ -41,16 +41,14 @@ def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
     dialogue = load_dialogue(recipe)
     parts, counts = demonstrations(recipe, section, run, dialogue)
     train, held_out = (encode(part, dialogue, section.loss_on) for part in parts)
-    if run.is_main:
-        print(f"sft: {len(train)} demonstrations to learn, {len(held_out)} held out", flush=True)
+    run.say(f"sft: {len(train)} demonstrations to learn, {len(held_out)} held out")
     backbone = fresh(recipe, run)
     head = vocabulary_head(recipe, backbone)
     model: Any = backbone.model
     packing = section.packing
     if packing and (warning := check_packing(model, head, train, dialogue.pad_id)):
         packing = False
-        if run.is_main:
-            print(f"warning: {warning}", flush=True)
+        run.say(f"warning: {warning}")
     kept = run.folder / "parts" / "before.json"
     if kept.is_file():
         before_B = torch.tensor(read_json(kept))
@@ -95,8 +93,7 @@ def demonstrations(
         found = fitting(found, lambda shown: shown.prompt, recipe, dialogue, counts)
         if not found:
             raise UserError(f"sft.data: nothing usable in {', '.join(section.data)}: {counts}")
-        if run.is_main:
-            print(f"sft: {counts}", flush=True)
+        run.say(f"sft: {counts}")
         train, held_out = split_by_prompt(found, recipe.data.held_out, recipe.seed)
     number = min(section.judged, len(held_out))
     return (drawn(train, section.limit, recipe.seed), drawn(held_out, number, recipe.seed)), counts
@@ -111,8 +108,7 @@ def fresh(recipe: Recipe, run: StageRun) -> Backbone:
     start = start_folder(recipe, run, "sft")
     if start:
         count = backbone.load_adapter(ADAPTER, start)
-        if run.is_main:
-            print(f"sft: starts from {start} ({count} tensors)", flush=True)
+        run.say(f"sft: starts from {start} ({count} tensors)")
     backbone.check_architecture()
     backbone.activate(ADAPTER)
     backbone.to(best_device())
