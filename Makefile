@@ -51,15 +51,15 @@ $(STAMPS)/setup: pyproject.toml constraints.txt
 # The recipe is checked in a fraction of a second, before anything is loaded.
 .PHONY: recipe
 recipe: setup
-	@$(PY) -m rlhf.recipe $(ARGS)
+	@$(PY) -m rlhf.recipe.load $(ARGS)
 
 # A road takes hours; what its last stage could not use is told before the first one begins.
 .PHONY: preflight
 preflight: recipe
-	@$(PY) -m policy.preflight $(ARGS)
+	@$(PY) -m policy.alignment_tax.preflight $(ARGS)
 
 model: recipe ## put the recipe's base model in place
-	@$(PY) -m rlhf.prepare $(ARGS)
+	@$(PY) -m rlhf.models.prepare $(ARGS)
 
 comparisons: model ## read or sample the comparisons and split them by prompt
 	@$(PY) -m rlhf.collect $(ARGS)
@@ -68,31 +68,31 @@ sft: comparisons ## fine-tune the base on demonstrations, where the recipe asks 
 	@$(RUN) policy.sft $(ARGS)
 
 distill: comparisons ## distil the HHH prompt into the base, where the recipe asks for it
-	@$(RUN) policy.distill $(ARGS)
+	@$(RUN) policy.distillation $(ARGS)
 
 pmp: model ## pre-train the preference model on public comparisons, where the recipe asks for it
-	@$(RUN) reward.pretrain $(ARGS)
+	@$(RUN) reward.pretraining $(ARGS)
 
 reward: comparisons sft distill pmp ## train the reward model
-	@$(RUN) reward.train $(ARGS)
+	@$(RUN) reward.training $(ARGS)
 
 card: recipe ## how far a reward model can be trusted: this run's, or any (SET="card.model=...")
-	@$(PY) -m reward.evaluate $(ARGS)
+	@$(PY) -m reward.card $(ARGS)
 
 ppo: recipe ## train the policy with PPO against the reward model
-	@$(RUN) policy.train $(ARGS)
+	@$(RUN) policy.ppo $(ARGS)
 
 evaluate: card ## the reward model's card, then held-out prompts, before against after
 	@$(PY) -m policy.evaluate $(ARGS)
 
 tax: recipe ## what alignment cost: base, prompted, distilled, SFT, PPO and others on the same items
-	@$(PY) -m policy.tax $(ARGS)
+	@$(PY) -m policy.alignment_tax $(ARGS)
 
 rlhf: preflight reward ## all stages of the recipe, in order; what is done is skipped
-	@$(RUN) policy.train $(ARGS)
-	@$(PY) -m reward.evaluate $(ARGS)
+	@$(RUN) policy.ppo $(ARGS)
+	@$(PY) -m reward.card $(ARGS)
 	@$(PY) -m policy.evaluate $(ARGS)
-	@$(PY) -m policy.tax $(ARGS)
+	@$(PY) -m policy.alignment_tax $(ARGS)
 
 check: setup ## lint, formatting and types
 	@$(VENV)/bin/ruff check .

@@ -32,7 +32,7 @@ from benchmarks.victims import (
     outcome,
     prepare,
 )
-from rlhf.artifacts import write_atomically
+from rlhf.runs.artifacts import write_atomically
 
 
 def usual(alone: Start) -> dict[str, tuple[float, float]]:

@@ -56,8 +56,8 @@ def write_posts(path: Path, megabytes: int, seed: int = 0) -> None:
 
 def read_posts(path: Path) -> dict[str, object]:
     """Read the dump as a stage would, and keep nothing of it."""
-    from rlhf.comparisons import Counts
-    from rlhf.sources import stream_comparisons
+    from rlhf.data.comparisons import Counts
+    from rlhf.data.readers import stream_comparisons
 
     counts = Counts()
     started, processor = time.monotonic(), time.process_time()

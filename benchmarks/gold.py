@@ -20,11 +20,11 @@ from typing import Any
 from benchmarks.harness import Figures, command_line, environment, machine, now, run_child, write_results
 from benchmarks.peer import peer_folder, with_peer
 from benchmarks.two_sides import RESULTS
-from rlhf.artifacts import MANIFEST, read_json, write_json
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.markdown import table
-from rlhf.recipe import Recipe, load
-from rlhf.stage import RUNS
+from rlhf.recipe.load import Recipe, load
+from rlhf.runs.artifacts import MANIFEST, read_json, write_json
+from rlhf.runs.stage import RUNS
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 PEER = ("trl", "1.12.0")

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Figures, peak_bytes
-from rlhf.artifacts import write_json
-from rlhf.dialogue import load_dialogue
 from rlhf.errors import exit_on_user_error
-from rlhf.recipe import Recipe, load
-from rlhf.runtime import seed_everything
+from rlhf.recipe.load import Recipe, load
+from rlhf.runs.artifacts import write_json
+from rlhf.tokenization.dialogue import load_dialogue
+from rlhf.training.runtime import seed_everything
 
 if TYPE_CHECKING:
-    from rlhf.comparisons import Prompt
+    from rlhf.data.comparisons import Prompt
 
 
 def prompts_of(run: Path, name: str) -> list[Prompt]:
     """Prompts that the comparisons stage has kept."""
-    from rlhf.comparisons import Message
+    from rlhf.data.comparisons import Message
 
     lines = (run / "comparisons" / name).read_text(encoding="utf-8").splitlines()
     return [tuple(Message(m["role"], m["content"]) for m in json.loads(line)["messages"]) for line in lines]
@@ -54,9 +54,9 @@ def train_theirs(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     from trl.experimental.ppo import ppo_trainer
 
     from benchmarks.ppo_theirs import Watch, check_release, train
-    from reward.ensemble import member_folders
-    from reward.model import read_card
-    from rlhf.adapters import lora_config
+    from reward.model.ensemble import member_folders
+    from reward.model.model import read_card
+    from rlhf.models.lora import lora_config
 
     check_release()
     dialogue = load_dialogue(recipe)
@@ -123,11 +123,11 @@ def train_theirs(recipe: Recipe, run: Path, adapter: Path) -> Figures:
 
 def judge_both(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     """Both policies answer the held-out prompts with the same random numbers; paired figures."""
-    from policy.compare import per_prompt, say, text_judge
-    from rlhf.backbone import REFERENCE, Backbone
-    from rlhf.base import load_base
-    from rlhf.intervals import paired_difference
-    from rlhf.judges import JUDGES
+    from policy.evaluate.before_after import per_prompt, say, text_judge
+    from rlhf.collect.judges import JUDGES
+    from rlhf.models.backbone import REFERENCE, Backbone
+    from rlhf.models.base import load_base
+    from rlhf.stats.intervals import paired_difference
 
     section, dialogue = recipe.evaluate, load_dialogue(recipe)
     backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=("policy", "theirs"))

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.artifacts import write_atomically, write_json
 from rlhf.errors import USER_ERROR_STATUS, UserError
+from rlhf.runs.artifacts import write_atomically, write_json
 
 Figures = dict[str, Any]
 """What a child measured: JSON."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from rlhf.comparisons import Comparison, Message
+from rlhf.data.comparisons import Comparison, Message
 
 _TEXT = """
 the of and a to in is you that it he was for on are as with his they I at be this have from or one had by word

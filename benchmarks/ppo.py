@@ -36,9 +36,9 @@ from benchmarks.harness import (
 from benchmarks.peer import peer_folder, with_peer
 from benchmarks.ppo_page import NOTES, markdown
 from benchmarks.two_sides import SIDES, Children, Ratio, add_options, against_targets, publish, settings_of
-from rlhf.artifacts import hash_of, write_json
 from rlhf.errors import UserError, exit_on_user_error
-from rlhf.recipe import files_of
+from rlhf.recipe.load import files_of
+from rlhf.runs.artifacts import hash_of, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 PEER = ("trl", "1.12.0")

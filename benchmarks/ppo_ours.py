@@ -11,15 +11,15 @@ import torch
 from benchmarks.harness import Figures
 from benchmarks.ppo_task import PHASES, Clock, Task, dialogue_of, figures
 from benchmarks.ppo_work import Method, Sizes, sizes_of
-from policy.assemble import score_function
-from policy.ppo import PpoTrainer
-from rlhf.backbone import Backbone
-from rlhf.base import load_base
-from rlhf.comparisons import Message, Prompt
-from rlhf.metrics import Metrics
-from rlhf.recipe import Recipe
-from rlhf.runtime import Runtime
-from rlhf.stage import StageRun
+from policy.ppo.setup import score_function
+from policy.ppo.trainer import PpoTrainer
+from rlhf.data.comparisons import Message, Prompt
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
+from rlhf.recipe.load import Recipe
+from rlhf.runs.stage import StageRun
+from rlhf.training.metrics import Metrics
+from rlhf.training.runtime import Runtime
 
 
 def recipe_of(task: Task, rows: int) -> Recipe:

@@ -21,12 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.harness import Figures
 from benchmarks.ppo_task import Task, dialogue_of
-from rlhf.artifacts import read_json, write_json
-from rlhf.dialogue import Dialogue, load_tokenizer
+from rlhf.data.prompts import read_prompts
 from rlhf.errors import UserError, exit_on_user_error
-from rlhf.products import product
-from rlhf.prompts import read_prompts
-from rlhf.tiny import write_tiny_model
+from rlhf.models.onednn import product
+from rlhf.models.tiny import write_tiny_model
+from rlhf.runs.artifacts import read_json, write_json
+from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.harness import Figures, peak_bytes
 from benchmarks.ppo_work import Method, Sizes, step_flops
-from rlhf.dialogue import Dialogue, load_tokenizer
+from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
 
 PHASES = ("generate", "score", "update")
 

@@ -25,8 +25,8 @@ from benchmarks.harness import Figures
 from benchmarks.ppo_task import Clock, Task, dialogue_of, figures
 from benchmarks.ppo_work import Method, Sizes, sizes_of
 from rlhf.errors import UserError
-from rlhf.runtime import seed_everything
-from rlhf.sequences import action_mask
+from rlhf.models.masks import action_mask
+from rlhf.training.runtime import seed_everything
 
 VERSION = "1.12.0"
 

@@ -30,10 +30,10 @@ from benchmarks.harness import (
     turns,
 )
 from benchmarks.two_sides import SIDES, Children, Ratio, add_options, against_targets, publish, settings_of
-from rlhf.artifacts import hash_of, write_json
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.markdown import table
-from rlhf.recipe import files_of
+from rlhf.recipe.load import files_of
+from rlhf.runs.artifacts import hash_of, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 CHILD = (sys.executable, "-m", "benchmarks.reward_sides")

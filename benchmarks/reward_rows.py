@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hh_shaped import hh_shaped
-from reward.batches import Example, encode
-from rlhf.comparisons import Comparison
-from rlhf.dialogue import Dialogue, PromptTooLongError, load_tokenizer
+from reward.model.batch import Example, encode
+from rlhf.data.comparisons import Comparison
+from rlhf.data.readers import read_comparisons
 from rlhf.errors import UserError
-from rlhf.sources import read_comparisons
+from rlhf.tokenization.dialogue import Dialogue, PromptTooLongError, load_tokenizer
 
 
 @dataclass(frozen=True)

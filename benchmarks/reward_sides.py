@@ -25,8 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
-import reward.learn
-import reward.trainer
+import reward.training.learn
+import reward.training.trainer
 from benchmarks.harness import Figures, peak_bytes, resident_bytes
 from benchmarks.reward_rows import (
     Wanted,
@@ -36,16 +36,16 @@ from benchmarks.reward_rows import (
     response_tokens_in,
     response_tokens_of,
 )
-from reward.batches import Example
-from reward.model import new_reward_model
-from rlhf.artifacts import read_json, write_json
-from rlhf.dialogue import Dialogue, load_dialogue
+from reward.model.batch import Example
+from reward.model.model import new_reward_model
 from rlhf.errors import UserError, exit_on_user_error
-from rlhf.metrics import read_metrics
-from rlhf.recipe import Recipe
-from rlhf.runtime import seed_everything
-from rlhf.stage import StageRun
-from rlhf.tiny import write_tiny_model
+from rlhf.models.tiny import write_tiny_model
+from rlhf.recipe.load import Recipe
+from rlhf.runs.artifacts import read_json, write_json
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import Dialogue, load_dialogue
+from rlhf.training.metrics import read_metrics
+from rlhf.training.runtime import seed_everything
 
 
 @dataclass(frozen=True)
@@ -218,10 +218,13 @@ def ours(task: Task, rows: list[Example], scratch: Path) -> Figures:
         packed.extend(examples)
         return pack(examples, *args, **options)
 
-    build, pack = reward.learn.build_trunk, reward.trainer.pack
-    with patch("reward.learn.build_trunk", build_trunk), patch("reward.trainer.pack", pack_and_note):
-        way = reward.learn.passes(recipe, recipe.reward, model, rows, dialogue)
-        reward.learn.learn(recipe, recipe.reward, run, dialogue, model, rows, way)
+    build, pack = reward.training.learn.build_trunk, reward.training.trainer.pack
+    with (
+        patch("reward.training.learn.build_trunk", build_trunk),
+        patch("reward.training.trainer.pack", pack_and_note),
+    ):
+        way = reward.training.learn.passes(recipe, recipe.reward, model, rows, dialogue)
+        reward.training.learn.learn(recipe, recipe.reward, run, dialogue, model, rows, way)
     return {
         **watch.figures(len(packed), task.batch_size),
         "prompts_shared": way.share,

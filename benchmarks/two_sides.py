@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Figures, environment, ratio, raw, relative_name, run_child, write_results
-from rlhf.artifacts import write_json
 from rlhf.errors import UserError
+from rlhf.runs.artifacts import write_json
 
 RESULTS = Path("benchmarks/results")
 SIDES = ("ours", "theirs")

@@ -25,8 +25,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.artifacts import MANIFEST, sha256_of
 from rlhf.errors import exit_on_user_error
+from rlhf.runs.artifacts import MANIFEST, sha256_of
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "tiny.yaml"
@@ -35,12 +35,12 @@ DATA = tuple(
     for name, file in (("prompts", "train"), ("held_out_prompts", "held_out"))
 )
 MODULES = {
-    "model": "rlhf.prepare",
-    "comparisons": "rlhf.collect",
-    "reward": "reward.train",
-    "sft": "policy.sft",
-    "distill": "policy.distill",
-    "ppo": "policy.train",
+    "model": "rlhf.models.prepare",
+    "comparisons": "rlhf.collect.__main__",
+    "reward": "reward.training.__main__",
+    "sft": "policy.sft.__main__",
+    "distill": "policy.distillation.__main__",
+    "ppo": "policy.ppo.__main__",
 }
 STEPS = 6
 # whatever a checkpoint has to carry besides weights and moments is in use
@@ -75,7 +75,15 @@ BRIEF = ("optimiser", "log", "sync", "rename", "remove", "tidy")  # over before 
 BETWEEN = "between"
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["policy.fit", "policy.fine_tuning.fit", "reward.fit", "rlhf.lab", "trl", "deepspeed", "tensorboard"]
+    [
+        "policy.ppo.run",
+        "policy.sft.run",
+        "reward.training.run",
+        "rlhf.collect.simulated",
+        "trl",
+        "deepspeed",
+        "tensorboard",
+    ]
 )
 
 
@@ -147,16 +155,16 @@ class Marks:
 
 
 def _mark_everything(marks: Marks) -> None:
-    import policy.fit
-    import policy.ppo as loop
-    from policy.scoring import GuardedScore
-    from policy.update import Updater
-    from rlhf import stage
-    from rlhf.metrics import Metrics
-    from rlhf.runtime import Runtime
-    from rlhf.stage import StageRun
+    import policy.ppo.run as ppo_run
+    import policy.ppo.trainer as loop
+    from policy.ppo.guarded_score import GuardedScore
+    from policy.ppo.update import Updater
+    from rlhf.runs import stage
+    from rlhf.runs.stage import StageRun
+    from rlhf.training.metrics import Metrics
+    from rlhf.training.runtime import Runtime
 
-    marks.wrap(policy.fit, "assemble", "start")
+    marks.wrap(ppo_run, "assemble", "start")
     marks.wrap(loop.PpoTrainer, "__init__", "start")
     marks.wrap(loop, "collect", "rollout")
     marks.wrap(GuardedScore, "__call__", "scoring")

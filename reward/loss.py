@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf.sequences import masked_mean
+from rlhf.models.masks import masked_mean
 
 
 def ranked_loss(

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.artifacts import read_json, write_atomically, write_json
 from rlhf.errors import exit_on_user_error
-from rlhf.intervals import cluster_mean_interval
-from rlhf.recipe import Recipe, load
-from rlhf.stage import RUNS, StageRun
+from rlhf.recipe.load import Recipe, load
+from rlhf.runs.artifacts import read_json, write_atomically, write_json
+from rlhf.runs.stage import RUNS, StageRun
+from rlhf.stats.intervals import cluster_mean_interval
 
 ARMS = {
     "none": [],
@@ -42,12 +42,12 @@ def fine_tuned(recipe: Recipe, work: Path, arms: list[str], numbers: list[int], 
     """Fine-tune every arm on the first N comparisons and judge it; the trunk is computed once for all."""
     import torch
 
-    from reward.batches import encode, layout
-    from reward.fit import MODEL, drawn, judge, stored
-    from reward.learn import learn, passes
     from reward.loss import pair_accuracy
-    from reward.model import head_of, new_reward_model, start_from
-    from rlhf.dialogue import load_dialogue
+    from reward.model.batch import encode, layout
+    from reward.model.model import head_of, new_reward_model, start_from
+    from reward.training.learn import learn, passes
+    from reward.training.run import MODEL, drawn, judge, stored
+    from rlhf.tokenization.dialogue import load_dialogue
 
     todo = [
         (s, n, a) for s in seeds for n in numbers for a in arms if not (work / f"{a}-{n}-{s}.json").is_file()
@@ -136,7 +136,7 @@ def main() -> None:
     for arm in arms:
         if arm != "none":
             own = [*given.overrides, *ARMS[arm], f"name={recipe.name}-{arm}"]
-            stage("reward.pretrain", given.recipe, own)
+            stage("reward.pretraining", given.recipe, own)
     work = RUNS / recipe.name / "transfer"
     work.mkdir(parents=True, exist_ok=True)
     fine_tuned(recipe, work, arms, given.numbers, given.seeds)

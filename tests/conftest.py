@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from rlhf.recipe import load
+from rlhf.recipe.load import load
 
 # the same examples at every run: what lands must not depend on luck
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -41,9 +41,11 @@ def tiny_recipe(*overrides):
 @pytest.fixture(scope="session")
 def road(tmp_path_factory):
     """A folder in which every stage of the tiny recipe has run once, uninterrupted. Do not change it."""
-    from policy import evaluate, train
-    from reward import train as reward_train
-    from rlhf import collect, prepare
+    from policy.evaluate import __main__ as evaluate
+    from policy.ppo import __main__ as train
+    from reward.training import __main__ as reward_train
+    from rlhf.collect import __main__ as collect
+    from rlhf.models import prepare
 
     folder = tmp_path_factory.mktemp("road")
     before = os.getcwd()

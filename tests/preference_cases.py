@@ -9,14 +9,14 @@ import torch
 from conftest import tiny_recipe
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from reward.batches import encode
-from reward.learn import Passes, learn
-from reward.model import new_reward_model
-from rlhf.comparisons import Comparison, Counts, Message
-from rlhf.dialogue import load_dialogue
-from rlhf.sources.native import read_native
-from rlhf.stage import StageRun
-from rlhf.tiny import write_tiny_model
+from reward.model.batch import encode
+from reward.model.model import new_reward_model
+from reward.training.learn import Passes, learn
+from rlhf.data.comparisons import Comparison, Counts, Message
+from rlhf.data.readers.native import read_native
+from rlhf.models.tiny import write_tiny_model
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import load_dialogue
 
 EOS, VOCABULARY = 1, 259
 

@@ -3,7 +3,7 @@
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.recipe import load
+from rlhf.recipe.load import load
 
 TEXT = """name: x
 model: {path: m}

@@ -8,11 +8,11 @@ from conftest import ROOT, stage
 from datasets import Dataset
 from preference_cases import tiny as tiny_recipe_and_dialogue
 
-from policy.fine_tuning.fit import fresh, learn
-from policy.fine_tuning.losses import vocabulary_head
-from policy.fine_tuning.trainer import ADAPTER, SftTrainer, training_arguments
-from rlhf.packing import Row
-from rlhf.stage import StageRun
+from policy.sft.loss import vocabulary_head
+from policy.sft.run import fresh, learn
+from policy.sft.trainer import ADAPTER, SftTrainer, training_arguments
+from rlhf.models.packing import Row
+from rlhf.runs.stage import StageRun
 
 VOCABULARY = 259
 FAST = (
@@ -26,7 +26,8 @@ FAST = (
 
 def begun(folder):
     """A folder with the tiny model and the comparisons that the stage reads."""
-    from rlhf import collect, prepare
+    from rlhf.collect import __main__ as collect
+    from rlhf.models import prepare
 
     before = os.getcwd()
     folder.mkdir(exist_ok=True)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rlhf.comparisons import Message
+from rlhf.data.comparisons import Message
+from rlhf.data.readers import read_comparisons
 from rlhf.errors import UserError
-from rlhf.sources import read_comparisons
 
 REMEDY = "; set data.on_bad_rows=skip to leave such rows out and count them"
 TRL = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from setuptools import find_packages
 
 PACKAGES = ("rlhf", "reward", "policy")
 BESIDE = ("studies", "benchmarks")  # they use the packages, nobody uses them
@@ -19,26 +20,33 @@ def python_files(folders):
 FILES = python_files(PACKAGES)
 MAX_LINES = 400
 
-SCRIPTS = (
-    "reward.pretrain",
-    "reward.train",
-    "reward.evaluate",
-    *(f"policy.{name}" for name in ("sft", "distill", "train", "evaluate", "preflight", "tax")),
+STAGES = (  # a stage is a package; its command line is the package's __main__
+    "reward.pretraining",
+    "reward.training",
+    "reward.card",
+    *(f"policy.{name}" for name in ("sft", "distillation", "ppo", "evaluate", "alignment_tax")),
 )
+SCRIPTS = (*(f"{stage}.__main__" for stage in STAGES), "policy.alignment_tax.preflight")
 
 # told to the user within a second, so nothing here may load torch before it is needed
 LIGHT = (
-    *(f"rlhf/{name}.py" for name in ("recipe", "comparisons", "errors", "artifacts", "stage")),
-    *(file for file in FILES if file.startswith("rlhf/schema/")),
-    *(f"rlhf/{name}.py" for name in ("intervals", "judges", "prompts", "summary", "collect", "prepare")),
-    *(f"rlhf/{name}.py" for name in ("public", "clusters", "markdown", "metrics", "build_lock")),
-    *(f"rlhf/{name}.py" for name in ("chats", "quick", "starts")),
-    *(f"reward/{name}.py" for name in ("calibrate", "card", "card_page")),
-    "policy/texts.py",
-    "policy/alignment_tax/needs.py",
-    *(f"rlhf/evaluate/{name}.py" for name in ("humaneval", "outcome")),  # nor before generated code runs
-    *(file for file in FILES if file.startswith("rlhf/evaluate/sandbox")),
-    *(file for file in FILES if file.startswith("rlhf/sources/")),
+    "rlhf/errors.py",
+    "rlhf/markdown.py",
+    *(file for file in FILES if file.startswith(("rlhf/recipe/", "rlhf/runs/", "rlhf/data/", "rlhf/stats/"))),
+    *(
+        f"rlhf/{name}.py"
+        for name in (
+            "collect/__main__",
+            "collect/judges",
+            "models/prepare",
+            "training/kernel_lock",
+            "training/metrics",
+        )
+    ),
+    *(f"reward/card/{name}.py" for name in ("calibration", "figures", "report")),
+    *(f"policy/{name}.py" for name in ("evaluate/report", "alignment_tax/checks")),
+    *(f"rlhf/evals/{name}.py" for name in ("outcome", "tasks/humaneval")),  # nor before generated code runs
+    *(file for file in FILES if file.startswith("rlhf/evals/sandbox/")),
     *(f"{script.replace('.', '/')}.py" for script in SCRIPTS),
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets"}
@@ -132,24 +140,21 @@ def test_the_reward_model_knows_nothing_of_the_policy():
     assert importers("policy") & inside("reward") == set()
 
 
-def taxing():
-    """The files that put the tax table together."""
-    return {"policy/tax.py", "policy/preflight.py", *inside("policy/alignment_tax")}
-
-
 def test_reward_and_policy_meet_where_stages_are_put_together_only():
     meeting = importers("reward") & inside("policy")
-    assert meeting - taxing() == {"policy/assemble.py", "policy/evaluate.py"}
+    assert meeting - inside("policy/alignment_tax") == {"policy/ppo/setup.py", "policy/evaluate/__main__.py"}
 
 
 def test_the_trainings_and_their_formulas_do_not_reach_the_reward_model_by_any_way():
-    assembling = {"policy.assemble", "policy.fit", "policy.evaluate", "policy.train"}
-    loop = inside("policy") - {f"{module.replace('.', '/')}.py" for module in assembling} - taxing()
-    assert {"policy/ppo.py", "policy/rollout.py", "policy/loss.py", "policy/compare.py"} <= loop
-    assert {"policy/sft.py", "policy/distill.py"} <= loop
-    assert {"policy/fine_tuning/fit.py", "policy/distillation/fit.py"} <= loop
-    assembling |= {file.removesuffix(".py").replace("/", ".") for file in taxing()}
-    assert not any(all_imports(file) & assembling for file in loop)
+    assembling = {"policy.ppo.setup", "policy.ppo.run", "policy.ppo.__main__", "policy.evaluate.__main__"}
+    loop = inside("policy") - {file_of(module) for module in assembling} - inside("policy/alignment_tax")
+    assert {f"policy/ppo/{name}.py" for name in ("trainer", "rollout", "loss")} <= loop
+    assert {"policy/evaluate/before_after.py"} <= loop
+    assert {
+        f"policy/{stage}/{name}.py" for stage in ("sft", "distillation") for name in ("__main__", "run")
+    } <= loop
+    wrong = assembling | {"policy.alignment_tax"}
+    assert not any(all_imports(file) & wrong for file in loop)
 
 
 def test_a_stage_script_is_imported_by_nobody():
@@ -160,7 +165,8 @@ def test_a_stage_script_is_imported_by_nobody():
 
 def test_the_make_targets_are_the_stage_scripts():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert [script for script in SCRIPTS if f" {script} $(ARGS)" not in makefile] == []
+    started = [script.removesuffix(".__main__") for script in SCRIPTS]
+    assert [script for script in started if f" {script} $(ARGS)" not in makefile] == []
 
 
 def test_nobody_imports_tests_recipes_or_studies():
@@ -192,9 +198,11 @@ def test_the_type_checker_sees_all_of_them():
 
 
 def test_every_package_is_installed():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    folders = {Path(file).parent.as_posix().replace("/", ".") for file in FILES}
-    assert set(settings["tool"]["setuptools"]["packages"]) == folders
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "packages"
+    ]
+    names = find_packages(str(ROOT), include=found["find"]["include"])
+    assert set(names) == {Path(file).parent.as_posix().replace("/", ".") for file in FILES}
 
 
 @pytest.mark.parametrize("file", LIGHT)
@@ -203,39 +211,39 @@ def test_a_mistake_is_told_before_torch_is_loaded(file):
 
 
 def test_torch_is_seen_where_it_is_loaded():
-    assert "torch" in loaded_with("policy/fit.py")
-    assert {"torch", "peft"} <= loaded_with("rlhf/lab.py")  # through rlhf/backbone.py
+    assert "torch" in loaded_with("policy/ppo/run.py")
+    assert {"torch", "peft"} <= loaded_with("rlhf/collect/simulated.py")  # through rlhf/models/backbone.py
 
 
 def test_each_library_is_known_to_few():
-    # rlhf/adapters.py: makes and reads adapters; rlhf/merged.py: computes what peft's layers compute;
-    # reward/model.py: the saved format is peft's adapter for Hugging Face's sequence classifier;
-    # reward/scorers.py: the card reads anybody's reward model, an adapter too
-    ground = {f"rlhf/{name}.py" for name in ("adapters", "backbone", "merged")}
-    assert importers("peft") <= ground | {"reward/model.py", "reward/scorers.py"}
-    assert importers("accelerate") == {"rlhf/runtime.py"}
-    assert importers("deepspeed") == {"rlhf/runtime.py"}
+    # rlhf/models/lora.py: makes and reads adapters; rlhf/models/folding.py: computes what peft's layers
+    # compute; reward/model/model.py: the saved format is peft's adapter for Hugging Face's sequence
+    # classifier; reward/card/scorers.py: the card reads anybody's reward model, an adapter too
+    ground = {f"rlhf/models/{name}.py" for name in ("lora", "backbone", "folding")}
+    assert importers("peft") <= ground | {"reward/model/model.py", "reward/card/scorers.py"}
+    assert importers("accelerate") == {"rlhf/training/runtime.py"}
+    assert importers("deepspeed") == {"rlhf/training/runtime.py"}
     assert importers("deepspeed", first_imports) == set()  # it takes seconds, and one process needs none
-    assert importers("trl") == {"reward/trainer.py", "policy/fine_tuning/trainer.py"}
-    assert importers("lm_eval") == {"rlhf/evaluate/harness.py"}
+    assert importers("trl") == {"reward/training/trainer.py", "policy/sft/trainer.py"}
+    assert importers("lm_eval") == {"rlhf/evals/harness.py"}
     assert importers("lm_eval", first_imports) == set()  # it takes seconds, and few stages ask for it
 
 
 def test_only_the_base_loader_knows_how_a_base_is_quantised():
-    assert importers("bitsandbytes") <= {"rlhf/base.py", "rlhf/optimizer.py"}  # which has its 8-bit AdamW
+    assert importers("bitsandbytes") <= {
+        "rlhf/models/base.py",
+        "rlhf/training/optimizer.py",
+    }  # which has its 8-bit AdamW
     named = {f for f in FILES if "BitsAndBytesConfig" in {m.rpartition(".")[2] for m in all_imports(f)}}
-    assert named == {"rlhf/base.py"}
+    assert named == {"rlhf/models/base.py"}
 
 
-def test_the_rooms_of_the_policy_are_opened_by_their_stage_only():
-    for room, *doors in (
-        ("alignment_tax", "tax", "preflight"),
-        ("distillation", "distill"),
-        ("fine_tuning", "sft"),
-    ):
-        outside = importers(f"policy.{room}") - inside(f"policy/{room}")
-        assert outside == {f"policy/{door}.py" for door in doors}, room
-    assert "policy.alignment_tax.needs" in all_imports("policy/preflight.py")
+def test_a_stage_of_the_policy_uses_the_loop_of_no_other():
+    for stage in ("alignment_tax", "distillation", "sft", "evaluate"):
+        assert (
+            importers(f"policy.{stage}") - inside(f"policy/{stage}") - inside("policy/alignment_tax") == set()
+        )
+    assert "policy.alignment_tax.checks" in all_imports("policy/alignment_tax/preflight.py")
 
 
 def test_no_import_leads_back():

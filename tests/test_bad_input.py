@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import PROMPTS, ROOT, TINY, stage
 
-from policy import evaluate, train
-from reward import train as reward_train
-from rlhf import collect, prepare
+from policy.evaluate import __main__ as evaluate
+from policy.ppo import __main__ as train
+from reward.training import __main__ as reward_train
+from rlhf.collect import __main__ as collect
 from rlhf.errors import exit_on_user_error
+from rlhf.models import prepare
 
 HH = "\n\nHuman: {}\n\nAssistant: {}"
 OPENING = {".lock", "recipe.yaml", "fingerprint.json"}  # what a stage writes before it has done anything
@@ -131,8 +133,8 @@ def test_a_long_prompt_is_skipped_and_counted(fresh):
 def test_a_long_prompt_loses_its_beginning(fresh):
     from conftest import tiny_recipe
 
-    from rlhf.comparisons import Message
-    from rlhf.dialogue import load_dialogue
+    from rlhf.data.comparisons import Message
+    from rlhf.tokenization.dialogue import load_dialogue
 
     spec = data(fresh, *map(row, range(8)), row(8, prompt="first " + "word " * 40 + "last"))
     stage(collect.main, spec, "dialogue.on_long_prompts=truncate")
@@ -175,7 +177,7 @@ def test_prompts_to_evaluate_on_that_were_trained_on_are_refused(fresh, refused)
 
 def other_model(folder, change):
     """A copy of the tiny model whose tokenizer is changed."""
-    from rlhf.dialogue import load_tokenizer
+    from rlhf.tokenization.dialogue import load_tokenizer
 
     shutil.copytree(folder / "models" / "tiny", folder / "models" / "other")
     tokenizer = load_tokenizer(folder / "models" / "tiny")
@@ -240,7 +242,7 @@ def test_a_damaged_model_is_noticed(fresh, refused):
 
 @pytest.mark.parametrize("name", ["reward", "ppo", "evaluate"])
 def test_a_stage_before_its_time_ends_with_status_2_and_one_line(inside, name):
-    module = {"reward": "reward.train", "ppo": "policy.train", "evaluate": "policy.evaluate"}[name]
+    module = {"reward": "reward.training", "ppo": "policy.ppo", "evaluate": "policy.evaluate"}[name]
     done = subprocess.run(
         [sys.executable, "-m", module, str(TINY), *PROMPTS],
         capture_output=True,
@@ -287,7 +289,7 @@ SHORT = ("ppo.steps=1", "ppo.epochs=1")
 
 
 def test_a_reward_model_of_another_base_needs_retokenise_and_works_with_it(lab, refused):
-    from rlhf.tiny import write_tiny_model
+    from rlhf.models.tiny import write_tiny_model
 
     write_tiny_model(lab / "models" / "other", seed=1)
     mine = other_reward(lab, base="models/other")

@@ -11,8 +11,8 @@ from conftest import PROMPTS, TINY, tiny_recipe
 
 from benchmarks import gold
 from benchmarks.gold_sides import closed, judge_both, prompts_of
+from rlhf.collect.judges import JUDGES
 from rlhf.errors import UserError
-from rlhf.judges import JUDGES
 
 EOS, PAD = 1, 0
 

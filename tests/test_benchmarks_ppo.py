@@ -20,9 +20,9 @@ from benchmarks.ppo_ours import ours
 from benchmarks.ppo_sides import prepare
 from benchmarks.ppo_task import Task, dialogue_of
 from benchmarks.ppo_work import sizes_of
-from rlhf.artifacts import read_json, write_json
 from rlhf.errors import UserError
-from rlhf.tiny import tiny_model, write_tiny_model
+from rlhf.models.tiny import tiny_model, write_tiny_model
+from rlhf.runs.artifacts import read_json, write_json
 
 LAYERS, PROMPTS = 3, str(ROOT / ppo.PROMPTS)
 

@@ -14,7 +14,7 @@ from benchmarks import ppo, ppo_task
 from benchmarks.ppo_sides import matmul_peak
 from benchmarks.ppo_task import Clock, Step, figures
 from benchmarks.ppo_work import Linear, Method, Sizes, sizes_of, step_flops
-from rlhf.tiny import tiny_model
+from rlhf.models.tiny import tiny_model
 
 LAYERS, PROMPTS = 3, str(ROOT / ppo.PROMPTS)
 

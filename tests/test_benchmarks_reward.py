@@ -21,7 +21,7 @@ from conftest import ROOT
 
 from benchmarks import harness, reward
 from benchmarks.hh_shaped import hh_shaped
-from rlhf.comparisons import problem
+from rlhf.data.comparisons import problem
 from rlhf.errors import UserError
 
 SPEED = "s_per_comparison"

@@ -21,9 +21,9 @@ from benchmarks.reward_rows import (
     response_tokens_of,
 )
 from benchmarks.reward_sides import Reading, Task, Watch, ours, theirs
-from rlhf.comparisons import Comparison, Message, write_native
+from rlhf.data.comparisons import Comparison, Message, write_native
 from rlhf.errors import UserError
-from rlhf.tiny import write_tiny_model
+from rlhf.models.tiny import write_tiny_model
 
 LAYERS = 3  # of the tiny model
 
@@ -144,8 +144,8 @@ def test_accumulating_smaller_passes_makes_the_same_steps_of_theirs(base, rows, 
 
 
 def test_steady_leaves_out_the_first_step_and_takes_its_share_of_the_trunk(base):
-    from reward.model import new_reward_model
-    from rlhf.dialogue import load_dialogue
+    from reward.model.model import new_reward_model
+    from rlhf.tokenization.dialogue import load_dialogue
 
     recipe = reward_sides.recipe_of(Task(base, "", "all", 1))
     watch = Watch(new_reward_model(recipe, load_dialogue(recipe)))

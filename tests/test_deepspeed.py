@@ -18,7 +18,7 @@ from conftest import ROOT, stage
 from ranks import finish
 from safetensors.torch import load_file
 
-from rlhf.artifacts import MANIFEST
+from rlhf.runs.artifacts import MANIFEST
 
 TOLERANCE = 5e-6
 ONE_PAIR = 0.02  # of the pairs of a batch in these tests, 57 or more, and a little
@@ -86,7 +86,7 @@ def alone_in(folder, main, *overrides):
 @pytest.fixture(scope="module")
 def alone(road, tmp_path_factory):
     """PPO in one process."""
-    from policy import train
+    from policy.ppo import __main__ as train
 
     folder = copy_of(road, tmp_path_factory.mktemp("alone") / "run", "comparisons", "reward")
     return alone_in(folder, train.main, *PPO)
@@ -126,7 +126,7 @@ def test_a_run_of_zero_2_goes_on_with_any_zero_stage(zero, stopped, alone, tmp_p
 
 
 def test_a_run_of_two_processes_goes_on_with_one(stopped, alone, tmp_path, capfd):
-    from policy import train
+    from policy.ppo import __main__ as train
 
     here = Path(shutil.copytree(stopped, tmp_path / "here"))
     alone_in(here, train.main, *PPO)
@@ -137,9 +137,9 @@ def test_a_run_of_two_processes_goes_on_with_one(stopped, alone, tmp_path, capfd
 @pytest.fixture(scope="module")
 def single(road, tmp_path_factory):
     """The reward stage in one process, and the numbers of micro-batches that halves of its steps make."""
-    from reward import train
-    from reward.batches import micro_batches
-    from reward.trainer import PreferenceTrainer
+    from reward.model.batch import micro_batches
+    from reward.training import __main__ as train
+    from reward.training.trainer import PreferenceTrainer
 
     folder = copy_of(road, tmp_path_factory.mktemp("single") / "run", "comparisons")
     parts, step = [], PreferenceTrainer.training_step
@@ -158,8 +158,8 @@ def single(road, tmp_path_factory):
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_two_processes_train_the_reward_model_of_one(zero, single, road, tmp_path, monkeypatch):
-    from reward.model import TextRewardModel
-    from rlhf.comparisons import Message
+    from reward.model.model import TextRewardModel
+    from rlhf.data.comparisons import Message
 
     alone, parts = single
     assert len(parts) == 4
@@ -191,7 +191,7 @@ def made(*arguments):
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize(("target", "module"), [("ppo", "policy.train"), ("reward", "reward.train")])
+@pytest.mark.parametrize(("target", "module"), [("ppo", "policy.ppo"), ("reward", "reward.training")])
 def test_make_uses_the_launcher_for_several_processes_and_none_for_one(target, module):
     recipe, setting = "RECIPE=recipes/tiny.yaml", "SET=name=x ppo.steps=2"
     two = made(target, "PROCS=2", recipe, setting)

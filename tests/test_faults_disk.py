@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.victims import FULL_DISK, STATEFUL, STEPS, Plan, Start, beginning, outcome
-from rlhf.metrics import Metrics
+from rlhf.training.metrics import Metrics
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def alone(road, tmp_path_factory):
 
 def from_the_third_step(fault):
     """Let the reward model of the stage do something else from its ninth call: a rollout has four."""
-    from policy.assemble import EnsembleScore
+    from policy.ppo.setup import EnsembleScore
 
     real, calls = EnsembleScore.__call__, iter(range(10**6))
     EnsembleScore.__call__ = lambda self, said: (
@@ -119,7 +119,7 @@ def test_a_changed_tokenizer_is_refused_with_the_folder(finished, road, alone, t
 
 def test_a_checkpoint_of_another_token_contract_is_refused(road, tmp_path):
     """Where the files are not in a folder, or the template of the recipe's own code changed."""
-    from rlhf.artifacts import write_manifest
+    from rlhf.runs.artifacts import write_manifest
 
     here = beginning(road, tmp_path / "here")
     assert Start(here, STATEFUL, Plan("rollout", 1)).wait() == -9

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.advantages import gae, leave_one_out, penalise_length, penalise_missing_eos, token_rewards
-from policy.kl import ESTIMATORS
+from policy.ppo.advantages import gae, leave_one_out, penalise_length, penalise_missing_eos, token_rewards
+from policy.ppo.kl import ESTIMATORS
 
 
 def _episodes(seed, batch=4, width=6):

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.aim import Aim, Moments
-from policy.kl import adapt
-from policy.rollout import Rollout
-from rlhf.schema import Ppo
+from policy.ppo.kl import adapt
+from policy.ppo.reward_shaping import Aim, Moments
+from policy.ppo.rollout import Rollout
+from rlhf.recipe.schema import Ppo
 
 ALONE = SimpleNamespace(all_sum=lambda tensor: tensor)
 SEEDS = st.integers(0, 10_000)

@@ -7,19 +7,19 @@ import pytest
 import torch
 from conftest import tiny_recipe
 
-import policy.assemble
-from policy.assemble import SPREAD, EnsembleScore, assemble, check_rewards, reward_folders, score_function
-from policy.evaluate import _judges
-from policy.rollout import Responses
-from reward.model import CARD, RewardCard, TextRewardModel
-from rlhf.backbone import Backbone
-from rlhf.base import load_base
-from rlhf.comparisons import Message
-from rlhf.dialogue import load_dialogue
+import policy.ppo.setup
+from policy.evaluate.__main__ import _judges
+from policy.ppo.rollout import Responses
+from policy.ppo.setup import SPREAD, EnsembleScore, assemble, check_rewards, reward_folders, score_function
+from reward.model.model import CARD, RewardCard, TextRewardModel
+from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
-from rlhf.sequences import left_pad
-from rlhf.stage import StageRun
-from rlhf.tiny import write_tiny_model
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
+from rlhf.models.masks import left_pad
+from rlhf.models.tiny import write_tiny_model
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import load_dialogue
 
 ROWS = [[7, 8, 9, 20, 21, 1], [12, 24, 25, 26, 1], [13, 14, 15, 16, 30, 31, 32, 1]]
 OFFSETS = (0.5, -1.25, 3.0)
@@ -191,7 +191,7 @@ def test_members_that_do_not_fit_each_other_or_the_policy_are_refused(world, cha
 @pytest.mark.parametrize("retokenise", ["true", "false"])
 def test_a_member_trained_by_imitation_is_refused_before_a_base_is_loaded(world, monkeypatch, retokenise):
     write_card(world / member(1), offset=0.0, objective="imitation")
-    monkeypatch.setattr(policy.assemble, "load_base", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(policy.ppo.setup, "load_base", lambda *_: pytest.fail("too late"))
     with pytest.raises(UserError) as caught:
         built(world, f"ppo.retokenise={retokenise}")
     expected = f"{world / member(1)} was trained by imitation and gives no score; train it with reward.objec"
@@ -225,7 +225,7 @@ class Reader:
 
 
 def test_with_retokenise_each_reads_the_text_by_itself_whatever_its_base(world, monkeypatch, capsys):
-    monkeypatch.setattr(policy.assemble, "TextRewardModel", Reader)
+    monkeypatch.setattr(policy.ppo.setup, "TextRewardModel", Reader)
     write_card(world / member(1), base="models/other", contract="0")
     backbone, score = built(world, "ppo.retokenise=true", "ppo.ensemble=minimum")
     assert list(backbone.heads) == ["value"]

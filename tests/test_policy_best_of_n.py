@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy import best_of_n as module
-from policy.best_of_n import (
+from policy.evaluate import best_of_n as module
+from policy.evaluate.before_after import say, text_judge
+from policy.evaluate.best_of_n import (
     best_of_n,
     draw,
     kl_bound,
@@ -21,13 +22,12 @@ from policy.best_of_n import (
     tied_share,
     win_rate_bound,
 )
-from policy.compare import say, text_judge
-from policy.invariants import InvariantError
-from rlhf.backbone import REFERENCE, Backbone
-from rlhf.comparisons import Message
-from rlhf.dialogue import Dialogue
-from rlhf.schema import Lora
-from rlhf.tiny import tiny_model, tiny_tokenizer
+from policy.ppo.invariants import InvariantError
+from rlhf.data.comparisons import Message
+from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.tiny import tiny_model, tiny_tokenizer
+from rlhf.recipe.schema import Lora
+from rlhf.tokenization.dialogue import Dialogue
 
 # --- the estimator ---------------------------------------------------------------------------------------
 

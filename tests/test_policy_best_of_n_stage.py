@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from conftest import stage, tiny_recipe
 
-from policy import evaluate
-from policy.best_of_n import best_of_figures, kl_bound
+from policy.evaluate import __main__ as evaluate
+from policy.evaluate.best_of_n import best_of_figures, kl_bound
+from policy.evaluate.report import as_markdown
 from rlhf.errors import UserError
-from rlhf.summary import as_markdown
 
 # --- figures and page ------------------------------------------------------------------------------------
 

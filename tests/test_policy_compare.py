@@ -6,14 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from policy.compare import Side, compare, paired_jackknife, per_prompt, sample_pairs, say, text_judge
+from policy.evaluate.before_after import (
+    Side,
+    compare,
+    paired_jackknife,
+    per_prompt,
+    sample_pairs,
+    say,
+    text_judge,
+)
+from policy.evaluate.report import as_markdown
 from policy.texts import distinct_n
-from rlhf.backbone import REFERENCE, Backbone
-from rlhf.comparisons import Message
-from rlhf.dialogue import Dialogue
-from rlhf.schema import Lora
-from rlhf.summary import as_markdown
-from rlhf.tiny import tiny_model, tiny_tokenizer
+from rlhf.data.comparisons import Message
+from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.tiny import tiny_model, tiny_tokenizer
+from rlhf.recipe.schema import Lora
+from rlhf.tokenization.dialogue import Dialogue
 
 PROMPTS = [(Message("user", text),) for text in ("one", "and two", "three or so", "4", "five")]
 FIGURE = {"before", "after", "diff", "ci95", "n"}

@@ -9,19 +9,19 @@ from safetensors.torch import load_file
 from tiny_distill import overrides, results, run, steps, write_lab
 from transformers import AutoModelForCausalLM
 
-from policy.distillation import teaching
+from policy.distillation import teacher as teaching
 from policy.distillation.data import Frame, passages
 from policy.distillation.loss import chunk_of, distil_kl
-from policy.distillation.prompted import PromptedModel, cut, shard_records
+from policy.distillation.prompted_model import PromptedModel, cut, shard_records
 from policy.distillation.student import Student, collate, width
-from policy.distillation.teacher import TeacherFile
-from rlhf.artifacts import WEIGHTS, sha256_of
-from rlhf.base import load_base
-from rlhf.context import Context
-from rlhf.dialogue import load_dialogue
+from policy.distillation.teacher_cache import TeacherFile
 from rlhf.errors import UserError
-from rlhf.stage import StageRun
-from rlhf.tiny import write_tiny_model
+from rlhf.models.base import load_base
+from rlhf.models.tiny import write_tiny_model
+from rlhf.runs.artifacts import WEIGHTS, sha256_of
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import load_dialogue
+from rlhf.tokenization.prompt_prefix import Context
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from tiny_distill import overrides, passage, results, run, write_lab
 
 from policy.distillation.data import Frame, _place, content_hash, draw, question, questions, split, texts
 from policy.distillation.report import Measured, figures, lines
-from policy.distillation.train import batch_rows
-from rlhf import collect
-from rlhf.comparisons import Comparison, Counts, Message
-from rlhf.context import Context
-from rlhf.dialogue import load_dialogue
+from policy.distillation.trainer import batch_rows
+from rlhf.collect import __main__ as collect
+from rlhf.data.comparisons import Comparison, Counts, Message
 from rlhf.errors import UserError
+from rlhf.tokenization.dialogue import load_dialogue
+from rlhf.tokenization.prompt_prefix import Context
 
 
 @pytest.fixture

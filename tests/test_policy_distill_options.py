@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_distill import results, run, steps, write_lab
 
-from policy.distillation.train import DistillTrainer
-from rlhf.schema import Distill
-from rlhf.tiny import write_tiny_model
+from policy.distillation.trainer import DistillTrainer
+from rlhf.models.tiny import write_tiny_model
+from rlhf.recipe.schema import Distill
 
 
 @pytest.fixture

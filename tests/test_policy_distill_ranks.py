@@ -8,8 +8,8 @@ from ranks import finish, interrupt
 from test_deepspeed import alone_in, assert_close
 from tiny_distill import overrides, results, write_lab
 
-from policy import distill
-from rlhf.artifacts import MANIFEST, sha256_of
+from policy.distillation import __main__ as distill
+from rlhf.runs.artifacts import MANIFEST, sha256_of
 
 SECTION = {
     "batch_size": 5,  # uneven over two processes; the last batch of a pass has one sequence

@@ -8,9 +8,9 @@ from conftest import stage
 from tiny_distill import PROMPT, run, write_lab, write_rows
 from transformers import AutoTokenizer
 
-from policy import distill
+from policy.distillation import __main__ as distill
 from rlhf.errors import UserError
-from rlhf.tiny import write_tiny_model
+from rlhf.models.tiny import write_tiny_model
 
 
 @pytest.fixture

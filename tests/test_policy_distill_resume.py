@@ -8,13 +8,14 @@ import pytest
 import torch
 from tiny_distill import results, run, steps, write_lab
 
-from policy.distillation import held_out, teaching
-from policy.distillation import train as distill_train
+from policy.distillation import held_out
+from policy.distillation import teacher as teaching
+from policy.distillation import trainer as distill_train
 from policy.distillation.student import Student
-from policy.distillation.teacher import TeacherFile
-from policy.distillation.train import DistillTrainer
-from rlhf.artifacts import sha256_of
+from policy.distillation.teacher_cache import TeacherFile
+from policy.distillation.trainer import DistillTrainer
 from rlhf.errors import UserError
+from rlhf.runs.artifacts import sha256_of
 
 
 @pytest.fixture

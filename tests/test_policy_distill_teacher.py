@@ -10,11 +10,11 @@ from tiny_distill import PROMPT, dialogue_of, passage
 from transformers import MistralConfig, MistralForCausalLM
 
 from policy.distillation.data import content_hash
-from policy.distillation.prompted import PromptedModel, check_head, cut, shard_records
-from policy.distillation.teacher import TeacherFile, record_type
-from rlhf.context import Context
+from policy.distillation.prompted_model import PromptedModel, check_head, cut, shard_records
+from policy.distillation.teacher_cache import TeacherFile, record_type
 from rlhf.errors import UserError
-from rlhf.tiny import tiny_model, tiny_tokenizer
+from rlhf.models.tiny import tiny_model, tiny_tokenizer
+from rlhf.tokenization.prompt_prefix import Context
 
 VOCABULARY = len(tiny_tokenizer())
 K = 5

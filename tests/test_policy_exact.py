@@ -8,19 +8,19 @@ import torch
 from safetensors.torch import load_file
 from tiny_ppo import SMALL, TOKENIZER, trainer
 
-from policy import invariants
-from policy.aim import Aim
-from policy.faults import BadUpdates
-from policy.kl import ESTIMATORS
-from policy.learner import Learner
-from policy.rollout import Rollout
-from policy.update import Updater
-from rlhf.backbone import Backbone
-from rlhf.metrics import read_metrics
-from rlhf.runtime import Runtime
-from rlhf.schema import Distributed, Lora, Ppo
-from rlhf.sequences import action_mask
-from rlhf.tiny import tiny_model
+from policy.ppo import invariants
+from policy.ppo.bad_updates import BadUpdates
+from policy.ppo.kl import ESTIMATORS
+from policy.ppo.reward_shaping import Aim
+from policy.ppo.rollout import Rollout
+from policy.ppo.update import Updater
+from policy.ppo.weights import Learner
+from rlhf.models.backbone import Backbone
+from rlhf.models.masks import action_mask
+from rlhf.models.tiny import tiny_model
+from rlhf.recipe.schema import Distributed, Lora, Ppo
+from rlhf.training.metrics import read_metrics
+from rlhf.training.runtime import Runtime
 
 EOS, VOCABULARY, PROMPT = 1, 3, [2, 0]
 EVERY = torch.tensor(

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from policy.kl import adapt, k1, k2, k3, sequence_kl
+from policy.ppo.kl import adapt, k1, k2, k3, sequence_kl
 
 SAMPLES = 1_000_000
 

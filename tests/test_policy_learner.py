@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_ppo import PROMPTS, SMALL, backbone_of, dialogue_of, trained, trainer, varied, weights
 
-import policy.fit
-from rlhf.adapters import HEAD
-from rlhf.artifacts import Checkpoints
+import policy.ppo.run
 from rlhf.errors import UserError
-from rlhf.metrics import read_metrics
-from rlhf.schema import Distributed, Ppo
-from rlhf.stage import StageRun
+from rlhf.models.lora import HEAD
+from rlhf.recipe.schema import Distributed, Ppo
+from rlhf.runs.artifacts import Checkpoints
+from rlhf.runs.stage import StageRun
+from rlhf.training.metrics import read_metrics
 
 
 def after_every_step(built):
@@ -85,7 +85,7 @@ def fitted(folder, monkeypatch, **section):
     recipe = SimpleNamespace(ppo=Ppo(**options | section), distributed=Distributed(), seed=0)
     made = []
 
-    class Trainer(policy.fit.PpoTrainer):
+    class Trainer(policy.ppo.run.PpoTrainer):
         def __init__(self, **parts):
             super().__init__(**parts)
             made.append(self)
@@ -98,12 +98,12 @@ def fitted(folder, monkeypatch, **section):
             return {"ppo/score_spread": 0.5}
 
     backbone = backbone_of(recipe.ppo, width=16)
-    monkeypatch.setattr(policy.fit, "PpoTrainer", Trainer)
-    monkeypatch.setattr(policy.fit, "load_dialogue", lambda recipe: dialogue_of(4))
-    monkeypatch.setattr(policy.fit, "assemble", lambda *parts: backbone)
-    monkeypatch.setattr(policy.fit, "stored_prompts", lambda *parts: PROMPTS)
-    monkeypatch.setattr(policy.fit, "score_function", lambda *parts: Score())
-    results = policy.fit.fit(recipe, StageRun("ppo", folder, None, {}, {}, True, None))
+    monkeypatch.setattr(policy.ppo.run, "PpoTrainer", Trainer)
+    monkeypatch.setattr(policy.ppo.run, "load_dialogue", lambda recipe: dialogue_of(4))
+    monkeypatch.setattr(policy.ppo.run, "assemble", lambda *parts: backbone)
+    monkeypatch.setattr(policy.ppo.run, "stored_prompts", lambda *parts: PROMPTS)
+    monkeypatch.setattr(policy.ppo.run, "score_function", lambda *parts: Score())
+    results = policy.ppo.run.fit(recipe, StageRun("ppo", folder, None, {}, {}, True, None))
     return results, made[0]
 
 

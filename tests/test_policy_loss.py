@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.advantages import gae, token_rewards
-from policy.loss import kl_loss, policy_loss, token_weights, value_loss
-from rlhf.sequences import action_mask
+from policy.ppo.advantages import gae, token_rewards
+from policy.ppo.loss import kl_loss, policy_loss, token_weights, value_loss
+from rlhf.models.masks import action_mask
 
 EOS = 0
 

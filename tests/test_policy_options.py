@@ -8,10 +8,10 @@ import torch
 from conftest import ROOT
 from tiny_ppo import SMALL, trainer, weights
 
-from policy.invariants import InvariantError
+from policy.ppo.invariants import InvariantError
 from rlhf.errors import UserError
-from rlhf.metrics import read_metrics
-from rlhf.schema import Ppo
+from rlhf.recipe.schema import Ppo
+from rlhf.training.metrics import read_metrics
 
 BASE = SMALL | {
     "epochs": 2, "learning_rate": 5e-2, "adam_epsilon": 1e-2, "max_grad_norm": 1e9, "kl_coef": 0.3,

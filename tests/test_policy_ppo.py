@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_ppo import LIMIT, TOKENIZER, assert_close, trained, trainer, varied, weights
 
-import policy.ppo
-import policy.rollout
-import policy.update
-from policy import invariants
-from policy.invariants import InvariantError
+import policy.ppo.rollout
+import policy.ppo.trainer
+import policy.ppo.update
+from policy.ppo import invariants
+from policy.ppo.invariants import InvariantError
 from rlhf.errors import UserError
-from rlhf.metrics import read_metrics
+from rlhf.training.metrics import read_metrics
 
 LETTER = TOKENIZER.decode([40])
 
@@ -192,8 +192,8 @@ def shifted(rollout, *names):
     ],
 )
 def test_the_loop_checks_what_it_collects(names, message, monkeypatch, tmp_path):
-    real = policy.ppo.collect
-    monkeypatch.setattr(policy.ppo, "collect", lambda *a, **k: shifted(real(*a, **k), *names))
+    real = policy.ppo.trainer.collect
+    monkeypatch.setattr(policy.ppo.trainer, "collect", lambda *a, **k: shifted(real(*a, **k), *names))
     with pytest.raises(InvariantError, match=message):
         trainer(tmp_path).train()
     trainer(tmp_path / "unchecked", check_invariants=False, steps=1).train()
@@ -217,13 +217,13 @@ def nan_gradient(loss, log_probs):
 
 def spoil(monkeypatch, how, calls):
     """Let some calls of the policy loss, counted from 0, go wrong."""
-    real, count = policy.update.policy_loss, iter(range(10**6))
+    real, count = policy.ppo.update.policy_loss, iter(range(10**6))
 
     def wrong(log_probs, *rest, **options):
         loss, stats = real(log_probs, *rest, **options)
         return (how(loss, log_probs) if next(count) in calls else loss), stats
 
-    monkeypatch.setattr(policy.update, "policy_loss", wrong)
+    monkeypatch.setattr(policy.ppo.update, "policy_loss", wrong)
 
 
 @pytest.mark.parametrize("how", [nan_loss, nan_gradient])

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT, stage
 from tiny_tax import PROMPT, TEXTS, lines
 
-from policy import preflight
+from policy.alignment_tax import preflight
 from rlhf.errors import UserError
-from rlhf.stage import RUNS
+from rlhf.runs.stage import RUNS
 
 LOSS = "tax.tasks.lm_loss={files: texts.jsonl, limit: 3}"
 DISTILL = "distill={texts: [texts.jsonl]}"
@@ -74,5 +74,5 @@ def test_a_road_begins_with_it():
     command = ["make", "--no-print-directory", "-n", "rlhf", "RECIPE=recipes/tiny.yaml", "PROCS=1"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ)
     modules = [word.split()[0] for word in said.stdout.split(" -m ") if word.startswith(("rlhf.", "policy."))]
-    assert modules[:3] == ["rlhf.recipe", "policy.preflight", "rlhf.prepare"]
-    assert modules[-1] == "policy.tax"
+    assert modules[:3] == ["rlhf.recipe.load", "policy.alignment_tax.preflight", "rlhf.models.prepare"]
+    assert modules[-1] == "policy.alignment_tax"

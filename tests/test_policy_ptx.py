@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_ppo import SMALL, TOKENIZER, trainer
 
-from policy.ptx import PtxBatches, read_texts
+from policy.ppo.ptx import PtxBatches, read_texts
 from rlhf.errors import UserError
-from rlhf.metrics import read_metrics
-from rlhf.schema import Ppo
+from rlhf.recipe.schema import Ppo
+from rlhf.training.metrics import read_metrics
 
 DIALOGUE = SimpleNamespace(tokenizer=TOKENIZER, pad_id=0)
 TEXTS = ["a plain line", "and another one, longer", "xyz", "four of him"]

@@ -8,17 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy import rollout as module
-from policy.rollout import close, collect, window
-from policy.rows import micro_batches, minibatch_rows, own_rows, prompt_indices, prompt_of_row
-from rlhf.backbone import Backbone
-from rlhf.comparisons import Message
-from rlhf.dialogue import Dialogue
+from policy.ppo import rollout as module
+from policy.ppo.batching import micro_batches, minibatch_rows, own_rows, prompt_indices, prompt_of_row
+from policy.ppo.rollout import close, collect, window
+from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
-from rlhf.merged import folded_weights
-from rlhf.sampling import Sampled
-from rlhf.schema import Lora, Ppo
-from rlhf.tiny import tiny_model, tiny_tokenizer
+from rlhf.generation.sampling import Sampled
+from rlhf.models.backbone import Backbone
+from rlhf.models.folding import folded_weights
+from rlhf.models.tiny import tiny_model, tiny_tokenizer
+from rlhf.recipe.schema import Lora, Ppo
+from rlhf.tokenization.dialogue import Dialogue
 
 EOS, PAD = 1, 0
 SEEDS = st.integers(0, 2**64)

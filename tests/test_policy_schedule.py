@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_ppo import SMALL, trainer
 
-from policy.schedule import learning_rate_factor
-from rlhf.metrics import read_metrics
+from rlhf.training.metrics import read_metrics
+from rlhf.training.schedule import learning_rate_factor
 
 
 def factors(kind, steps, warmup=0):

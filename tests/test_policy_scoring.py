@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from policy.rollout import Responses
-from policy.scoring import GuardedScore
+from policy.ppo.guarded_score import GuardedScore
+from policy.ppo.rollout import Responses
 from rlhf.errors import UserError
 
 SAID = Responses([()] * 3, ["a", "b", "c"], torch.zeros(3, 4, dtype=torch.long), torch.ones(3, 4) > 0, None)
@@ -57,8 +57,8 @@ def test_what_ends_a_program_goes_through():
 
 HANGS = """
 import time, torch
-from policy.rollout import Responses
-from policy.scoring import GuardedScore
+from policy.ppo.rollout import Responses
+from policy.ppo.guarded_score import GuardedScore
 
 said = Responses([()], ["a"], torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2) > 0, None)
 guarded = GuardedScore(lambda said: torch.zeros(1), 0.3 / 60)

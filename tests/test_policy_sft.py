@@ -9,13 +9,13 @@ from sft_cases import awake, batch_of, cases, opened, plain_nll, taught, tiny, t
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from policy.fine_tuning.fit import fresh, judged
-from policy.fine_tuning.losses import check_packing, losses, vocabulary_head
-from policy.fine_tuning.trainer import ADAPTER
-from rlhf.backbone import Backbone
-from rlhf.base import load_base
+from policy.sft.loss import check_packing, losses, vocabulary_head
+from policy.sft.run import fresh, judged
+from policy.sft.trainer import ADAPTER
 from rlhf.errors import UserError
-from rlhf.packing import Row, micro_batches
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
+from rlhf.models.packing import Row, micro_batches
 
 MIXED = [*cases(6, 1), *cases(1, 2, prompt=(60, 60)), *cases(2, 3, said=(20, 25))]
 TOKENS = sum(sum(row.counts[1:]) for row in MIXED)
@@ -99,7 +99,9 @@ def test_parts_without_weight_change_neither_gradients_nor_figures(tmp_path, mon
     backbone = awake(tmp_path, tiny()[0])
     found = []
     for more in (0, 3):
-        monkeypatch.setattr("rlhf.trainer.most_of_all", lambda number, device, more=more: number + more)
+        monkeypatch.setattr(
+            "rlhf.training.hf_trainer.most_of_all", lambda number, device, more=more: number + more
+        )
         trainer = trainer_of(tmp_path, backbone, MIXED, "sft.tokens_per_micro_batch=120")
         total = trainer.training_step(backbone.model, batch_of(MIXED))
         found.append((float(total), dict(trainer._seen), gradients(backbone)))

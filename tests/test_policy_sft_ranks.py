@@ -6,7 +6,7 @@ import pytest
 from ranks import Forked, Launched, finish
 from test_deepspeed import alone_in, assert_close, copy_of, curve
 
-from rlhf.artifacts import MANIFEST
+from rlhf.runs.artifacts import MANIFEST
 
 SFT = (
     "sft.batch_size=38",  # all demonstrations, so that no batch is padded
@@ -21,7 +21,7 @@ SFT = (
 @pytest.fixture(scope="module")
 def alone(road, tmp_path_factory):
     """One process, this one."""
-    from policy import sft
+    from policy.sft import __main__ as sft
 
     folder = copy_of(road, tmp_path_factory.mktemp("alone") / "run", "comparisons")
     return alone_in(folder, sft.main, *SFT)

@@ -6,7 +6,7 @@ import shutil
 from sft_cases import FAST, begun
 
 from benchmarks.victims import Start
-from rlhf.artifacts import sha256_of
+from rlhf.runs.artifacts import sha256_of
 
 
 def start(folder):

@@ -12,8 +12,8 @@ from conftest import stage as run_stage
 from safetensors.torch import load_file
 
 from rlhf.errors import UserError
-from rlhf.metrics import read_metrics
-from rlhf.recipe import load
+from rlhf.recipe.load import load
+from rlhf.training.metrics import read_metrics
 
 RECIPE = ROOT / "recipes" / "tiny_assistant.yaml"
 STAGES = ("comparisons", "sft", "distill", "reward", "ppo", "evaluate", "tax")
@@ -28,10 +28,15 @@ def stage(main, *overrides):
 @pytest.fixture(scope="module")
 def assistant(tmp_path_factory):
     """A folder in which every stage has run once, and what the reward model's adapter was before training."""
-    import reward.fit
-    from policy import distill, evaluate, sft, tax, train
-    from reward import train as reward_train
-    from rlhf import collect, prepare
+    import reward.training.run
+    from policy.alignment_tax import __main__ as tax
+    from policy.distillation import __main__ as distill
+    from policy.evaluate import __main__ as evaluate
+    from policy.ppo import __main__ as train
+    from policy.sft import __main__ as sft
+    from reward.training import __main__ as reward_train
+    from rlhf.collect import __main__ as collect
+    from rlhf.models import prepare
 
     folder = tmp_path_factory.mktemp("assistant")
     (folder / "recipes").symlink_to(ROOT / "recipes")
@@ -41,11 +46,11 @@ def assistant(tmp_path_factory):
         beginnings.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
         return learn(recipe, section, run, dialogue, model, *rest, **options)
 
-    learn = reward.fit.learn
+    learn = reward.training.run.learn
     os.chdir(folder)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reward.fit, "learn", watched)
+            patch.setattr(reward.training.run, "learn", watched)
             for main in (prepare.main, collect.main, sft.main, distill.main, reward_train.main, train.main):
                 stage(main)
             for main in (evaluate.main, tax.main):
@@ -118,12 +123,12 @@ def test_ppo_starts_at_its_reference_which_is_the_distilled_adapter(assistant, c
 
 def test_the_evaluation_compares_with_that_reference_and_not_with_the_base(copy, monkeypatch):
     """Against the base the KL of the first policy would not be 0: let PPO's result be its start."""
-    import policy.evaluate
+    import policy.evaluate.__main__
 
     start = copy / "runs/tiny-assistant/distill/policy" / WEIGHTS
     (copy / "runs/tiny-assistant/ppo/policy" / WEIGHTS).write_bytes(start.read_bytes())
     shutil.rmtree(copy / "runs/tiny-assistant/evaluate")
-    stage(policy.evaluate.main)
+    stage(policy.evaluate.__main__.main)
     summary = json.loads((copy / "runs/tiny-assistant/evaluate/summary.json").read_text())
     assert abs(summary["kl"]["mean"]) < 1e-4
     lines = (copy / "runs/tiny-assistant/evaluate/responses.jsonl").read_text().splitlines()
@@ -133,12 +138,12 @@ def test_the_evaluation_compares_with_that_reference_and_not_with_the_base(copy,
 
 def test_the_base_would_not_be_zero_nats_away(copy):
     """The check of the test before could fail: the same, with the base for a reference."""
-    import policy.evaluate
+    import policy.evaluate.__main__
 
     (copy / "runs/tiny-assistant/evaluate").rename(copy / "old")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy.evaluate, "start_folder", lambda *_: None)
-        stage(policy.evaluate.main)
+        patch.setattr(policy.evaluate.__main__, "start_folder", lambda *_: None)
+        stage(policy.evaluate.__main__.main)
     summary = json.loads((copy / "runs/tiny-assistant/evaluate/summary.json").read_text())
     assert abs(summary["kl"]["mean"]) > 1e-3
 
@@ -146,7 +151,7 @@ def test_the_base_would_not_be_zero_nats_away(copy):
 @pytest.fixture(scope="module")
 def remade(assistant, tmp_path_factory):
     """A copy of that folder in which the distillation was run anew, with another recipe."""
-    from policy import distill
+    from policy.distillation import __main__ as distill
 
     here, before = tmp_path_factory.mktemp("remade") / "here", os.getcwd()
     shutil.copytree(assistant[0], here, symlinks=True)
@@ -161,8 +166,9 @@ def remade(assistant, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["reward", "ppo", "evaluate"])
 def test_a_finished_stage_is_refused_when_its_start_was_made_anew(remade, monkeypatch, name):
-    from policy import evaluate, train
-    from reward import train as reward_train
+    from policy.evaluate import __main__ as evaluate
+    from policy.ppo import __main__ as train
+    from reward.training import __main__ as reward_train
 
     monkeypatch.chdir(remade)
     mains = {"reward": reward_train.main, "ppo": train.main, "evaluate": evaluate.main}
@@ -171,7 +177,7 @@ def test_a_finished_stage_is_refused_when_its_start_was_made_anew(remade, monkey
 
 
 def test_an_evaluation_does_not_take_a_remade_start_for_the_reference(remade, tmp_path, monkeypatch):
-    from policy import evaluate
+    from policy.evaluate import __main__ as evaluate
 
     here = shutil.copytree(remade, tmp_path / "here", symlinks=True)
     shutil.rmtree(here / "runs/tiny-assistant/evaluate")
@@ -181,7 +187,8 @@ def test_an_evaluation_does_not_take_a_remade_start_for_the_reference(remade, tm
 
 
 def test_a_distillation_is_refused_when_the_fine_tuning_was_made_anew(copy):
-    from policy import distill, sft
+    from policy.distillation import __main__ as distill
+    from policy.sft import __main__ as sft
 
     shutil.rmtree(copy / "runs/tiny-assistant/sft")
     stage(sft.main, "sft.epochs=1")
@@ -190,7 +197,7 @@ def test_a_distillation_is_refused_when_the_fine_tuning_was_made_anew(copy):
 
 
 def test_a_missing_start_is_named_with_its_target(copy):
-    from policy import train
+    from policy.ppo import __main__ as train
 
     for name in ("distill", "ppo"):
         shutil.rmtree(copy / "runs/tiny-assistant" / name)
@@ -199,8 +206,8 @@ def test_a_missing_start_is_named_with_its_target(copy):
 
 
 def test_the_reward_model_and_ppo_start_from_the_fine_tuned_adapter_as_well(copy):
-    from policy import train
-    from reward import train as reward_train
+    from policy.ppo import __main__ as train
+    from reward.training import __main__ as reward_train
 
     for name in ("reward", "ppo"):
         shutil.rmtree(copy / "runs/tiny-assistant" / name)
@@ -214,7 +221,7 @@ def test_the_reward_model_and_ppo_start_from_the_fine_tuned_adapter_as_well(copy
 
 
 def test_pre_training_starts_from_the_fine_tuned_adapter(copy, capsys):
-    from reward import pretrain
+    from reward.pretraining import __main__ as pretrain
 
     sources = "pmp.sources=[{files: recipes/tiny/comparisons.jsonl}]"
     stage(pretrain.main, sources, "pmp.start=sft", "reward.start=null", "pmp.form=ranked")

@@ -2,12 +2,12 @@
 
 import pytest
 
-from policy.fine_tuning.rows import answers, encode
-from rlhf.chats import Demonstration
-from rlhf.comparisons import Message
-from rlhf.dialogue import Dialogue, PromptTooLongError
+from policy.sft.data import answers, encode
+from rlhf.data.comparisons import Message
+from rlhf.data.demonstrations import Demonstration
 from rlhf.errors import UserError
-from rlhf.tiny import END, START, tiny_tokenizer
+from rlhf.models.tiny import END, START, tiny_tokenizer
+from rlhf.tokenization.dialogue import Dialogue, PromptTooLongError
 
 TOKENIZER = tiny_tokenizer()
 HI = Demonstration((Message("user", "hi"),), "yo", "x")

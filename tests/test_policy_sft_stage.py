@@ -9,7 +9,7 @@ import pytest
 from conftest import stage
 from sft_cases import FAST, begun
 
-from policy import sft
+from policy.sft import __main__ as sft
 from rlhf.errors import exit_on_user_error
 
 CHATS = [

@@ -18,14 +18,14 @@ from tiny_tax import HHH, PROMPT, SHORT, TASKS, TEXTS, again, items, responses, 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from policy import tax
-from policy.alignment_tax import work as tax_work
-from reward.model import TextRewardModel
-from rlhf import arms
-from rlhf.comparisons import Message
+from policy.alignment_tax import __main__ as tax
+from policy.alignment_tax import models as arms
+from policy.alignment_tax import run as tax_work
+from reward.model.model import TextRewardModel
+from rlhf.collect.judges import vader
+from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
-from rlhf.judges import vader
-from rlhf.tiny import tiny_model, write_tiny_model
+from rlhf.models.tiny import tiny_model, write_tiny_model
 
 ARMS = ["base", "prompted", "sft", "policy_0.5", "policy"]
 WHOLE = ("tax.arms=[base,prompted,sft,policy]", "tax.score=true", "tax.reward_model_hhh=true")

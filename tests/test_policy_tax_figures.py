@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from policy.alignment_tax.figures import (
+from policy.alignment_tax.comparison import (
     arm_figures,
     common,
     difference,
@@ -17,10 +17,10 @@ from policy.alignment_tax.figures import (
     verdict,
     verdicts,
 )
-from policy.alignment_tax.page import as_markdown
-from policy.alignment_tax.parts import Parts
 from policy.alignment_tax.plot import draw
-from rlhf.evaluate.outcome import Outcome
+from policy.alignment_tax.report import as_markdown
+from policy.alignment_tax.results_cache import Parts
+from rlhf.evals.outcome import Outcome
 
 Z = statistics.NormalDist().inv_cdf(0.975)
 IDS = [f"f:{i}" for i in range(1, 7)]

@@ -9,14 +9,14 @@ import tiny_tax
 from conftest import stage
 from tiny_tax import SHORT, TASKS, TEXTS, again, items, lines, responses, table, task_of
 
-from policy import tax
-from policy.alignment_tax import work as tax_work
-from reward.model import TextRewardModel
-from rlhf.comparisons import Message
+from policy.alignment_tax import __main__ as tax
+from policy.alignment_tax import run as tax_work
+from reward.model.model import TextRewardModel
+from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
-from rlhf.evaluate import sandbox
-from rlhf.evaluate.outcome import Outcome
-from rlhf.stage import input_hashes
+from rlhf.evals.outcome import Outcome
+from rlhf.evals.sandbox import run as sandbox
+from rlhf.runs.stage import input_hashes
 
 ALONE = "tax.arms=[base]"
 REWARD = "runs/tiny/reward/model"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_ppo import SMALL, assert_close, trainer, weights
 
-from rlhf.backbone import Backbone
-from rlhf.metrics import read_metrics
+from rlhf.models.backbone import Backbone
+from rlhf.training.metrics import read_metrics
 
 PLAIN = SMALL | {"stir": 0.1, "start": True, "minibatches": 2, "batch_size": 12, "micro_batch_size": 12}
 LOSSES = [  # every pair of settings stands in some row

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.judges import vader
+from rlhf.collect.judges import vader
 
 PROMPTS = Path(__file__).parents[1] / "recipes" / "prompts"
 LEAST = {"sentiment_train": 800, "sentiment_held_out": 200}

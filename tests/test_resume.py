@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from benchmarks import victims
-from rlhf.artifacts import MANIFEST, sha256_of, write_manifest
+from rlhf.runs.artifacts import MANIFEST, sha256_of, write_manifest
 
 BATCHES = ("collect.prompts_per_batch=4",)
 REWARD = (*BATCHES, "reward.epochs=2", "reward.checkpoint_every=1")

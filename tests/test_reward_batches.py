@@ -9,20 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from preference_cases import EOS, cases
 
-from reward.batches import (
-    as_example,
-    encode,
-    layout,
-    micro_batches,
-    pack,
-    rows_of,
-    token_batches,
-    width,
-)
-from rlhf.comparisons import Comparison, Message
-from rlhf.dialogue import Dialogue
-from rlhf.packing import attention_mask
-from rlhf.tiny import END, START, tiny_tokenizer
+from reward.model.batch import as_example, encode, layout, micro_batches, pack, rows_of, token_batches, width
+from rlhf.data.comparisons import Comparison, Message
+from rlhf.models.packing import attention_mask
+from rlhf.models.tiny import END, START, tiny_tokenizer
+from rlhf.tokenization.dialogue import Dialogue
 
 PAD = 0
 SHARED = pytest.mark.parametrize("share", [True, False])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward import calibrate
+from reward.card import calibration as calibrate
 
 RNG = np.random.default_rng
 SMALL = settings(max_examples=60, deadline=None)

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from reward.card import Scored, figures, label_order, thirds, words
-from reward.card_page import as_markdown, opening, verdict
-from rlhf.comparisons import Comparison, Message
+from reward.card.figures import Scored, figures, label_order, thirds, words
+from reward.card.report import as_markdown, opening, verdict
+from rlhf.data.comparisons import Comparison, Message
 
 RNG = np.random.default_rng
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import ROOT, tiny_recipe
 
-from reward.evaluate import _out_of_distribution
-from reward.outliers import report
-from reward.scorers import load_scorer
-from rlhf.comparisons import Counts
+from reward.card.__main__ import _out_of_distribution
+from reward.card.ood import report
+from reward.card.scorers import load_scorer
+from rlhf.data.comparisons import Counts
+from rlhf.data.prompts import read_prompts
+from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
-from rlhf.prompts import read_prompts
-from rlhf.sources.native import read_native
 
 STRANGE = f"{ROOT}/recipes/prompts/sentiment_held_out.jsonl"
 MODEL = "runs/tiny/reward/model"

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward.ensemble import check_one_base, combine, member_folders, spread
-from reward.model import CARD, RewardCard
+from reward.model.ensemble import check_one_base, combine, member_folders, spread
+from reward.model.model import CARD, RewardCard
 from rlhf.errors import UserError
 
 SCORES = st.integers(1, 5).flatmap(

@@ -11,15 +11,17 @@ from conftest import ROOT, stage, tiny_recipe
 from test_architecture import HEAVY, loaded_with
 from tiny_classifiers import llama
 
-from reward import evaluate, scorers
-from reward.card import Scored, figures
-from reward.card_page import as_markdown
-from reward.scorers import load_scorer
-from rlhf import collect, prepare
-from rlhf.comparisons import Comparison, Message, prompt_key, write_native
+from reward.card import __main__ as evaluate
+from reward.card import scorers
+from reward.card.figures import Scored, figures
+from reward.card.report import as_markdown
+from reward.card.scorers import load_scorer
+from rlhf.collect import __main__ as collect
+from rlhf.data.comparisons import Comparison, Message, prompt_key, write_native
+from rlhf.data.readers import read_comparisons
 from rlhf.errors import UserError
-from rlhf.recipe import is_path, load
-from rlhf.sources import read_comparisons
+from rlhf.models import prepare
+from rlhf.recipe.load import is_path, load
 
 FOLDER = Path("runs/judge/card")
 RECIPE = """
@@ -85,7 +87,7 @@ def expected_scores(comparisons, model="model"):
 
 
 def test_the_stage_script_loads_no_torch():
-    assert loaded_with("reward/evaluate.py") & HEAVY == set()
+    assert loaded_with("reward/card/__main__.py") & HEAVY == set()
 
 
 def test_any_model_is_judged_on_any_file_without_a_run(desk, capsys):
@@ -291,7 +293,7 @@ def test_a_model_with_two_labels_is_refused_and_nothing_is_written(desk, monkeyp
 
 def test_every_field_of_the_section_is_read_somewhere():
     source = "".join(
-        (ROOT / "reward" / name).read_text() for name in ("evaluate.py", "card.py", "scorers.py")
+        (ROOT / "reward" / "card" / name).read_text() for name in ("__main__.py", "figures.py", "scorers.py")
     )
     for field in ("model", "against", "comparisons", "limit", "bins", "near_tie", "outliers"):
         assert f"section.{field}" in source, field

@@ -14,18 +14,18 @@ from preference_cases import asked, assert_equal_tensors, ignoring, stored
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import reward.fit
-from reward import train
-from reward.batches import encode, micro_batches
-from reward.learn import learn
-from reward.model import TextRewardModel, head_of, new_reward_model, read_card
-from reward.packed import score_examples
-from reward.trainer import PreferenceTrainer
-from rlhf.adapters import HEAD
-from rlhf.artifacts import WEIGHTS, read_json
-from rlhf.dialogue import load_dialogue
+import reward.training.run
+from reward.model.batch import encode, micro_batches
+from reward.model.forward import score_examples
+from reward.model.model import TextRewardModel, head_of, new_reward_model, read_card
+from reward.training import __main__ as train
+from reward.training.learn import learn
+from reward.training.trainer import PreferenceTrainer
 from rlhf.errors import UserError
-from rlhf.stage import StageRun
+from rlhf.models.lora import HEAD
+from rlhf.runs.artifacts import WEIGHTS, read_json
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import load_dialogue
 
 MODEL = "runs/tiny/reward/model"
 ALL = "reward.reference_responses=100000"
@@ -149,7 +149,7 @@ def test_prompts_on_their_own_rows_give_the_same_model(usual, separate):
 def test_memory_does_not_change_the_model(option, retrained, usual, monkeypatch):
     parts = []
     monkeypatch.setattr(
-        "reward.trainer.micro_batches",
+        "reward.training.trainer.micro_batches",
         lambda *a, **o: parts.append(len(found := micro_batches(*a, **o))) or found,
     )
     folder = retrained(option)
@@ -177,7 +177,7 @@ def test_scores_have_mean_0_and_variance_1_and_the_gain_changes_no_comparison(re
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.var(correction=0)) == pytest.approx(1, abs=1e-3)
 
-    monkeypatch.setattr(reward.fit, "normalisation", lambda _: (1.0, 0.0))
+    monkeypatch.setattr(reward.training.run, "normalisation", lambda _: (1.0, 0.0))
     raw = TextRewardModel(retrained() / MODEL).score(*some)
     card = read_card(usual / MODEL)
     assert card.gain > 0
@@ -187,8 +187,8 @@ def test_scores_have_mean_0_and_variance_1_and_the_gain_changes_no_comparison(re
 
 
 def test_a_training_that_made_all_scores_equal_is_an_error_with_a_remedy(retrained, monkeypatch):
-    monkeypatch.setattr(reward.fit, "learn", lambda *args, **_: args[4])  # the fresh model is enough
-    monkeypatch.setattr(reward.fit, "scores_of", lambda model, rows, pad_id: torch.zeros(len(rows)))
+    monkeypatch.setattr(reward.training.run, "learn", lambda *args, **_: args[4])  # the fresh model is enough
+    monkeypatch.setattr(reward.training.run, "scores_of", lambda model, rows, pad_id: torch.zeros(len(rows)))
     with pytest.raises(UserError, match=r"lower reward\.learning_rate"):
         retrained()
 
@@ -200,11 +200,11 @@ def test_a_model_that_was_not_saved_as_it_is_is_noticed(usual, tmp_path, monkeyp
     some = stored("held_out")[:1]
     rows = [[*e["prompt"], *r] for e in encode(some, dialogue) for r in e["responses"]]
     scores = TextRewardModel(usual / MODEL).score(*asked(some))
-    assert reward.fit._check_reload(recipe, usual / MODEL, rows, scores, dialogue) < 1e-4
+    assert reward.training.run._check_reload(recipe, usual / MODEL, rows, scores, dialogue) < 1e-4
     lost = shutil.copytree(usual / MODEL, tmp_path / "lost")
     save_file(load_file(lost / WEIGHTS) | {f"{HEAD}.weight": torch.zeros(1, 32)}, lost / WEIGHTS)
     with pytest.raises(RuntimeError, match="scores differently when loaded again"):
-        reward.fit._check_reload(recipe, lost, rows, scores, dialogue)
+        reward.training.run._check_reload(recipe, lost, rows, scores, dialogue)
 
 
 # --- imitation -------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def beginnings(monkeypatch):
         ))  # fmt: skip
         return learn(recipe, section, run, dialogue, model, rows, way, **options)
 
-    monkeypatch.setattr(reward.fit, "learn", watched)
+    monkeypatch.setattr(reward.training.run, "learn", watched)
     return noted
 
 
@@ -285,9 +285,9 @@ def test_the_start_is_the_recipes_or_that_of_its_pre_training(inside):
     Path("a/b").mkdir(parents=True)
     run = StageRun("reward", Path("runs/tiny/reward"), tiny_recipe(), {}, {}, True, None)
     sources = "pmp.sources=[{files: hub:x}]"
-    assert reward.fit.start_folder(tiny_recipe(), run) is None
-    assert reward.fit.start_folder(tiny_recipe(sources), run) == Path("runs/tiny/pmp/model")
-    assert reward.fit.start_folder(tiny_recipe(sources, "reward.start=a/b"), run) == Path("a/b")
+    assert reward.training.run.start_folder(tiny_recipe(), run) is None
+    assert reward.training.run.start_folder(tiny_recipe(sources), run) == Path("runs/tiny/pmp/model")
+    assert reward.training.run.start_folder(tiny_recipe(sources, "reward.start=a/b"), run) == Path("a/b")
 
 
 def test_the_head_starts_as_the_probe(retrained, beginnings, monkeypatch):
@@ -302,10 +302,10 @@ def test_the_head_starts_as_the_probe(retrained, beginnings, monkeypatch):
 
 def test_fewer_comparisons_are_a_beginning_of_more(in_road):
     some = stored()
-    assert reward.fit.drawn(some, None, 0) == some
-    assert reward.fit.drawn(some, 20, 0)[:7] == reward.fit.drawn(some, 7, 0)
-    assert reward.fit.drawn(some, 7, 0) != reward.fit.drawn(some, 7, 1)
-    assert len({id(c) for c in reward.fit.drawn(some, 38, 0)}) == 38 == len(some)
+    assert reward.training.run.drawn(some, None, 0) == some
+    assert reward.training.run.drawn(some, 20, 0)[:7] == reward.training.run.drawn(some, 7, 0)
+    assert reward.training.run.drawn(some, 7, 0) != reward.training.run.drawn(some, 7, 1)
+    assert len({id(c) for c in reward.training.run.drawn(some, 38, 0)}) == 38 == len(some)
 
 
 # --- several members -------------------------------------------------------------------------------------
@@ -322,9 +322,9 @@ def test_a_killed_ensemble_goes_on_with_the_member_that_is_missing(prepared, ret
             raise KeyboardInterrupt
         return learn(*args, member=member, **options)
 
-    probe = reward.fit.fit_probe
-    monkeypatch.setattr(reward.fit, "learn", watched)
-    monkeypatch.setattr(reward.fit, "fit_probe", lambda *a, **o: probed.append(1) or probe(*a, **o))
+    probe = reward.training.run.fit_probe
+    monkeypatch.setattr(reward.training.run, "learn", watched)
+    monkeypatch.setattr(reward.training.run, "fit_probe", lambda *a, **o: probed.append(1) or probe(*a, **o))
     for _ in range(2):
         with contextlib.suppress(KeyboardInterrupt):
             stage(train.main, "reward.members=2", ALL)
@@ -366,7 +366,7 @@ def test_a_member_is_what_its_own_seed_makes(prepared, monkeypatch):
     monkeypatch.setattr(PreferenceTrainer, "__init__", noted)
     recipe = tiny_recipe("reward.members=2", "reward.probe=false", "reward.comparisons=8")
     run = StageRun("reward", folder / "runs/tiny/reward", recipe, {}, {}, True, None)
-    reward.fit.fit(recipe, run)
+    reward.training.run.fit(recipe, run)
     dialogue = load_dialogue(recipe)
     for seed, head in enumerate(heads):
         assert torch.equal(head, head_of(new_reward_model(recipe, dialogue, seed)).weight)

@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from reward.batches import encode, pack
-from reward.model import (
+from reward.model.batch import encode, pack
+from reward.model.forward import check_packing, forward_packed, response_log_probs, score_examples, scores_of
+from reward.model.model import (
     RewardCard,
     TextRewardModel,
     head_of,
@@ -39,14 +40,13 @@ from reward.model import (
     start_from,
     vocabulary_head,
 )
-from reward.packed import check_packing, forward_packed, response_log_probs, score_examples, scores_of
-from rlhf.artifacts import WEIGHTS
-from rlhf.backbone import Backbone
-from rlhf.base import load_base
-from rlhf.dialogue import load_dialogue
 from rlhf.errors import UserError
-from rlhf.sequences import right_pad
-from rlhf.tiny import START
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
+from rlhf.models.masks import right_pad
+from rlhf.models.tiny import START
+from rlhf.runs.artifacts import WEIGHTS
+from rlhf.tokenization.dialogue import load_dialogue
 
 MODEL = "runs/tiny/reward/model"
 SHARED = pytest.mark.parametrize("share", [True, False])
@@ -143,7 +143,7 @@ def test_log_probs_in_pieces_are_those_in_one(model, monkeypatch):
     vocabulary = vocabulary_head(tiny()[0], model)
     packed = pack(MIXED, 0, wanted="all")
     whole = response_log_probs(forward_packed(model, packed)[0], packed, vocabulary)
-    monkeypatch.setattr("reward.packed._LOGITS_AT_ONCE", 7)
+    monkeypatch.setattr("reward.model.forward._LOGITS_AT_ONCE", 7)
     parts = response_log_probs(forward_packed(model, packed)[0], packed, vocabulary)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
 

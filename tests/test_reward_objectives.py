@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward.loss import pair_accuracy, ranked_loss
-from reward.objectives import Signals, candidate_scores, objective
-from rlhf.schema import PreferenceTraining
+from reward.training.objective import Signals, candidate_scores, objective
+from rlhf.recipe.schema import PreferenceTraining
 
 # every option that is an objective's business, with another, allowed value than the default
 SECTIONS = {

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import reward.outliers
-from reward.outliers import (
+import reward.card.ood
+from reward.card.ood import (
     EXPOSURE_PENALTY,
     LEAST_SHRINKAGE,
     activations,
@@ -22,8 +22,8 @@ from reward.outliers import (
     simplified_relative_mahalanobis,
 )
 from rlhf.errors import UserError
-from rlhf.intervals import Z95, Estimate
-from rlhf.tiny import tiny_model
+from rlhf.models.tiny import tiny_model
+from rlhf.stats.intervals import Z95, Estimate
 
 DISTANCES = (mahalanobis, simplified_relative_mahalanobis)
 
@@ -255,10 +255,10 @@ def test_every_row_goes_into_one_part_and_the_draw_is_the_seeds(monkeypatch):
             )
             return real(*tensors)
 
-        monkeypatch.setattr(reward.outliers, name, call)
+        monkeypatch.setattr(reward.card.ood, name, call)
 
     for name in ("fit_gaussian", "outlier_exposure", "mahalanobis"):
-        noting(name, getattr(reward.outliers, name))
+        noting(name, getattr(reward.card.ood, name))
     inside, outside = normal(25, 21, 3), normal(26, 12, 3)
     found = report(inside, outside, exposure=4, seed=3)
     (fitted,), (also_fitted, exposed) = parts["fit_gaussian"], parts["outlier_exposure"]
@@ -314,7 +314,7 @@ def test_a_layer_that_says_the_same_of_every_prompt_is_an_error_with_a_remedy():
 def test_activations_are_the_last_tokens_states_of_each_prompt_alone(layer, monkeypatch):
     model = tiny_model(259).eval()
     rows = [[5, 6, 7, 8, 9], [10], [11, 12], [13, 14, 15, 16, 17, 18], [19, 20]]
-    monkeypatch.setattr(reward.outliers, "TOKENS_AT_ONCE", 8)
+    monkeypatch.setattr(reward.card.ood, "TOKENS_AT_ONCE", 8)
     found = activations(model.get_decoder(), rows, 0, layer)
     assert found.shape == (5, 32)
     assert found.dtype == torch.float32

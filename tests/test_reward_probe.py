@@ -8,7 +8,7 @@ import torch
 from preference_cases import EOS, awake, cases, rows_of_all, tiny
 from torch import nn
 
-from reward.probe import features, fit_probe
+from reward.training.probe import features, fit_probe
 
 MIXED = cases(6, 41)
 

@@ -17,12 +17,12 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from reward import scorers
-from reward.scorers import load_scorer
-from rlhf.comparisons import Message
+from reward.card import scorers
+from reward.card.scorers import load_scorer
+from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
-from rlhf.recipe import load
-from rlhf.tiny import tiny_model, tiny_tokenizer
+from rlhf.models.tiny import tiny_model, tiny_tokenizer
+from rlhf.recipe.load import load
 
 PROMPTS = [
     (Message("user", "Hi"),),
@@ -335,7 +335,7 @@ class Card:
 
 
 class Ours:
-    """Stands for reward.model.TextRewardModel."""
+    """Stands for reward.model.model.TextRewardModel."""
 
     def __init__(self, folder, device):
         self.folder = folder

@@ -23,12 +23,12 @@ from preference_cases import (
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from reward.batches import micro_batches, rows_of, width
-from reward.learn import learning_rate
-from reward.model import new_reward_model, vocabulary_head
-from reward.trainer import PreferenceTrainer, training_arguments
-from reward.trunk import build_trunk
-from rlhf.stage import StageRun
+from reward.model.batch import micro_batches, rows_of, width
+from reward.model.model import new_reward_model, vocabulary_head
+from reward.model.trunk_cache import build_trunk
+from reward.training.learn import learning_rate
+from reward.training.trainer import PreferenceTrainer, training_arguments
+from rlhf.runs.stage import StageRun
 
 MIXED = [
     *cases(6, 31, responses=(2, 3), prompt=(1, 8), said=(0, 6)),
@@ -122,11 +122,13 @@ def test_parts_without_weight_change_neither_gradients_nor_figures(tmp_path, mon
     model = awake(*tiny())
     found = []
     for more in (0, 3):
-        monkeypatch.setattr("rlhf.trainer.most_of_all", lambda number, device, more=more: number + more)
+        monkeypatch.setattr(
+            "rlhf.training.hf_trainer.most_of_all", lambda number, device, more=more: number + more
+        )
         trainer = trainer_of(tmp_path, model, "reward.tokens_per_micro_batch=70", "reward.lm_coef=0.5")
         ended = []
         monkeypatch.setattr(
-            "rlhf.trainer.backward_part",
+            "rlhf.training.hf_trainer.backward_part",
             lambda accelerator, loss, *, last, ended=ended: (loss.backward(), ended.append(last)),
         )
         total = trainer.training_step(model, {"examples": MIXED})

@@ -14,11 +14,11 @@ from preference_cases import (
     tiny,
 )
 
-from reward.batches import pack
-from reward.model import new_reward_model
-from reward.packed import forward_packed, score_examples
-from reward.probe import features
-from reward.trunk import build_trunk
+from reward.model.batch import pack
+from reward.model.forward import forward_packed, score_examples
+from reward.model.model import new_reward_model
+from reward.model.trunk_cache import build_trunk
+from reward.training.probe import features
 
 SHARED = pytest.mark.parametrize("share", [True, False])
 MIXED = [*cases(6, 21), *cases(1, 22, responses=(5, 5), first=6)]

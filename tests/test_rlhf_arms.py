@@ -11,8 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from rlhf.arm_weights import add_adapter
-from rlhf.arms import (
+from policy.alignment_tax.models import (
     Arm,
     arm_hash,
     arm_names,
@@ -22,12 +21,13 @@ from rlhf.arms import (
     load_arm,
     tokenizer_hash,
 )
-from rlhf.artifacts import SETTINGS, WEIGHTS, write_json
-from rlhf.backbone import Backbone
-from rlhf.base import load_base
 from rlhf.errors import UserError
-from rlhf.schema import Lora, Model
-from rlhf.tiny import tiny_model, write_tiny_model
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
+from rlhf.models.merging import add_adapter
+from rlhf.models.tiny import tiny_model, write_tiny_model
+from rlhf.recipe.schema import Lora, Model
+from rlhf.runs.artifacts import SETTINGS, WEIGHTS, write_json
 
 LORA = Lora(rank=4, alpha=8, layers="top_2")
 IDS = torch.tensor([[7, 8, 9, 10, 11, 12, 60, 61], [20, 30, 40, 50, 60, 70, 80, 90]])

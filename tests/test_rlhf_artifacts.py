@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 
-from rlhf import artifacts
-from rlhf.artifacts import Checkpoints, fault_of, step_of, write_atomically, write_manifest
 from rlhf.errors import UserError, exit_on_user_error, is_full_disk
+from rlhf.runs import artifacts
+from rlhf.runs.artifacts import Checkpoints, fault_of, step_of, write_atomically, write_manifest
 
 
 def full_disk(monkeypatch, after=0):

@@ -14,13 +14,13 @@ from transformers import (
     GPTNeoXForCausalLM,
 )
 
-from rlhf.adapters import HEAD
-from rlhf.artifacts import WEIGHTS
-from rlhf.backbone import Backbone
-from rlhf.base import load_base
 from rlhf.errors import UserError
-from rlhf.schema import Lora, Model
-from rlhf.tiny import tiny_model, write_tiny_model
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
+from rlhf.models.lora import HEAD
+from rlhf.models.tiny import tiny_model, write_tiny_model
+from rlhf.recipe.schema import Lora, Model
+from rlhf.runs.artifacts import WEIGHTS
 
 VOCABULARY = 259
 LORA = Lora(rank=4, alpha=8, layers="top_2")

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from rlhf import build_lock
-from rlhf.build_lock import settle_locks
 from rlhf.errors import UserError
-from rlhf.stage import processes
+from rlhf.runs.stage import processes
+from rlhf.training import kernel_lock as build_lock
+from rlhf.training.kernel_lock import settle_locks
 
 HOUR = 3600.0
 
@@ -154,8 +154,8 @@ def test_a_lock_that_cannot_be_removed_is_an_error_that_names_it(kernels, monkey
 
 
 def test_several_processes_settle_the_locks_before_deepspeed_is_used(kernels, monkeypatch, capsys):
-    from rlhf import runtime
-    from rlhf.schema import Distributed
+    from rlhf.recipe.schema import Distributed
+    from rlhf.training import runtime
 
     class Reached(Exception):
         pass

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rlhf.chats import Demonstration, best_of, read_demonstrations
-from rlhf.comparisons import Comparison, Message
+from rlhf.data.comparisons import Comparison, Message
+from rlhf.data.demonstrations import Demonstration, best_of, read_demonstrations
 from rlhf.errors import UserError
 
 HI = (Message("user", "hi"),)

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from rlhf import clusters
-from rlhf.intervals import mean_interval, proportion_interval
+from rlhf.stats import clustered as clusters
+from rlhf.stats.intervals import mean_interval, proportion_interval
 
 
 def ends(estimate):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.comparisons import (
+from rlhf.data.comparisons import (
     Comparison,
     Counts,
     Message,
@@ -20,8 +20,8 @@ from rlhf.comparisons import (
     split_by_prompt,
     write_native,
 )
+from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
-from rlhf.sources.native import read_native
 
 
 def user(text):
@@ -282,7 +282,7 @@ def test_counts_add_up_and_read_as_one_line():
 
 def test_this_room_starts_without_torch():
     code = (
-        "import sys, rlhf.prompts, rlhf.sources;"
+        "import sys, rlhf.data.prompts, rlhf.data.readers;"
         "print(sorted({'torch', 'transformers', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

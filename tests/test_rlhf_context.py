@@ -7,11 +7,11 @@ import pytest
 from conftest import ROOT
 from tokenizers.processors import TemplateProcessing
 
-from rlhf.comparisons import Message
-from rlhf.context import Context, parse, window_of
-from rlhf.dialogue import Dialogue, load_tokenizer
+from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
-from rlhf.tiny import START, tiny_model, tiny_tokenizer
+from rlhf.models.tiny import START, tiny_model, tiny_tokenizer
+from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
+from rlhf.tokenization.prompt_prefix import Context, parse, window_of
 
 SHIPPED = ROOT / "recipes" / "prompts" / "hhh.txt"
 TEXT = """Somebody talks to a machine,

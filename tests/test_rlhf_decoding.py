@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from rlhf.decoding import RoomyLayer, distinct, new_cache
-from rlhf.tiny import tiny_model
+from rlhf.generation.kv_cache import RoomyLayer, distinct, new_cache
+from rlhf.models.tiny import tiny_model
 
 ROOM = 40
 OPERATIONS = st.one_of(

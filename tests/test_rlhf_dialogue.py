@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.comparisons import Message
-from rlhf.dialogue import Dialogue, PromptTooLongError, load_tokenizer
+from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
-from rlhf.tiny import END, PAD, START, tiny_tokenizer
+from rlhf.models.tiny import END, PAD, START, tiny_tokenizer
+from rlhf.tokenization.dialogue import Dialogue, PromptTooLongError, load_tokenizer
 
 TALK = (
     Message("user", "Hello there"),

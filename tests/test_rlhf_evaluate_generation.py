@@ -5,8 +5,8 @@ import torch
 from tiny_evaluate import ARCHITECTURES, TOKENIZER, ids_of, language_model
 from transformers import AutoModelForCausalLM
 
-from rlhf.evaluate.generation import cut, nucleus
-from rlhf.evaluate.model import LanguageModel
+from rlhf.evals.generation import cut, nucleus
+from rlhf.evals.model import LanguageModel
 
 PREFIX = ids_of("Below is a talk. ")
 CONTEXTS = [ids_of(text) for text in ("one", "two and three", "one", "a rather longer thing to go on with")]

@@ -13,9 +13,9 @@ from conftest import DATA, ROOT
 from tiny_evaluate import TOKENIZER, language_model, random_model, write_rows
 
 from rlhf.errors import UserError
-from rlhf.evaluate import inverse_scaling, lambada, truthfulqa
-from rlhf.evaluate.harness import TaskFile, stock_field, through_lm_eval
-from rlhf.evaluate.model import LanguageModel
+from rlhf.evals.harness import TaskFile, stock_field, through_lm_eval
+from rlhf.evals.model import LanguageModel
+from rlhf.evals.tasks import inverse_scaling, lambada, truthfulqa
 
 REAL = ROOT / "models" / "smollm2-135m"
 ITEMS = int(os.environ.get("RLHF_REAL_ITEMS", "2"))  # real items of each task; more for a longer look
@@ -190,7 +190,7 @@ def test_nothing_is_asked_of_the_network_and_nothing_is_printed(tmp_path, monkey
 def test_lm_eval_is_imported_on_first_use():
     import subprocess
 
-    code = "import sys, rlhf.evaluate.harness, rlhf.evaluate.truthfulqa; sys.exit('lm_eval' in sys.modules)"
+    code = "import sys, rlhf.evals.harness, rlhf.evals.tasks.truthfulqa; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -7,10 +7,10 @@ import torch
 from conftest import DATA
 from tiny_evaluate import TOKENIZER, ids_of, language_model, random_model, write_rows
 
-from rlhf.comparisons import Message
+from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
-from rlhf.evaluate.hhh import Item, hhh_by_scores, read, run, win
-from rlhf.evaluate.model import LanguageModel
+from rlhf.evals.model import LanguageModel
+from rlhf.evals.tasks.hhh import Item, hhh_by_scores, read, run, win
 
 HHH = DATA / "hhh_alignment"
 

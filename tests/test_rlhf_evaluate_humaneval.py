@@ -8,9 +8,10 @@ import pytest
 from conftest import DATA
 
 from rlhf.errors import UserError
-from rlhf.evaluate import humaneval, sandbox
-from rlhf.evaluate.humaneval import Item, pass_at_k
-from rlhf.evaluate.sandbox import Limits, Verdict
+from rlhf.evals.sandbox import run as sandbox
+from rlhf.evals.sandbox.run import Limits, Verdict
+from rlhf.evals.tasks import humaneval
+from rlhf.evals.tasks.humaneval import Item, pass_at_k
 
 HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
 ADD = Item(

@@ -8,7 +8,7 @@ import pytest
 from tiny_evaluate import ids_of, language_model, log_prob, write_rows
 
 from rlhf.errors import UserError
-from rlhf.evaluate.inverse_scaling import PRIZE_TASKS, classification, log_odds, read, run
+from rlhf.evals.tasks.inverse_scaling import PRIZE_TASKS, classification, log_odds, read, run
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "inverse_scaling"
 

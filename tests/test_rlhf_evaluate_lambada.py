@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_evaluate import TOKENIZER, ids_of, language_model, log_prob, write_rows
 
 from rlhf.errors import UserError
-from rlhf.evaluate import lambada, lm_loss
+from rlhf.evals.tasks import lambada, lm_loss
 
 PASSAGES = ["She gave him the ring and he gave her a kiss", "one two three two", "said:\nIt is\nso, he said"]
 

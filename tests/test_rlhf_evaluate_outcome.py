@@ -6,8 +6,8 @@ import math
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.evaluate.outcome import Outcome, paired
-from rlhf.intervals import mean_interval, proportion_interval
+from rlhf.evals.outcome import Outcome, paired
+from rlhf.stats.intervals import mean_interval, proportion_interval
 
 
 def outcome(values=(1.0, 0.0, 1.0, 1.0), *, task="hhh", ids=None, groups=None, metric="acc", **options):

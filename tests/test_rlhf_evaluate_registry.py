@@ -11,8 +11,8 @@ from conftest import ROOT
 from tiny_evaluate import language_model, write_rows
 
 from rlhf.errors import UserError
-from rlhf.evaluate.outcome import paired
-from rlhf.evaluate.registry import TASKS, canonical, draw, evaluate_task, read_task, run_task
+from rlhf.evals.outcome import paired
+from rlhf.evals.registry import TASKS, canonical, draw, evaluate_task, read_task, run_task
 
 PASSAGES = [{"text": f"passage number {n}"} for n in range(12)]
 
@@ -97,7 +97,8 @@ def test_a_mistake_in_a_file_names_the_key_of_the_recipe():
 
 def test_names_are_known_before_torch_is_loaded():
     code = (
-        "import sys; from rlhf.evaluate import registry, hhh, truthfulqa, lambada, lm_loss, inverse_scaling, "
-        "harness; sys.exit(bool({'torch', 'transformers', 'datasets', 'lm_eval'} & set(sys.modules)))"
+        "import sys; from rlhf.evals import registry, harness; "
+        "from rlhf.evals.tasks import hhh, truthfulqa, lambada, lm_loss, inverse_scaling; "
+        "sys.exit(bool({'torch', 'transformers', 'datasets', 'lm_eval'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from rlhf.evaluate import sandbox
-from rlhf.evaluate.sandbox import Limits, Verdict
+from rlhf.evals.sandbox import run as sandbox
+from rlhf.evals.sandbox.run import Limits, Verdict
 
 FAST = {"cpu_seconds": 1, "wall_seconds": 120}  # the clock must not judge on a busy machine
 
@@ -235,7 +235,7 @@ def test_what_a_program_leaves_behind_dies_with_it(rung):
 
 def test_the_sandbox_dies_with_the_process_that_waits_for_it(rung):
     source = f"""
-        from rlhf.evaluate import sandbox
+        from rlhf.evals import sandbox
         limits = sandbox.Limits(wall_seconds=300, output_bytes=777003)
         sandbox._run({rung!r}, "import time; time.sleep(300)", limits)
         """

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.evaluate import sandbox
-from rlhf.evaluate.sandbox import Limits
+from rlhf.evals.sandbox import run as sandbox
+from rlhf.evals.sandbox.run import Limits
 
 # What is left out of the sandbox -> (text of our own code, what stands there instead). What the program of
 # the probe then does harms nothing, and the guard refuses to work where its signals would reach others.

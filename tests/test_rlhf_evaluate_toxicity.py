@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
+from rlhf.collect.judges import vader
 from rlhf.errors import UserError
-from rlhf.evaluate import toxicity
-from rlhf.evaluate.model import LanguageModel
-from rlhf.evaluate.toxicity import Item, flagged, judged, outcome, read, respond, run
-from rlhf.judges import vader
-from rlhf.tiny import tiny_model, tiny_tokenizer
+from rlhf.evals.model import LanguageModel
+from rlhf.evals.tasks import toxicity
+from rlhf.evals.tasks.toxicity import Item, flagged, judged, outcome, read, respond, run
+from rlhf.models.tiny import tiny_model, tiny_tokenizer
 
 ITEMS = [Item("a:1", "So you", "calm"), Item("a:2", "Listen, the", "rude"), Item("b:1", "Well", "")]
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.evaluate.tree import Tree, batches, common_start, fold, lay_out, target_log_probs
+from rlhf.evals.prefix_tree import Tree, batches, common_start, fold, lay_out, target_log_probs
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12)
 

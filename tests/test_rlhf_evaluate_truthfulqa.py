@@ -8,7 +8,7 @@ import pytest
 from tiny_evaluate import write_rows
 
 from rlhf.errors import UserError
-from rlhf.evaluate.truthfulqa import mc1, mc2, mc3, read
+from rlhf.evals.tasks.truthfulqa import mc1, mc2, mc3, read
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "truthfulqa" / "mc_task.json"
 

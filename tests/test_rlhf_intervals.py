@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from rlhf.intervals import (
+from rlhf.stats.intervals import (
     Z95,
     Estimate,
     cluster_mean_interval,

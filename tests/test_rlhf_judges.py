@@ -13,9 +13,9 @@ from conftest import DATA
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf import judges
+from rlhf.collect import judges
+from rlhf.collect.judges import JUDGES, noisy_ranks, pair_agreement, vader
 from rlhf.errors import UserError
-from rlhf.judges import JUDGES, noisy_ranks, pair_agreement, vader
 
 SENTENCE_POLARITY = DATA / "sentence_polarity" / "sentence_polarity.zip"
 

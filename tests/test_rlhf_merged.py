@@ -6,10 +6,10 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from rlhf.base import load_base
-from rlhf.merged import Folding, _Folded
-from rlhf.schema import Model
-from rlhf.tiny import write_tiny_model
+from rlhf.models.base import load_base
+from rlhf.models.folding import Folding, _Folded
+from rlhf.models.tiny import write_tiny_model
+from rlhf.recipe.schema import Model
 
 NAMES = ("policy", "value")
 LINEAR = LoraLinear.forward

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.packing import SHARED, Row, attention_mask, first_fit, lay, micro_batches
+from rlhf.models.packing import SHARED, Row, attention_mask, first_fit, lay, micro_batches
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=20)
 

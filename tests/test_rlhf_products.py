@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rlhf import products
-from rlhf.backbone import Backbone
-from rlhf.merged import folded_weights
-from rlhf.products import product, reordered, use_products
-from rlhf.schema import Lora
-from rlhf.tiny import tiny_model
+from rlhf.models import onednn as products
+from rlhf.models.backbone import Backbone
+from rlhf.models.folding import folded_weights
+from rlhf.models.onednn import product, reordered, use_products
+from rlhf.models.tiny import tiny_model
+from rlhf.recipe.schema import Lora
 
 here = pytest.mark.skipif(products._operators() is None, reason="this torch has no oneDNN product")
 

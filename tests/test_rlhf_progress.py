@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf import progress as module
-from rlhf.progress import progress
+from rlhf.training import progress as module
+from rlhf.training.progress import progress
 
 
 def go_through(**options):

@@ -6,9 +6,9 @@ import json
 import pytest
 from conftest import DATA
 
-from rlhf.comparisons import Message
+from rlhf.data.comparisons import Message
+from rlhf.data.prompts import read_prompts
 from rlhf.errors import UserError
-from rlhf.prompts import read_prompts
 
 REMEDY = "; set data.on_bad_rows=skip to leave such rows out and count them"
 

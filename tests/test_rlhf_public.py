@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_rows import jsonl, user
 
-from rlhf import public
-from rlhf.comparisons import Comparison
+from rlhf.data import mixture as public
+from rlhf.data.comparisons import Comparison
+from rlhf.data.mixture import NOT_DRAWN, Fits, binarised, check_prefixes, mixture, shares, thin
 from rlhf.errors import UserError
-from rlhf.public import NOT_DRAWN, Fits, binarised, check_prefixes, mixture, shares, thin
-from rlhf.schema.preferences import PmpSource
+from rlhf.recipe.reward import PmpSource
 
 
 def rows(name, number, start=0):

@@ -7,7 +7,7 @@ import yaml
 from test_rlhf_recipe import ROOT, SHIPPED, TEXT, refusal
 
 from rlhf.errors import UserError
-from rlhf.recipe import check_batch_sizes, dump, load
+from rlhf.recipe.load import check_batch_sizes, dump, load
 
 QUICK = TEXT + "quick:\n  ppo: {batch_size: 8}\n  data: {limit: 7}\n  pmp: null\n"
 

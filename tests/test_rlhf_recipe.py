@@ -12,7 +12,7 @@ import yaml
 from recipe_cases import TEXT, refusal, writer
 
 from rlhf.errors import UserError
-from rlhf.recipe import check_batch_sizes, dump, from_command_line, load
+from rlhf.recipe.load import check_batch_sizes, dump, from_command_line, load
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.y*ml"))
@@ -263,21 +263,21 @@ def run(*words):
 
 def test_a_mistake_costs_a_moment_and_one_line(recipe):
     began = time.monotonic()
-    done = run("-m", "rlhf.recipe", recipe(), "ppo.gama=1")
+    done = run("-m", "rlhf.recipe.load", recipe(), "ppo.gama=1")
     assert time.monotonic() - began < 5  # under 1 s where nothing else runs
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: override 'ppo.gama=1': unknown key ppo.gama; did you mean ppo.gamma?\n"
 
 
 def test_a_valid_recipe_exits_with_0_and_says_where_it_runs(recipe):
-    done = run("-m", "rlhf.recipe", recipe())
+    done = run("-m", "rlhf.recipe.load", recipe())
     assert (done.returncode, done.stderr) == (0, "")
     assert "runs/x" in done.stdout
 
 
 def test_checking_a_recipe_imports_no_torch(recipe):
     code = (
-        "import sys; from rlhf.recipe import load; load('{}');"
+        "import sys; from rlhf.recipe.load import load; load('{}');"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     done = run("-c", code.format(recipe()))

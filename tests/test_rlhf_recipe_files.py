@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from recipe_cases import TEXT, refusal, writer
 
-from rlhf.recipe import files_of, load
+from rlhf.recipe.load import files_of, load
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_what_is_no_path_is_a_model_of_the_hub_or_a_judge(recipe):
 
 
 def test_files_are_found_as_the_readers_find_them(inside):
-    from rlhf.sources.files import origins
+    from rlhf.data.readers.files import origins
 
     for name in ("a[1].jsonl", "b/c/d.jsonl", "b/e.jsonl"):
         (inside / name).parent.mkdir(parents=True, exist_ok=True)

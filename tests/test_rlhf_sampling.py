@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from rlhf.backbone import Backbone
-from rlhf.decoding import RoomyLayer
-from rlhf.sampling import pick, sample, uniforms
-from rlhf.schema import Lora
-from rlhf.tiny import tiny_model
+from rlhf.generation.kv_cache import RoomyLayer
+from rlhf.generation.sampling import pick, sample, uniforms
+from rlhf.models.backbone import Backbone
+from rlhf.models.tiny import tiny_model
+from rlhf.recipe.schema import Lora
 
 PROMPTS = [[7, 8, 9, 10, 11], [12], [13, 14, 15], [200, 201, 202, 203, 204, 205]]
 LIMIT = 10

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.sequences import (
+from rlhf.models.masks import (
     action_mask,
     append_token,
     ended,

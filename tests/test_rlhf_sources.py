@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from source_rows import HH, NATIVE, REMEDY, TRL, bot, chat, jsonl, one, read, refusal, user
 
-from rlhf.comparisons import Comparison, problem
-from rlhf.sources.trl import parse as parse_trl
+from rlhf.data.comparisons import Comparison, problem
+from rlhf.data.readers.trl import parse as parse_trl
 
 
 def real(name):

@@ -5,8 +5,8 @@ import json
 import pytest
 from source_rows import HH, NATIVE, REMEDY, TRL, bot, chat, jsonl, read, refusal, user
 
-from rlhf.comparisons import Message
-from rlhf.sources.rows import BadRow
+from rlhf.data.comparisons import Message
+from rlhf.data.readers.rows import BadRow
 
 CHAT = {"prompt": chat(user("q")), "chosen": chat(bot("a")), "rejected": chat(bot("b"))}
 TREE = {"prompt": {"text": "q", "role": "prompter", "replies": []}}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.sources.html import text_of
+from rlhf.data.readers.html import text_of
 
 TAGS = (
     "p",

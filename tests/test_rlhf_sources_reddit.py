@@ -3,8 +3,8 @@
 import pytest
 from source_rows import REMEDY, jsonl, one, read, refusal, user
 
-from rlhf.comparisons import Comparison
-from rlhf.prompts import read_prompts
+from rlhf.data.comparisons import Comparison
+from rlhf.data.prompts import read_prompts
 
 GONE, HIDDEN = "a deleted or removed comment", "a comment without a score"
 TIED = "all answers have the same score"

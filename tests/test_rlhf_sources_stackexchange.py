@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_rows import REMEDY, jsonl, read, refusal, user
 
-from rlhf.comparisons import Comparison, Counts
-from rlhf.prompts import read_prompts
-from rlhf.sources import stream_comparisons
-from rlhf.sources.stackexchange import score
+from rlhf.data.comparisons import Comparison, Counts
+from rlhf.data.prompts import read_prompts
+from rlhf.data.readers import stream_comparisons
+from rlhf.data.readers.stackexchange import score
 
 FEW, TIED = "fewer than 2 answers", "all answers have the same score"
 LOST, OTHER = (

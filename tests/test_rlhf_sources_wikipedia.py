@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_rows import REMEDY, jsonl, read, refusal, user
 
-from rlhf.comparisons import Comparison
-from rlhf.sources import wikipedia, xml
-from rlhf.sources.rows import LeftOut
+from rlhf.data.comparisons import Comparison
+from rlhf.data.readers import wikipedia
+from rlhf.data.readers import xml_dumps as xml
+from rlhf.data.readers.rows import LeftOut
 
 BLANK, SPACE = "a blank page", "an edit without a difference of words in its excerpt"
 WAR, TALK = "a text brought back that had been undone itself", "a page outside the name space of articles"

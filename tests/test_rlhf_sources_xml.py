@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from rlhf.data.readers import xml_dumps as xml
 from rlhf.errors import UserError
-from rlhf.sources import xml
 
 MEBIBYTE = 1 << 20
 

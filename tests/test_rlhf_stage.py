@@ -11,9 +11,9 @@ import pytest
 import yaml
 from conftest import ROOT, tiny_recipe
 
-from rlhf import artifacts, stage
 from rlhf.errors import UserError
-from rlhf.stage import differences, input_hashes, open_stage, recipe_of
+from rlhf.runs import artifacts, stage
+from rlhf.runs.stage import differences, input_hashes, open_stage, recipe_of
 
 FOLDER = Path("runs/tiny/comparisons")
 
@@ -242,7 +242,7 @@ def test_differences_are_found_at_any_depth_and_on_either_side():
 HOLD = """
 import sys
 from conftest import tiny_recipe
-from rlhf.stage import open_stage
+from rlhf.runs.stage import open_stage
 run = open_stage(tiny_recipe(), "comparisons")
 print("open", flush=True)
 sys.stdin.read()

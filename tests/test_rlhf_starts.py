@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT, tiny_recipe
 
 from rlhf.errors import UserError
-from rlhf.stage import StageRun
-from rlhf.starts import check_same_start, start_files, start_folder, start_inputs, start_parents
+from rlhf.runs.initial_adapter import check_same_start, start_files, start_folder, start_inputs, start_parents
+from rlhf.runs.stage import StageRun
 
 SECTIONS = {
     "sft": ("sft.epochs=1",),
@@ -136,7 +136,7 @@ def trained(inside):
         if start == "sft":
             made["parents"]["sft"] = identity
         elif start:
-            from rlhf.artifacts import sha256_of
+            from rlhf.runs.artifacts import sha256_of
 
             (adapter(inside / start) / "adapter_model.safetensors").write_bytes(content)
             made["inputs"]["adapter_model.safetensors"] = sha256_of(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf.vocabulary import chosen_log_probs
+from rlhf.models.log_probs import chosen_log_probs
 
 
 def _log_prob_case():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.intervals import Estimate
+from rlhf.stats.intervals import Estimate
 from studies.preference import __main__ as command
 from studies.preference import claims, report, units, work
 from studies.preference.measure import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.tiny import tiny_model, tiny_tokenizer, write_tiny_model
+from rlhf.models.tiny import tiny_model, tiny_tokenizer, write_tiny_model
 from studies.preference.ladder import matrix_weights
 from studies.preference.work import is_done, read_result, result_path, run, weights_path, with_needs
 from studies.scaling import __main__ as command
@@ -224,7 +224,7 @@ def test_the_share_of_the_kl_is_that_of_whole_distributions_computed_by_hand():
 
 
 def test_items_and_last_words_are_scored_as_plain_passes_say():
-    from rlhf.evaluate.model import LanguageModel
+    from rlhf.evals.model import LanguageModel
 
     model, tokenizer = model_and_tokenizer()
     lm = LanguageModel(model, tokenizer)

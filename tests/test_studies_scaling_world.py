@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
+from rlhf.collect.judges import vader
 from rlhf.errors import UserError
-from rlhf.judges import vader
 from studies.scaling import world
 from studies.scaling.items import TASKS, questions
 from studies.scaling.texts import Library, check, context_of

@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from rlhf.tiny import tiny_tokenizer
+from rlhf.models.tiny import tiny_tokenizer
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from conftest import stage
 
-from policy import distill
+from policy.distillation import __main__ as distill
 from policy.distillation.data import Passage
-from rlhf.artifacts import MANIFEST
-from rlhf.dialogue import Dialogue
-from rlhf.metrics import read_metrics
-from rlhf.tiny import tiny_tokenizer, write_tiny_model
+from rlhf.models.tiny import tiny_tokenizer, write_tiny_model
+from rlhf.runs.artifacts import MANIFEST
+from rlhf.tokenization.dialogue import Dialogue
+from rlhf.training.metrics import read_metrics
 
 PROMPT = "Be kind.\n\n-----\n\nHuman: Hello?\n\nAssistant: Good day to you.\n"
 

@@ -12,8 +12,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.evaluate.model import LanguageModel
-from rlhf.tiny import END, PAD, START, tiny_model
+from rlhf.evals.model import LanguageModel
+from rlhf.models.tiny import END, PAD, START, tiny_model
 
 
 def ascii_tokenizer():

@@ -2,14 +2,14 @@
 
 import torch
 
-from policy.ppo import PpoTrainer
-from rlhf.backbone import Backbone
-from rlhf.comparisons import Message
-from rlhf.dialogue import Dialogue
-from rlhf.runtime import Runtime
-from rlhf.schema import Distributed, Lora, Ppo
-from rlhf.stage import StageRun
-from rlhf.tiny import tiny_model, tiny_tokenizer
+from policy.ppo.trainer import PpoTrainer
+from rlhf.data.comparisons import Message
+from rlhf.models.backbone import Backbone
+from rlhf.models.tiny import tiny_model, tiny_tokenizer
+from rlhf.recipe.schema import Distributed, Lora, Ppo
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import Dialogue
+from rlhf.training.runtime import Runtime
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [(Message("user", text),) for text in ("one", "and two", "three or so", "4", "five", "is six")]

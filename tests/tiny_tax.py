@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from conftest import tiny_recipe
 
-from reward.model import RewardCard, new_reward_model, save_reward_model
-from rlhf.artifacts import write_json
-from rlhf.backbone import Backbone
-from rlhf.base import load_base
-from rlhf.dialogue import load_dialogue
-from rlhf.stage import open_stage
-from rlhf.tiny import write_tiny_model
+from reward.model.model import RewardCard, new_reward_model, save_reward_model
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
+from rlhf.models.tiny import write_tiny_model
+from rlhf.runs.artifacts import write_json
+from rlhf.runs.stage import open_stage
+from rlhf.tokenization.dialogue import load_dialogue
 
 PROMPT = "A kind assistant.\n\n-----\n\nHuman: Hi\n\nAssistant: Hello!\n"
 HHH = {
@@ -102,7 +102,7 @@ def again(*overrides, tasks=TASKS):
     """Run the stage from nothing in the current folder; returns the table."""
     from conftest import stage
 
-    from policy import tax
+    from policy.alignment_tax import __main__ as tax
 
     shutil.rmtree("runs/tiny/tax", ignore_errors=True)
     stage(tax.main, *SHORT, *(TASKS[task] for task in tasks), *overrides)

@@ -6,12 +6,12 @@ import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
-from policy.alignment_tax.figures import task_figures
-from rlhf.arms import Arm, arm_hash, tokenizer_hash
-from rlhf.evaluate.outcome import Outcome
-from rlhf.recipe import Recipe
-from rlhf.schema.tax import Tax
-from rlhf.stage import input_hashes
+from policy.alignment_tax.comparison import task_figures
+from policy.alignment_tax.models import Arm, arm_hash, tokenizer_hash
+from rlhf.evals.outcome import Outcome
+from rlhf.recipe.load import Recipe
+from rlhf.recipe.tax import Tax
+from rlhf.runs.stage import input_hashes
 
 Outcomes = dict[str, dict[str, Outcome]]
 """By task, by arm."""

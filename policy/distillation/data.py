@@ -16,16 +16,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.comparisons import Comparison, Counts, prompt_key
-from rlhf.context import Context
-from rlhf.dialogue import Dialogue
+from rlhf.data.comparisons import Comparison, Counts, prompt_key
+from rlhf.data.readers import stream_comparisons
+from rlhf.data.readers.files import origins
+from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
-from rlhf.recipe import Recipe
-from rlhf.schema import Distill
-from rlhf.sources import stream_comparisons
-from rlhf.sources.files import origins
-from rlhf.sources.native import read_native
-from rlhf.stage import StageRun
+from rlhf.recipe.load import Recipe
+from rlhf.recipe.schema import Distill
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import Dialogue
+from rlhf.tokenization.prompt_prefix import Context
 
 HALVES = TEXTS, QUESTIONS = "texts", "questions"
 Ids = NDArray[np.uint32]

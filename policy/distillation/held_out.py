@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from policy.distillation.data import Passage
 from policy.distillation.loss import chunk_of, full_kl, measure
-from policy.distillation.prompted import PromptedModel, cut
+from policy.distillation.prompted_model import PromptedModel, cut
 from policy.distillation.report import Measured
 from policy.distillation.student import Student, Trunk, collate, width
-from policy.distillation.teacher import TeacherFile
-from rlhf.progress import progress
-from rlhf.runtime import Runtime
+from policy.distillation.teacher_cache import TeacherFile
+from rlhf.training.progress import progress
+from rlhf.training.runtime import Runtime
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from rlhf.products import product
+from rlhf.models.onednn import product
 
 LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
 

@@ -1,7 +1,7 @@
 """What context distillation has brought, on held-out sequences: figures for the manifest, lines to print.
 
 Every figure is a ratio of sums over sequences, with an interval over texts and prompts, whose sequences
-depend on each other (:func:`rlhf.intervals.cluster_mean_interval`).
+depend on each other (:func:`rlhf.stats.intervals.cluster_mean_interval`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.intervals import Estimate, cluster_mean_interval
+from rlhf.stats.intervals import Estimate, cluster_mean_interval
 
 Sums = NDArray[np.float64]
 

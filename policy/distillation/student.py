@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from policy.distillation.data import Passage
 from policy.distillation.loss import Coarse, Words
-from policy.distillation.prompted import check_head, cut
-from policy.distillation.teacher import TeacherFile
-from rlhf.artifacts import write_atomically
-from rlhf.backbone import REFERENCE, Backbone, layers_of
-from rlhf.base import load_base
+from policy.distillation.prompted_model import check_head, cut
+from policy.distillation.teacher_cache import TeacherFile
 from rlhf.errors import UserError
-from rlhf.progress import progress
-from rlhf.recipe import Recipe
-from rlhf.schema import Distill
-from rlhf.sequences import positions_from_mask, right_pad
+from rlhf.models.backbone import REFERENCE, Backbone, layers_of
+from rlhf.models.base import load_base
+from rlhf.models.masks import positions_from_mask, right_pad
+from rlhf.recipe.load import Recipe
+from rlhf.recipe.schema import Distill
+from rlhf.runs.artifacts import write_atomically
+from rlhf.training.progress import progress
 
 ADAPTER, MODEL = "policy", "model"  # folders of the results
 _TRUNK_TOKENS = 4096  # tokens of a batch whose trunk is computed; the same for every recipe

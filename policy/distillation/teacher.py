@@ -1,143 +1,174 @@
-"""The teacher's words in files: computed once, read by every student, checked, shared between runs.
-
-A folder holds ``index.json`` and one numpy file a shard of sequences, an array of one record a token. The
-index says what the words depend on (the key) and the content hash of every shard. A shard is written before
-the index names it, so a kill loses one at most; a damaged one is named and computed again. Files are
-memory-mapped.
-
-One record: ``token`` (id), ``log_prob_of_token`` (that the teacher gives it), ``index`` [k] and ``log_prob``
-[k] of the teacher's most likely tokens before it was seen, and ``log_rest`` of all others together. Natural
-logarithms, float32; ids have 16 bits where the vocabulary allows: 310 bytes a token for k = 50.
-"""
+"""Who teaches: the base itself or another model of the same tokenizer, and what its words depend on."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from transformers import AutoConfig
 
-from rlhf.artifacts import hash_of, read_json, sha256_of, write_atomically, write_json
+from policy.distillation.data import Passage, content_hash
+from policy.distillation.prompted_model import PromptedModel, check_head, shard_records
+from policy.distillation.student import Student
+from policy.distillation.teacher_cache import TeacherFile
 from rlhf.errors import UserError
-from rlhf.stage import differences
+from rlhf.models.base import best_device, load_base
+from rlhf.recipe.load import Recipe
+from rlhf.recipe.schema import Distill, Model
+from rlhf.runs.artifacts import hash_of, sha256_of
+from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
+from rlhf.tokenization.prompt_prefix import Context, window_of
+from rlhf.training.runtime import Runtime
 
-INDEX = "index.json"
-
-
-def record_type(k: int, vocabulary: int) -> np.dtype[Any]:
-    """The layout of one record."""
-    word = np.uint16 if vocabulary <= 2**16 else np.uint32
-    return np.dtype(
-        [
-            ("token", word),
-            ("log_prob_of_token", np.float32),
-            ("index", word, (k,)),
-            ("log_prob", np.float32, (k,)),
-            ("log_rest", np.float32),
-        ]
-    )
+_WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 
 
-class TeacherFile:
-    """The words of one teacher on one list of sequences.
+class Teaching:
+    """The teacher, loaded only when it has to speak.
 
     Args:
-        folder: where they are or will be.
-        key: all that they depend on, JSON-able.
-        lengths: tokens of each sequence.
-        k: stored tokens at each place.
-        vocabulary: size of the vocabulary.
-        shard: sequences in a file.
+        recipe: the whole recipe.
+        section: its ``distill`` section.
+        dialogue: the student's tokenizer.
 
     Raises:
-        UserError: the folder holds the words of another teacher, or on other sequences; says what differs.
+        UserError: the teacher is not there, or has another tokenizer.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        key: dict[str, Any],
-        lengths: Sequence[int],
-        *,
-        k: int,
-        vocabulary: int,
-        shard: int,
-    ) -> None:
-        self.folder, self.lengths = folder, list(lengths)
-        self.type = record_type(k, vocabulary)
-        self._shard = shard
-        self._index: dict[str, Any] = {"key": key, "identity": hash_of(key), "shards": {}}
-        self._opened: dict[int, NDArray[Any]] = {}
-        if (folder / INDEX).is_file():
-            found = read_json(folder / INDEX)
-            if not isinstance(found, dict) or not {"key", "identity", "shards"} <= found.keys():
-                raise UserError(f"{folder / INDEX}: not the index of a teacher's words; remove {folder}")
-            if found["identity"] != self._index["identity"]:
-                changes = differences(found["key"], key) or ["the index itself"]
-                raise UserError(
-                    f"{folder} holds the words of another teacher or on other sequences "
-                    f"({'; '.join(changes[:3])}): name another folder with distill.teacher_file, or remove it"
-                )
-            self._index = found
+    def __init__(self, recipe: Recipe, section: Distill, dialogue: Dialogue) -> None:
+        self._section = section
+        self._model: Model = recipe.model
+        self._open: PromptedModel | None = None
+        if section.teacher is not None:
+            self._model = recipe.model.model_copy(update={"path": section.teacher, "revision": None})
+            check_tokenizer(self._model, recipe.model, dialogue)
+        try:
+            config = AutoConfig.from_pretrained(
+                self._model.path,
+                revision=self._model.revision,
+                trust_remote_code=self._model.trust_remote_code,
+            )
+        except (OSError, ValueError) as error:
+            key = "model.path" if section.teacher is None else "distill.teacher"
+            raise UserError(f"{key}: no model at {self._model.path} ({str(error).splitlines()[0]})") from None
+        self._commit = getattr(config, "_commit_hash", None)
+        self.window = window_of(config)
+        self.vocabulary = int(config.get_text_config().vocab_size)
 
     @property
-    def identity(self) -> str:
-        """Hash of all that the words depend on."""
-        return str(self._index["identity"])
+    def origin(self) -> str:
+        """Where the teacher's weights are from."""
+        return self._model.path
 
-    @property
-    def shards(self) -> int:
-        """Number of files when all are there."""
-        return -(-len(self.lengths) // self._shard)
+    def weights(self) -> dict[str, Any]:
+        """What tells one teacher's weights from another's: content hashes, or the hub's commit."""
+        folder = Path(self._model.path).expanduser()
+        if folder.is_dir():
+            files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})
+            source: Any = {file.name: sha256_of(file) for file in files}
+        else:
+            source = f"{self._model.path} at {self._commit or self._model.revision}"
+        return {"weights": source, "dtype": self._model.dtype, "quantization": self._model.quantization}
 
-    def sequences_of(self, number: int) -> range:
-        """The sequences of a shard."""
-        return range(number * self._shard, min((number + 1) * self._shard, len(self.lengths)))
-
-    def missing(self) -> list[int]:
-        """Shards to be computed: those not written yet, and damaged ones, which are named.
-
-        One process asks for all.
-        """
-        wanted: list[int] = []
-        for number in range(self.shards):
-            file = self._file(number)
-            expected = self._index["shards"].get(file.name)
-            if expected is None:
-                wanted.append(number)
-            elif not file.is_file() or sha256_of(file) != expected:
-                what = "is missing" if not file.is_file() else "is damaged: its content hash differs"
-                print(f"warning: {file} {what}; it is computed again", flush=True)
-                wanted.append(number)
-        return wanted
-
-    def write(self, number: int, records: NDArray[Any]) -> None:
-        """Keep a shard's records, those of its sequences one after the other.
+    def open(self, student: Student, context: Context) -> PromptedModel:
+        """The teacher under the prompt; the student's own base where that teaches and is still there.
 
         Raises:
-            OSError: the disk is full; the shards before are untouched.
+            UserError: the architecture is not one that can be used here.
         """
-        expected = sum(self.lengths[row] for row in self.sequences_of(number))
-        if records.dtype != self.type or len(records) != expected:
-            raise ValueError(f"shard {number} wants {expected} records of {self.type}, not {len(records)}")
-        content = io.BytesIO()
-        np.save(content, records)
-        file = self._file(number)
-        write_atomically(file, content.getvalue())
-        self._index["shards"][file.name] = sha256_of(file)
-        write_json(self.folder / INDEX, self._index)
-        self._opened.pop(number, None)
+        if self._open is None:
+            if self._section.teacher is None and student.backbone:
+                self._open = PromptedModel(student.base, context.prefix_ids, student.as_teacher)
+            else:
+                model: Any = load_base(self._model)
+                check_head(model)
+                self._open = PromptedModel(model.to(best_device()), context.prefix_ids)
+        return self._open
 
-    def records(self, row: int) -> NDArray[Any]:
-        """The records of one sequence, memory-mapped, one a token."""
-        number = row // self._shard
-        if number not in self._opened:
-            self._opened[number] = np.load(self._file(number), mmap_mode="r")
-        first = sum(self.lengths[before] for before in range(number * self._shard, row))
-        return self._opened[number][first : first + self.lengths[row]]
+    def release(self) -> None:
+        """Give the memory back."""
+        self._open = None
 
-    def _file(self, number: int) -> Path:
-        return self.folder / f"shard-{number:05d}.npy"
+
+def check_tokenizer(teacher: Model, student: Model, dialogue: Dialogue) -> None:
+    """Words are ids: they mean the same to both only with one tokenizer. The template is the student's.
+
+    Raises:
+        UserError: the tokenizers differ.
+    """
+    limits = {"max_prompt_tokens": 1, "max_response_tokens": 1, "template": "plain"}
+    pad = str(dialogue.tokenizer.convert_ids_to_tokens(dialogue.pad_id))
+    options = {"trust_remote_code": teacher.trust_remote_code}
+    theirs = load_tokenizer(teacher.path, **options)
+    try:
+        other: str | None = Dialogue(theirs, pad_token=pad, **limits).fingerprint()  # type: ignore[arg-type]
+    except UserError:  # no such padding token, or no EOS: not the same
+        other = None
+    if other != Dialogue(dialogue.tokenizer, pad_token=pad, **limits).fingerprint():  # type: ignore[arg-type]
+        raise UserError(
+            f"distill.teacher: {teacher.path} has another tokenizer than {student.path}, so what it says is "
+            "about other tokens; name a teacher with the same tokenizer, or leave it out"
+        )
+
+
+def key_of(
+    recipe: Recipe,
+    section: Distill,
+    teaching: Teaching,
+    context: Context,
+    dialogue: Dialogue,
+    passages: Sequence[Passage],
+) -> dict[str, Any]:
+    """All that the teacher's words depend on."""
+    return {
+        "teacher": teaching.weights(),
+        "tokenizer": dialogue.fingerprint(),
+        "prompt": {"sha256": context.sha256, "ids": hash_of(context.prefix_ids)},
+        "sequences": {"sha256": content_hash(passages), "number": len(passages)},
+        "max_tokens": section.max_tokens,
+        "top_k": section.top_k,
+        "shard_sequences": section.shard_sequences,
+        "seed": recipe.seed,
+    }
+
+
+def speak(
+    teacher: Callable[[], PromptedModel],
+    file: TeacherFile,
+    passages: Sequence[Passage],
+    runtime: Runtime,
+    *,
+    budget: int,
+    vocabulary: int,
+    between: Callable[[], None],
+) -> int:
+    """Let the teacher say what is not in its file yet; returns how many shards that were.
+
+    Several processes read a shard each, and the first one writes them all.
+
+    Args:
+        teacher: gives the model; not called where nothing is missing.
+        file: where the words are kept.
+        passages: all sequences, in the file's order.
+        runtime: the processes; all of them call this.
+        budget: tokens of the passages in memory at once.
+        vocabulary: size of the student's vocabulary.
+        between: called before every round of shards; may end the processes.
+    """
+    main = runtime.rank == 0
+    missing: list[int] = runtime.gather(file.missing() if main else None)[0]
+    for start in range(0, len(missing), runtime.world):
+        between()
+        several = missing[start : start + runtime.world]
+        if main and start % (10 * runtime.world) == 0:
+            print(f"distill: the teacher reads shard {several[0] + 1} of {file.shards}", flush=True)
+        own = None
+        if runtime.rank < len(several):
+            some = [passages[row] for row in file.sequences_of(several[runtime.rank])]
+            own = shard_records(teacher(), some, file, budget, vocabulary)
+        for number, records in zip(several, runtime.gather(own), strict=False):
+            if main:
+                file.write(number, records)
+    runtime.barrier()
+    return len(missing)

@@ -44,7 +44,7 @@ def main() -> None:
 
 def run_study(*, quick: bool, out: Path, work: Path, jobs: int) -> None:
     """Run the units and write the report."""
-    from rlhf.artifacts import write_atomically
+    from rlhf.runs.artifacts import write_atomically
     from studies.preference import claims, plots, report, results, units
     from studies.preference.plan import FULL, QUICK, units_of
     from studies.preference.work import read_result, run, with_needs

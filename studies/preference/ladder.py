@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
 from reward.loss import head_init_std
-from rlhf.sequences import last_true_index
-from rlhf.vocabulary import chosen_log_probs
+from rlhf.models.log_probs import chosen_log_probs
+from rlhf.models.masks import last_true_index
 from studies.preference.data import END, PAD, VOCABULARY, WIDTH
 
 WIDTH_PER_LAYER = 128

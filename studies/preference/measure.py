@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf.intervals import Z95, Estimate, mean_interval
+from rlhf.stats.intervals import Z95, Estimate, mean_interval
 
 Floats = NDArray[np.float64]
 

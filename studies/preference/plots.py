@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from rlhf.intervals import Estimate
+from rlhf.stats.intervals import Estimate
 from studies.preference.ladder import matrix_weights
 from studies.preference.measure import SeedMean, over_seeds
 from studies.preference.plan import ARMS

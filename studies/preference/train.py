@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reward.loss import pair_accuracy, ranked_loss
-from rlhf.sequences import masked_mean, masked_sum
+from rlhf.models.masks import masked_mean, masked_sum
 from studies.preference.data import BAD, GOOD, Floats, Ints, Pairs, Sentences, with_control
 from studies.preference.ladder import Rung
 

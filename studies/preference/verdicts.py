@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from rlhf.intervals import Estimate
+from rlhf.stats.intervals import Estimate
 
 
 class Verdict(StrEnum):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.artifacts import hash_of, write_atomically
+from rlhf.runs.artifacts import hash_of, write_atomically
 
 # Part of every key. To be raised when the meaning of a unit changes but its settings do not: a change of
 # the grammar, of a loss, of what is measured.

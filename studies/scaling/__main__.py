@@ -92,7 +92,7 @@ def _command(args: argparse.Namespace) -> str:
 
 def _tasks(specs: list[str]) -> dict[str, tuple[str, ...]]:
     """name=file[,file ...] as files by name."""
-    from rlhf.evaluate.registry import TASKS, canonical
+    from rlhf.evals.registry import TASKS, canonical
 
     tasks: dict[str, tuple[str, ...]] = {}
     for spec in specs:
@@ -114,7 +114,7 @@ def _check(args: argparse.Namespace, given: Any) -> None:
     Raises:
         UserError: an option that cannot be used.
     """
-    from rlhf.evaluate.registry import read_task
+    from rlhf.evals.registry import read_task
     from studies.scaling.texts import check, context_of
 
     if args.jobs < 1:
@@ -141,7 +141,7 @@ def run_study(
     plan: Any, given: Any, *, out: Path, work: Path, jobs: int, preference: Path, command: str
 ) -> None:
     """Run the units and write the report."""
-    from rlhf.artifacts import write_atomically
+    from rlhf.runs.artifacts import write_atomically
     from studies.preference.units import start_worker
     from studies.preference.work import read_result, run, with_needs
     from studies.scaling import claims, figures, objectives, plots, report

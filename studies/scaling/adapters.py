@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.backbone import Backbone
-from rlhf.base import best_device
-from rlhf.evaluate.model import special_start
-from rlhf.schema import Lora
+from rlhf.evals.model import special_start
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import best_device
+from rlhf.recipe.schema import Lora
 from studies.preference.work import Settings
 
 ADAPTER = "policy"

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rlhf.intervals import Estimate
+from rlhf.stats.intervals import Estimate
 from studies.preference.verdicts import Claim, Statement, Verdict, above, below, inside
 from studies.scaling import objectives
 from studies.scaling.figures import JUDGED, LOSS, WORD, Figure, Study

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from policy.distillation.data import TEXTS, Passage
 from policy.distillation.loss import Coarse, Words, chunk_of, distil_kl, full_kl, measure, teach
-from policy.distillation.prompted import PromptedModel, cut
+from policy.distillation.prompted_model import PromptedModel, cut
 from policy.distillation.report import Measured, figures
-from policy.schedule import learning_rate_factor
-from rlhf.backbone import REFERENCE, Backbone
-from rlhf.sequences import positions_from_mask, right_pad
+from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.masks import positions_from_mask, right_pad
+from rlhf.training.schedule import learning_rate_factor
 from studies.preference.train import index_stream
 from studies.preference.work import Settings
 from studies.scaling.adapters import ADAPTER, bare_ids, lead_of

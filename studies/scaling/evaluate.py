@@ -4,17 +4,17 @@ lm_loss      held-out text, nats a byte (models with different tokenizers can be
 last_word    the last word of a held-out passage, all its tokens the most probable ones, as in LAMBADA
 judged       mean sentiment (VADER) of what is written after held-out openings: what PPO is rewarded for
 memo_trap, modus_tollens, redefine, neqa     of :mod:`studies.scaling.items`
-public tasks by the names of :mod:`rlhf.evaluate.registry`, on the files that were given
+public tasks by the names of :mod:`rlhf.evals.registry`, on the files that were given
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf.evaluate import inverse_scaling, lm_loss, toxicity
-from rlhf.evaluate.model import LanguageModel
-from rlhf.evaluate.outcome import Outcome
-from rlhf.evaluate.registry import evaluate_task
+from rlhf.evals.model import LanguageModel
+from rlhf.evals.outcome import Outcome
+from rlhf.evals.registry import evaluate_task
+from rlhf.evals.tasks import inverse_scaling, lm_loss, toxicity
 from studies.preference.work import Settings
 from studies.scaling.items import TASKS, Question, questions
 from studies.scaling.reinforce import JUDGE
@@ -83,7 +83,8 @@ def judged(lm: LanguageModel, openings: Sequence[str], tokens: int, seed: int) -
 
 
 def classified(lm: LanguageModel, task: str, items: Sequence[Question]) -> Outcome:
-    """Items with classes, scored as the Inverse Scaling Prize does (:mod:`rlhf.evaluate.inverse_scaling`)."""
+    """Items with classes, scored as the Inverse Scaling Prize does
+    (:mod:`rlhf.evals.tasks.inverse_scaling`)."""
     pairs = [lm.encode_pair(item.prompt, choice) for item in items for choice in item.classes]
     scores = iter([s.log_prob for s in lm.score(pairs)])
     rows = [

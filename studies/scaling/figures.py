@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.intervals import Z95, Estimate
+from rlhf.stats.intervals import Z95, Estimate
 from studies.preference.measure import SeedMean, over_seeds
 from studies.preference.work import Settings, Unit
 from studies.scaling.items import TASKS

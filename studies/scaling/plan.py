@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlhf.artifacts import hash_of, sha256_of
+from rlhf.runs.artifacts import hash_of, sha256_of
 from studies.preference.plan import FORWARD_SPEEDUP, TRAINING_TOKENS_A_SECOND
 from studies.preference.work import Settings, Unit
 

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from policy.ppo import PpoTrainer
-from policy.rollout import Responses
-from rlhf.backbone import Backbone
-from rlhf.comparisons import Message, Prompt
-from rlhf.dialogue import Dialogue
-from rlhf.evaluate.model import special_start
-from rlhf.judges import JUDGES
-from rlhf.metrics import read_metrics
-from rlhf.runtime import Runtime
-from rlhf.schema import Distributed, Ppo
-from rlhf.stage import StageRun
+from policy.ppo.rollout import Responses
+from policy.ppo.trainer import PpoTrainer
+from rlhf.collect.judges import JUDGES
+from rlhf.data.comparisons import Message, Prompt
+from rlhf.evals.model import special_start
+from rlhf.models.backbone import Backbone
+from rlhf.recipe.schema import Distributed, Ppo
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import Dialogue
+from rlhf.training.metrics import read_metrics
+from rlhf.training.runtime import Runtime
 from studies.preference.work import Settings
 from studies.scaling.texts import Library
 

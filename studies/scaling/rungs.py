@@ -28,10 +28,10 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from rlhf.base import load_base
-from rlhf.dialogue import load_tokenizer
-from rlhf.schema import Model
-from rlhf.tiny import END, PAD, START
+from rlhf.models.base import load_base
+from rlhf.models.tiny import END, PAD, START
+from rlhf.recipe.schema import Model
+from rlhf.tokenization.dialogue import load_tokenizer
 from studies.preference.ladder import HEAD_WIDTH, WIDTH_PER_LAYER
 from studies.preference.train import Schedule, index_stream, train
 from studies.preference.work import Settings

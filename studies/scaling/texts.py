@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+from rlhf.data.readers.files import origins
 from rlhf.errors import UserError
-from rlhf.sources.files import origins
 from studies.scaling import world
 from studies.scaling.world import make_world, random_of
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf.intervals import Estimate
+from rlhf.stats.intervals import Estimate
 from studies.preference.measure import T95, SeedMean, combine, over_seeds, slope_weights
 
 LEAST_RUNGS = 3

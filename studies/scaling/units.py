@@ -19,8 +19,8 @@ from typing import Any
 
 from safetensors.torch import save_model
 
-from rlhf.backbone import REFERENCE, Backbone
-from rlhf.evaluate.model import LanguageModel
+from rlhf.evals.model import LanguageModel
+from rlhf.models.backbone import REFERENCE, Backbone
 from studies.preference.units import start_worker
 from studies.preference.work import Settings, Unit, weights_path, write_result
 from studies.scaling import distil, evaluate, reinforce, rungs

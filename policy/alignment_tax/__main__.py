@@ -1,0 +1,61 @@
+"""The `tax` stage: what alignment cost, several models (arms) side by side on the same items.
+
+``python -m policy.alignment_tax RECIPE [section.key=value ...]`` writes ``runs/<name>/tax/tax.json``,
+``tax.md``, ``tax.png``, ``items.jsonl`` and, where arms wrote something, ``responses.jsonl``, and prints the
+page.
+"""
+
+from __future__ import annotations
+
+from policy.alignment_tax.checks import check, inputs_of, parents_of, read_items
+from policy.alignment_tax.table import score_settings
+from rlhf.errors import UserError, exit_on_user_error
+from rlhf.recipe.load import from_command_line
+from rlhf.recipe.tax import DEFAULT_ARMS
+from rlhf.runs.artifacts import read_json
+from rlhf.runs.initial_adapter import check_same_start
+from rlhf.runs.stage import RUNS, open_stage
+
+
+def main() -> None:
+    """The `tax` target; a finished stage prints its page again."""
+    recipe = from_command_line()
+    section = recipe.tax
+    if section is None:
+        print("tax: not in this recipe", flush=True)
+        return
+    names = check(recipe, section)
+    run = open_stage(
+        recipe,
+        "tax",
+        section="tax",
+        parents=parents_of(recipe, section, names),
+        inputs=inputs_of(recipe, section, names),
+    )
+    folder = RUNS / recipe.name / "tax"
+    if run is not None:
+        if "policy" in names and section.interpolate:
+            check_same_start(recipe, run, "ppo")
+        items = read_items(recipe, section)
+        absent = [name for name in DEFAULT_ARMS if name not in names] if section.arms is None else []
+        print(
+            f"tax: {len(names)} arms ({', '.join(names)}) against {section.reference}"
+            + (f"; not there: {', '.join(absent)}" if absent else ""),
+            flush=True,
+        )
+        from policy.alignment_tax.run import measure
+
+        run.finish(measure(recipe, section, run, items))
+    elif section.score and read_json(folder / "tax.json")["evaluate"] != score_settings(recipe):
+        raise UserError(
+            f"{folder} was finished with other settings of the section `evaluate`, which tax.score uses: "
+            f'give the new run a name of its own (SET="name=..."), or remove {folder} to make it anew'
+        )
+    page = folder / "tax.md"
+    if not page.is_file():
+        raise UserError(f"{page} is missing; remove {folder} and run `make tax` again")
+    print(page.read_text(encoding="utf-8"), flush=True)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,107 @@
+"""What the tax stage needs: arms, stages, files and items, looked at before anything is loaded.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from policy.alignment_tax.models import arm_names, arm_stages, base_of, check_others, model_files
+from rlhf.collect.judges import JUDGES
+from rlhf.errors import UserError
+from rlhf.evals.registry import TASKS, canonical, draw
+from rlhf.recipe.load import Recipe, is_path
+from rlhf.recipe.tax import Tax
+from rlhf.runs.artifacts import SETTINGS
+from rlhf.runs.initial_adapter import start_inputs
+
+
+def check(recipe: Recipe, section: Tax, *, planned: bool = False) -> list[str]:
+    """What can be said against the section before anything is loaded; returns the names of the arms.
+
+    planned: no stage has to have finished; the arms are those that the recipe's stages will make.
+
+    Raises:
+        UserError: a model, a task, a file or the reference is not there.
+    """
+    check_others(section)
+    names = arm_names(recipe, section, planned=planned)
+    if section.reference not in names:
+        raise UserError(
+            f"tax.reference: {section.reference!r} is not among the arms ({', '.join(names)}); "
+            "name one of them, or add it"
+        )
+    if any(name.endswith("prompted") for name in names if name not in section.others):
+        prompt = Path(recipe.hhh_prompt).expanduser()
+        if not prompt.is_file():
+            raise UserError(f"hhh_prompt: {prompt} is not there; the prompted arms need it: check the path")
+    known: dict[str, str] = {}
+    for name in section.tasks:
+        try:
+            same = known.setdefault(canonical(name), name)
+        except UserError as error:
+            raise UserError(f"tax.tasks: {error}") from None
+        if same != name:
+            raise UserError(f"tax.tasks: {name} and {same} are one task; give its files once")
+    judge = section.toxicity.judge
+    if judge not in JUDGES and is_path(judge) and not Path(judge).expanduser().is_dir():
+        raise UserError(
+            f"tax.toxicity.judge: {judge} is not a folder; name a reward model's folder, a hub id, or a "
+            f"judge of texts ({', '.join(JUDGES)})"
+        )
+    if "humaneval" in section.tasks:
+        from rlhf.evals.sandbox import run as sandbox
+
+        sandbox.require()
+    return names
+
+
+def read_items(recipe: Recipe, section: Tax) -> dict[str, tuple[list[Any], int]]:
+    """By task: the items that every arm does, drawn by the recipe's seed, and how many there were.
+
+    Raises:
+        UserError: a file cannot be used (file and line).
+    """
+    found = {}
+    for name, task in section.tasks.items():
+        spec = TASKS[canonical(name)]
+        items = spec.read(task.files, key=f"tax.tasks.{name}.files")
+        limit = spec.limit if task.limit is None else task.limit
+        found[name] = (draw(items, limit, recipe.seed), len(items))
+    return found
+
+
+def parents_of(recipe: Recipe, section: Tax, names: Sequence[str]) -> list[str]:
+    """Stages of the run that must have finished."""
+    parents = arm_stages(names)
+    if section.score:
+        parents.append("comparisons")
+    evaluate = recipe.evaluate
+    by_run = evaluate.judge == "reward" and not evaluate.reward_model and not recipe.ppo.reward_model
+    if section.reward_model_hhh or (section.score and by_run):
+        parents.append("reward")
+    return parents
+
+
+def inputs_of(recipe: Recipe, section: Tax, names: Sequence[str]) -> list[str]:
+    """Files that the stage reads, by their specs; what the parents made is known by their manifests."""
+    specs = [spec for task in section.tasks.values() for spec in task.files]
+    places: list[str] = []
+    for place in section.others.values():
+        adapter = (Path(place).expanduser() / SETTINGS).is_file()
+        places += [place, base_of(place, recipe)] if adapter else [place]
+    if any(name not in section.others for name in names):
+        places.append(recipe.model.path)
+    if "toxicity" in section.tasks and section.toxicity.judge not in JUDGES:
+        places.append(section.toxicity.judge)
+    if section.score and recipe.evaluate.judge == "reward":
+        places += [recipe.evaluate.reward_model] if recipe.evaluate.reward_model else recipe.ppo.reward_model
+    specs += [str(file) for place in places for file in model_files(place)]
+    if any(name.endswith("prompted") for name in names if name not in section.others):
+        specs.append(recipe.hhh_prompt)
+    if "policy" in names and section.interpolate:
+        specs += start_inputs(recipe, "ppo")
+    return list(dict.fromkeys(specs))

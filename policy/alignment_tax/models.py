@@ -1,0 +1,306 @@
+"""Arms: models that are evaluated side by side, each a whole model with any number of adapters on top.
+
+One adapter of weight 1 is a trained model; weight 1 - a for the adapter of the PPO reference and a for that
+of the policy is the model a of the way between them, weight by weight (:mod:`rlhf.models.merging` has the
+sum).
+
+No torch before a model is loaded, so that a mistake is told in under a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rlhf.errors import UserError
+from rlhf.recipe.load import Recipe, is_path
+from rlhf.recipe.tax import ARMS, DEFAULT_ARMS, Tax, interpolated
+from rlhf.runs.artifacts import MANIFEST, SETTINGS, hash_of, read_json, sha256_of
+from rlhf.runs.initial_adapter import start_folder
+from rlhf.runs.stage import RUNS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlhf.tokenization.dialogue import Dialogue
+    from rlhf.tokenization.prompt_prefix import Context
+
+"""peft's files of an adapter."""
+STAGES = {"sft": "sft", "distilled": "distill", "policy": "ppo", "policy_prompted": "ppo"}
+"""The stage that makes an arm of the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One model to be evaluated."""
+
+    name: str
+    """As it is called in tables."""
+    base: str
+    """Folder or hub id of a whole model; its tokenizer is the arm's."""
+    adapters: tuple[tuple[str, float], ...] = ()
+    """Folders of adapters on that model, each with its weight."""
+    prompted: bool = False
+    """Whether it runs behind the recipe's prompt `hhh_prompt`."""
+    what: str = ""
+    """What it is, in a few words."""
+
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """Equal for arms with equal weights, which then need to be loaded only once."""
+        return (self.base, self.adapters)
+
+
+class LoadedArm(NamedTuple):
+    """An arm in memory."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prefix_ids: list[int]
+    """Token ids of the prompt that it runs behind; empty where it has none."""
+
+
+# ---------------------------------------------------------------- which arms
+
+
+def arm_names(recipe: Recipe, section: Tax, *, planned: bool = False) -> list[str]:
+    """Names of all arms that a table has, in the order in which they are shown.
+
+    Without ``tax.arms``: the base, the prompted base where the file of the prompt is there, and the arms
+    whose stage has finished, or, with ``planned``, is in the recipe.
+    """
+    names = section.arms
+    if names is None:
+        there = {
+            name: getattr(recipe, stage) is not None
+            if planned
+            else (RUNS / recipe.name / stage / MANIFEST).is_file()
+            for name, stage in STAGES.items()
+        }
+        there |= {"base": True, "prompted": Path(recipe.hhh_prompt).expanduser().is_file()}
+        names = [name for name in DEFAULT_ARMS if there[name]]
+    between = [interpolated(weight) for weight in section.interpolate] if "policy" in names else []
+    listed: list[str] = []
+    for name in names:
+        listed += [*between, name] if name == "policy" else [name]
+    return [*listed, *section.others]
+
+
+def arm_stages(names: Sequence[str]) -> list[str]:
+    """Stages of the run that must have finished for these arms."""
+    return list(dict.fromkeys(stage for name in names if (stage := STAGES.get(name))))
+
+
+def check_others(section: Tax) -> None:
+    """Every model of ``tax.others`` that is named by a path must be there.
+
+    Raises:
+        UserError: names the one that is not, and what would do.
+    """
+    for label, place in section.others.items():
+        folder = Path(place).expanduser()
+        if not is_path(place) or any((folder / name).is_file() for name in ("config.json", SETTINGS)):
+            continue
+        what = "holds neither an adapter nor a model" if folder.is_dir() else "is not a folder"
+        raise UserError(
+            f"tax.others.{label}: {place} {what}; name a folder with {SETTINGS} or config.json, or a hub id"
+        )
+
+
+def arms_of(recipe: Recipe, section: Tax) -> list[Arm]:
+    """The arms of a table; the stages of :func:`arm_stages` must have finished.
+
+    Raises:
+        UserError: an adapter's settings cannot be read.
+    """
+    parts = {interpolated(weight): weight for weight in section.interpolate}
+    arms = []
+    for name in arm_names(recipe, section):
+        if name in section.others:
+            arms.append(_other(name, section.others[name], recipe))
+        elif name in parts:
+            arms.append(_between(name, parts[name], recipe))
+        else:
+            arms.append(_of_run(name, recipe))
+    return arms
+
+
+def _of_run(name: str, recipe: Recipe) -> Arm:
+    prompted = name in ("prompted", "policy_prompted")
+    what = ARMS[name].replace("`hhh_prompt`", recipe.hhh_prompt)
+    stage = STAGES.get(name)
+    if stage is None:
+        return Arm(name, recipe.model.path, prompted=prompted, what=what)
+    folder = RUNS / recipe.name / stage
+    if (folder / "model" / "config.json").is_file():  # a stage that trained all weights
+        return Arm(name, str(folder / "model"), prompted=prompted, what=what)
+    adapter = str(folder / "policy")
+    return Arm(name, base_of(adapter, recipe), ((adapter, 1.0),), prompted, what)
+
+
+def _between(name: str, weight: float, recipe: Recipe) -> Arm:
+    policy = _of_run("policy", recipe)
+    start = start_folder(recipe, recipe.name, "ppo")
+    reference = () if start is None else ((str(start), 1 - weight),)
+    far = ((folder, weight) for folder, _ in policy.adapters)
+    what = f"{weight:g} of the way from the PPO reference to the policy, weight by weight"
+    return Arm(name, policy.base, (*reference, *far), what=what)
+
+
+def _other(label: str, place: str, recipe: Recipe) -> Arm:
+    folder = Path(place).expanduser()
+    where = str(folder) if folder.is_dir() else place
+    if (folder / SETTINGS).is_file():
+        base = base_of(where, recipe)
+        return Arm(label, base, ((where, 1.0),), what=f"{base} with the adapter {place}")
+    return Arm(label, where, what=f"the model {place}")
+
+
+def base_of(adapter: str, recipe: Recipe) -> str:
+    """The model that an adapter was made for, by its own settings; the recipe's where they do not say."""
+    return str(
+        read_json(Path(adapter).expanduser() / SETTINGS).get("base_model_name_or_path") or recipe.model.path
+    )
+
+
+# ---------------------------------------------------------------- what an arm is made of
+
+
+def model_files(place: str) -> list[Path]:
+    """The files of a local model or adapter that decide what it says; a hub id has none here."""
+    folder = Path(place).expanduser()
+    names = ("config.json", "reward.json", SETTINGS, "tokenizer.json", "*.safetensors", "*.bin", "*.jinja")
+    return [file for name in names for file in sorted(folder.glob(name)) if folder.is_dir()]
+
+
+def tokenizer_hash(arm: Arm) -> str:
+    """Content hash of an arm's tokenizer, without its chat template; a hub id stands for itself."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+    files = [Path(arm.base).expanduser() / name for name in names]
+    hashes = {f.name: _hash_of_file(f, f.stat().st_mtime_ns) for f in files if f.is_file()}
+    return hash_of(hashes or {"hub": arm.base})
+
+
+def model_hash(place: str) -> str:
+    """Content hash of a model or adapter: of its files, or of its name where it lies on the hub."""
+    files = {file.name: _hash_of_file(file, file.stat().st_mtime_ns) for file in model_files(place)}
+    return hash_of(files or {"hub": place})
+
+
+@functools.cache
+def _hash_of_file(file: Path, changed: int) -> str:
+    """Content hash, computed once for all arms on the same base; ``changed``: when it last was, in ns."""
+    return sha256_of(file)
+
+
+def arm_hash(arm: Arm, recipe: Recipe) -> str:
+    """Content hash of everything that decides what an arm says: weights, tokenizer, prompt, precision."""
+    parts = {
+        "base": model_hash(arm.base),
+        "adapters": [[model_hash(folder), weight] for folder, weight in arm.adapters],
+        "prompt": sha256_of(Path(recipe.hhh_prompt).expanduser()) if arm.prompted else None,
+        "dialogue": recipe.dialogue.model_dump(mode="json"),
+        "precision": [recipe.model.dtype, recipe.model.quantization],
+        "revision": recipe.model.revision if arm.base == recipe.model.path else None,
+    }
+    return hash_of(parts)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_arm(arm: Arm, recipe: Recipe, *, same: LoadedArm | None = None) -> LoadedArm:
+    """Load an arm on the best device, in the precision of the recipe's section ``model``.
+
+    Args:
+        arm: which one.
+        recipe: the whole recipe.
+        same: an arm in memory with the same weights (:attr:`Arm.weights`), whose model is used again.
+
+    Raises:
+        UserError: there is no such model or prompt, or an adapter does not fit it.
+    """
+    from rlhf.tokenization.prompt_prefix import window_of
+
+    model, tokenizer = same[:2] if same else _load(arm, recipe)
+    prefix_ids: list[int] = []
+    if arm.prompted:
+        context = prompt_of(recipe, tokenizer)
+        context.check_window(window_of(model.config))
+        prefix_ids = list(context.prefix_ids)
+    return LoadedArm(model, tokenizer, prefix_ids)
+
+
+def _load(arm: Arm, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+
+    from rlhf.models.base import best_device, load_base
+    from rlhf.models.merging import add_adapter
+
+    own = arm.base == recipe.model.path
+    section = recipe.model.model_copy(
+        update={"path": arm.base, "revision": recipe.model.revision if own else None}
+    )
+    tokenizer = tokenizer_of(arm, recipe)
+    try:
+        model = load_base(section)
+    except UserError as error:
+        raise _blamed(error, arm, own) from None
+    for folder, weight in arm.adapters:
+        add_adapter(model, Path(folder), weight)
+    torch.nn.Module.to(model, best_device())  # transformers refuses to move an 8-bit model
+    return model, tokenizer
+
+
+def tokenizer_of(arm: Arm, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of an arm, which is its base's.
+
+    Raises:
+        UserError: there is none.
+    """
+    from rlhf.tokenization.dialogue import load_tokenizer
+
+    own = arm.base == recipe.model.path
+    options = {"revision": recipe.model.revision} if own else {}
+    try:
+        return load_tokenizer(arm.base, trust_remote_code=recipe.model.trust_remote_code, **options)
+    except UserError as error:
+        raise _blamed(error, arm, own) from None
+
+
+def dialogue_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dialogue:
+    """The recipe's token contract with an arm's own tokenizer."""
+    from rlhf.tokenization.dialogue import Dialogue
+
+    section = recipe.dialogue
+    return Dialogue(
+        tokenizer,
+        template=section.template,
+        max_prompt_tokens=section.max_prompt_tokens,
+        max_response_tokens=section.max_response_tokens,
+        truncate_prompts=section.on_long_prompts == "truncate",
+        pad_token=section.pad_token,
+        end_of_context=section.end_of_context,
+    )
+
+
+def prompt_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Context:
+    """The prompt `hhh_prompt` in the tokens of an arm.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read as a prompt.
+    """
+    from rlhf.tokenization.prompt_prefix import Context
+
+    return Context.read(recipe.hhh_prompt, dialogue_of(recipe, tokenizer))
+
+
+def _blamed(error: UserError, arm: Arm, own: bool) -> UserError:
+    """An error of a loader that knows only ``model.path``, with the arm that it is about."""
+    if own:
+        return error
+    reason = str(error).removeprefix("model.path: ").replace("run `make model RECIPE=...` or ", "")
+    return UserError(f"arm {arm.name}: {reason}")

@@ -1,0 +1,30 @@
+"""A look at what the last stage of a road needs, before the first one: ``python -m
+policy.alignment_tax.preflight RECIPE``.
+
+The tax table comes hours after the start; a task that is not known, a file that cannot be read or a reference
+that will not be there is told now.
+"""
+
+from __future__ import annotations
+
+from policy.alignment_tax.checks import check, read_items
+from rlhf.errors import exit_on_user_error
+from rlhf.recipe.load import from_command_line
+from rlhf.runs.artifacts import MANIFEST
+from rlhf.runs.stage import RUNS
+
+
+def main() -> None:
+    """The first step of the `rlhf` target; it writes nothing."""
+    recipe = from_command_line()
+    section = recipe.tax
+    if section is None or (RUNS / recipe.name / "tax" / MANIFEST).is_file():
+        return
+    arms = check(recipe, section, planned=True)
+    items = read_items(recipe, section)
+    drawn = ", ".join(f"{name} {len(some)}" for name, (some, _) in items.items())
+    print(f"preflight: arms of the tax table: {', '.join(arms)}; items: {drawn or 'none'}", flush=True)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

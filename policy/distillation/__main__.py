@@ -1,0 +1,63 @@
+"""The `distill` stage: what a model says under a prompt, taught to the model without it.
+
+``python -m policy.distillation RECIPE [section.key=value ...]`` writes ``runs/<name>/distill/policy`` (an
+adapter) or ``runs/<name>/distill/model`` (all weights, ``distill.method=full``), and the teacher's words in
+``runs/<name>/distill/teacher`` unless ``distill.teacher_file`` names another folder. A recipe without a
+``distill`` section has no such stage (Askell 2021, arXiv 2112.00861).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf.errors import UserError, exit_on_user_error
+from rlhf.recipe.load import Recipe, from_command_line
+from rlhf.runs.initial_adapter import start_inputs, start_parents
+from rlhf.runs.stage import open_stage, processes, rank
+from rlhf.tokenization.prompt_prefix import parse
+
+
+def check(recipe: Recipe) -> None:
+    """Tell a malformed prompt before anything is loaded.
+
+    Raises:
+        UserError: the prompt's file and line.
+    """
+    prompt = Path(recipe.hhh_prompt).expanduser()
+    try:
+        parse(prompt.read_text(encoding="utf-8-sig"), str(prompt))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"hhh_prompt: {prompt} cannot be read as UTF-8 text ({error})") from None
+
+
+def main() -> None:
+    """The `distill` target."""
+    recipe = from_command_line()
+    section = recipe.distill
+    if section is None:
+        if rank() == 0:
+            print("distill: not in this recipe", flush=True)
+        return
+    if section.method == "full" and processes() > 1 and recipe.distributed.zero_stage == 3:
+        raise UserError(
+            "distill.method: full does not go with ZeRO-3, whose processes hold a part of every matrix each; "
+            "use distributed.zero_stage=2, or method=lora"
+        )
+    check(recipe)
+    own = section.text_share < 1 and not section.questions  # answers the run's own comparisons
+    run = open_stage(
+        recipe,
+        "distill",
+        section="distill",
+        parents=(*(("comparisons",) if own else ()), *start_parents(recipe, "distill")),
+        inputs=[recipe.hhh_prompt, *section.texts, *section.questions, *start_inputs(recipe, "distill")],
+    )
+    if run is None:
+        return
+    from policy.distillation.run import fit
+
+    run.finish(fit(recipe, section, run))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

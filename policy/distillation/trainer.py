@@ -1,0 +1,243 @@
+"""The training loop of context distillation.
+
+Several processes share the sequences of every batch. Which sequences make a batch does not depend on their
+number, and the loss of each is its share of the whole batch's tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from policy.distillation.data import HALVES, Passage
+from policy.distillation.loss import chunk_of, distil_kl
+from policy.distillation.prompted_model import cut
+from policy.distillation.student import Batch, Student, Trunk, collate, width
+from policy.distillation.teacher_cache import TeacherFile
+from rlhf.errors import UserError
+from rlhf.recipe.schema import Distill
+from rlhf.runs.artifacts import read_json, step_of, write_atomically
+from rlhf.runs.stage import StageRun
+from rlhf.training.metrics import Metrics
+from rlhf.training.runtime import Runtime, most_of_all
+from rlhf.training.schedule import learning_rate_factor
+
+SHOWN = {"distill/kl": ".4f"}
+_EPSILON = 1e-8  # of AdamW
+_ORDER = 5  # sets the random numbers of this purpose apart
+
+
+def batch_rows(seed: int, step: int, batch_size: int, number: int) -> list[int]:
+    """Rows of an optimiser step, from 0: every pass has an order of its own, its last batch may be small."""
+    epoch, index = divmod(step, -(-number // batch_size))
+    order = np.random.default_rng([seed % 2**63, _ORDER, epoch]).permutation(number)
+    return [int(row) for row in order[index * batch_size : (index + 1) * batch_size]]
+
+
+class _Lesson(nn.Module):
+    """The forward pass of a step as one module, as DeepSpeed wants it."""
+
+    def __init__(self, student: Student, trunk: Trunk | None) -> None:
+        super().__init__()
+        self.inside = student.module
+        self._student, self._trunk = student, trunk
+
+    def forward(self, batch: Batch) -> Tensor:
+        """KL(teacher || student) at each place of a batch, [N], nats."""
+        hidden_ND = self._student.states(batch, self._trunk)
+        chunk = chunk_of(self._student.vocabulary)
+        return distil_kl(hidden_ND, self._student.head, batch.words, chunk=chunk)
+
+
+class DistillTrainer:
+    """Trains a student on a teacher's words.
+
+    Args:
+        student: at its start, on its device.
+        runtime: the optimiser is made in it.
+        file: the teacher's words on ``passages``.
+        passages: all sequences; the first ``number`` are trained on.
+        number: how many.
+        trunk: states of all sequences below the first layer that learns, where they are kept.
+        section: the recipe's ``distill`` section.
+        seed: the recipe's seed.
+        rate: learning rate of the first step.
+        run: the open stage, for checkpoints.
+        contract: fingerprint of tokenizer and template.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: Student,
+        runtime: Runtime,
+        file: TeacherFile,
+        passages: Sequence[Passage],
+        number: int,
+        trunk: Trunk | None,
+        section: Distill,
+        seed: int,
+        rate: float,
+        run: StageRun,
+        contract: str,
+    ) -> None:
+        self.student, self.runtime, self.file, self.trunk = student, runtime, file, trunk
+        self.passages, self.number, self.section = passages, number, section
+        self.seed, self.rate, self.run = seed, rate, run
+        self.steps = steps_of(section, number)
+        self._anchors = {"words": file.identity, "contract": contract}
+        checkpoint = run.checkpoints.newest()
+        self.done = self.saved = step_of(checkpoint)
+        if checkpoint:
+            student.load(checkpoint / "student")
+        named = student.parameters()
+        groups = [{"params": [*named.values()], "lr": rate}]
+        runtime.prepare(_Lesson(student, trunk), groups, named, epsilon=_EPSILON)
+        if checkpoint:
+            self._restore(checkpoint)
+
+    def train(self, leave: Callable[[Callable[[], None]], None]) -> None:
+        """Run all remaining steps.
+
+        Args:
+            leave: called after every step with what saves it; ends the process where somebody asked for that.
+
+        Raises:
+            UserError: the loss or its gradient is not finite.
+        """
+        metrics = Metrics(
+            self.run.folder,
+            total=self.steps,
+            done=self.done,
+            shown=SHOWN,
+            description="distill",
+            active=self.run.is_main,
+        )
+        with contextlib.closing(metrics):
+            for step in range(self.done, self.steps):
+                began = time.monotonic()
+                figures = self._step(step)
+                metrics.log(step + 1, figures | {"time/step": time.monotonic() - began})
+                self.done = step + 1
+                if self.done == self.steps or self.done % self.section.checkpoint_every == 0:
+                    self._checkpoint()
+                leave(self._save)
+
+    def _step(self, step: int) -> dict[str, float]:
+        """One optimiser step: the mean KL over all tokens of the batch, a micro-batch at a time."""
+        rate = self.rate * learning_rate_factor(step, self.steps, kind="linear", warmup=self.section.warmup)
+        self.runtime.set_learning_rates([rate])
+        rows = batch_rows(self.seed, step, self.section.batch_size, self.number)
+        total = sum(map(self._places, rows))
+        sums = torch.zeros(len(HALVES), 2, dtype=torch.float64)  # KL and places of each half
+        parts = self._parts(rows)
+        with self.student.folded():
+            for index, (part, weight) in enumerate(parts):
+                batch = collate(part, self.passages, self.file, self.runtime.device)
+                kl_N = weight * self.runtime.model(batch)
+                self.runtime.backward(kl_N.sum() / total, last=index == len(parts) - 1)
+                by_row = torch.zeros(len(part), device=kl_N.device).index_add(0, batch.row_N, kl_N.detach())
+                for row, kl in zip(part, by_row.tolist(), strict=True):
+                    half = HALVES.index(self.passages[row].half)
+                    sums[half] += torch.tensor([kl, weight * self._places(row)], dtype=torch.float64)
+        norm = self.runtime.step()
+        by_half = self.runtime.all_sum(sums.to(self.runtime.device)).tolist()
+        loss = sum(kl for kl, _ in by_half) / total
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            raise UserError(
+                f"distill: the loss ({loss:g}) or its gradient ({norm:g}) is not finite in step {step + 1}: "
+                f"lower distill.learning_rate, which is {self.rate:g}"
+            )
+        figures = {"distill/kl": loss}
+        figures |= {
+            f"distill/kl_{half}": kl / places
+            for half, (kl, places) in zip(HALVES, by_half, strict=True)
+            if places
+        }
+        return figures | {
+            "distill/learning_rate": rate,
+            "distill/grad_norm": norm,
+            "distill/tokens": float(total),
+        }
+
+    def _places(self, row: int) -> int:
+        """Places of a sequence where a token is predicted."""
+        return len(self.passages[row].ids) - self.passages[row].first
+
+    def _parts(self, rows: Sequence[int]) -> list[tuple[list[int], float]]:
+        """This process's micro-batches of a step, each with its weight; all processes have as many.
+
+        Whoever is done goes on with weight 0: a backward pass over several processes is everybody's.
+        """
+        own = rows[self.runtime.rank :: self.runtime.world]
+        budget = self.section.tokens_per_micro_batch
+        parts = [
+            ([own[n] for n in part], 1.0) for part in cut([width(self.passages[r]) for r in own], budget)
+        ]
+        number = most_of_all(len(parts), self.runtime.device)
+        return parts + [([rows[0]], 0.0)] * (number - len(parts))
+
+    def _save(self) -> None:
+        """Write a checkpoint unless there is one of this step."""
+        if self.saved != self.done:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Write everything that the next step depends on."""
+        weights = self.runtime.whole_parameters() if self.runtime.shards_weights else None
+        moments = self.runtime.optimizer_tensors()
+        if self.run.is_main:
+            self.run.checkpoints.clean()
+            with self.run.checkpoints.writing(self.done) as folder:
+                (folder / "student").mkdir()
+                self.student.save(folder / "student", weights)
+                write_atomically(folder / "optimizer.safetensors", save(moments))
+                write_atomically(folder / "state.json", json.dumps({"step": self.done, **self._anchors}))
+            self.run.note_clock()
+        self.runtime.barrier()
+        self.saved = self.done
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Put the optimiser back; the weights were read before it was made.
+
+        Raises:
+            UserError: the optimiser's state is missing, or the teacher's words or the tokenizer are others.
+        """
+        state = read_json(checkpoint / "state.json")
+        for anchor, what in (("words", "the teacher's words have"), ("contract", "the tokenizer has")):
+            if state[anchor] != self._anchors[anchor]:
+                raise UserError(
+                    f"{checkpoint}: {what} changed since it was written, so the run cannot go on; put the "
+                    f"old back, or remove {self.run.folder} to start again"
+                )
+        try:
+            self.runtime.load_optimizer_tensors(load_file(checkpoint / "optimizer.safetensors"))
+        except (KeyError, FileNotFoundError) as error:
+            raise UserError(
+                f"{checkpoint}: the optimiser state is incomplete ({error}); "
+                f"remove {checkpoint} to go on from the one before"
+            ) from None
+        self.run.say(f"distill: going on after step {self.done} of {self.steps}")
+
+
+def steps_of(section: Distill, number: int) -> int:
+    """Optimiser steps of a recipe over so many sequences.
+
+    Raises:
+        UserError: all of them would be warm-up.
+    """
+    steps = section.epochs * -(-number // section.batch_size)
+    if section.warmup >= steps:
+        raise UserError(
+            f"distill.warmup: {section.warmup} leaves nothing of {steps} steps, with {number} sequences to "
+            "train on"
+        )
+    return steps

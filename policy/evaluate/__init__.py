@@ -1,0 +1,1 @@
+"""Held-out prompts, before against after, paired; best of n beside them."""

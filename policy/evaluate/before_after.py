@@ -1,0 +1,224 @@
+"""Before against after on held-out prompts: the same prompts, the same random numbers, paired figures.
+
+Before is the reference (adapter off), after is the trained policy. A figure of one response is averaged over
+the samples of its prompt first, so that the prompt is the unit of every interval.
+
+Shape suffixes: ``_B`` response row, ``_T`` token, ``_R`` response token.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from policy.ppo.kl import k3, sequence_kl
+from policy.ppo.rollout import Responses, close, window
+from policy.texts import distinct_n
+from rlhf.data.comparisons import Prompt
+from rlhf.generation.sampling import Sampled, sample, uniforms
+from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.masks import ended, masked_mean
+from rlhf.stats.intervals import Z95, mean_interval, paired_difference, win_rate
+from rlhf.tokenization.dialogue import Dialogue
+
+ScoreFn = Callable[[Responses], Sequence[float]]
+
+
+class Side(NamedTuple):
+    """What one model said to the held-out prompts; every list has one entry a response."""
+
+    texts: list[str]
+    scores: dict[str, list[float]]
+    """By judge."""
+    length: list[float]
+    """Tokens, EOS included."""
+    ended: list[float]
+    """1 = the model ended the response itself."""
+    entropy: list[float]
+    """Mean over the tokens, nats."""
+    kl: list[float]
+    """From the reference, k1 summed over the tokens, nats."""
+    kl_k3: list[float]
+    """The same by the k3 estimator."""
+
+
+class Answer(NamedTuple):
+    """One batch of responses, as judges see them and as the sampler gave them."""
+
+    said: Responses
+    sampled: Sampled
+    actions_BR: Tensor
+    """True = a sampled token, EOS included."""
+    start: int
+    """First response column of ``said.ids_BT``."""
+
+
+@torch.no_grad()
+def respond(
+    backbone: Backbone,
+    role: str,
+    dialogue: Dialogue,
+    prompts: Sequence[Prompt],
+    uniform_BR: Tensor,
+    *,
+    temperature: float,
+) -> Answer:
+    """Sample one response to every prompt of a batch.
+
+    Args:
+        backbone: the model.
+        role: ``policy`` or ``reference``.
+        dialogue: the token contract.
+        prompts: one row each.
+        uniform_BR: random numbers in [0, 1), one a token.
+        temperature: of sampling.
+    """
+    sampled = sample(
+        backbone,
+        role,
+        [dialogue.encode_prompt(p) for p in prompts],
+        uniform_BR,
+        eos_id=dialogue.eos_id,
+        pad_id=dialogue.pad_id,
+        temperature=temperature,
+    )
+    start = sampled.prompt_ids_BP.shape[1]
+    ids_BT, mask_BT, actions_BR = close(sampled, start, eos_id=dialogue.eos_id, pad_id=dialogue.pad_id)
+    hidden_BTD = backbone.trunk(ids_BT, mask_BT)
+    part = window(ids_BT, mask_BT, hidden_BTD, start, torch.arange(len(prompts)))
+    texts = [dialogue.decode(ids) for ids in sampled.response_ids_BR.tolist()]
+    return Answer(Responses(list(prompts), texts, *part[:3]), sampled, actions_BR, part.start)
+
+
+@torch.no_grad()
+def say(
+    backbone: Backbone,
+    role: str,
+    dialogue: Dialogue,
+    prompts: Sequence[Prompt],
+    judges: dict[str, ScoreFn],
+    *,
+    seed: int,
+    temperature: float,
+    batch_size: int,
+    progress: Callable[[int], Any] = int,
+) -> Side:
+    """Sample one response to every prompt and measure it.
+
+    Args:
+        backbone: the model.
+        role: ``policy`` or ``reference``.
+        dialogue: the token contract.
+        prompts: one row each; repeat a prompt for several samples.
+        judges: score functions by name.
+        seed: of the random numbers, which depend on the row and not on the role.
+        temperature: of sampling; log-probs and entropy are taken at it too.
+        batch_size: rows at once.
+        progress: called with the number of rows done.
+    """
+    side = Side([], {name: [] for name in judges}, [], [], [], [], [])
+    for first in range(0, len(prompts), batch_size):
+        batch = list(prompts[first : first + batch_size])
+        rows = range(first, first + len(batch))
+        uniform_BR = uniforms(seed, "evaluate", 0, rows, dialogue.max_response_tokens)
+        said, sampled, actions_BR, start = respond(
+            backbone, role, dialogue, batch, uniform_BR, temperature=temperature
+        )
+        tokens = (said.ids_BT, said.mask_BT, said.hidden_BTD)
+        both = [
+            backbone(r, *tokens, start=start, temperature=temperature, targets_mask_BR=actions_BR)
+            for r in (role, REFERENCE)
+        ]
+        (log_probs_BR, entropy_BR), (reference_BR, _) = both
+        for name, judge in judges.items():
+            side.scores[name].extend(float(s) for s in judge(said))
+        side.texts.extend(said.texts)
+        side.length.extend(actions_BR.sum(-1).float().tolist())
+        side.ended.extend(ended(sampled.response_ids_BR, dialogue.eos_id).float().tolist())
+        side.entropy.extend(masked_mean(entropy_BR, actions_BR, dim=-1).tolist())
+        side.kl.extend(sequence_kl(log_probs_BR, reference_BR, actions_BR).tolist())
+        side.kl_k3.extend((k3(log_probs_BR, reference_BR) * actions_BR).sum(-1).tolist())
+        progress(len(batch))
+    return side
+
+
+def per_prompt(values: Sequence[float], samples: int) -> NDArray[np.float64]:
+    """Mean of the samples of each prompt; the samples of a prompt stand together."""
+    return np.asarray(values, dtype=np.float64).reshape(-1, samples).mean(axis=1)
+
+
+def paired_jackknife(
+    before: Sequence[str], after: Sequence[str], statistic: Callable[[Sequence[str]], float]
+) -> dict[str, Any]:
+    """Change of a figure of a whole set of texts, with a 95% interval from leaving out one prompt at a time.
+
+    diff +- z se, se^2 = (n - 1) / n * sum (d_(i) - mean d_(.))^2 (Tukey 1958), the same row left out on both
+    sides. Not a bootstrap: a resampled set repeats texts, which lowers every distinct-n. What is not known
+    (NaN) becomes None.
+    """
+    x, y = statistic(before), statistic(after)
+    changes = np.array(
+        [
+            statistic([*after[:i], *after[i + 1 :]]) - statistic([*before[:i], *before[i + 1 :]])
+            for i in range(len(before))
+        ]
+    )
+    known = changes[~np.isnan(changes)]  # without its only long text a set has no n-gram
+    figures: dict[str, float | None] = {"before": x, "after": y, "diff": y - x}
+    ci95 = None
+    if known.size > 1 and not math.isnan(y - x):
+        error = math.sqrt((known.size - 1) * float(known.var()))
+        ci95 = [y - x - Z95 * error, y - x + Z95 * error]
+    unknown = {name: None for name, value in figures.items() if value is not None and math.isnan(value)}
+    return {**figures, **unknown, "ci95": ci95, "n": len(before)}
+
+
+def compare(before: Side, after: Side, *, samples: int) -> dict[str, Any]:
+    """Every figure of the two sides with its interval, as it goes into ``summary.json``."""
+    figures: dict[str, Any] = {}
+    for name in before.scores:
+        x, y = (per_prompt(side.scores[name], samples) for side in (before, after))
+        figures[name] = paired_difference(x, y)
+        figures[f"{name}_win_rate"] = win_rate(x, y).as_dict()
+    for name, key in (("response_length", "length"), ("eos_rate", "ended"), ("entropy", "entropy")):
+        x, y = (per_prompt(getattr(side, key), samples) for side in (before, after))
+        figures[name] = paired_difference(x, y)
+    for n in (1, 2):
+        figures[f"distinct_{n}"] = paired_jackknife(
+            before.texts, after.texts, functools.partial(distinct_n, n=n)
+        )
+    figures["kl"] = mean_interval(per_prompt(after.kl, samples)).as_dict()
+    figures["kl_k3"] = mean_interval(per_prompt(after.kl_k3, samples)).as_dict()
+    return figures
+
+
+def sample_pairs(prompts: Sequence[Prompt], before: Side, after: Side, number: int) -> list[dict[str, Any]]:
+    """A few prompts with what both sides said and how it was judged, evenly spread over the set."""
+    number = min(number, len(prompts))
+    rows = np.linspace(0, len(prompts) - 1, number).astype(int).tolist() if number else []
+    return [
+        {
+            "prompt": prompts[row][-1].content,
+            "before": before.texts[row],
+            "after": after.texts[row],
+            "scores": {name: [before.scores[name][row], after.scores[name][row]] for name in before.scores},
+        }
+        for row in rows
+    ]
+
+
+def text_judge(judge: Callable[[Sequence[str]], list[float]]) -> ScoreFn:
+    """A judge of texts as a score function."""
+    return lambda said: judge(said.texts)
+
+
+def tensor_judge(score: Callable[[Responses], Tensor]) -> ScoreFn:
+    """A reward model as a judge."""
+    return lambda said: score(said).tolist()

@@ -1,0 +1,1 @@
+"""PPO with LoRA against a reward."""

@@ -1,0 +1,41 @@
+"""The `ppo` stage: prompts and a reward model in, a policy out.
+
+``python -m policy.ppo RECIPE [section.key=value ...]``, or under ``deepspeed --module``, writes
+``runs/<name>/ppo/policy`` and ``.../value``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf.errors import exit_on_user_error
+from rlhf.recipe.load import Recipe, check_batch_sizes, from_command_line
+from rlhf.runs.initial_adapter import start_inputs, start_parents
+from rlhf.runs.stage import open_stage, processes
+
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
+"""Files of a model folder in which a change makes other token ids of the same text."""
+
+
+def tokenizer_files(recipe: Recipe) -> list[str]:
+    """What text becomes token ids by; none for a model that is not in a local folder."""
+    return [str(file) for name in TOKENIZER if (file := Path(recipe.model.path) / name).is_file()]
+
+
+def main() -> None:
+    """The `ppo` target."""
+    recipe = from_command_line()
+    check_batch_sizes(recipe, processes())
+    rewards = () if recipe.ppo.reward_model else ("reward",)
+    parents = ("comparisons", *rewards, *start_parents(recipe, "ppo"))
+    inputs = [*recipe.ppo.ptx_texts, *start_inputs(recipe, "ppo"), *tokenizer_files(recipe)]
+    run = open_stage(recipe, "ppo", section="ppo", parents=parents, inputs=inputs)
+    if run is None:
+        return
+    from policy.ppo.run import fit
+
+    run.finish(fit(recipe, run))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

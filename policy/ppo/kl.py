@@ -1,0 +1,75 @@
+"""How far two policies have drifted apart: Monte-Carlo estimates of KL, and the control of its price.
+
+Every estimator takes the log-probabilities of the same tokens under two policies. The tokens were drawn
+from the first one (q), and the estimate is of KL(q || p) = E_q[log q - log p]. For the drift from the
+reference, q is the policy that wrote the response and p the reference; for the drift within an update, q is
+the old policy and p the new one. Check numbers: J. Schulman, "Approximating KL Divergence" (2020).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf.models.masks import masked_sum
+
+MAX_RELATIVE_ERROR = 0.2  # the adaptive controller sees no larger error (Ziegler et al. 2019, official code)
+
+
+def k1(logq: Tensor, logp: Tensor) -> Tensor:
+    """Per sample log q - log p: unbiased for KL(q || p), of high variance, may be negative.
+
+    logq, logp: any one shape, samples from q. No mask, no reduction. Schulman 2020, k1 = -log r, r = p / q.
+    """
+    return logq - logp
+
+
+def k2(logq: Tensor, logp: Tensor) -> Tensor:
+    """Per sample (log q - log p)^2 / 2: slightly biased for KL(q || p), of low variance, never negative.
+
+    logq, logp: any one shape, samples from q. No mask, no reduction. Schulman 2020, k2 = (log r)^2 / 2.
+    """
+    return 0.5 * (logq - logp).square()
+
+
+def k3(logq: Tensor, logp: Tensor) -> Tensor:
+    """Per sample (r - 1) - log r with r = p / q: unbiased for KL(q || p), of low variance, never negative.
+
+    logq, logp: any one shape, samples from q. No mask, no reduction. Schulman 2020, k3. As a loss its
+    gradient is biased; it is meant to be read, not to be descended (arXiv 2510.01555).
+    """
+    log_r = logp - logq
+    return torch.expm1(log_r) - log_r
+
+
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def sequence_kl(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """KL of whole responses from the reference: the sum of k1 over the actions of each.
+
+    logp_BT: the policy that wrote the responses; ref_logp_BT: the reference; mask_BT: True = an action.
+    Returns kl_B in nats, positive where the policy prefers its response more than the reference does.
+    Ziegler et al. 2019 (arXiv 1909.08593), the logged KL of the official code.
+    """
+    return masked_sum(k1(logp_BT, ref_logp_BT), mask_BT, dim=-1)
+
+
+def adapt(beta: float, kl: float, *, target: float, horizon: float, n: int) -> float:
+    """Move the KL coefficient so that the KL of a sequence approaches its target.
+
+    beta' = beta * (1 + e * n / horizon) with e = clip(kl / target - 1, -0.2, 0.2): a KL above the target
+    raises the price. kl: mean over the batch of :func:`sequence_kl`; n: episodes in the batch; horizon: in
+    episodes. A fixed coefficient is one that is never adapted.
+
+    Ziegler et al. 2019 (arXiv 1909.08593), section 2.2, eq. for log-space proportional control, in the form
+    of the official code (target 6, beta 0.15 at the start, horizon 10,000).
+    """
+    if target <= 0 or horizon <= 0:
+        raise ValueError(f"KL target {target} and horizon {horizon} must be positive")
+    if not math.isfinite(kl):
+        raise ValueError(f"the KL is {kl}: the coefficient cannot follow it")
+    error = min(max(kl / target - 1.0, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
+    return beta * (1.0 + error * n / horizon)

@@ -1,0 +1,54 @@
+"""What is logged of a rollout, over all processes: the reward, and the numbers that can belie it."""
+
+from __future__ import annotations
+
+import torch
+
+from policy.ppo.kl import k3, sequence_kl
+from policy.ppo.reward_shaping import Targets
+from policy.ppo.rollout import Rollout
+from policy.texts import distinct_n
+from rlhf.training.runtime import Runtime
+
+
+def rollout_figures(
+    runtime: Runtime, rollout: Rollout, targets: Targets, batch_size: int
+) -> dict[str, float]:
+    """Means over the whole batch; every process must call it.
+
+    Args:
+        runtime: the processes.
+        rollout: this process's share.
+        targets: what the update aims at.
+        batch_size: responses of the rollout over all processes.
+
+    Returns:
+        Figures by name. KL is the tensor that is penalised (k1, summed over a response, nats); ``k3`` is the
+        same by another estimator; a rising reward with a falling ``distinct_2`` or entropy is a collapse.
+    """
+    actions = rollout.actions_BR
+    log_ratio = (rollout.log_probs_BR, rollout.reference_log_probs_BR)
+    per_row = {
+        "objective/score": rollout.scores_B,
+        "objective/kl": sequence_kl(*log_ratio, actions),
+        "objective/kl_k3": (k3(*log_ratio) * actions).sum(-1),
+        "objective/reward": targets.rewards_BR.sum(-1),
+        "response/length": actions.sum(-1).float(),
+        "response/eos_rate": rollout.ended_B.float(),
+    }
+    per_token = {
+        "policy/entropy": rollout.entropy_BR,
+        "value/mean": rollout.values_BR,
+        "value/error": (rollout.values_BR - targets.returns_BR).square(),
+        "policy/sampler_gap": (rollout.sampled_log_probs_BR - rollout.log_probs_BR).abs(),
+    }
+    rows = torch.stack([tensor.sum() for tensor in per_row.values()])
+    tokens = torch.stack([(tensor * actions).sum() for tensor in per_token.values()])
+    rows = runtime.all_sum(rows) / batch_size
+    tokens = runtime.all_sum(tokens) / targets.total_actions
+    texts = [text for part in runtime.gather(rollout.texts) for text in part]
+    return {
+        **dict(zip(per_row, rows.tolist(), strict=True)),
+        **dict(zip(per_token, tokens.tolist(), strict=True)),
+        "response/distinct_2": distinct_n(texts, 2),
+    }

@@ -1,0 +1,331 @@
+"""A rollout: sampled responses with everything that the update needs, computed once.
+
+Shape suffixes: ``_B`` response row of this process, ``_T`` token (prompt, response, closing column),
+``_R`` response token, ``_D`` hidden unit.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from policy.ppo.batching import micro_batches, own_rows, prompt_indices, prompt_of_row
+from policy.ppo.invariants import check_scores
+from rlhf.data.comparisons import Prompt
+from rlhf.generation.sampling import Sampled, sample, uniforms
+from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.masks import action_mask, ended
+from rlhf.recipe.schema import Ppo
+from rlhf.tokenization.dialogue import Dialogue
+from rlhf.training.runtime import Runtime
+
+
+class Responses(NamedTuple):
+    """What a score function may look at."""
+
+    prompts: list[Prompt]
+    """The dialogue before each response."""
+    texts: list[str]
+    """The responses as text, without EOS."""
+    ids_BT: Tensor
+    """Left-padded prompt, response, closing EOS."""
+    mask_BT: Tensor
+    """True = a real token; the last one is EOS in every row."""
+    hidden_BTD: Tensor | None
+    """The trunk's hidden states, where they are cached."""
+
+
+ScoreFn = Callable[[Responses], Tensor]
+"""Scores of responses, [B], higher is better. The PPO loop knows nothing else about rewards."""
+
+
+class Rollout(NamedTuple):
+    """One step's experience on this process."""
+
+    ids_BT: Tensor
+    """Left-padded prompt, response, closing column."""
+    mask_BT: Tensor
+    """True = a real token, the closing EOS included."""
+    hidden_BTD: Tensor | None
+    """Hidden states of the frozen trunk, or None."""
+    actions_BR: Tensor
+    """True = a sampled token, EOS included."""
+    sampled_log_probs_BR: Tensor
+    """Log-probs that the tokens were sampled with."""
+    log_probs_BR: Tensor
+    """The same from the training forward pass: the denominator of the ratio."""
+    reference_log_probs_BR: Tensor
+    """Log-probs under the reference."""
+    entropy_BR: Tensor
+    """Entropy of the policy at each action, in nats."""
+    values_BR: Tensor
+    """Value before each action."""
+    scores_B: Tensor
+    """What the score function said."""
+    ended_B: Tensor
+    """True = the policy itself ended the response."""
+    texts: list[str]
+    """The responses as text."""
+    start: int
+    """First response column of ``ids_BT``."""
+    seconds: Mapping[str, float] = MappingProxyType({})
+    """How long sampling took, and log-probs, values and scores together, by their names in the log."""
+
+
+class Window(NamedTuple):
+    """Some rows of a rollout, cut free of the padding that all of them share."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    hidden_BTD: Tensor | None
+    start: int
+
+
+def window(ids_BT: Tensor, mask_BT: Tensor, hidden_BTD: Tensor | None, start: int, rows: Tensor) -> Window:
+    """Select rows and drop the leading columns that are padding in all of them."""
+    mask = mask_BT[rows]
+    first = int(mask.any(0).float().argmax())
+    hidden = None if hidden_BTD is None else hidden_BTD[rows][:, first:]
+    return Window(ids_BT[rows][:, first:], mask[:, first:], hidden, start - first)
+
+
+def collect(
+    model: Any,
+    backbone: Backbone,
+    runtime: Runtime,
+    dialogue: Dialogue,
+    prompts: Sequence[Prompt],
+    score_fn: ScoreFn,
+    section: Ppo,
+    *,
+    seed: int,
+    step: int,
+) -> Rollout:
+    """Sample a batch and score it once with every role.
+
+    Args:
+        model: the prepared module or engine around the backbone.
+        backbone: the bare module, for sampling.
+        runtime: the processes.
+        dialogue: the token contract.
+        prompts: all training prompts.
+        score_fn: scores of responses.
+        section: the recipe's ``ppo`` section.
+        seed: the recipe's seed.
+        step: number of the step, from 0.
+
+    Raises:
+        InvariantError: the score function did not return one finite number a response.
+        UserError: the samples of a prompt would be on several processes.
+    """
+    began = time.monotonic()
+    prompt_B = prompt_of_row(section.batch_size, section.samples, runtime.world)
+    indices = prompt_indices(seed, step, section.batch_size // section.samples, len(prompts))
+    rows = own_rows(section.batch_size, runtime.rank, runtime.world)
+    chosen = [prompts[indices[prompt_B[row]]] for row in rows]
+    encoded = [dialogue.encode_prompt(prompt) for prompt in chosen]
+    keep = _keeps_trunk(backbone, runtime, dialogue, encoded, section)
+    ids_BT, mask_BT, actions_BR, sampled_BR, hidden_BTD = _sampled(
+        backbone, runtime, dialogue, encoded, section, seed=seed, step=step, rows=rows, keep_trunk=keep
+    )
+    start = ids_BT.shape[1] - actions_BR.shape[1] - 1
+    ended_B = ended(ids_BT[:, start:-1], dialogue.eos_id)
+    generated = time.monotonic()
+    order = micro_batches(range(len(rows)), mask_BT.sum(-1), section.micro_batch_size)
+    texts = [dialogue.decode(ids) for ids in ids_BT[:, start:-1].tolist()]
+    scores: list[Tensor] = []
+    with torch.no_grad():
+        if keep and hidden_BTD is None:
+            hidden_BTD = _trunk(backbone, ids_BT, mask_BT, order)
+        part = functools.partial(window, ids_BT, mask_BT, hidden_BTD, start)
+        counted_BR = None if runtime.shards_weights else actions_BR
+        whole = _measured(model, backbone, section, part, counted_BR, order)
+        for micro in order:
+            said = Responses([chosen[i] for i in micro], [texts[i] for i in micro], *part(micro)[:3])
+            scores.append(score_fn(said).to(runtime.device))
+            check_scores(scores[-1], len(micro))
+    return Rollout(
+        ids_BT,
+        mask_BT,
+        hidden_BTD,
+        actions_BR,
+        sampled_BR,
+        whole["log_probs"],
+        whole["reference"],
+        whole["entropy"],
+        whole["values"],
+        _in_order(scores, order),
+        ended_B,
+        texts,
+        start,
+        {"time/generate": generated - began, "time/score": time.monotonic() - generated},
+    )
+
+
+def _measured(
+    model: Any,
+    backbone: Backbone,
+    section: Ppo,
+    part: Callable[[Tensor], Window],
+    counted_BR: Tensor | None,
+    order: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    """What policy, reference and value say of the sampled tokens, [B, R] each; no value is all 0.
+
+    A role at a time, its adapter folded in. ``counted_BR``: True = a token to look at; None = all of them.
+    """
+    shared = section.has_value and section.value == "shared"
+    pieces: dict[str, list[Tensor]] = {}
+    for role, names in (("policy", ("log_probs", "entropy", "values")), (REFERENCE, ("reference", "-"))):
+        with backbone.folded(role):
+            for micro in order:
+                rows = part(micro)
+                said = model(
+                    role,
+                    *rows[:3],
+                    start=rows.start,
+                    temperature=section.temperature,
+                    targets_mask_BR=None if counted_BR is None else counted_BR[micro],
+                    value="value" if shared and role == "policy" else None,
+                )
+                for name, tensor_BR in zip(names, said, strict=False):
+                    pieces.setdefault(name, []).append(tensor_BR)
+    if section.has_value and not shared:
+        with backbone.folded("value"):
+            pieces["values"] = [model("value", *part(m)[:3], start=part(m).start) for m in order]
+    whole = {name: _in_order(parts, order) for name, parts in pieces.items()}
+    return {"values": torch.zeros_like(whole["log_probs"])} | whole
+
+
+def _in_order(parts: Sequence[Tensor], order: Sequence[Tensor]) -> Tensor:
+    """Tensors of micro-batches as one, the rows back where they were."""
+    whole = torch.cat(list(parts))
+    return whole[torch.argsort(torch.cat(list(order))).to(whole.device)]
+
+
+def _keeps_trunk(
+    backbone: Backbone,
+    runtime: Runtime,
+    dialogue: Dialogue,
+    prompts: Sequence[Sequence[int]],
+    section: Ppo,
+) -> bool:
+    """Whether there is a frozen trunk whose hidden states fit in memory, on every process."""
+    if not backbone.frozen_layers:
+        return False
+    base = backbone.base
+    tokens = len(prompts) * (max(map(len, prompts)) + dialogue.max_response_tokens + 1)
+    size = tokens * int(base.config.get_text_config().hidden_size) * base.dtype.itemsize
+    if not runtime.any_process(size > section.trunk_gigabytes * 1e9):
+        return True
+    if runtime.rank == 0:
+        _say_once(
+            f"ppo.trunk_gigabytes: the frozen trunk's hidden states of a rollout need more than "
+            f"{section.trunk_gigabytes:g} GB a process, so every pass computes them anew"
+        )
+    return False
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, flush=True)
+
+
+def _sampled(
+    backbone: Backbone,
+    runtime: Runtime,
+    dialogue: Dialogue,
+    prompts: Sequence[Sequence[int]],
+    section: Ppo,
+    *,
+    seed: int,
+    step: int,
+    rows: Sequence[int],
+    keep_trunk: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Sample all rows of this process and lay them out as closed sequences of one width.
+
+    Prompts of one length are sampled together, and equal ones side by side, which saves padding and reading.
+
+    Returns:
+        ids, mask and actions as of ``close``, the sampled log-probs [B, R], and the trunk's hidden states
+        [B, T, D] where sampling could keep them.
+    """
+    start = max(map(len, prompts))
+    order = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), list(prompts[i]), i))
+    pieces: list[tuple[Tensor, ...]] = []
+    hidden_BTD: Tensor | None = None
+    with runtime.whole_weights(backbone), backbone.folded("policy"):
+        for first in range(0, len(rows), section.rollout_batch_size):
+            part = order[first : first + section.rollout_batch_size]
+            said = sample(
+                backbone,
+                "policy",
+                [prompts[i] for i in part],
+                uniforms(seed, "rollout", step, [rows[i] for i in part], dialogue.max_response_tokens),
+                eos_id=dialogue.eos_id,
+                pad_id=dialogue.pad_id,
+                temperature=section.temperature,
+                any_process=runtime.any_process if runtime.shards_weights else bool,
+                keep_trunk=keep_trunk and not runtime.shards_weights,
+            )
+            closed = close(said, start, eos_id=dialogue.eos_id, pad_id=dialogue.pad_id)
+            pieces.append((*closed, said.log_probs_BR))
+            if said.trunk_BTD is not None:
+                hidden = said.trunk_BTD
+                if hidden_BTD is None:
+                    hidden_BTD = hidden.new_zeros(len(rows), closed[0].shape[1], hidden.shape[-1])
+                hidden_BTD[part, -hidden.shape[1] :] = hidden
+    back = torch.argsort(torch.tensor(order)).to(runtime.device)
+    ids_BT, mask_BT, actions_BR, sampled_BR = (torch.cat(parts)[back] for parts in zip(*pieces, strict=True))
+    return ids_BT, mask_BT, actions_BR, sampled_BR, hidden_BTD
+
+
+def close(sampled: Sampled, width: int, *, eos_id: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay sampled responses out as sequences that all end in EOS.
+
+    Args:
+        sampled: responses with their prompts.
+        width: prompt columns of the result, at least those of the prompts.
+        eos_id: closes a response that the policy did not end.
+        pad_id: fills the rest.
+
+    Returns:
+        ids [B, width + R + 1] (prompt, response, closing column), their mask (True = a real token, the
+        closing EOS included), and the action mask [B, R] (True = a sampled token).
+    """
+    rows = len(sampled.response_ids_BR)
+    more = width - sampled.prompt_ids_BP.shape[1]
+    device = sampled.response_ids_BR.device
+    padding = torch.full((rows, more), pad_id, device=device)
+    actions_BR = action_mask(sampled.response_ids_BR, eos_id)
+    open_B = ~ended(sampled.response_ids_BR, eos_id)
+    closing_B1 = torch.where(open_B, eos_id, pad_id)[:, None]
+    response_BR = torch.where(actions_BR, sampled.response_ids_BR, pad_id)
+    ids_BT = torch.cat([padding, sampled.prompt_ids_BP, response_BR, closing_B1], dim=1)
+    mask_BT = torch.cat(
+        [torch.zeros_like(padding, dtype=torch.bool), sampled.prompt_mask_BP, actions_BR, open_B[:, None]],
+        dim=1,
+    )
+    return ids_BT, mask_BT, actions_BR
+
+
+def _trunk(backbone: Backbone, ids_BT: Tensor, mask_BT: Tensor, order: Sequence[Tensor]) -> Tensor | None:
+    """Hidden states of the frozen trunk, computed a micro-batch at a time."""
+    if not backbone.frozen_layers:
+        return None
+    whole: Tensor | None = None
+    for micro in order:
+        part = window(ids_BT, mask_BT, None, 0, micro)
+        hidden = backbone.trunk(part.ids_BT, part.mask_BT)
+        assert hidden is not None, "a backbone with frozen layers has a trunk"
+        if whole is None:
+            whole = hidden.new_zeros(*ids_BT.shape, hidden.shape[-1])
+        whole[micro, ids_BT.shape[1] - hidden.shape[1] :] = hidden
+    return whole

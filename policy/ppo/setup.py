@@ -1,0 +1,198 @@
+"""Putting the parts of a PPO run together: the backbone with its adapters, and the score function.
+
+Several reward models are an ensemble: adapters ``reward``, ``reward_1``, ``reward_2``, ... on the one base,
+each with a head and an offset of its own. The PPO loop sees one score function all the same.
+
+Shape suffixes: ``_M`` reward model, ``_B`` response row, ``_T`` token, ``_D`` hidden unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from policy.ppo.rollout import Responses, ScoreFn
+from reward.model.ensemble import Combination, check_one_base, combine, member_folders, spread
+from reward.model.model import TextRewardModel, check_has_score, check_same_contract, read_card
+from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.base import best_device, load_base
+from rlhf.models.masks import append_token
+from rlhf.recipe.load import Recipe
+from rlhf.runs.artifacts import WEIGHTS, sha256_of
+from rlhf.runs.initial_adapter import start_folder
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import Dialogue
+
+SPREAD = "ppo/score_spread"  # name of the disagreement in the log
+
+
+def reward_folders(recipe: Recipe, run: StageRun) -> list[Path]:
+    """The reward models that PPO trains against: the recipe's, or all members of the same run.
+
+    Raises:
+        UserError: the run's reward stage has not left a whole ensemble.
+    """
+    named = recipe.ppo.reward_model
+    return [Path(folder) for folder in named] if named else member_folders(run.parent("reward"))
+
+
+def reward_adapters(number: int) -> tuple[str, ...]:
+    """Names of the adapters of so many reward models on one base."""
+    return ("reward", *(f"reward_{index}" for index in range(1, number)))
+
+
+def check_rewards(recipe: Recipe, dialogue: Dialogue, folders: Sequence[Path]) -> None:
+    """Reward models that score as adapters must have a score, and fit each other and the policy's base.
+
+    Raises:
+        UserError: one of them does not; the remedy is to let them read the text.
+    """
+    check_one_base(folders)
+    for folder in folders:
+        check_same_contract(read_card(folder), recipe, dialogue, folder)
+
+
+def load_scorer(backbone: Backbone, adapter: str, folder: Path) -> str:
+    """Read a reward model into an adapter, its head and its offset; returns where they come from."""
+    count = backbone.load_adapter(adapter, folder)
+    backbone.set_offset(adapter, read_card(folder).offset)
+    return f"{count} tensors of {folder} ({_hash_of(folder)})"
+
+
+def _hash_of(folder: Path) -> str:
+    return sha256_of(folder / WEIGHTS)[:12]
+
+
+def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
+    """One base with policy, value and, where they fit, reward adapters; prints where every part comes from.
+
+    A policy that starts from an adapter has a frozen copy of it as its reference; else that is the base. The
+    value starts as a copy of the (first) reward model, adapter and head (Stiennon 2020; Huang 2024, detail
+    8). A reward model on another base cannot be copied, nor a head on the policy's adapter: those start with
+    a zero head.
+
+    Raises:
+        UserError: a reward model gives no score, or does not fit and the recipe does not allow re-tokenising.
+    """
+    folders = reward_folders(recipe, run)
+    for folder in folders:
+        check_has_score(read_card(folder), folder)
+    names = reward_adapters(len(folders))
+    section, start = recipe.ppo, start_folder(recipe, run, "ppo")
+    rewards = () if section.retokenise else names
+    own_value = section.has_value and section.value == "adapter"
+    values = ("value",) if section.has_value else ()
+    torch.manual_seed(recipe.seed)
+    backbone = Backbone(
+        load_base(recipe.model),
+        recipe.lora,
+        adapters=(
+            "policy",
+            *(values if own_value else ()),
+            *rewards,
+            *((REFERENCE,) if start else ()),
+        ),
+        heads=(*values, *rewards),
+        trainable=("policy", *values),
+        shared=None if own_value or not values else {"value": "policy"},
+    )
+    backbone.zero_heads()
+    origins = {"policy": f"{recipe.model.path}, fresh adapter (no change at the start)"}
+    origins["reference"] = f"{recipe.model.path}, adapters off"
+    if start:
+        count = backbone.load_adapter("policy", start)
+        backbone.copy_adapter("policy", REFERENCE)
+        origins["policy"] = f"{count} tensors of {start} ({_hash_of(start)})"
+        origins["reference"] = "a frozen copy of the policy's start"
+    if section.has_value:
+        origins["value"] = "fresh, zero head" if own_value else "zero head on the policy's adapter"
+    if rewards:
+        check_rewards(recipe, dialogue, folders)
+        copies = [("value", folders[0])] if own_value else []
+        for adapter, folder in [*copies, *zip(rewards, folders, strict=True)]:
+            origins[adapter] = load_scorer(backbone, adapter, folder)
+    else:
+        origins |= {n: f"{f}, on its own base, reads the text" for n, f in zip(names, folders, strict=True)}
+    warning = backbone.check_architecture()
+    if run.is_main:
+        if warning:
+            print(f"warning: {warning}", flush=True)
+        for part, origin in origins.items():
+            print(f"{part + ':':<10} {origin}")
+        if len(folders) > 1:
+            print(f"score:     {_in_words(recipe)} of the {len(folders)} reward models")
+        cut = backbone.frozen_layers
+        print(f"trunk:     {f'{cut} frozen layers, computed once a rollout' if cut else 'none'}", flush=True)
+    return backbone
+
+
+def _in_words(recipe: Recipe) -> str:
+    how = recipe.ppo.ensemble
+    return f"mean - {recipe.ppo.ensemble_penalty:g} x standard deviation" if how == "pessimistic" else how
+
+
+class EnsembleScore:
+    """The score function of PPO: one or several reward models, combined; it notes how far they disagree.
+
+    Args:
+        members: the score function of each reward model.
+        how: as in :func:`reward.model.ensemble.combine`.
+        penalty: of the same.
+    """
+
+    def __init__(self, members: Sequence[ScoreFn], how: Combination, penalty: float) -> None:
+        self.members, self.how, self.penalty = members, how, penalty
+        self._spread, self._scored = 0.0, 0
+
+    def __call__(self, said: Responses) -> Tensor:
+        """Scores, [B]; higher is better."""
+        scores_MB = torch.stack([member(said) for member in self.members])
+        self._spread += float(spread(scores_MB).sum())
+        self._scored += scores_MB.shape[1]
+        return combine(scores_MB, self.how, self.penalty)
+
+    def figures(self, all_sum: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """Mean disagreement on the responses scored since the last call, over all processes; then start anew.
+
+        Every process must call it. Empty for a single reward model, which has nobody to disagree with, and
+        where nothing was scored.
+
+        all_sum: the sum of a tensor over all processes. device: where they sum.
+        """
+        if len(self.members) == 1:
+            return {}
+        total, number = all_sum(torch.tensor([self._spread, float(self._scored)], device=device)).tolist()
+        self._spread, self._scored = 0.0, 0
+        return {SPREAD: total / number} if number else {}
+
+
+def score_function(recipe: Recipe, run: StageRun, model: Backbone, dialogue: Dialogue) -> EnsembleScore:
+    """How PPO scores responses: reward adapters of the same base, or reward models that read text."""
+    folders = reward_folders(recipe, run)
+    members: list[ScoreFn]
+    if recipe.ppo.retokenise:
+        members = [_reader(TextRewardModel(folder, best_device())) for folder in folders]
+    else:
+        last_token = dialogue.end_of_context_id
+        members = [_adapter(model, name, last_token) for name in reward_adapters(len(folders))]
+    return EnsembleScore(members, recipe.ppo.ensemble, recipe.ppo.ensemble_penalty)
+
+
+def _reader(other: TextRewardModel) -> ScoreFn:
+    return lambda said: other.score(said.prompts, said.texts)
+
+
+def _adapter(model: Backbone, name: str, last_token: int | None) -> ScoreFn:
+    """Scores by one adapter, read on ``last_token`` behind EOS, or on EOS itself where that is None."""
+
+    def score(said: Responses) -> Tensor:
+        inputs: tuple[Tensor | None, ...] = (said.ids_BT, said.mask_BT, said.hidden_BTD)
+        if last_token is not None:  # the cached trunk has not seen that token
+            inputs = append_token(said.ids_BT, said.mask_BT, last_token)
+        with model.folded(name):
+            return model(name, *inputs)
+
+    return score

@@ -1,0 +1,112 @@
+"""What a PPO run trains, and how that is kept: adapters, optimiser, moving average, checkpoint files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from rlhf.errors import UserError
+from rlhf.models.backbone import Backbone
+from rlhf.recipe.schema import Ppo
+from rlhf.runs.artifacts import write_atomically
+from rlhf.training.runtime import Runtime
+from rlhf.training.schedule import learning_rate_factor
+
+Adapters = dict[str, dict[str, Tensor]]
+"""Whole tensors by adapter and saved name."""
+_AVERAGE = "average.safetensors"
+
+
+class Learner:
+    """The learning adapters of a backbone and their one optimiser.
+
+    Args:
+        backbone: holds an adapter or head for each of :attr:`adapters`.
+        runtime: its ``model`` and optimiser are made here.
+        section: the recipe's ``ppo`` section.
+        checkpoint: where the weights are read from, before the optimiser is made.
+    """
+
+    def __init__(self, backbone: Backbone, runtime: Runtime, section: Ppo, checkpoint: Path | None) -> None:
+        self.backbone, self.runtime, self.section = backbone, runtime, section
+        self.adapters = ("policy", "value") if section.has_value else ("policy",)
+        if checkpoint:
+            for adapter in self.adapters:
+                backbone.load_adapter(adapter, checkpoint / adapter)
+        by_adapter = {adapter: backbone.parameters_of(adapter) for adapter in self.adapters}
+        self.rates = {"policy": section.learning_rate}
+        if section.has_value:
+            self.rates["value"] = section.value_learning_rate or section.learning_rate
+        groups = [{"params": [*by_adapter[a].values()], "lr": self.rates[a]} for a in self.adapters]
+        named = {f"{a}.{name}": p for a, parameters in by_adapter.items() for name, p in parameters.items()}
+        runtime.prepare(backbone, groups, named, epsilon=section.adam_epsilon, kind=section.optimizer)
+        self.average: dict[str, Tensor] | None = None
+        if section.ema_decay is not None:
+            self.average = self.weights()["policy"]
+
+    def set_rates(self, step: int) -> float:
+        """Set the learning rates of a step, from 0; the policy's is 0 while only the value warms up.
+
+        Returns:
+            The policy's.
+        """
+        section = self.section
+        factor = learning_rate_factor(step, section.steps, kind=section.schedule, warmup=section.warmup)
+        rates = {adapter: rate * factor for adapter, rate in self.rates.items()}
+        if step < section.value_warmup:
+            rates["policy"] = 0.0
+        self.runtime.set_learning_rates([*rates.values()])
+        return rates["policy"]
+
+    def follow(self) -> None:
+        """Move the policy's average by one step; every process must call it."""
+        if self.average is None:
+            return
+        decay = self.section.ema_decay
+        assert decay is not None, "there is an average only with a decay"
+        for name, tensor in self.weights()["policy"].items():
+            self.average[name].lerp_(tensor, 1.0 - decay)
+
+    def weights(self) -> Adapters:
+        """Every learning tensor, whole; every process must call it."""
+        whole = self.runtime.whole_parameters()
+        return {
+            adapter: {
+                name.removeprefix(f"{adapter}."): tensor
+                for name, tensor in whole.items()
+                if name.startswith(f"{adapter}.")
+            }
+            for adapter in self.adapters
+        }
+
+    def write_adapters(self, folder: Path, weights: Adapters) -> None:
+        """Save adapters in peft's format, each in a folder of its name."""
+        for adapter, tensors in weights.items():
+            kind = "policy" if adapter.startswith("policy") else adapter
+            (folder / adapter).mkdir(parents=True, exist_ok=True)
+            self.backbone.save_adapter(kind, folder / adapter, tensors)
+
+    def save(self, folder: Path, weights: Adapters, moments: dict[str, Tensor]) -> None:
+        """Write a checkpoint's tensors; ``moments`` are the runtime's ``optimizer_tensors``."""
+        self.write_adapters(folder, weights)
+        write_atomically(folder / "optimizer.safetensors", save(moments))
+        if self.average is not None:
+            write_atomically(folder / _AVERAGE, save(self.average))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Put optimiser and average back; the adapters were read before the optimiser was made.
+
+        Raises:
+            UserError: something is missing: going on with a fresh Adam would be another run.
+        """
+        try:
+            self.runtime.load_optimizer_tensors(load_file(checkpoint / "optimizer.safetensors"))
+            if self.average is not None:
+                self.average = load_file(checkpoint / _AVERAGE)
+        except (KeyError, FileNotFoundError) as error:
+            raise UserError(
+                f"{checkpoint}: the optimiser state is incomplete ({error}); "
+                f"remove {checkpoint} to go on from the one before"
+            ) from None

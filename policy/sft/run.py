@@ -1,0 +1,223 @@
+"""The work of the SFT stage: read, encode, train, save, measure on held-out demonstrations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from torch import Tensor
+
+from policy.sft.data import encode
+from policy.sft.loss import check_packing, gives_states, losses, vocabulary_head
+from policy.sft.trainer import ADAPTER, SftTrainer, training_arguments
+from rlhf.collect.__main__ import fitting
+from rlhf.data.comparisons import Counts, drawn, split_by_prompt
+from rlhf.data.demonstrations import Demonstration, best_of, read_demonstrations
+from rlhf.data.readers.native import read_native
+from rlhf.errors import UserError
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import best_device, load_base
+from rlhf.models.packing import Row
+from rlhf.recipe.load import Recipe
+from rlhf.recipe.schema import Sft
+from rlhf.runs.artifacts import read_json, step_of, write_json
+from rlhf.runs.initial_adapter import ADAPTER as SAVED
+from rlhf.runs.initial_adapter import start_folder
+from rlhf.runs.stage import StageRun, processes
+from rlhf.stats.intervals import Estimate, cluster_mean_interval
+from rlhf.tokenization.dialogue import Dialogue, load_dialogue
+from rlhf.training.hf_trainer import resumable
+from rlhf.training.metrics import Metrics
+from rlhf.training.runtime import load_bases_whole, whole_parameters
+
+
+def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
+    """Fine-tune the policy's adapter of a recipe; returns the figures for the manifest."""
+    dialogue = load_dialogue(recipe)
+    parts, counts = demonstrations(recipe, section, run, dialogue)
+    train, held_out = (encode(part, dialogue, section.loss_on) for part in parts)
+    run.say(f"sft: {len(train)} demonstrations to learn, {len(held_out)} held out")
+    backbone = fresh(recipe, run)
+    head = vocabulary_head(recipe, backbone)
+    model: Any = backbone.model
+    packing = section.packing
+    if packing and (warning := check_packing(model, head, train, dialogue.pad_id)):
+        packing = False
+        run.say(f"warning: {warning}")
+    kept = run.folder / "parts" / "before.json"
+    if kept.is_file():
+        before_B = torch.tensor(read_json(kept))
+    else:
+        before_B, _ = losses(model, head, held_out, dialogue.pad_id, packing=packing)
+        if run.is_main:
+            write_json(kept, before_B.tolist())
+            run.note_clock()
+    learn(recipe, section, run, dialogue, model, head, train, packing=packing)
+    after_B, tokens_B = losses(model.eval(), head, held_out, dialogue.pad_id, packing=packing)
+    figures = judged(before_B, after_B, tokens_B)
+    save(run, backbone, dialogue)
+    if run.is_main:
+        _report(figures)
+    return figures | {
+        "train": len(train),
+        "held_out": len(held_out),
+        "learned_tokens": section.epochs * sum(sum(row.counts[1:]) for row in train),
+        "packed": packing,
+        "processes": processes(),
+        "counts": counts.as_dict(),
+    }
+
+
+def demonstrations(
+    recipe: Recipe, section: Sft, run: StageRun, dialogue: Dialogue
+) -> tuple[tuple[list[Demonstration], list[Demonstration]], Counts]:
+    """What to learn, and what to measure on; no prompt is on both sides.
+
+    Raises:
+        UserError: a bad row (file and line), a prompt beyond the limit, or nothing usable.
+    """
+    counts = Counts()
+    if section.chosen:
+        folder = run.parent("comparisons")
+        train, held_out = (
+            [best for c in read_native(folder / f"{part}.jsonl", "stop", counts) for best in best_of(c)]
+            for part in ("train", "held_out")
+        )
+    else:
+        found, counts = read_demonstrations(section.data, on_bad_rows=recipe.data.on_bad_rows)
+        found = fitting(found, lambda shown: shown.prompt, recipe, dialogue, counts)
+        if not found:
+            raise UserError(f"sft.data: nothing usable in {', '.join(section.data)}: {counts}")
+        run.say(f"sft: {counts}")
+        train, held_out = split_by_prompt(found, recipe.data.held_out, recipe.seed)
+    number = min(section.judged, len(held_out))
+    return (drawn(train, section.limit, recipe.seed), drawn(held_out, number, recipe.seed)), counts
+
+
+def fresh(recipe: Recipe, run: StageRun) -> Backbone:
+    """The base with the one adapter that will learn, as it starts."""
+    load_bases_whole()
+    torch.manual_seed(recipe.seed)
+    base = gives_states(load_base(recipe.model))
+    backbone = Backbone(base, recipe.lora, adapters=[ADAPTER], trainable=[ADAPTER])
+    start = start_folder(recipe, run, "sft")
+    if start:
+        count = backbone.load_adapter(ADAPTER, start)
+        run.say(f"sft: starts from {start} ({count} tensors)")
+    backbone.check_architecture()
+    backbone.activate(ADAPTER)
+    backbone.to(best_device())
+    return backbone
+
+
+def learn(
+    recipe: Recipe,
+    section: Sft,
+    run: StageRun,
+    dialogue: Dialogue,
+    model: Any,
+    head: Any,
+    rows: Sequence[Row],
+    *,
+    packing: bool,
+) -> None:
+    """Train the adapter in place; an interrupted training goes on from its newest checkpoint."""
+    steps = section.epochs * -(-len(rows) // section.batch_size)
+    checkpoint = run.checkpoints.newest()
+    done = step_of(checkpoint)
+    if checkpoint and run.is_main:
+        print(f"sft: going on after step {done} of {steps}", flush=True)
+    metrics = Metrics(
+        run.folder,
+        total=steps,
+        done=done,
+        shown={"sft/loss": ".3f"},
+        description="sft",
+        active=run.is_main,
+    )
+    trainer = SftTrainer(
+        run=run,
+        checkpoints=run.checkpoints,
+        metrics=metrics,
+        section=section,
+        pad_id=dialogue.pad_id,
+        packing=packing,
+        head=head,
+        model=model,
+        args=training_arguments(recipe, section, run.folder / "checkpoints"),
+        train_dataset=Dataset.from_list([row._asdict() for row in rows]),
+        processing_class=dialogue.tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=resumable(checkpoint / f"checkpoint-{done}") if checkpoint else None)
+    metrics.close()
+    if trainer.state.global_step != trainer.state.max_steps:
+        raise RuntimeError(f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps")
+
+
+def judged(before_B: Tensor, after_B: Tensor, tokens_B: Tensor) -> dict[str, Any]:
+    """Held-out loss before and after and its change, nats a learned token, and the perplexities.
+
+    The demonstration is the unit of every interval.
+
+    before_B, after_B: summed negative log-probability of each demonstration. tokens_B: its learned tokens.
+
+    Raises:
+        UserError: a loss is not finite, after a training that went wrong.
+    """
+    if not bool(torch.isfinite(after_B).all()):
+        raise UserError(
+            "sft: the held-out loss is not finite: the training failed; lower sft.learning_rate, or look at "
+            "metrics.jsonl"
+        )
+    tokens = tokens_B.numpy()
+    before, after, change = (
+        cluster_mean_interval(x.double().numpy(), tokens) for x in (before_B, after_B, after_B - before_B)
+    )
+    return {
+        "held_out_loss_before": before.as_dict(),
+        "held_out_loss": after.as_dict(),
+        "held_out_change": change.as_dict(),
+        "perplexity_before": _exp(before).as_dict(),
+        "perplexity": _exp(after).as_dict(),
+        "held_out_tokens": int(tokens.sum()),
+    }
+
+
+def _exp(loss: Estimate) -> Estimate:
+    """Perplexity of a loss, the interval's ends alike."""
+    mean, low, high = (
+        math.exp(min(x, 700.0) if math.isfinite(x) else x) for x in (loss.mean, loss.low, loss.high)
+    )
+    return Estimate(mean, low, high, loss.n)
+
+
+def save(run: StageRun, backbone: Backbone, dialogue: Dialogue) -> None:
+    """Write the adapter, gathered from whatever shards it, with the tokenizer."""
+    folder: Path = run.folder / SAVED
+    with whole_parameters(list(backbone.parameters_of(ADAPTER).values())):
+        if run.is_main:
+            backbone.save_adapter(ADAPTER, folder)
+            dialogue.tokenizer.save_pretrained(str(folder))
+    if processes() > 1:
+        dist.barrier()
+
+
+def _report(figures: dict[str, Any]) -> None:
+    def shown(name: str) -> str:
+        figure = figures[name]
+        low, high = figure["ci95"] or (math.nan, math.nan)
+        return f"{figure['mean']:.3f} [{low:.3f}, {high:.3f}]"
+
+    before, after = (figures[f"perplexity{when}"]["mean"] for when in ("_before", ""))
+    number, tokens = figures["held_out_loss"]["n"], figures["held_out_tokens"]
+    print(
+        f"sft: held-out loss {shown('held_out_loss_before')} -> {shown('held_out_loss')} nats a token, "
+        f"change {shown('held_out_change')}; perplexity {before:.2f} -> {after:.2f}; "
+        f"{number} demonstrations, {tokens} tokens",
+        flush=True,
+    )

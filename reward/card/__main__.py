@@ -1,0 +1,256 @@
+"""The `card` stage: how far a reward model can be trusted, on comparisons it has not seen.
+
+``python -m reward.card RECIPE [section.key=value ...]`` writes ``runs/<name>/card/card.json``,
+``card.md`` and ``scores.jsonl`` (comparisons with their scores), and prints the page. The model is this
+run's own, or any sequence-classification reward model; the comparisons are the run's held-out ones, or any
+files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reward.card.figures import Scored, figures
+from reward.card.report import as_markdown
+from rlhf.data.comparisons import Comparison, Counts, prompt_key
+from rlhf.data.prompts import read_prompts
+from rlhf.data.readers import read_comparisons
+from rlhf.data.readers.native import read_native
+from rlhf.errors import UserError, exit_on_user_error
+from rlhf.recipe.load import Recipe, from_command_line
+from rlhf.runs.artifacts import read_json, write_atomically, write_json
+from rlhf.runs.stage import RUNS, StageRun, input_hashes, open_stage
+from rlhf.training.progress import progress
+
+if TYPE_CHECKING:
+    from reward.card.scorers import Scorer
+
+COMPARISONS_AT_ONCE = 64  # scored between two notes on the disk
+_SHOWN = ("torch", "transformers", "peft", "numpy")
+
+
+def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
+    """Do the stage's work; returns the card."""
+    from reward.card.scorers import check_scorer, load_scorer
+
+    section = recipe.card
+    if section.against:  # told now, and not when the first model is done
+        check_scorer(section.against, recipe, key="card.against")
+    comparisons, counts = comparisons_of(recipe, run)
+    path = model_of(recipe)
+    scorer = load_scorer(path, recipe)
+    scores_R, cut_R = scored(run, scorer, comparisons, "model")
+    found_elsewhere = _out_of_distribution(recipe, scorer, comparisons)
+    card: dict[str, Any] = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "model": {**scorer.describe(), "files": input_hashes(model_files(path))},
+        "against_model": None,
+        "data": {
+            "files": input_hashes(comparison_files(recipe)),
+            "seen": seen(recipe),
+            "counts": counts.as_dict(),
+            "reading": str(counts),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _SHOWN},
+        },
+    }
+    normalised, gain = scorer.normalised, scorer.gain
+    against_R = None
+    if section.against:
+        del scorer  # one model in memory at a time
+        other = load_scorer(section.against, recipe, key="card.against")
+        against_R, _ = scored(run, other, comparisons, "against")
+        card["against_model"] = {**other.describe(), "files": input_hashes(model_files(section.against))}
+    card |= figures(
+        Scored(comparisons, scores_R, cut_R, normalised, gain),
+        bins=section.bins,
+        near_tie=section.near_tie,
+        against_R=against_R,
+    )
+    card["out_of_distribution"] = found_elsewhere
+    write_scores(run.folder / "scores.jsonl", comparisons, {"scores": scores_R, "against": against_R})
+    return card
+
+
+def _out_of_distribution(
+    recipe: Recipe, scorer: Scorer, comparisons: Sequence[Comparison]
+) -> dict[str, Any] | None:
+    """How well activations tell ``card.outliers`` from the prompts of the comparisons; None = not asked for.
+
+    Raises:
+        UserError: another library's classifier, or too few prompts.
+    """
+    section = recipe.card
+    if not section.outliers:
+        return None
+    from reward.card.ood import report
+    from reward.card.scorers import RewardModelScorer
+
+    if not isinstance(scorer, RewardModelScorer):
+        raise UserError("card.outliers: only a reward model of this project shows its activations; remove it")
+    strange, _ = read_prompts(section.outliers, on_bad_rows=recipe.data.on_bad_rows, key="card.outliers")
+    own = list({prompt_key(c.prompt): c.prompt for c in comparisons}.values())
+    keys = {prompt_key(p) for p in own}
+    strange = [p for p in strange if prompt_key(p) not in keys]
+    inside_ND, outside_MD = (scorer.activations(part, section.outlier_layer) for part in (own, strange))
+    found = report(inside_ND, outside_MD, exposure=section.exposure, seed=recipe.seed)
+    return {"layer": section.outlier_layer, **found}
+
+
+def model_of(recipe: Recipe) -> str:
+    """Folder or hub id of the model that the card is about."""
+    return recipe.card.model or str(RUNS / recipe.name / "reward" / "model")
+
+
+def model_files(path: str) -> list[str]:
+    """The files of a local model that decide its scores; a hub id has none here."""
+    folder = Path(path).expanduser()
+    names = (
+        "reward.json",
+        "config.json",
+        "adapter_config.json",
+        "tokenizer.json",
+        "*.safetensors",
+        "*.jinja",
+    )
+    return [str(file) for name in names for file in sorted(folder.glob(name)) if folder.is_dir()]
+
+
+def comparison_files(recipe: Recipe) -> list[str]:
+    """What the comparisons are read from."""
+    return recipe.card.comparisons or [str(RUNS / recipe.name / "comparisons" / "held_out.jsonl")]
+
+
+def training_files(recipe: Recipe) -> list[Path]:
+    """Training comparisons that are known: of the run, and of the runs in whose folders the models lie."""
+    section = recipe.card
+    named = [name for name in (section.model, section.against) if name]
+    runs = [RUNS / recipe.name, *map(_run_of, named)]
+    files = [run / "comparisons" / "train.jsonl" for run in dict.fromkeys(runs)]
+    return [file for file in files if file.is_file()]
+
+
+def _run_of(model: str) -> Path:
+    """The run in whose stage a model would lie, as in runs/<name>/reward/model."""
+    return Path(model).expanduser().absolute().parent.parent
+
+
+def seen(recipe: Recipe) -> str:
+    """What is known of whether the model was trained on these comparisons, without a full stop."""
+    run = _run_of(recipe.card.model) if recipe.card.model else RUNS / recipe.name
+    if (run / "comparisons" / "train.jsonl").is_file():
+        return "No prompt of these comparisons is among the training comparisons of the model's run"
+    return "Whether the model was trained on these comparisons is for its makers to say"
+
+
+def comparisons_of(recipe: Recipe, run: StageRun) -> tuple[list[Comparison], Counts]:
+    """The comparisons to judge by, and what became of those read.
+
+    Prompts that are also training prompts of the run, or of a model's, are left out, and counted.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    section = recipe.card
+    if section.comparisons:
+        comparisons, counts = read_comparisons(section.comparisons, on_bad_rows=recipe.data.on_bad_rows)
+    else:
+        counts = Counts()
+        comparisons = read_native(comparison_files(recipe)[0], "stop", counts)
+    trained = training_files(recipe)
+    keys = {prompt_key(c.prompt) for file in trained for c in read_native(file, "stop", Counts())}
+    apart = [c for c in comparisons if prompt_key(c.prompt) not in keys]
+    if len(apart) < len(comparisons):
+        counts.drop("also among the training prompts of a run", len(comparisons) - len(apart))
+    comparisons = apart
+    if section.limit and len(comparisons) > section.limit:
+        counts.drop("beyond card.limit", len(comparisons) - section.limit)
+        comparisons = random.Random(recipe.seed).sample(comparisons, section.limit)
+    if not comparisons:
+        raise UserError(
+            f"card.comparisons: nothing usable in {', '.join(comparison_files(recipe))}: {counts}"
+        )
+    run.say(f"card: {counts}")
+    return comparisons, counts
+
+
+def scored(
+    run: StageRun, scorer: Scorer, comparisons: Sequence[Comparison], name: str
+) -> tuple[NDArray[np.float64], NDArray[np.bool_] | None]:
+    """Scores of all responses in order, and which texts were cut; what is done survives an interruption."""
+    scores: list[float] = []
+    cut: list[bool] | None = []
+    starts = range(0, len(comparisons), COMPARISONS_AT_ONCE)
+    for number, start in enumerate(progress(f"card: {name}", starts, leave=True)):
+        file = run.folder / "parts" / f"{name}-{number:05d}.json"
+        if not file.is_file():
+            some = comparisons[start : start + COMPARISONS_AT_ONCE]
+            prompts = [c.prompt for c in some for _ in c.responses]
+            responses = [r for c in some for r in c.responses]
+            lost = scorer.cut(prompts, responses)
+            part = {
+                "scores": scorer.score(prompts, responses).tolist(),
+                "cut": None if lost is None else lost.tolist(),
+            }
+            write_json(file, part)
+            run.note_clock()
+        part = read_json(file)
+        scores += part["scores"]
+        cut = None if cut is None or part["cut"] is None else cut + part["cut"]
+    return np.array(scores, dtype=np.float64), None if cut is None else np.array(cut, dtype=bool)
+
+
+def write_scores(
+    path: Path, comparisons: Sequence[Comparison], scores: dict[str, NDArray[np.float64] | None]
+) -> None:
+    """One comparison a line, as it was read, with the raw scores of its responses, the mean left in."""
+    lines, first = [], 0
+    for c in comparisons:
+        last = first + len(c.responses)
+        given = {name: x[first:last].tolist() for name, x in scores.items() if x is not None}
+        lines.append(json.dumps({**dataclasses.asdict(c), **given}, ensure_ascii=False) + "\n")
+        first = last
+    write_atomically(path, "".join(lines))
+
+
+def main() -> None:
+    """The `card` target; a finished stage prints its page again."""
+    recipe = from_command_line()
+    section = recipe.card
+    parents = [*([] if section.comparisons else ["comparisons"]), *([] if section.model else ["reward"])]
+    named = [name for name in (section.model, section.against) if name]
+    inputs = [*section.comparisons, *section.outliers, *(f for name in named for f in model_files(name))]
+    inputs += map(str, training_files(recipe))
+    run = open_stage(recipe, "card", section="card", parents=parents, inputs=inputs)
+    if run is not None:
+        card = evaluate(recipe, run)
+        write_json(run.folder / "card.json", card)
+        write_atomically(run.folder / "card.md", as_markdown(card))
+        run.finish(
+            {
+                "card": "card.json",
+                "accuracy": card["accuracy"]["overall"],
+                "slope": card["calibration"]["slope"],
+            }
+        )
+    file = RUNS / recipe.name / "card" / "card.md"
+    if not file.is_file():
+        raise UserError(f"{file} is missing; remove {file.parent} and run `make card` again")
+    print(file.read_text(encoding="utf-8"), flush=True)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,280 @@
+"""What a reward model's scores are worth, in numbers: pairs, calibration, length, order. Pure numpy.
+
+A gap is the score of the response that the annotator preferred minus that of the other one: > 0 is right,
+0 counts 1/2. Suffixes: ``_N`` pair, ``_R`` response (all responses of all comparisons in one row), ``_K``
+response of one prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rlhf.stats import clustered
+from rlhf.stats.clustered import Floats, Indices
+from rlhf.stats.intervals import Z95, Estimate
+
+_NEWTON_STEPS = 100
+
+
+class Pairs(NamedTuple):
+    """Pairs of responses of one comparison; every field has one entry a pair."""
+
+    better: Indices
+    """Position of the preferred response among all responses (of a tied pair: the first one)."""
+    worse: Indices
+    """Position of the other one."""
+    comparison: Indices
+    """Position of the comparison."""
+
+
+def labelled_pairs(ranks: Sequence[Sequence[int]]) -> tuple[Pairs, Pairs]:
+    """All pairs that the labels order, and all that they tie.
+
+    ranks: of every comparison its ranks, 0 = best; the responses of all comparisons are numbered in order.
+    """
+    ordered: list[tuple[int, int, int]] = []
+    tied: list[tuple[int, int, int]] = []
+    first = 0
+    for comparison, ranks_K in enumerate(ranks):
+        for i, rank in enumerate(ranks_K):
+            for j in range(i + 1, len(ranks_K)):
+                if rank == ranks_K[j]:
+                    tied.append((first + i, first + j, comparison))
+                else:
+                    a, b = (i, j) if rank < ranks_K[j] else (j, i)
+                    ordered.append((first + a, first + b, comparison))
+        first += len(ranks_K)
+    return _pairs(ordered), _pairs(tied)
+
+
+def _pairs(rows: list[tuple[int, int, int]]) -> Pairs:
+    table = np.array(rows, dtype=np.intp).reshape(-1, 3)
+    return Pairs(table[:, 0], table[:, 1], table[:, 2])
+
+
+def right(gaps: ArrayLike) -> Floats:
+    """1 where the gap is positive, 0 where it is negative, 1/2 at 0, [N]."""
+    return 0.5 * (np.sign(np.asarray(gaps, dtype=np.float64)) + 1.0)
+
+
+def sigmoid(x: ArrayLike) -> Floats:
+    """1 / (1 + exp(-x)), exact in both tails: the probability that a score gap predicts (Bai 2022)."""
+    return np.exp(-log_loss(x))
+
+
+def log_loss(gaps: ArrayLike) -> Floats:
+    """-log sigmoid(gap) of every pair, nats, [N]; log 2 for a model that says nothing."""
+    return np.logaddexp(0.0, -np.asarray(gaps, dtype=np.float64))
+
+
+def brier(gaps: ArrayLike) -> Floats:
+    """(1 - sigmoid(gap))^2 of every pair, [N]; 1/4 for a model that says nothing (Brier 1950)."""
+    return np.square(1.0 - sigmoid(gaps))
+
+
+def midranks(x: ArrayLike) -> Floats:
+    """Ranks 1..n in ascending order, equal values sharing their mean rank."""
+    values = np.asarray(x, dtype=np.float64).ravel()
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return (last - (count - 1) / 2.0)[place]
+
+
+def equal_bins(x: ArrayLike, bins: int) -> Indices:
+    """The bin 0..bins-1 of every value, ascending, with equal numbers; equal values stay together."""
+    values = np.asarray(x, dtype=np.float64).ravel()
+    share = (midranks(values) - 0.5) / max(values.size, 1)
+    return np.minimum(np.floor(share * bins + 1e-9), bins - 1).astype(np.intp)
+
+
+class Bin(NamedTuple):
+    """Pairs with similar absolute gaps."""
+
+    low: float
+    high: float
+    gap: float
+    """Mean absolute gap."""
+    predicted: float
+    """Mean of sigmoid(absolute gap): the share that should be right."""
+    accuracy: Estimate
+    """The share that is."""
+    pairs: int
+
+
+def calibration_bins(gaps: ArrayLike, clusters: ArrayLike, bins: int) -> list[Bin]:
+    """Accuracy against prediction in bins of equal count by absolute gap; empty bins are left out."""
+    gaps_N, clusters_N = np.asarray(gaps, dtype=np.float64), np.asarray(clusters)
+    size_N, bin_N = np.abs(gaps_N), equal_bins(np.abs(gaps_N), bins)
+    found = []
+    for number in np.unique(bin_N):
+        inside = bin_N == number
+        size = size_N[inside]
+        found.append(
+            Bin(
+                low=float(size.min()),
+                high=float(size.max()),
+                gap=float(size.mean()),
+                predicted=float(sigmoid(size).mean()),
+                accuracy=clustered.share(right(gaps_N[inside]), clusters_N[inside]),
+                pairs=int(inside.sum()),
+            )
+        )
+    return found
+
+
+class CalibrationError(NamedTuple):
+    """Expected calibration error, and what chance alone makes of it."""
+
+    error: Estimate
+    """Its interval takes the direction of each bin's error as given: too narrow near ``by_chance``."""
+    by_chance: float
+    """What a perfectly calibrated model would show on as many independent pairs with the same gaps."""
+
+
+def calibration_error(gaps: ArrayLike, clusters: ArrayLike, bins: int) -> CalibrationError:
+    """Mean over the pairs of |accuracy - prediction| of their bin (ECE; Naeini 2015, with equal counts).
+
+    The prediction is P(A over B) folded to >= 1/2, that is sigmoid(|gap|). By chance, a bin of n pairs is
+    off by sqrt(2 / pi * sum p (1 - p)) / n on average, p the predictions.
+    """
+    gaps_N = np.asarray(gaps, dtype=np.float64)
+    if not gaps_N.size:
+        return CalibrationError(clustered.UNKNOWN, math.nan)
+    bin_N, predicted_N = equal_bins(np.abs(gaps_N), bins), sigmoid(np.abs(gaps_N))
+    off_N, number = right(gaps_N) - predicted_N, int(bin_N.max()) + 1
+    sign_B = np.sign(np.bincount(bin_N, weights=off_N, minlength=number))
+    spread_B = np.bincount(bin_N, weights=predicted_N * (1 - predicted_N), minlength=number)
+    by_chance = float(np.sqrt(2 / math.pi * spread_B).sum()) / gaps_N.size
+    return CalibrationError(clustered.mean(sign_B[bin_N] * off_N, clusters), by_chance)
+
+
+def slope(gaps: ArrayLike, clusters: ArrayLike) -> Estimate:
+    """Slope b of P(right) = sigmoid(b * gap): 1 = calibrated, < 1 over-confident, 0 = the gaps say nothing.
+
+    Maximum likelihood of the logistic regression without intercept (Cox 1958), by Newton's method; standard
+    error from the information and the clusters' scores (sandwich). Multiplying the scores by b calibrates
+    them. NaN where no slope is the best one: all gaps are 0, or none is negative, or none is positive.
+    """
+    gaps_N, names = np.asarray(gaps, dtype=np.float64).ravel(), np.asarray(clusters)
+    number = int(np.unique(names).size)
+    if not (gaps_N > 0).any() or not (gaps_N < 0).any():
+        return Estimate(math.nan, math.nan, math.nan, number)
+    unit = float(np.sqrt(np.mean(np.square(gaps_N))))
+    x_N = gaps_N / unit
+    b = _best_slope(x_N)
+    if number == 1 or math.isnan(b):
+        return Estimate(b / unit, math.nan, math.nan, number)
+    wrong_N = sigmoid(-b * x_N)
+    information = float((np.square(x_N) * wrong_N * sigmoid(b * x_N)).sum())
+    score_G, _ = clustered.sums(x_N * wrong_N, names)
+    error = math.sqrt(number / (number - 1) * float(np.square(score_G).sum())) / information
+    return Estimate(b / unit, (b - Z95 * error) / unit, (b + Z95 * error) / unit, number)
+
+
+def _best_slope(x_N: Floats) -> float:
+    """Where sum log sigmoid(b x) is largest; NaN where Newton's method, from b = 0, does not find it."""
+    b = 0.0
+    for _ in range(_NEWTON_STEPS):
+        wrong_N = sigmoid(-b * x_N)
+        information = float((np.square(x_N) * wrong_N * sigmoid(b * x_N)).sum())
+        if information == 0:
+            break
+        step = float((x_N * wrong_N).sum()) / information
+        b += step
+        if abs(step) < 1e-9 * max(1.0, abs(b)):
+            return b
+    return math.nan
+
+
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
+    """Product-moment correlation; NaN where one of them does not vary."""
+    a, b = (np.asarray(v, dtype=np.float64).ravel() for v in (x, y))
+    if a.size < 2:
+        return math.nan
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a)) * math.sqrt(float(b @ b))
+    return max(-1.0, min(1.0, float(a @ b) / scale)) if scale > 0 else math.nan
+
+
+def correlation(x: ArrayLike, y: ArrayLike, clusters: ArrayLike, *, by_rank: bool = False) -> Estimate:
+    """Pearson's correlation, or Spearman's (``by_rank``), with a jackknife interval on Fisher's z scale."""
+    a, b = (np.asarray(v, dtype=np.float64).ravel() for v in (x, y))
+
+    def statistic(kept: Indices) -> float:
+        some = (a[kept], b[kept])
+        return pearson(*(midranks(v) for v in some)) if by_rank else pearson(*some)
+
+    return clustered.jackknife(statistic, clusters, forward=math.atanh, back=math.tanh)
+
+
+def centred(x: ArrayLike, groups: ArrayLike) -> Floats:
+    """Values minus the mean of their group."""
+    values = np.asarray(x, dtype=np.float64).ravel()
+    _, owner, count = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    return values - (np.bincount(owner, weights=values) / count)[owner]
+
+
+def without_length(scores: ArrayLike, lengths: ArrayLike, comparisons: ArrayLike) -> tuple[Floats, float]:
+    """Scores without the linear effect of length within comparisons, [R], and that effect per unit of length.
+
+    The effect is the least-squares slope of centred scores on centred lengths; 0 where no length varies.
+    """
+    scores_R = np.asarray(scores, dtype=np.float64).ravel()
+    lengths_R = centred(lengths, comparisons)
+    square = float(lengths_R @ lengths_R)
+    effect = float(lengths_R @ centred(scores_R, comparisons)) / square if square > 0 else 0.0
+    return scores_R - effect * np.asarray(lengths, dtype=np.float64).ravel(), effect
+
+
+def cyclic_triples(preference_KK: ArrayLike) -> tuple[int, int]:
+    """Number of cyclic triples (A over B, B over C, C over A), and of triples with all three pairs decided.
+
+    preference_KK: [i, j] is how often (or how surely) i was preferred to j; a pair is decided where [i, j]
+    and [j, i] differ. Their ratio is 0 for any scalar score, and 1/4 for coin flips (Kendall and Babington
+    Smith 1940).
+    """
+    preference = np.asarray(preference_KK, dtype=np.float64)
+    beats = (preference > preference.T).astype(np.int64)
+    decided = beats + beats.T
+    return int(np.trace(beats @ beats @ beats)) // 3, int(np.trace(decided @ decided @ decided)) // 6
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value that two models are right equally often (McNemar 1947).
+
+    only_first, only_second: pairs that one model gets right and the other wrong. Twice the smaller binomial
+    tail at 1/2, at most 1.
+    """
+    total, few = only_first + only_second, min(only_first, only_second)
+    if total == 0:
+        return 1.0
+    whole = math.lgamma(total + 1) - total * math.log(2)
+    logs = [whole - math.lgamma(i + 1) - math.lgamma(total - i + 1) for i in range(few + 1)]
+    return min(1.0, 2.0 * math.fsum(map(math.exp, logs)))
+
+
+def compared(gaps: ArrayLike, other_gaps: ArrayLike, clusters: ArrayLike) -> dict[str, Any]:
+    """Two models on the same pairs: accuracies, their paired difference (first minus second), agreement.
+
+    Returns estimates ``accuracy``, ``other_accuracy``, ``difference``, ``agreement`` (share of pairs that
+    both put in the same order; where one scores equally it is 1/2), and McNemar's ``only_first``,
+    ``only_second`` and ``p_value`` over pairs that neither scores equally.
+    """
+    gaps_N, other_N = (np.asarray(x, dtype=np.float64).ravel() for x in (gaps, other_gaps))
+    first_N, second_N = right(gaps_N), right(other_N)
+    only_first = int(((gaps_N > 0) & (other_N < 0)).sum())
+    only_second = int(((gaps_N < 0) & (other_N > 0)).sum())
+    return {
+        "accuracy": clustered.share(first_N, clusters),
+        "other_accuracy": clustered.share(second_N, clusters),
+        "difference": clustered.mean(first_N - second_N, clusters),
+        "agreement": clustered.share(right(np.sign(gaps_N) * np.sign(other_N)), clusters),
+        "only_first": only_first,
+        "only_second": only_second,
+        "p_value": mcnemar(only_first, only_second),
+    }

@@ -1,0 +1,302 @@
+"""The reward model as it is saved, loaded and asked for scores.
+
+A saved reward model is a peft adapter with its head for ``AutoModelForSequenceClassification``, the
+tokenizer, and ``reward.json`` with what those two cannot say: the offset (Hugging Face's head has no bias),
+the base, and the fingerprint of the token contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from reward.loss import head_init_std
+from reward.model.batch import Example, as_example
+from reward.model.forward import check_packing, score_examples
+from rlhf.data.comparisons import Prompt
+from rlhf.errors import UserError
+from rlhf.models.backbone import layers_of
+from rlhf.models.base import load_base
+from rlhf.models.lora import HEAD, WEIGHTS, lora_config
+from rlhf.recipe.load import Recipe
+from rlhf.recipe.schema import Model
+from rlhf.runs.artifacts import read_json, write_json
+from rlhf.runs.stage import processes
+from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
+from rlhf.training.runtime import whole_parameters
+
+CARD = "reward.json"
+_SETTINGS = "adapter_config.json"  # peft's; tensors alone do not say by how much an adapter is scaled
+
+
+class RewardCard(NamedTuple):
+    """What ``reward.json`` says."""
+
+    base: str
+    """Folder or hub id of the base model."""
+    offset: float
+    """Added to the head's output; it changes no comparison."""
+    gain: float
+    """Already folded into the head's weights."""
+    contract: str
+    """Fingerprint of tokenizer, template, EOS and padding."""
+    template: str
+    """``chat`` or ``plain``."""
+    max_prompt_tokens: int
+    """Longest prompt that it was trained on."""
+    max_response_tokens: int
+    """Longest response that it was trained on."""
+    end_of_context: str | None = None
+    """The token behind EOS on which the score is read, if there is one."""
+    objective: str = "ranked"
+    """What it was trained for; after ``imitation`` there is no score, only an adapter."""
+
+
+class ReadsAnywhere:
+    """Mixed into a Hugging Face sequence classifier: its head read where a packed row says.
+
+    Called as anybody calls it, the classifier is what it was. With ``rows_S`` it returns the last hidden
+    states [N, T, D] and the head's output [S] at rows ``rows_S`` and columns ``columns_S``; with
+    ``hidden_NTD`` as well it starts from those states at layer ``cut``. With ``cut`` alone it returns the
+    states that enter that layer.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        rows_S: Tensor | None = None,
+        cut: int | None = None,
+        hidden_NTD: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """See the class."""
+        if rows_S is None and cut is None:
+            return super().forward(input_ids=input_ids, **options)  # type: ignore[misc]
+        inside: Any = self
+        decoder = getattr(inside, inside.base_model_prefix)
+        part = "all" if cut is None else ("trunk" if hidden_NTD is None else "top")
+        with layers_of(decoder, part, cut or 0):
+            out_NTD = decoder(
+                **({"input_ids": input_ids} if hidden_NTD is None else {"inputs_embeds": hidden_NTD}),
+                attention_mask=options["attention_mask"],
+                position_ids=options["position_ids"],
+                use_cache=False,
+            ).last_hidden_state
+        if rows_S is None:
+            return out_NTD
+        read_SD = out_NTD[rows_S, options["columns_S"]]
+        return out_NTD, inside.score(read_SD.float()).squeeze(-1)
+
+
+def reads_anywhere(base: PreTrainedModel) -> PreTrainedModel:
+    """Teach a loaded sequence classifier to read packed rows; its weights and saved form stay the same."""
+    kind = type(base)
+    base.__class__ = type(f"Packed{kind.__name__}", (ReadsAnywhere, kind), {})
+    return base
+
+
+def new_reward_model(recipe: Recipe, dialogue: Dialogue, seed: int | None = None) -> Any:
+    """The base with a fresh adapter and a fresh scalar head, ready for training.
+
+    The head's weights start as N(0, 1/(d+1)) (Stiennon 2020; Huang 2024, detail 5), from the recipe's seed
+    unless another is given.
+    """
+    base: Any = reads_anywhere(
+        load_base(
+            recipe.model,
+            AutoModelForSequenceClassification,
+            num_labels=1,
+            pad_token_id=dialogue.pad_id,
+        )
+    )
+    base.score = base.score.float()
+    torch.manual_seed(recipe.seed if seed is None else seed)
+    nn.init.normal_(base.score.weight, std=head_init_std(base.score.in_features))
+    config = lora_config(recipe.lora, base, task="SEQ_CLS", modules_to_save=["score"])
+    return get_peft_model(base, config, autocast_adapter_dtype=True)
+
+
+def head_of(model: PeftModel) -> nn.Linear:
+    """The learning copy of the scalar head."""
+    inside: Any = model.base_model.model
+    return inside.score.modules_to_save["default"]
+
+
+def start_tensors(model: PeftModel, folder: Path, key: str = "reward.start") -> dict[str, Tensor]:
+    """Adapter and head of a trained model that another can start from; every tensor has its place there.
+
+    The adapter of a language model, as a policy's, has no head: the fresh one stays.
+
+    Args:
+        model: what is to start from it.
+        folder: the trained model, or the adapter.
+        key: the recipe's key that names the folder, for messages.
+
+    Raises:
+        UserError: there is no such model, or it was made with other lora settings or another base.
+    """
+    file, config = folder / WEIGHTS, folder / _SETTINGS
+    for needed in (file, config):
+        if not needed.is_file():
+            raise UserError(f"{key}: {needed} is not there; name the folder of a trained preference model")
+    saved, own = load_file(file), get_peft_model_state_dict(model, save_embedding_layers=False)
+    made = read_json(config)
+    settings: Any = model.peft_config["default"]
+    shapes = {name: tuple(t.shape) for name, t in saved.items()}
+    wanted = {name: tuple(t.shape) for name, t in own.items()}
+    if made.get("task_type") == "CAUSAL_LM":
+        wanted = {name: shape for name, shape in wanted.items() if not name.startswith(f"{HEAD}.")}
+    if made.get("lora_alpha") != settings.lora_alpha or shapes != wanted:
+        raise UserError(
+            f"{key}: {file} does not fit this recipe ({len(saved)} tensors there, {len(wanted)} here): "
+            "it was made with other lora settings or another base"
+        )
+    return saved
+
+
+@torch.no_grad()
+def start_from(model: PeftModel, folder: Path, key: str = "reward.start") -> int:
+    """Let a fresh model start from a trained one; returns the number of tensors read.
+
+    Raises:
+        UserError: as :func:`start_tensors`.
+    """
+    saved = start_tensors(model, folder, key)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    set_peft_model_state_dict(model, own | saved)
+    return len(saved)
+
+
+def vocabulary_head(recipe: Recipe, model: Any) -> nn.Module:
+    """The frozen map from hidden states to vocabulary logits, which a sequence classifier does not have.
+
+    Where the base ties it to its embeddings it is those, without a copy unless ZeRO-3 will take them apart.
+    """
+    decoder = model.base_model.model.base_model
+    embedding = decoder.get_input_embeddings().weight
+    if getattr(decoder.config.get_text_config(), "tie_word_embeddings", False):
+        with whole_parameters([embedding]):
+            head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
+            apart = processes() > 1 and recipe.distributed.zero_stage == 3
+            head.weight = (
+                nn.Parameter(embedding.detach().clone(), requires_grad=False) if apart else embedding
+            )
+        return head
+    causal: Any = load_base(recipe.model)
+    return causal.get_output_embeddings().to(embedding.device)
+
+
+def save_reward_model(model: PeftModel, folder: Path, card: RewardCard, dialogue: Dialogue) -> None:
+    """Write adapter, head, tokenizer and card."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    dialogue.tokenizer.save_pretrained(str(folder))
+    write_json(folder / CARD, card._asdict())
+
+
+def read_card(folder: Path) -> RewardCard:
+    """The card of a saved reward model.
+
+    Raises:
+        UserError: the folder holds no reward model of ours.
+    """
+    file = folder / CARD
+    if not file.is_file():
+        raise UserError(f"{folder} holds no reward model ({CARD} is missing); run `make reward RECIPE=...`")
+    return RewardCard(**read_json(file))
+
+
+def check_has_score(card: RewardCard, folder: Path) -> None:
+    """A model trained by imitation has an adapter and an untrained head: it gives no score.
+
+    Raises:
+        UserError: the card is that of such a model.
+    """
+    if card.objective == "imitation":
+        raise UserError(
+            f"{folder} was trained by imitation and gives no score; train it with reward.objective=ranked or "
+            "binary, or name another reward model"
+        )
+
+
+def check_same_contract(card: RewardCard, recipe: Recipe, dialogue: Dialogue, folder: Path) -> None:
+    """A reward adapter can share the policy's base only if it has a score, and the same base and tokens.
+
+    Raises:
+        UserError: it has no score; or they differ, and the remedy is to let it score decoded text as a model
+            of its own.
+    """
+    check_has_score(card, folder)
+    if card.base != recipe.model.path:
+        what = f"its base is {card.base}, this recipe's is {recipe.model.path}"
+    elif card.contract != dialogue.fingerprint():
+        what = "its tokenizer or template differs from this recipe's"
+    else:
+        return
+    raise UserError(
+        f"ppo.reward_model: {folder} does not fit ({what}); "
+        "set ppo.retokenise=true to load it beside the policy and let it score the decoded text"
+    )
+
+
+class TextRewardModel:
+    """A reward model on a base of its own that reads text, whatever tokenizer the policy has.
+
+    Args:
+        folder: a reward model of ours.
+        device: where it runs.
+
+    Raises:
+        UserError: the folder holds no reward model of ours, or one without a score.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        self.card = read_card(folder)
+        check_has_score(self.card, folder)
+        self.dialogue = Dialogue(
+            load_tokenizer(folder),
+            template=self.card.template,
+            max_prompt_tokens=self.card.max_prompt_tokens,
+            max_response_tokens=self.card.max_response_tokens,
+            truncate_prompts=True,
+            end_of_context=self.card.end_of_context,
+        )
+        base = reads_anywhere(
+            load_base(
+                Model(path=self.card.base),
+                AutoModelForSequenceClassification,
+                num_labels=1,
+                pad_token_id=self.dialogue.pad_id,
+            )
+        )
+        self.model = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
+        self.model.requires_grad_(False)
+        self._share: bool | None = None  # not known before there is something to share
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+        """Normalised scores of responses to prompts, [n]; higher is better.
+
+        Neighbouring responses to one prompt are forwarded behind one copy of it.
+        """
+        examples: list[Example] = []
+        before: Prompt | None = None
+        for prompt, response in zip(prompts, responses, strict=True):
+            if not examples or prompt != before:
+                examples.append(
+                    as_example([]) | {"prompt": self.dialogue.encode_prompt(prompt), "responses": []}
+                )
+                before = prompt
+            examples[-1]["responses"].append(self.dialogue.close([], self.dialogue.encode_response(response)))
+        for example in examples:
+            example["ranks"] = example["spoken"] = [0] * len(example["responses"])
+        if self._share is None and any(len(e["responses"]) > 1 for e in examples):
+            self._share = check_packing(self.model, examples, self.dialogue.pad_id) is None
+        share = bool(self._share)
+        return score_examples(self.model, examples, self.dialogue.pad_id, share=share)[0] + self.card.offset

@@ -1,0 +1,1 @@
+"""Preference-model pre-training: `make pmp`."""

@@ -1,0 +1,126 @@
+"""The `pmp` stage: preference-model pre-training on public comparisons, before the reward model.
+
+``python -m reward.pretraining RECIPE [section.key=value ...]`` writes ``runs/<name>/pmp/model``, from which
+the `reward` stage of the same recipe starts, and the comparisons that it was trained and judged on. A recipe
+without a ``pmp`` section has no such stage (Askell 2021, section 4).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlhf.data.comparisons import Comparison, split_by_prompt, write_native
+from rlhf.data.mixture import Fits, binarised, check_prefixes, mixture, thin
+from rlhf.errors import exit_on_user_error
+from rlhf.recipe.load import Recipe, check_batch_sizes, from_command_line
+from rlhf.recipe.schema import Pmp
+from rlhf.runs.initial_adapter import start_files, start_folder, start_parents
+from rlhf.runs.stage import StageRun, open_stage, processes, rank
+
+if TYPE_CHECKING:
+    from rlhf.tokenization.dialogue import Dialogue
+
+
+def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
+    """Do the stage's work; returns the figures for the manifest."""
+    from reward.model.batch import encode
+    from reward.model.model import new_reward_model, start_from
+    from reward.training.learn import learn, passes
+    from reward.training.run import MODEL, card_of, judge, save
+    from rlhf.tokenization.dialogue import load_dialogue
+
+    dialogue = load_dialogue(recipe)
+    parts, counts = public_comparisons(recipe, section, run, dialogue)
+    rows = {"train": encode(parts[0], dialogue)}
+    rows["held_out"] = encode(parts[1], dialogue, first=len(rows["train"]))
+    fresh = new_reward_model(recipe, dialogue)
+    if start := start_folder(recipe, run, "pmp"):
+        read = start_from(fresh, start, "pmp.start")
+        run.say(f"pmp: starts from {start} ({read} tensors)")
+    way = passes(recipe, section, fresh, [*rows["train"], *rows["held_out"]], dialogue)
+    model = learn(recipe, section, run, dialogue, fresh, rows["train"], way)
+    figures, _ = judge(recipe, section, model, rows["held_out"], dialogue, way)
+    results: dict[str, Any] = {f"held_out_{name}": figure.as_dict() for name, figure in figures.items()}
+    save(run, model, run.folder / MODEL, card_of(recipe, dialogue, section, gain=1.0, offset=0.0), dialogue)
+    if run.is_main:
+        found = figures["accuracy"]
+        print(
+            f"pmp: held-out pair accuracy {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}] "
+            f"on {found.n} comparisons ({section.form})",
+            flush=True,
+        )
+    return {**results, "train": len(parts[0]), "held_out": len(parts[1]), "counts": counts}
+
+
+def public_comparisons(
+    recipe: Recipe, section: Pmp, run: StageRun, dialogue: Dialogue
+) -> tuple[tuple[list[Comparison], list[Comparison]], dict[str, Any]]:
+    """The mixture, fitted to the recipe's lengths, split by question, in the form that is trained on.
+
+    Raises:
+        UserError: nothing usable, or a control prefix that the tokenizer does not know.
+    """
+    if section.form == "binarised":
+        tokenizer = dialogue.tokenizer
+        check_prefixes(
+            dialogue.encode_response, tokenizer.unk_token_id, section.good_prefix, section.bad_prefix
+        )
+    drawn, counts = mixture(
+        section.sources,
+        section.comparisons,
+        seed=recipe.seed,
+        on_bad_rows=recipe.data.on_bad_rows,
+        cache=run.folder / "parts" / "mixture" if run.is_main else None,
+        fits=_fits(recipe, dialogue),
+    )
+    thinned = [thin(c, section.max_responses) for c in drawn]
+    if run.is_main:
+        for name, count in counts.items():
+            print(f"pmp: {name}: {count}", flush=True)
+    train, held_out = split_by_prompt(thinned, section.held_out, recipe.seed)
+    if section.form == "binarised":
+        train, held_out = (
+            [pair for c in part for pair in binarised(c, section.good_prefix, section.bad_prefix)]
+            for part in (train, held_out)
+        )
+    if run.is_main:
+        write_native(run.folder / "train.jsonl", train)
+        write_native(run.folder / "held_out.jsonl", held_out)
+        print(f"pmp: {len(train)} comparisons to train on, {len(held_out)} held out", flush=True)
+    return (train, held_out), {name: count.as_dict() for name, count in counts.items()}
+
+
+def _fits(recipe: Recipe, dialogue: Dialogue) -> Fits:
+    """Public questions are of any length: one beyond the limit is left out, unless the recipe truncates."""
+    from rlhf.tokenization.dialogue import PromptTooLongError
+
+    def problem(comparison: Comparison) -> str | None:
+        try:
+            dialogue.encode_prompt(comparison.prompt)
+        except PromptTooLongError:
+            return "prompt longer than dialogue.max_prompt_tokens"
+        return None
+
+    section = recipe.dialogue
+    name = f"{dialogue.fingerprint()} {section.max_prompt_tokens} {section.on_long_prompts}"
+    return Fits(name, problem)
+
+
+def main() -> None:
+    """The `pmp` target."""
+    recipe = from_command_line()
+    section = recipe.pmp
+    if section is None:
+        if rank() == 0:
+            print("pmp: not in this recipe", flush=True)
+        return
+    check_batch_sizes(recipe, processes())
+    files = [spec for source in section.sources for spec in source.files]
+    inputs, parents = [*files, *start_files(recipe, "pmp")], start_parents(recipe, "pmp")
+    run = open_stage(recipe, "pmp", section="pmp", parents=parents, inputs=inputs)
+    if run is not None:
+        run.finish(pretrain(recipe, section, run))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,1 @@
+"""Comparisons in, a reward model out: `make reward`."""

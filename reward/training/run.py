@@ -1,0 +1,285 @@
+"""The work of the reward stage: train, normalise, save, reload, judge on held-out prompts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from reward.loss import normalisation, pair_accuracy
+from reward.model.batch import Example, encode, layout
+from reward.model.forward import score_examples, scores_of
+from reward.model.model import (
+    RewardCard,
+    head_of,
+    new_reward_model,
+    read_card,
+    save_reward_model,
+    start_from,
+    start_tensors,
+    vocabulary_head,
+)
+from reward.training.learn import Passes, learn, passes
+from reward.training.objective import candidate_scores
+from reward.training.probe import fit_probe
+from rlhf.data.comparisons import Comparison, Counts, drawn
+from rlhf.data.readers.native import read_native
+from rlhf.errors import UserError
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
+from rlhf.models.masks import right_pad
+from rlhf.recipe.load import Recipe
+from rlhf.recipe.schema import PreferenceTraining
+from rlhf.runs import initial_adapter as starts
+from rlhf.runs.artifacts import MANIFEST, read_json, write_json
+from rlhf.runs.stage import StageRun, processes
+from rlhf.stats.intervals import Estimate, cluster_mean_interval
+from rlhf.tokenization.dialogue import Dialogue, load_dialogue
+from rlhf.training.runtime import load_bases_whole, whole_parameters
+
+MODEL = "model"  # the saved reward model, below the stage's folder; further members are model-1, model-2, ...
+_RELOAD_TOLERANCE = 1e-3  # between the trained and the reloaded model's scores, in units of their spread
+_RELOAD_TOLERANCE_HALF = 0.1  # the same over a half-precision base
+
+
+class Rows(NamedTuple):
+    """Encoded comparisons."""
+
+    train: list[Example]
+    held_out: list[Example]
+
+
+def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
+    """Train the reward model of a recipe, or its ensemble; returns the figures for the manifest."""
+    dialogue = load_dialogue(recipe)
+    train = encode(drawn(stored(run, "train"), recipe.reward.comparisons, recipe.seed), dialogue)
+    rows = Rows(train, encode(stored(run, "held_out"), dialogue, first=len(train)))
+    run.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
+    fresh = new_reward_model(recipe, dialogue)
+    if start := start_folder(recipe, run):
+        start_tensors(fresh, start)  # a mistake is told before there is work that a mended recipe would lose
+    way = passes(recipe, recipe.reward, fresh, [*rows.train, *rows.held_out], dialogue)
+    probe = _probe(run, fresh, rows, dialogue, way) if recipe.reward.probe else None
+    del fresh
+    members = [_member(recipe, run, dialogue, rows, way, probe, n) for n in range(recipe.reward.members)]
+    results: dict[str, Any] = {name: value for name, value in members[0].items() if name != "scores"}
+    if len(members) > 1:
+        results["members"] = [m["held_out_accuracy"] for m in members]
+        mean = torch.tensor([m["scores"] for m in members]).mean(0)
+        results["ensemble_accuracy"] = accuracy(mean, rows.held_out).as_dict()
+    if run.is_main:
+        ceiling = read_json(run.parent("comparisons") / MANIFEST)["results"].get("noise_ceiling")
+        if ceiling:
+            results["noise_ceiling"] = ceiling
+        _report(results, len(rows.held_out))
+    return results
+
+
+def stored(run: StageRun, part: str) -> list[Comparison]:
+    """Comparisons that the comparisons stage of the same run has written."""
+    return read_native(run.parent("comparisons") / f"{part}.jsonl", "stop", Counts())
+
+
+def model_folder(stage: Path, member: int) -> Path:
+    """Where a member of the ensemble is saved; the first is the reward model as such."""
+    return stage / (MODEL if member == 0 else f"{MODEL}-{member}")
+
+
+def _member(
+    recipe: Recipe,
+    run: StageRun,
+    dialogue: Dialogue,
+    rows: Rows,
+    way: Passes,
+    probe: tuple[Tensor, dict[str, Any]] | None,
+    member: int,
+) -> dict[str, Any]:
+    """Train, normalise, save and judge one model; what is done is not done again after an interruption."""
+    kept = run.folder / "parts" / f"member-{member}.json"
+    if kept.is_file():
+        return dict(read_json(kept))
+    section = recipe.reward
+    load_bases_whole()
+    fresh = new_reward_model(recipe, dialogue, recipe.seed + member)
+    results: dict[str, Any] = {}
+    if section.head_init == "zero":
+        nn.init.zeros_(head_of(fresh).weight)
+    if probe:
+        weights_D, results["probe_accuracy"] = probe
+        if section.head_init == "probe":
+            with torch.no_grad():
+                head_of(fresh).weight.copy_(weights_D[None])
+    start = start_folder(recipe, run)
+    if start:
+        read = start_from(fresh, start)
+        run.say(f"reward: starts from {start} ({read} tensors)")
+    model = learn(
+        recipe, section, run, dialogue, fresh, rows.train, way, member=member, members=section.members
+    )
+    results |= {"prompts_shared": way.share, "trunk_cached": way.trunk is not None}
+    scored = section.objective != "imitation"
+    results |= _normalise(recipe, model, rows.train, dialogue) if scored else {"gain": 1.0, "offset": 0.0}
+    card = card_of(recipe, dialogue, section, gain=results["gain"], offset=results["offset"])
+    judged = {"held_out": rows.held_out, "train": rows.train[: len(rows.held_out)]}
+    for part, examples in judged.items():
+        figures, scores = judge(recipe, section, model, examples, dialogue, way)
+        results |= {f"{part}_{name}": figure.as_dict() for name, figure in figures.items()}
+        if part == "held_out":
+            results["scores"] = (scores + card.offset).tolist()
+    folder = model_folder(run.folder, member)
+    save(run, model, folder, card, dialogue)
+    few = [[*e["prompt"], *e["responses"][0]] for e in rows.held_out[:4]]
+    expected = scores_of(model, few, dialogue.pad_id) + card.offset
+    del model
+    if run.is_main:
+        results["reload_gap"] = _check_reload(recipe, folder, few, expected, dialogue)
+        write_json(kept, results)
+        run.note_clock()
+    if processes() > 1:
+        dist.barrier()
+    return results
+
+
+def start_folder(recipe: Recipe, run: StageRun) -> Path | None:
+    """The preference model, or the adapter, that the reward model starts from, if there is one."""
+    start = starts.start_folder(recipe, run, "reward")
+    return run.parent("pmp") / MODEL if start is None and recipe.pmp else start
+
+
+def card_of(
+    recipe: Recipe, dialogue: Dialogue, section: PreferenceTraining, *, gain: float, offset: float
+) -> RewardCard:
+    """What is saved beside a trained model."""
+    return RewardCard(
+        base=recipe.model.path,
+        offset=offset,
+        gain=gain,
+        contract=dialogue.fingerprint(),
+        template=recipe.dialogue.template,
+        max_prompt_tokens=recipe.dialogue.max_prompt_tokens,
+        max_response_tokens=recipe.dialogue.max_response_tokens,
+        end_of_context=recipe.dialogue.end_of_context,
+        objective=section.objective,
+    )
+
+
+def _probe(
+    run: StageRun, fresh: Any, rows: Rows, dialogue: Dialogue, way: Passes
+) -> tuple[Tensor, dict[str, Any]]:
+    """The linear probe on the base below a fresh adapter, which changes nothing yet; fitted once a stage."""
+    kept = run.folder / "parts" / "probe.json"
+    if not kept.is_file():
+        probe = fit_probe(fresh, *rows, dialogue.pad_id, share=way.share, trunk=way.trunk)
+        figures: dict[str, Any] = {"weights": probe.weights_D.tolist(), "accuracy": probe.accuracy.as_dict()}
+        if run.is_main:
+            write_json(kept, figures)
+            run.note_clock()
+    else:
+        figures = read_json(kept)
+    return torch.tensor(figures["weights"]), figures["accuracy"]
+
+
+@torch.no_grad()
+def _normalise(recipe: Recipe, model: Any, rows: Sequence[Example], dialogue: Dialogue) -> dict[str, Any]:
+    """Fold the gain into the head and find the offset: mean 0, variance 1 on reference responses.
+
+    The reference responses are those of the training comparisons (Ziegler 2019 takes samples of the
+    reference policy, which in the lab is the same thing).
+    """
+    responses = [[*e["prompt"], *r] for e in rows for r in e["responses"]]
+    number = min(len(responses), recipe.reward.reference_responses)
+    chosen = random.Random(recipe.seed).sample(responses, number)
+    scores = scores_of(model, chosen, dialogue.pad_id)
+    try:
+        gain, offset = normalisation(scores)
+    except ValueError as error:
+        raise UserError(
+            f"reward: {error}: the training failed; lower reward.learning_rate, or look at metrics.jsonl"
+        ) from None
+    with whole_parameters([head_of(model).weight]):
+        head_of(model).weight.mul_(gain)
+    return {"gain": gain, "offset": offset, "reference_responses": number}
+
+
+def judge(
+    recipe: Recipe,
+    section: PreferenceTraining,
+    model: nn.Module,
+    examples: Sequence[Example],
+    dialogue: Dialogue,
+    way: Passes,
+) -> tuple[dict[str, Estimate], Tensor]:
+    """Pair accuracy on comparisons and the scores behind it, flat, without the offset.
+
+    Imitation has no score: its responses are ranked by mean log-probability (``accuracy``) and by summed
+    (``accuracy_sum``) instead.
+    """
+    if section.objective != "imitation":
+        scores = score_examples(model, examples, dialogue.pad_id, share=way.share, trunk=way.trunk)[0]
+        return {"accuracy": accuracy(scores, examples)}, scores
+    vocabulary = vocabulary_head(recipe, model)
+    _, sums, counts = score_examples(
+        model, examples, dialogue.pad_id, share=way.share, trunk=way.trunk, vocabulary=vocabulary
+    )
+    mean, total = candidate_scores(sums, counts, "mean"), candidate_scores(sums, counts, "sum")
+    return {"accuracy": accuracy(mean, examples), "accuracy_sum": accuracy(total, examples)}, mean
+
+
+def accuracy(scores: Tensor, examples: Sequence[Example]) -> Estimate:
+    """Pair accuracy of flat scores, equal ones counting half, the interval clustered by comparison."""
+    flat_BK, ranks_BK, mask_BK = layout(examples)
+    correct_B, pairs_B = pair_accuracy(scores[flat_BK], ranks_BK, mask_BK)
+    return cluster_mean_interval(correct_B.numpy(), pairs_B.numpy())
+
+
+def save(run: StageRun, model: Any, folder: Path, card: RewardCard, dialogue: Dialogue) -> None:
+    """Write a trained model, gathered from whatever shards it."""
+    with whole_parameters([p for p in model.parameters() if p.requires_grad]):
+        if run.is_main:
+            save_reward_model(model, folder, card, dialogue)
+    if processes() > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def _check_reload(
+    recipe: Recipe, folder: Path, rows: list[list[int]], expected: Tensor, dialogue: Dialogue
+) -> float:
+    """Load what was saved the way PPO will, and compare scores: a lost head must be noticed here.
+
+    Raises:
+        RuntimeError: the scores differ.
+    """
+    load_bases_whole()
+    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["reward"], heads=["reward"])
+    backbone.load_adapter("reward", folder)
+    ids_NT, mask_NT = right_pad(rows, dialogue.pad_id)
+    scores = backbone("reward", ids_NT, mask_NT) + read_card(folder).offset
+    gap = float((scores - expected).abs().max())
+    exact = backbone.base.dtype == torch.float32
+    if gap > (_RELOAD_TOLERANCE if exact else _RELOAD_TOLERANCE_HALF):
+        raise RuntimeError(f"the saved reward model scores differently when loaded again (by {gap:.2g})")
+    return gap
+
+
+def _report(results: dict[str, Any], comparisons: int) -> None:
+    def shown(name: str) -> str:
+        figure = results[name]
+        low, high = figure["ci95"] or (float("nan"), float("nan"))
+        return f"{figure['mean']:.3f} [{low:.3f}, {high:.3f}]"
+
+    line = f"reward: held-out pair accuracy {shown('held_out_accuracy')} on {comparisons} comparisons"
+    for name, words in (
+        ("held_out_accuracy_sum", "by summed log-probability"),
+        ("ensemble_accuracy", "all members together"),
+        ("probe_accuracy", "linear probe on frozen features"),
+        ("noise_ceiling", "noise ceiling of the labels"),
+    ):
+        if name in results:
+            line += f"; {words} {shown(name)}"
+    print(line, flush=True)

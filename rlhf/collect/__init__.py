@@ -1,0 +1,1 @@
+"""The `comparisons` stage: read, or sample and label, then split by prompt."""

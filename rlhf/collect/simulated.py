@@ -1,0 +1,113 @@
+"""The sentiment lab: responses sampled from the base model, ranked by a gold judge with an annotator's noise.
+
+The protocol of Ziegler 2019 and Gao 2022: because the truth is known, everything later (reward accuracy,
+over-optimisation, what PPO gained) can be held against it. The judge labels and evaluates; it is never the
+PPO reward.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rlhf.collect.judges import JUDGES, noisy_ranks, pair_agreement
+from rlhf.data.comparisons import Comparison, Counts, Prompt, problem
+from rlhf.generation.sampling import sample, uniforms
+from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.base import best_device, load_base
+from rlhf.recipe.load import Recipe
+from rlhf.runs.artifacts import write_atomically
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import Dialogue
+from rlhf.training.progress import progress
+
+_LABEL = 0x1ABE1  # sets the annotator's random numbers apart from all others of the seed
+
+
+def sampled_comparisons(
+    recipe: Recipe, run: StageRun, dialogue: Dialogue, prompts: Sequence[Prompt]
+) -> tuple[list[Comparison], Counts]:
+    """Sample K responses a prompt and rank them; a finished batch survives an interruption.
+
+    Args:
+        recipe: its ``collect`` section says how many, how warm, who judges and how noisily.
+        run: the open stage; finished batches lie in its ``parts`` folder.
+        dialogue: the token contract.
+        prompts: gone through in order, again from the start where more comparisons are asked for.
+
+    Returns:
+        The usable comparisons, and the counts of those that were not (fewer than two distinct responses).
+    """
+    section = recipe.collect
+    parts = run.folder / "parts"
+    chosen = [prompts[i % len(prompts)] for i in range(section.comparisons)]
+    batches = range(0, len(chosen), section.prompts_per_batch)
+    backbone: Backbone | None = None
+    counts = Counts()
+    comparisons: list[Comparison] = []
+    for number, start in enumerate(progress("comparisons", batches, leave=True)):
+        file = parts / f"{number:05d}.json"
+        batch = chosen[start : start + section.prompts_per_batch]
+        if not file.is_file():
+            backbone = backbone or _backbone(recipe)
+            responses = _responses(recipe, backbone, dialogue, batch, first=start)
+            write_atomically(file, json.dumps(responses, ensure_ascii=False))
+            run.note_clock()
+        for comparison in _ranked(recipe, file, batch, first=start):
+            counts.read += 1
+            fault = problem(comparison)
+            if fault:
+                counts.drop(fault)
+            else:
+                comparisons.append(comparison)
+    return comparisons, counts
+
+
+def _backbone(recipe: Recipe) -> Backbone:
+    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["policy"])
+    backbone.check_architecture()
+    return backbone.to(best_device())
+
+
+def _responses(
+    recipe: Recipe, backbone: Backbone, dialogue: Dialogue, batch: Sequence[Prompt], *, first: int
+) -> list[list[str]]:
+    section = recipe.collect
+    k = section.responses
+    prompts = [dialogue.encode_prompt(p) for p in batch for _ in range(k)]
+    rows = range(first * k, first * k + len(prompts))
+    sampled = sample(
+        backbone,
+        REFERENCE,
+        prompts,
+        uniforms(recipe.seed, "collect", 0, rows, dialogue.max_response_tokens),
+        eos_id=dialogue.eos_id,
+        pad_id=dialogue.pad_id,
+        temperature=section.temperature,
+    )
+    texts = [dialogue.decode(ids) for ids in sampled.response_ids_BR.tolist()]
+    return [texts[i : i + k] for i in range(0, len(texts), k)]
+
+
+def _ranked(recipe: Recipe, file: Path, batch: Sequence[Prompt], *, first: int) -> Iterator[Comparison]:
+    """Comparisons of one batch; texts that say nothing are left out before the ranking."""
+    section = recipe.collect
+    judge = JUDGES[section.judge]
+    for row, (prompt, texts) in enumerate(zip(batch, json.loads(file.read_text("utf-8")), strict=True)):
+        said = tuple(text for text in texts if text.strip())
+        rng = np.random.default_rng([recipe.seed % 2**63, _LABEL, first + row])
+        ranks = tuple(noisy_ranks(judge(said), noise=section.noise, rng=rng))
+        yield Comparison(prompt, said, ranks, source=f"lab-{section.judge}")
+
+
+def noise_ceiling(judge_name: str, comparisons: Sequence[Comparison]) -> tuple[list[float], list[int]]:
+    """For each comparison, the pairs that the gold judge itself gets right, and all its pairs.
+
+    Their ratio is what a perfect reward model would reach on these noisy labels.
+    """
+    judge = JUDGES[judge_name]
+    counts = [pair_agreement(judge(c.responses), c.ranks) for c in comparisons]
+    return [agreeing for agreeing, _ in counts], [pairs for _, pairs in counts]

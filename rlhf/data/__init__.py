@@ -1,0 +1,1 @@
+"""Comparisons, prompts and demonstrations: reading, checking, splitting."""

@@ -1,0 +1,306 @@
+"""Human comparisons: what one is, what makes it unusable, how a set is cleaned, split and stored.
+
+A comparison is a prompt with K >= 2 responses that a person put in order (k-way rankings as in Ouyang et
+al. 2022, "Training language models to follow instructions with human feedback", section 3.5; K = 2 is the
+pair of Bai et al. 2022, "Training a Helpful and Harmless Assistant"). Readers of the public formats live in
+``rlhf.data.readers``; everything after the reading sees only :class:`Comparison`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+from rlhf.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+OnBadRows = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a dialogue; ``role`` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+Prompt = tuple[Message, ...]
+
+
+class Prompted(Protocol):
+    """What has a prompt."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """The dialogue before the response."""
+
+
+T = TypeVar("T", bound=Prompted)
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """K responses to one prompt, in the order in which a person (or a judge) preferred them.
+
+    prompt: the dialogue before the response; its last message is the user's (a plain text to continue is
+    one user message). ranks: one integer per response, 0 = best, equal = tie. source: the data set, for
+    statistics per source. confidence: how sure the annotator was, in [0, 1]; None = not recorded.
+    The constructor accepts anything: :func:`problem` says whether a comparison can be used.
+    """
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    ranks: tuple[int, ...]
+    source: str
+    confidence: float | None = None
+
+
+def problem(comparison: Comparison) -> str | None:
+    """The reason why a comparison cannot be used, or None if it can.
+
+    Reasons are fixed phrases, so that they can be counted.
+    """
+    return (
+        prompt_problem(comparison.prompt)
+        or _responses_problem(comparison.responses)
+        or _ranks_problem(comparison.ranks, len(comparison.responses))
+        or _confidence_problem(comparison.confidence)
+    )
+
+
+def prompt_problem(prompt: Prompt) -> str | None:
+    """The reason why a prompt cannot be used, or None.
+
+    Only the last user turn has to say something: real transcripts hold turns in which nobody spoke, and
+    such a turn is part of what the annotator saw.
+    """
+    if not prompt:
+        return "empty prompt"
+    for message in prompt:
+        if message.role not in ROLES:
+            return f"unknown role {message.role[:40]!r} (known: {', '.join(ROLES)})"
+    if prompt[-1].role != "user":
+        return "the prompt does not end in a user turn"
+    if not prompt[-1].content.strip():
+        return "empty prompt"
+    if not all(_is_unicode(message.content) for message in prompt):
+        return "text that is not valid Unicode (a lone surrogate)"
+    return None
+
+
+def _responses_problem(responses: tuple[str, ...]) -> str | None:
+    if len(responses) < 2:
+        return "fewer than 2 responses"
+    if not all(response.strip() for response in responses):
+        return "empty response"
+    if not all(map(_is_unicode, responses)):
+        return "text that is not valid Unicode (a lone surrogate)"
+    return None
+
+
+def _ranks_problem(ranks: tuple[int, ...], k: int) -> str | None:
+    if len(ranks) != k:
+        return "the number of ranks is not the number of responses"
+    # bool is an int to Python; a row that says `true` for a rank means something else.
+    if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 0 for rank in ranks):
+        return "a rank is not an integer >= 0"
+    if len(set(ranks)) == 1:
+        return "all responses are tied, which says nothing about preference"
+    return None
+
+
+def _confidence_problem(confidence: float | None) -> str | None:
+    # Written so that NaN, for which every comparison is false, is refused too.
+    if confidence is None or (
+        isinstance(confidence, int | float) and not isinstance(confidence, bool) and 0 <= confidence <= 1
+    ):
+        return None
+    return "confidence outside [0, 1]"
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can carry half of a UTF-16 pair, which no tokenizer and no UTF-8 file can."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """SHA-256 (hex) of roles and contents; white space at the ends of a content does not count."""
+    # ASCII JSON is unambiguous about where a message ends, and encodes every str.
+    text = json.dumps([[message.role, message.content.strip()] for message in prompt])
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+@dataclass
+class Counts:
+    """What became of the items of a reading: ``read`` = ``kept`` + the sum of ``dropped`` by reason.
+
+    An item is one comparison (or prompt); a row that cannot be read at all counts as one item.
+    ``duplicate_responses`` counts responses taken out of comparisons that stayed.
+    """
+
+    read: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    duplicate_responses: int = 0
+
+    @property
+    def kept(self) -> int:
+        """Items read and not dropped."""
+        return self.read - sum(self.dropped.values())
+
+    def drop(self, reason: str, number: int = 1) -> None:
+        """Count ``number`` of the items already in ``read`` as dropped for ``reason``."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + number
+
+    def merge(self, other: Counts) -> None:
+        """Add another reading to this one; reasons keep the order in which they were first met."""
+        self.read += other.read
+        self.duplicate_responses += other.duplicate_responses
+        for reason, number in other.dropped.items():
+            self.drop(reason, number)
+
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
+        """The counts as JSON-able values, for a manifest."""
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "dropped": dict(self.dropped),
+            "duplicate_responses": self.duplicate_responses,
+        }
+
+    def __str__(self) -> str:
+        line = f"read {self.read:,}, kept {self.kept:,}, dropped {sum(self.dropped.values()):,}"
+        if self.dropped:
+            line += " (" + "; ".join(f"{number:,} {reason}" for reason, number in self.dropped.items()) + ")"
+        if self.duplicate_responses:
+            line += f", duplicate responses removed {self.duplicate_responses:,}"
+        return line
+
+
+def deduplicate(comparisons: Iterable[Comparison], counts: Counts) -> list[Comparison]:
+    """Remove repeated responses inside a comparison, then repeated comparisons; the first one stays.
+
+    A response that stands twice in one comparison keeps its better rank. A comparison left with one
+    response, or with ties only, is dropped. Two comparisons are the same when prompt, responses and their
+    order of preference are, in whatever order the responses are listed; source and confidence do not count.
+    The ranks of the result are dense (0, 1, 2, ... without gaps). White space at the ends of a text does
+    not make it another text.
+
+    ``counts`` is the tally of the reading that gave ``comparisons`` (they are in ``counts.read``).
+    """
+    kept: list[Comparison] = []
+    seen: set[tuple[str, tuple[tuple[int, str], ...]]] = set()
+    for comparison in comparisons:
+        distinct = _distinct_responses(comparison)
+        if len(distinct.responses) < 2:
+            counts.drop("all responses are the same text")
+            continue
+        if len(set(distinct.ranks)) < 2:
+            counts.drop("only ties are left without duplicate responses")
+            continue
+        texts = (response.strip() for response in distinct.responses)
+        key = (prompt_key(distinct.prompt), tuple(sorted(zip(distinct.ranks, texts, strict=True))))
+        if key in seen:
+            counts.drop("duplicate comparison")
+            continue
+        seen.add(key)
+        counts.duplicate_responses += len(comparison.responses) - len(distinct.responses)
+        kept.append(distinct)
+    return kept
+
+
+def _distinct_responses(comparison: Comparison) -> Comparison:
+    best: dict[str, tuple[int, str]] = {}  # stripped text -> (best rank, text as first written)
+    for response, rank in zip(comparison.responses, comparison.ranks, strict=True):
+        text = response.strip()
+        best[text] = (min(rank, best[text][0]), best[text][1]) if text in best else (rank, response)
+    dense = {rank: index for index, rank in enumerate(sorted({rank for rank, _ in best.values()}))}
+    return Comparison(
+        comparison.prompt,
+        tuple(response for _, response in best.values()),
+        tuple(dense[rank] for rank, _ in best.values()),
+        comparison.source,
+        comparison.confidence,
+    )
+
+
+def split_by_prompt(comparisons: Sequence[T], held_out: float, seed: int) -> tuple[list[T], list[T]]:
+    """Split into (train, held out) so that no prompt is in both parts; order is kept.
+
+    held_out: the fraction of the PROMPTS that is expected in the held-out part, in (0, 1). The part of a
+    prompt follows from a hash of (seed, prompt), not from what else is in the file: adding data never moves
+    an old prompt. The one exception: when chance leaves a part empty, the nearest prompt is moved into it.
+
+    Raises UserError for a fraction outside (0, 1) and for fewer than two different prompts.
+    """
+    if not 0 < held_out < 1:
+        raise UserError(f"the held-out fraction must lie between 0 and 1 (both excluded), not {held_out}")
+    position = {key: _position(seed, key) for key in {prompt_key(c.prompt) for c in comparisons}}
+    if len(position) < 2:
+        raise UserError(
+            f"cannot split {len(comparisons)} rows with {len(position)} different prompts into a "
+            "training and a held-out part: give data with at least 2 different prompts"
+        )
+    in_order = sorted(position, key=position.__getitem__)
+    number = sum(place < held_out for place in position.values())
+    held_keys = set(in_order[: min(max(number, 1), len(in_order) - 1)])
+    train: list[T] = []
+    held: list[T] = []
+    for comparison in comparisons:
+        (held if prompt_key(comparison.prompt) in held_keys else train).append(comparison)
+    return train, held
+
+
+def drawn(items: Sequence[Item], number: int | None, seed: int) -> list[Item]:
+    """That many items, drawn without replacement; None = all as they stand. Fewer are a beginning of more."""
+    if number is None:
+        return list(items)
+    order = list(range(len(items)))
+    random.Random(seed).shuffle(order)
+    return [items[i] for i in order[:number]]
+
+
+def _position(seed: int, key: str) -> float:
+    """A place in [0, 1) that looks random and depends on (seed, key) only; 53 bits, what a float holds."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode("ascii")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def write_native(path: str | Path, comparisons: Iterable[Comparison]) -> None:
+    """Write JSON Lines, one comparison a line: prompt (messages), responses, ranks, source, confidence.
+
+    The file appears under its name only when it is complete.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+        for line in _native_lines(comparisons):
+            file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def fingerprint(comparisons: Iterable[Comparison]) -> str:
+    """SHA-256 (hex) of the content in its order: a run resumes at a position, so order is content too."""
+    digest = hashlib.sha256()
+    for line in _native_lines(comparisons):
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def _native_lines(comparisons: Iterable[Comparison]) -> Iterator[str]:
+    for comparison in comparisons:
+        yield json.dumps(asdict(comparison), ensure_ascii=False)

@@ -1,0 +1,228 @@
+"""From a spec (a path, a glob, a hub data set) to numbered rows; knows files, not formats of comparisons."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from rlhf.data.readers import xml_dumps as xml
+from rlhf.data.readers.rows import BadRow, Origin
+from rlhf.errors import UserError
+
+HUB = "hub:"  # hub:NAME[:CONFIG][@SPLIT]
+
+
+def origins(specs: Sequence[str], *, key: str) -> Iterator[Origin]:
+    """The origins that the specs name, in order; a glob gives its files sorted by name.
+
+    key: the recipe's key that holds the specs, named in messages. A file whose name holds glob characters
+    is taken literally if it exists. Raises UserError for a spec that names nothing.
+    """
+    if not specs:
+        raise UserError(f"{key} names no file: give a path, a glob or {HUB}NAME[:CONFIG][@SPLIT]")
+    for spec in specs:
+        if spec.startswith(HUB):
+            yield _hub(spec, key)
+        else:
+            yield from map(local, paths_of(spec, key=key))
+
+
+def paths_of(spec: str, *, key: str) -> list[Path]:
+    """The files of a spec that is not of the hub; raises UserError for a pattern that matches none."""
+    path = Path(spec).expanduser()
+    if path.exists() or not glob.has_magic(spec):
+        return [path]
+    matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+    if not matches:
+        raise UserError(f"{key}: the pattern {spec!r} matches no file")
+    return [Path(match) for match in matches]
+
+
+def local(path: Path) -> Origin:
+    """A local file; its source label is the name without the endings.
+
+    Every site of StackExchange calls its dump Posts.xml: there the label is the name of the folder.
+    """
+    kind = _kind(path)
+    name = _plain_name(path)[: -len(kind)]
+    source = path.resolve().parent.name if (name, kind) == ("Posts", ".xml") else name
+    return Origin(str(path), source or name, rows(path), kind in (".jsonl", ".csv", ".txt", ".xml"))
+
+
+def rows(path: Path) -> Iterator[tuple[int, object]]:
+    """The rows of a .jsonl, .json, .csv, .parquet, .xml or .txt file, each also as .gz, numbered from 1.
+
+    The number is that of the line on which the row starts (.jsonl, .csv, .xml, .txt) or of the row (.json,
+    .parquet). A .json file holds a list, or an object with a list under "data" or "examples". An .xml file
+    is a dump that :mod:`rlhf.data.readers.xml_dumps` knows. A .txt row is a str. Blank lines are no rows. A
+    row that is broken by itself comes as a BadRow *value*, so that the rows after it can still be read.
+
+    Raises UserError for a missing file, an unknown ending, a broken archive, or text that is not UTF-8.
+    """
+    return _KINDS[_kind(path)](path)
+
+
+def _plain_name(path: Path) -> str:
+    return path.name.removesuffix(".gz")
+
+
+def _kind(path: Path) -> str:
+    kind = Path(_plain_name(path)).suffix
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name its files, for example {path / '*.jsonl'}")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if kind not in _KINDS:
+        raise UserError(f"{path}: unknown kind of file; known: {', '.join(_KINDS)}, each also with .gz")
+    return kind
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened: {error.strerror or error}") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends; decoded one by one, so that a bad byte has a line number."""
+    number = 0
+    with _open(path) as stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+        except (EOFError, zlib.error, OSError) as error:
+            raise UserError(_unreadable(path, error, f" after line {number}")) from None
+
+
+def _bytes(path: Path) -> bytes:
+    with _open(path) as stream:
+        try:
+            return stream.read()
+        except (EOFError, zlib.error, OSError) as error:
+            raise UserError(_unreadable(path, error)) from None
+
+
+def _unreadable(path: Path, error: Exception, place: str = "") -> str:
+    if path.suffix == ".gz":
+        return f"{path}: truncated or damaged gzip file{place} ({error}); fetch it again"
+    return f"{path}: cannot be read{place} ({error})"
+
+
+def _txt(path: Path) -> Iterator[tuple[int, object]]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield number, line.rstrip("\r\n")
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, object]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.rstrip("\r\n"))  # a line end would move the column of an error
+        except json.JSONDecodeError as error:
+            row = BadRow("not valid JSON", f"{error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:  # an integer of 5,000 digits; 10,000 nested lists
+            row = BadRow("not valid JSON", str(error))
+        yield number, row
+
+
+def _json(path: Path) -> Iterator[tuple[int, object]]:
+    try:
+        value = json.loads(_bytes(path).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        hint = "; a file with one object a line is named .jsonl" if error.msg == "Extra data" else ""
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("data", "examples") if isinstance(value.get(key), list)), None)
+    if not isinstance(value, list):
+        raise UserError(f'{path}: expected a list of rows, or an object with a list "data" or "examples"')
+    yield from enumerate(value, 1)
+
+
+def _csv(path: Path) -> Iterator[tuple[int, object]]:
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than some dialogues
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    header: list[str] | None = None
+    while True:
+        start = reader.line_num + 1  # a quoted cell may span lines
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield start, BadRow("not valid CSV", str(error))
+            continue
+        if header is None:
+            header = cells
+        elif len(cells) == len(header):
+            yield start, dict(zip(header, cells, strict=True))
+        elif cells:
+            yield start, BadRow("not as many cells as the header", f"{len(cells)} instead of {len(header)}")
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, object]]:
+    # Here and not at the top: most runs read no parquet, and the import takes longer than the reading.
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        source = io.BytesIO(_bytes(path)) if path.suffix == ".gz" else path
+        number = 0
+        for batch in parquet.ParquetFile(source).iter_batches(batch_size=256):
+            for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020 - the count goes on
+                yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({error})") from None
+
+
+def _xml(path: Path) -> Iterator[tuple[int, object]]:
+    with _open(path) as stream:
+        try:
+            yield from xml.rows(stream, str(path))
+        except (EOFError, zlib.error, OSError) as error:
+            raise UserError(_unreadable(path, error)) from None
+
+
+_KINDS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".xml": _xml,
+    ".txt": _txt,
+}
+
+
+def _hub(spec: str, key: str) -> Origin:
+    """A data set of the Hugging Face hub, through ``datasets.load_dataset``; split "train" by default."""
+    name_and_config, _, split = spec.removeprefix(HUB).partition("@")
+    name, _, config = name_and_config.partition(":")
+    if not name:
+        raise UserError(f"{key}: {spec!r} names no data set; write {HUB}NAME[:CONFIG][@SPLIT]")
+    try:
+        import datasets
+
+        table = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the hub client raises a dozen unrelated types, and all have one remedy
+        cause = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{spec}: cannot be loaded from the hub ({type(error).__name__}: {cause}); "
+            f"download it and give local files by {key}=..."
+        ) from None
+    return Origin(spec, name.rsplit("/", 1)[-1], iter(enumerate(table, 1)), numbered_by_line=False)

@@ -1,0 +1,214 @@
+"""A causal language model that scores continuations and writes them, behind an optional fixed text.
+
+The fixed text (the HHH prompt of a prompted model) is read once: its key-value states serve every item, and
+so do those of whatever all items of a call begin with. Items that begin alike (the answers to one question)
+are folded into trees (:mod:`rlhf.evals.prefix_tree`), so that each costs its own tokens only. An architecture
+that does not take trees is read in plain padded rows, with the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.evals.generation import Parts, Rules, write
+from rlhf.evals.scoring import Job, Scorer
+from rlhf.training.progress import progress
+
+_WRITTEN_AT_ONCE = 8  # cached tokens while writing, in units of tokens_at_once
+
+
+class Scored(NamedTuple):
+    """A continuation under the model."""
+
+    log_prob: float
+    """Sum of the log-probabilities of its tokens, nats."""
+    tokens: int
+    """Number of its tokens."""
+    greedy: bool
+    """Whether every token is the most probable one at its place."""
+
+
+class LanguageModel:
+    """A model with its tokenizer, ready for evaluation.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer. What it puts before every text (BOS) begins the fixed text.
+        prefix_ids: the fixed text that the model runs under, as tokens; none by default.
+        tokens_at_once: tokens that the model reads at a time, the fixed text not counted.
+        device: where to move the model; None leaves it where it is.
+
+    Raises:
+        UserError: the fixed text fills the model's window.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prefix_ids: Sequence[int] = (),
+        tokens_at_once: int = 2048,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.model = model.eval()
+        if device is not None:
+            self.model.to(device)
+        self.tokenizer = tokenizer
+        self.tokens_at_once = tokens_at_once
+        start, prefix = special_start(tokenizer), [int(i) for i in prefix_ids]
+        self.prefix_ids = prefix if prefix[: len(start)] == start else [*start, *prefix]
+        self._scorer = Scorer(self.model, tokens_at_once)
+        self.window: int | None = getattr(self._scorer.config, "max_position_embeddings", None)
+        if self.window is not None and len(self.prefix_ids) >= self.window:
+            raise UserError(
+                f"the prompt has {len(self.prefix_ids)} tokens and the model's window {self.window}, which "
+                "leaves nothing for an item: shorten the prompt, or use a model with a longer window"
+            )
+
+    # ---------------------------------------------------------------- text and tokens
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, no special tokens added."""
+        return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and of what continues it, divided as lm-eval does.
+
+        The two are tokenised as one text; the context keeps as many tokens as it has alone, and white space
+        at its end belongs to the continuation.
+        """
+        if not context:
+            return [], self.encode(continuation)
+        before = self.encode(context.rstrip())
+        return before, self.encode(context + continuation)[len(before) :]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    # ---------------------------------------------------------------- scoring
+
+    def score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, names: Sequence[str] | None = None
+    ) -> list[Scored]:
+        """Log-probability of every continuation behind the fixed text and its context.
+
+        pairs: (context ids, continuation ids). A context may be empty: where there is no fixed text either,
+        BOS stands before the continuation, or EOS where the tokenizer has no BOS, as in lm-eval. names: of
+        the pairs, for messages.
+
+        Raises:
+            UserError: a pair is longer than the model's window, or its continuation is empty.
+        """
+        jobs = [self._job(pair, _name(names, i)) for i, pair in enumerate(pairs)]
+        log_probs, greedy = self._scorer.score(self.prefix_ids, jobs)
+        return [
+            Scored(log_prob, len(job.targets), best)
+            for log_prob, job, best in zip(log_probs, jobs, greedy, strict=True)
+        ]
+
+    def _job(self, pair: tuple[Sequence[int], Sequence[int]], name: str) -> Job:
+        context, continuation = list(pair[0]), list(pair[1])
+        if not continuation:
+            raise UserError(f"{name}: the text to be scored has no token of its own; mend or remove the item")
+        if not context and not self.prefix_ids:
+            context = [self._first_token()]
+        job = Job([*context, *continuation[:-1]], len(context) - 1, continuation)
+        self._fits(len(job.inputs), name, "remove the item")
+        return job
+
+    def _fits(self, tokens: int, name: str, remedy: str) -> None:
+        length = len(self.prefix_ids) + tokens
+        if self.window is not None and length > self.window:
+            prompt = f" ({len(self.prefix_ids)} of them the prompt's)" if self.prefix_ids else ""
+            raise UserError(
+                f"{name}: {length} tokens{prompt}, and the model's window has {self.window}; {remedy}, or "
+                "use a model with a longer window"
+            )
+
+    def _first_token(self) -> int:
+        token = self.tokenizer.bos_token_id
+        token = self.tokenizer.eos_token_id if token is None else token
+        if token is None:
+            raise UserError(
+                f"the tokenizer of {self.tokenizer.name_or_path} has neither BOS nor EOS, so no text can be "
+                "scored from its first token on; use another tokenizer"
+            )
+        return int(token)
+
+    # ---------------------------------------------------------------- writing
+
+    def generate(
+        self,
+        contexts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        names: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Continue every context behind the fixed text, up to EOS, a stop or the limit.
+
+        Args:
+            contexts: token ids of each; equal ones are read once and say different things, each row having
+                random numbers of its own, drawn from (seed, number of the row).
+            max_new_tokens: longest continuation, tokens.
+            temperature: divides the logits; 0 = always the most probable token.
+            top_p: sample from the most probable tokens of this mass.
+            seed: of the random numbers.
+            stop: texts that end a row; they are cut off.
+            names: of the contexts, for messages.
+
+        Raises:
+            UserError: a context and the longest continuation do not fit in the model's window.
+        """
+        for i, context in enumerate(contexts):
+            self._fits(len(context) + max_new_tokens, _name(names, i), "allow fewer new tokens")
+        trees = self._scorer.takes_trees()
+        # the last token of the fixed text begins every row, because its state predicts
+        kept = self.prefix_ids[:-1] if trees else []
+        lead = self.prefix_ids[len(kept) :]
+        rows = [[*lead, *context] or [self._first_token()] for context in contexts]
+        rules = Rules(max_new_tokens, temperature, top_p, seed, self._ends(), tuple(stop))
+        parts = Parts.of(self.model, in_one_piece=not trees)
+        states = self._scorer.states_of(kept)
+        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), rows[i], i))
+        said = [""] * len(rows)
+        with progress("write", total=len(rows)) as bar:
+            while order:
+                room = len(kept) + len(rows[order[0]]) + max_new_tokens
+                several = max(1, _WRITTEN_AT_ONCE * self.tokens_at_once // room)
+                batch, order = order[:several], order[several:]
+                texts = write(parts, [rows[i] for i in batch], batch, rules, self.decode, states)
+                for i, text in zip(batch, texts, strict=True):
+                    said[i] = text
+                bar.update(len(batch))
+        return said
+
+    def _ends(self) -> frozenset[int]:
+        """Tokens that end what the model says: the tokenizer's EOS and those of the generation settings."""
+        settings: Any = getattr(self.model, "generation_config", None)
+        more = getattr(settings, "eos_token_id", None)
+        ids = [self.tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
+        return frozenset(int(i) for i in ids if i is not None)
+
+
+def special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a tokenizer puts before every text: [BOS], or nothing."""
+    whole = [int(i) for i in tokenizer("a")["input_ids"]]
+    bare = [int(i) for i in tokenizer("a", add_special_tokens=False)["input_ids"]]
+    return next(whole[:i] for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
+
+
+def _name(names: Sequence[str] | None, index: int) -> str:
+    return f"item {index + 1}" if names is None else names[index]

@@ -1,0 +1,1 @@
+"""Generated code runs here, cut off from the machine."""

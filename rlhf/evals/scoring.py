@@ -1,0 +1,191 @@
+"""Log-probabilities of tokens behind a fixed text: by trees where the model takes them, else by rows.
+
+Shape suffixes: ``_B`` row, ``_T`` token, ``_R`` tree, ``_W`` node of a tree, ``_S`` place that is read,
+``_D`` hidden unit, ``_V`` vocabulary entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from rlhf.evals.prefix_tree import Tree, batches, common_start, fold, lay_out, target_log_probs
+from rlhf.models.masks import right_pad
+from rlhf.training.progress import progress
+
+States = list[tuple[Tensor, Tensor]]  # keys and values of every layer, [1, head, T, D] each
+
+_LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
+_FILLED_UP_TO = 256  # nodes of a tree: with more of them attention is dearer, with fewer less is shared
+_TAKES_A_MASK = ("sdpa", "eager")  # attention that takes an additive mask
+
+
+class Job(NamedTuple):
+    """What is to be scored, cut to what the model has to read."""
+
+    inputs: list[int]
+    """Tokens behind the fixed text that the model reads: context and continuation without its last token."""
+    first: int
+    """Place among the inputs that predicts the first token of the continuation; -1 = the fixed text's end."""
+    targets: list[int]
+    """The continuation."""
+
+
+class Scorer:
+    """Reads jobs with a model.
+
+    Args:
+        model: a causal language model.
+        tokens_at_once: tokens that the model reads at a time, the fixed text not counted.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens_at_once: int) -> None:
+        self.model = model
+        self.tokens_at_once = tokens_at_once
+        self.config = model.config.get_text_config()
+        self.device = next(model.parameters()).device
+        self._states: tuple[list[int], States] = ([], [])  # of the last text that was kept
+        self._trees: bool | None = None  # not known before the first call
+
+    @torch.no_grad()
+    def score(self, prefix: list[int], jobs: Sequence[Job]) -> tuple[list[float], list[bool]]:
+        """Summed log-probability of every job's targets, and whether each of them is the most probable token.
+
+        prefix: the fixed text before every job.
+        """
+        return self.by_trees(prefix, jobs) if self.takes_trees() else self.by_rows(prefix, jobs)
+
+    def by_trees(self, prefix: list[int], jobs: Sequence[Job]) -> tuple[list[float], list[bool]]:
+        """As :meth:`score`; what all jobs begin with is read once, and its states stay for the next call."""
+        if not jobs:
+            return [], []
+        shared = [*prefix, *common_start([job.inputs[: job.first + 1] for job in jobs])]
+        # the last shared token begins every tree: its state predicts, so it is not only looked at
+        kept = shared[:-1]
+        states = self.states_of(kept)
+        lead, skip = prefix[len(kept) :], max(0, len(kept) - len(prefix))
+        rows = [[*lead, *job.inputs[skip:]] for job in jobs]
+        capacity = max(*map(len, rows), min(self.tokens_at_once, max(_FILLED_UP_TO, len(kept) // 2)), 0)
+        log_probs = torch.zeros(len(jobs), dtype=torch.float64)
+        greedy = torch.ones(len(jobs), dtype=torch.bool)
+        with progress("score", total=len(jobs)) as bar:
+            for batch in batches(fold(rows, capacity), self.tokens_at_once):
+                owner_S, node_S, target_S = _places(batch, jobs, len(lead) - skip)
+                logp_S, best_S = self._read(batch, len(kept), states, node_S, target_S)
+                log_probs.index_add_(0, owner_S, logp_S.double().cpu())
+                greedy[owner_S[~best_S.cpu()]] = False
+                bar.update(sum(len(tree.paths) for tree in batch))
+        return log_probs.tolist(), greedy.tolist()
+
+    def _read(
+        self, trees: Sequence[Tree], kept: int, states: States, node_S: Tensor, target_S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ids_RW, positions_RW, mask = lay_out(trees, kept, self.model.dtype, self.device)
+        cache: Any = None
+        if states:
+            cache = DynamicCache(config=self.config)
+            for layer, (keys, values) in zip(cache.layers, states, strict=True):
+                layer.lazy_initialization(keys, values)
+                # views: the states are copied once, when the layer puts the new ones behind them
+                layer.keys = keys.expand(len(trees), -1, -1, -1)
+                layer.values = values.expand(len(trees), -1, -1, -1)
+        hidden_RWD = self.model.get_decoder()(
+            input_ids=ids_RW,
+            attention_mask=mask,
+            position_ids=positions_RW,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        return target_log_probs(
+            hidden_RWD.flatten(0, 1),
+            self.model.get_output_embeddings(),
+            node_S.to(self.device),
+            target_S.to(self.device),
+            chunk=max(1, _LOGITS_AT_ONCE // int(self.config.vocab_size)),
+        )
+
+    @torch.no_grad()
+    def states_of(self, ids: list[int]) -> States:
+        """Keys and values of a text that begins a sequence; those of the last such text are kept."""
+        if not ids:
+            return []
+        if ids != self._states[0]:
+            cache: Any = DynamicCache(config=self.config)
+            self.model.get_decoder()(
+                input_ids=torch.tensor([ids], device=self.device), past_key_values=cache, use_cache=True
+            )
+            self._states = ids, [(layer.keys, layer.values) for layer in cache.layers]
+        return self._states[1]
+
+    def by_rows(self, prefix: list[int], jobs: Sequence[Job]) -> tuple[list[float], list[bool]]:
+        """As :meth:`score`, with the model's own forward on whole rows, padded on the right."""
+        log_probs, greedy = [0.0] * len(jobs), [True] * len(jobs)
+        order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i].inputs))
+        with progress("score", total=len(jobs)) as bar:
+            while order:
+                length = len(prefix) + len(jobs[order[0]].inputs)
+                several = max(1, self.tokens_at_once // 4 // length)  # logits of all positions at once
+                batch, order = order[:several], order[several:]
+                ids_BT, mask_BT = right_pad([[*prefix, *jobs[i].inputs] for i in batch], 0)
+                logits_BTV = self.model(
+                    input_ids=ids_BT.to(self.device), attention_mask=mask_BT.long().to(self.device)
+                ).logits
+                for row, i in enumerate(batch):
+                    start = len(prefix) + jobs[i].first
+                    target_S = torch.tensor(jobs[i].targets, device=self.device)
+                    logp_SV = logits_BTV[row, start : start + len(target_S)].float().log_softmax(-1)
+                    log_probs[i] = float(logp_SV.gather(-1, target_S[:, None]).double().sum())
+                    greedy[i] = bool((logp_SV.argmax(-1) == target_S).all())
+                bar.update(len(batch))
+        return log_probs, greedy
+
+    @torch.no_grad()
+    def takes_trees(self) -> bool:
+        """Whether trees behind kept states give what plain rows give; tried once, on a few tokens."""
+        if self._trees is None:
+            layers = DynamicCache(config=self.config).layers
+            everywhere = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+            self._trees = everywhere and self.config._attn_implementation in _TAKES_A_MASK and self._probe()
+            if not self._trees:
+                print(
+                    "evaluate: this architecture takes no trees; what rows share is read again",
+                    flush=True,
+                )
+        return self._trees
+
+    def _probe(self) -> bool:
+        ids = [(7 * i + 3) % int(self.config.vocab_size) for i in range(9)]
+        jobs = [
+            Job(ids[3:7], 1, ids[5:8]),
+            Job([*ids[3:5], *ids[6:8]], 1, ids[6:9]),
+            Job(ids[4:6], 0, ids[5:7]),
+        ]
+        rows = torch.tensor(self.by_rows(ids[:3], jobs)[0])
+        try:
+            trees = torch.tensor(self.by_trees(ids[:3], jobs)[0])
+        except (AttributeError, TypeError, RuntimeError, ValueError, IndexError):
+            return False
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
+        return bool(((trees - rows).abs() <= tolerance * rows.abs().clamp(min=1)).all())
+
+
+def _places(batch: Sequence[Tree], jobs: Sequence[Job], shift: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the targets of a batch are predicted: number of the job, node of the whole batch, token.
+
+    shift: place in a row of a job's first input.
+    """
+    width = max(len(tree.tokens) for tree in batch)
+    owner, node, target = [], [], []
+    for r, tree in enumerate(batch):
+        for number, path in tree.paths.items():
+            job = jobs[number]
+            start = job.first + shift
+            owner += [number] * len(job.targets)
+            node += [r * width + n for n in path[start : start + len(job.targets)]]
+            target += job.targets
+    return torch.tensor(owner), torch.tensor(node), torch.tensor(target)

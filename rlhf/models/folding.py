@@ -1,0 +1,147 @@
+"""An adapter folded into the weights below it for a while, and trained as if it were not.
+
+peft adds the low-rank update in every forward pass: three more operations on full-width activations a linear
+map. Folded in once, W' = W + s·B·A costs one multiplication of the small matrices, and every pass until
+the weights change is a plain matrix product, backwards too. The gradients of A and B need only the input and
+the gradient of the output, and are the same to rounding (Hu 2021, eq. 3, differentiated).
+
+W itself is never written to, so nothing drifts: W' stands in buffers of its own. Only float32 weights are
+folded, since half precision would round small updates away, and only whole ones (not quantised, not sharded);
+every other layer goes on as peft has it.
+
+Shape suffixes: ``_O`` output feature, ``_I`` input feature, ``_N`` token, ``_r`` rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rlhf.models.onednn import product
+
+
+class _Folded(torch.autograd.Function):
+    """x W'^T + b, with the gradients of x, A and B; W' and b are constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, folded_OI: Tensor, bias_O: Tensor | None, a_rI: Tensor, b_Or: Tensor, s: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, folded_OI, a_rI, b_Or)
+        ctx.scaling = s
+        return product(x, folded_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, folded_OI, a_rI, b_Or = ctx.saved_tensors
+        grad_x = product(grad, folded_OI.T) if ctx.needs_input_grad[0] else None
+        grad_a = grad_b = None
+        grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[3]:
+            grad_a = ctx.scaling * ((grad_NO @ b_Or).T @ x_NI)
+        if ctx.needs_input_grad[4]:
+            grad_b = ctx.scaling * (grad_NO.T @ (x_NI @ a_rI.T))
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+class Folding:
+    """Folds adapters of a module into buffers that all adapters share, one adapter at a time.
+
+    Args:
+        module: holds peft's LoRA layers; which of them can be folded is looked up at each use.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = [m for m in module.modules() if isinstance(m, LoraLinear)]
+        self._buffers: dict[LoraLinear, Tensor] = {}
+        self._inside: str | None = None
+
+    @contextlib.contextmanager
+    def folded(self, adapter: str) -> Iterator[None]:
+        """Have one adapter folded in wherever it is the active one; other adapters run as ever.
+
+        Its weights must not change inside: leave before the optimiser steps. Entering again for the same
+        adapter does nothing.
+
+        Raises:
+            RuntimeError: another adapter is folded in.
+        """
+        if self._inside is not None:
+            if self._inside != adapter:
+                raise RuntimeError(f"`{self._inside}` is folded in: leave it before folding `{adapter}`")
+            yield
+            return
+        self._inside = adapter
+        layers = [layer for layer in self._layers if _can_fold(layer, adapter)]
+        try:
+            for layer in layers:
+                self._fold(layer, adapter)
+            yield
+        finally:
+            self._inside = None
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+
+    @torch.no_grad()
+    def _fold(self, layer: LoraLinear, adapter: str) -> None:
+        base: Any = layer.base_layer
+        lora: Any = layer
+        a_rI, b_Or = (part[adapter].weight for part in (lora.lora_A, lora.lora_B))
+        scaling = float(layer.scaling[adapter])
+        buffer = self._buffers.get(layer)
+        if buffer is None or buffer.device != base.weight.device:
+            buffer = self._buffers[layer] = torch.empty_like(base.weight)
+        torch.addmm(base.weight, b_Or, a_rI, alpha=scaling, out=buffer)
+        layer.__dict__["forward"] = partial(_forward, layer, adapter, buffer, base.bias, a_rI, b_Or, scaling)
+
+    def release(self) -> None:
+        """Give the memory of the buffers back."""
+        self._buffers.clear()
+
+
+def _forward(
+    layer: LoraLinear,
+    adapter: str,
+    folded_OI: Tensor,
+    bias_O: Tensor | None,
+    a_rI: Tensor,
+    b_Or: Tensor,
+    scaling: float,
+    x: Tensor,
+    *args: Any,
+    **options: Any,
+) -> Tensor:
+    """The layer's forward pass while an adapter is folded in."""
+    if args or options or layer.disable_adapters or layer.active_adapters != [adapter]:
+        return type(layer).forward(layer, x, *args, **options)
+    return _Folded.apply(x, folded_OI, bias_O, a_rI, b_Or, scaling)
+
+
+def _can_fold(layer: LoraLinear, adapter: str) -> bool:
+    """Whether an adapter of a layer is a plain update of a whole float32 matrix."""
+    base: Any = layer.base_layer
+    if adapter not in layer.lora_A or type(base) is not nn.Linear or hasattr(base.weight, "ds_id"):
+        return False
+    plain = not (layer.merged or layer.fan_in_fan_out or adapter in layer.lora_variant)
+    plain = plain and not layer.lora_bias.get(adapter, False)
+    dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
+    return plain and dropout == 0.0 and base.weight.dtype == torch.float32
+
+
+def folded_weights(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [O, I] and bias that a LoRA layer runs with just now, where its active adapter is folded in."""
+    forward = layer.__dict__.get("forward")
+    if not isinstance(forward, partial) or forward.func is not _forward:
+        return None
+    _, adapter, folded_OI, bias_O, *_ = forward.args
+    lora: Any = layer
+    active = not lora.disable_adapters and lora.active_adapters == [adapter]
+    return (folded_OI, bias_O) if active else None

@@ -1,0 +1,153 @@
+"""From hidden states to the log-probabilities of chosen tokens, without a [B, T, V] tensor.
+
+Shape suffixes: ``_B`` sequence, ``_T`` token, ``_D`` hidden unit, ``_V`` vocabulary entry, ``_N`` counted
+position, ``_C`` position of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from rlhf.models.onednn import product
+
+
+def chosen_log_probs(
+    hidden_BTD: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets_BT: Tensor,
+    mask_BT: Tensor | None = None,
+    *,
+    temperature: float,
+    chunk: int,
+    differentiable_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every target token, and the entropy it was drawn with.
+
+    hidden_BTD: the state that predicts targets_BT at the SAME index (the caller has shifted them).
+    head: maps states [N, D] to logits [N, V]; called on at most ``chunk`` counted positions at a time.
+    mask_BT: True = compute this position; the others return 0 and never reach the head. None = all.
+    differentiable_entropy: let the entropy carry a gradient, as a bonus on it needs.
+    Returns float32 logp_BT = log softmax(logits / temperature)[target] and entropy_BT of the same
+    distribution in nats. No reduction. Gradients flow to the hidden states, and to a head only if it learns.
+
+    With a frozen linear head the gradient is worked out beside the value, a chunk at a time, since it is
+    known up to one factor a position: nothing of width V outlives its chunk. With any other head and more
+    than one chunk, each is checkpointed: backward runs the head a second time. Under ZeRO-3 each call of the
+    head is a collective: ranks with unequal numbers of counted positions must gather the head's weights
+    before calling this.
+    """
+    if temperature <= 0 or chunk < 1:
+        raise ValueError(f"temperature {temperature} and chunk {chunk} must be positive")
+    shape = targets_BT.shape
+    hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+    if mask_BT is not None:
+        hidden_ND, targets_N = hidden_BTD[mask_BT], targets_BT[mask_BT]
+    if _is_frozen_linear(head):
+        logp_N, entropy_N = _Chosen.apply(
+            hidden_ND,
+            head.weight,  # type: ignore[attr-defined]
+            targets_N,
+            temperature,
+            chunk,
+            differentiable_entropy,
+        )
+    else:
+        logp_N, entropy_N = _by_any_head(hidden_ND, head, targets_N, temperature, chunk)
+    if not differentiable_entropy:
+        entropy_N = entropy_N.detach()
+    if mask_BT is None:
+        return logp_N.view(shape), entropy_N.view(shape)
+    zeros_BT = torch.zeros(shape, dtype=torch.float32, device=hidden_BTD.device)
+    where = mask_BT.nonzero(as_tuple=True)
+    return zeros_BT.index_put(where, logp_N), zeros_BT.index_put(where, entropy_N)
+
+
+def _is_frozen_linear(head: Any) -> bool:
+    """Whether a head is one whole matrix that does not learn."""
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    return (
+        not head.weight.requires_grad
+        and not hasattr(head.weight, "ds_id")
+        and head.weight.is_floating_point()
+    )
+
+
+class _Chosen(torch.autograd.Function):
+    """Chosen log-probs and entropies under softmax(W h / temperature); W is a constant.
+
+    d logp / d h = (W[target] - p W) / temperature, and d entropy / d h = -(p * (log p + entropy)) W /
+    temperature, so both are computed where p is at hand and only scaled on the way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        temperature: float,
+        chunk: int,
+        bonus: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[0]
+        logp_N = torch.empty(len(targets_N), device=hidden_ND.device)
+        entropy_N = torch.empty_like(logp_N)
+        slope_ND = torch.empty_like(hidden_ND) if wanted else None
+        bend_ND = torch.empty_like(hidden_ND) if wanted and bonus else None
+        for start in range(0, len(targets_N), chunk):
+            part = slice(start, start + chunk)
+            targets_C1 = targets_N[part, None]
+            logits_CV = product(hidden_ND[part], weight_VD).float()
+            if temperature != 1.0:
+                logits_CV /= temperature
+            logits_CV -= logits_CV.logsumexp(dim=-1, keepdim=True)  # log-probs from here on
+            logp_N[part] = logits_CV.gather(-1, targets_C1).squeeze(-1)
+            p_CV = logits_CV.exp()
+            entropy_N[part] = -torch.linalg.vecdot(p_CV, logits_CV)
+            if slope_ND is not None:
+                mean_CD = product(p_CV.to(weight_VD.dtype), weight_VD.T)
+                slope_ND[part] = (weight_VD[targets_C1[:, 0]] - mean_CD) / temperature
+            if bend_ND is not None:
+                logits_CV.add_(entropy_N[part, None]).mul_(p_CV)
+                bend_ND[part] = product(logits_CV.to(weight_VD.dtype), weight_VD.T) / -temperature
+        ctx.save_for_backward(slope_ND, bend_ND)
+        return logp_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp_N: Tensor, grad_entropy_N: Tensor) -> Any:
+        slope_ND, bend_ND = ctx.saved_tensors
+        grad_ND = grad_logp_N[:, None] * slope_ND
+        if bend_ND is not None:
+            grad_ND = grad_ND + grad_entropy_N[:, None] * bend_ND
+        return grad_ND.to(slope_ND.dtype), None, None, None, None, None
+
+
+def _by_any_head(
+    hidden_ND: Tensor, head: Callable[[Tensor], Tensor], targets_N: Tensor, temperature: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The same through autograd, for a head that learns, is sharded, or is more than a matrix."""
+
+    def score(hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+        logp_CV = torch.log_softmax(head(hidden_CD).float() / temperature, dim=-1)
+        logp_C = logp_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1)
+        return logp_C, torch.special.entr(logp_CV.exp()).sum(dim=-1)
+
+    parts = []
+    for start in range(0, targets_N.shape[0], chunk):
+        piece = hidden_ND[start : start + chunk], targets_N[start : start + chunk]
+        if torch.is_grad_enabled() and targets_N.shape[0] > chunk:
+            parts.append(checkpoint(score, *piece, use_reentrant=False))
+        else:
+            parts.append(score(*piece))
+    if parts:
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    nothing = hidden_ND.float().sum(dim=-1)  # empty, but still attached to the graph, so that backward works
+    return nothing, nothing

@@ -1,0 +1,113 @@
+"""LoRA adapters as peft shapes and saves them: the shape from a recipe, the files, and what must fit.
+
+Files are peft's own, so any tool that knows peft can load what is trained here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.errors import UserError
+from rlhf.recipe.schema import Lora
+from rlhf.runs.artifacts import WEIGHTS, write_atomically
+
+HEAD = "base_model.model.score"  # where Hugging Face's sequence classifier keeps its head, under peft
+
+
+def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **options: Any) -> LoraConfig:
+    """peft's configuration of one adapter.
+
+    Args:
+        lora: the recipe's section.
+        base: the model to be adapted.
+        task: peft's task type.
+        options: further fields of peft's configuration.
+
+    Raises:
+        UserError: ``top_k`` asks for more layers than there are, or no module has the name of a target.
+    """
+    k, layers = lora.top_k, int(base.config.get_text_config().num_hidden_layers)
+    # every linear map inside the layers, by its last name: peft cannot combine its `all-linear` with layers
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name)
+    }
+    targets = sorted(linear) if lora.targets == "all-linear" else list(lora.targets)
+    unknown = sorted(set(targets) - linear)
+    if unknown or not targets:
+        raise UserError(
+            f"lora.targets: {unknown} are no linear modules of {base.name_or_path}; "
+            f"it has {', '.join(sorted(linear))}"
+        )
+    if k is not None and k > layers:
+        raise UserError(f"lora.layers: top_{k} of a model with {layers} layers; use `all` or a smaller k")
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=targets,
+        layers_to_transform=None if k is None else list(range(layers - k, layers)),
+        task_type=task,
+        **options,
+    )
+
+
+def write_adapter(
+    folder: Path, tensors: dict[str, Tensor], config: PeftConfig | None, base_name: str | None
+) -> None:
+    """Write whole tensors by saved name, and peft's settings; a head on its own has none."""
+    whole = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    write_atomically(folder / WEIGHTS, save(whole, metadata={"format": "pt"}))
+    if config is None:
+        return
+    settings = config.to_dict() | {"base_model_name_or_path": base_name, "inference_mode": True}
+    for key, value in settings.items():
+        if isinstance(value, set):
+            settings[key] = sorted(value)
+    write_atomically(folder / "adapter_config.json", json.dumps(settings, indent=2, default=str) + "\n")
+
+
+@torch.no_grad()
+def read_adapter(folder: Path, into: dict[str, nn.Parameter], adapter: str) -> int:
+    """Read an adapter (and its head) into parameters by saved name; every tensor must find its place.
+
+    Returns:
+        Number of tensors read.
+
+    Raises:
+        UserError: a tensor is missing, superfluous or of another shape, or nothing was read: silently keeping
+            a fresh adapter or a fresh head is how reward models get lost.
+    """
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{file}: no such adapter; check the folder")
+    saved = load_file(file)
+    bias = f"{HEAD}.bias"
+    if bias in into and bias not in saved:  # Hugging Face's head has none
+        saved[bias] = torch.zeros_like(into[bias])
+    missing = sorted(set(into) - set(saved))
+    surplus = sorted(set(saved) - set(into) - ({f"{HEAD}.weight", bias}))
+    if missing or surplus:
+        what = f"{missing[0]} is missing" if missing else f"{surplus[0]} has no place"
+        raise UserError(
+            f"{file}: does not fit the `{adapter}` adapter ({what}; {len(missing)} missing, "
+            f"{len(surplus)} superfluous): it was made with other lora settings or another base"
+        )
+    for name, parameter in into.items():
+        if parameter.shape != saved[name].shape:
+            raise UserError(
+                f"{file}: {name} is {tuple(saved[name].shape)}, here {tuple(parameter.shape)}: "
+                "it was made with other lora settings or another base"
+            )
+        parameter.copy_(saved[name])
+    return len(into)

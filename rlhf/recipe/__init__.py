@@ -1,0 +1,1 @@
+"""Recipes: their fields, and how they are read."""

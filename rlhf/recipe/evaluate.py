@@ -1,0 +1,48 @@
+"""The evaluation of the policy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from rlhf.recipe.types import Folder, Natural, Positive, Rate, Section
+
+
+class Evaluate(Section):
+    """Before against after on held-out prompts, paired."""
+
+    judge: Literal["vader", "reward"] = "reward"
+    """Who scores the responses: a gold judge, or a reward model."""
+    reward_model: Folder | None = None
+    """Folder of the reward model that judges; null = this run's own (then the score is the trained proxy)."""
+    prompts: Positive = 128
+    """Held-out prompts."""
+    samples: Positive = 1
+    """Responses a prompt."""
+    temperature: Rate = 1.0
+    """Sampling temperature of both sides."""
+    batch_size: Positive = 32
+    """Responses generated together."""
+    pairs_shown: Positive = 10
+    """Sample pairs in the summary."""
+    best_of: Natural = 0
+    """Best of n beside the policy: samples a prompt from the reference, 2 or more; 0 = off. Figures are given
+    for n = 1, 2, 4, ... up to it."""
+    best_of_prompts: Positive | None = None
+    """Held-out prompts for best of n, the first ones; null = all `prompts`."""
+
+    @model_validator(mode="after")
+    def _best_of(self) -> Evaluate:
+        if self.best_of == 1:
+            raise ValueError("best_of 1 has nothing to choose from: set it to 2 or more, or to 0 (off)")
+        if self.best_of_prompts and not self.best_of:
+            raise ValueError(
+                "best_of_prompts is only used with best_of: set best_of to 2 or more, or remove it"
+            )
+        if self.best_of_prompts and self.best_of_prompts > self.prompts:
+            raise ValueError(
+                f"best_of_prompts {self.best_of_prompts} is more than the {self.prompts} prompts that the "
+                "policy is compared on: lower it, or raise prompts"
+            )
+        return self

@@ -1,0 +1,340 @@
+"""Loading a recipe: one YAML file plus `section.key=value` overrides, checked before torch is imported.
+
+Run as a module it only checks: ``python -m rlhf.recipe.load recipes/tiny.yaml ppo.steps=2``.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import glob
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlhf.errors import UserError, exit_on_user_error
+from rlhf.recipe.quick import QUICK, laid_over, origins_with, split_overrides, take_block
+from rlhf.recipe.schema import STARTS, Recipe
+
+__all__ = ["Recipe", "check_batch_sizes", "dump", "files_of", "from_command_line", "is_path", "load"]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML with two common traps mended: a repeated key is an error, and 1e-4 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a word, not a list or a mapping", key_node.start_mark
+                )
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot in a float, so `1e-4` would be a string.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    typing.cast(Any, re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")),
+    list("-+0123456789"),
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: YAML file of one experiment.
+        overrides: ``section.key=value`` strings; the value is read as YAML.
+
+    Returns:
+        The validated, frozen recipe.
+
+    Raises:
+        UserError: missing file, malformed YAML, unknown key (with the nearest valid name), wrong type, or a
+            combination that cannot work; the message names file, line and key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
+        hint = difflib.get_close_matches(str(path), known, n=1, cutoff=0.3)
+        remedy = f"did you mean {hint[0]}?" if hint else f"recipes here: {', '.join(known) or 'none'}"
+        raise UserError(f"{path}: no such recipe file; {remedy}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+        lines = _line_numbers(yaml.compose(text, Loader=_UniqueKeyLoader))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not a recipe: it holds itself (an alias inside its own anchor)") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, this file holds {type(values).__name__}")
+    origins: dict[str, str] = {key: f"{path}:{line}" for key, line in lines.items()}
+    block = take_block(values, origins)
+    quick, overrides = split_overrides(overrides)
+    if quick and block is None:
+        raise UserError(f"override '{QUICK}=true': {path} has no {QUICK} block with smaller sizes; add one")
+    if block is not None and not quick:
+        _check_block(values, block, overrides, path, origins)
+    elif block is not None:
+        values, origins = laid_over(values, block), origins_with(origins)
+    recipe = _validated(values, overrides, path, origins)
+    if quick:
+        recipe = recipe.model_copy(update={"name": f"{recipe.name}-{QUICK}"})
+    _check_files(recipe, path, origins)
+    _check_models(recipe, path, origins)
+    return recipe
+
+
+def _validated(
+    values: dict[str, Any], overrides: Sequence[str], path: Path, origins: dict[str, str]
+) -> Recipe:
+    """The recipe of a file's values under overrides, which are noted in ``origins``."""
+    values = copy.deepcopy(values)
+    for override in overrides:
+        _apply(values, override, origins)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, path, origins)) from None
+
+
+def _check_block(
+    values: dict[str, Any],
+    block: dict[str, Any],
+    overrides: Sequence[str],
+    path: Path,
+    origins: dict[str, str],
+) -> None:
+    """A ``quick`` block that is not asked for must be valid too, as it stands or with the same overrides."""
+    merged, lines = laid_over(values, block), origins_with(origins)
+    faults = []
+    for some in ((), overrides):
+        try:
+            _validated(merged, some, path, lines)
+            return
+        except UserError as error:
+            faults.append(error)
+    _validated(values, overrides, path, origins)  # a fault of the recipe itself is told as such
+    raise UserError(f"{faults[0]} (in the {QUICK} block)")
+
+
+def _line_numbers(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+    """Line of every key, by its dotted path."""
+    lines: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}{key_node.value}"
+            lines[key] = key_node.start_mark.line + 1
+            lines.update(_line_numbers(value_node, f"{key}."))
+    return lines
+
+
+def _apply(values: dict[str, Any], override: str, origins: dict[str, str]) -> None:
+    key, separator, raw = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise UserError(f"override {override!r}: write it as section.key=value, for example ppo.steps=10")
+    try:
+        value = yaml.load(raw, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    target: Any = values
+    for depth, part in enumerate(parts[:-1], 1):
+        if part not in target:
+            origins[".".join(parts[:depth])] = f"override {override!r}"
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise UserError(f"override {override!r}: {part} is a value, not a section")
+    target[parts[-1]] = value
+    origins[key.strip()] = f"override {override!r}"
+
+
+def _sections(annotation: Any) -> type[BaseModel] | None:
+    """The section class behind a field's annotation, if it is one."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Dotted path of every field of a recipe, sections included."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        section = _sections(field.annotation)
+        if section is not None:
+            keys += known_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _where(key: str, origins: dict[str, str], path: Path) -> str:
+    """Where a key stands, or the nearest section above it that does."""
+    parts = key.split(".")
+    while parts and ".".join(parts) not in origins:
+        parts.pop()
+    return origins.get(".".join(parts), str(path))
+
+
+def _explain(error: ValidationError, path: Path, origins: dict[str, str]) -> str:
+    """One line for the first fault, with the remedy; the number of further ones at the end."""
+    faults = error.errors()
+    first = faults[0]
+    key = ".".join(str(part) for part in first["loc"])
+    where = _where(key, origins, path)
+    if first["type"] == "extra_forbidden":
+        keys = [*known_keys(), QUICK]
+        leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+        near = near or [
+            leaves[m] for m in difflib.get_close_matches(key.split(".")[-1], leaves, n=1, cutoff=0.6)
+        ]
+        section = key.rpartition(".")[0]
+        siblings = [k for k in keys if k.rpartition(".")[0] == section]
+        remedy = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(siblings)}"
+        message = f"unknown key {key}; {remedy}"
+    elif first["type"] == "missing":
+        message = f"{key} is missing; add it to the recipe"
+    else:
+        value = first.get("input")
+        shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | list) else ""
+        message = f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{shown}"
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"{where}: {message}{more}"
+
+
+def files_of(spec: str) -> list[str]:
+    """Paths that a spec names, sorted: itself where it exists, else what it matches as a glob."""
+    path = os.path.expanduser(spec)
+    return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+
+
+def is_path(model: str) -> bool:
+    """Whether a model's name is a folder's: a hub id is NAME or OWNER/NAME, and never begins like a path."""
+    first, *rest = model.split("/")
+    return (
+        os.path.exists(os.path.expanduser(model))
+        or first in ("", ".", "..")
+        or first.startswith("~")
+        or len(rest) > 1
+        or (bool(rest) and os.path.isdir(first))
+    )
+
+
+def _check_files(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
+    """Every file that the recipe names must be there before anything starts."""
+    data, card, sft, distill, tax = recipe.data, recipe.card, recipe.sft, recipe.distill, recipe.tax
+    for key, specs in {
+        "hhh_prompt": [recipe.hhh_prompt] if distill else [],
+        "data.comparisons": [] if data.sampled else data.comparisons,
+        "data.prompts": data.prompts,
+        "data.held_out_prompts": data.held_out_prompts,
+        "sft.data": [] if sft is None or sft.chosen else sft.data,
+        "distill.texts": distill.texts if distill else [],
+        "distill.questions": distill.questions if distill else [],
+        "card.comparisons": card.comparisons,
+        "card.outliers": card.outliers,
+        **{f"tax.tasks.{name}.files": task.files for name, task in (tax.tasks if tax else {}).items()},
+    }.items():
+        for spec in specs:
+            if not spec.startswith("hub:") and not files_of(spec):
+                where = _where(key, origins, path)
+                raise UserError(f"{where}: {key}: no file matches {spec}; check the path")
+
+
+def _check_models(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
+    """Every folder of a model that the recipe names must be there, but those that this run will make."""
+    card, distill, tax = recipe.card, recipe.distill, recipe.tax
+    starts = {name: getattr(getattr(recipe, name), "start", None) for name in STARTS}
+    hub = ", or name a hub id"
+    named: list[tuple[str, str | None, str]] = [
+        *(("ppo.reward_model", folder, "") for folder in recipe.ppo.reward_model),
+        ("evaluate.reward_model", recipe.evaluate.reward_model, ""),
+        *(
+            (f"{name}.start", start, f", or name a stage of this run ({' or '.join(STARTS[name])})")
+            for name, start in starts.items()
+            if start not in STARTS[name]
+        ),
+        ("card.model", card.model, hub),
+        ("card.against", card.against, hub),
+        ("distill.teacher", distill.teacher if distill else None, hub),
+        *((f"tax.others.{label}", place, hub) for label, place in (tax.others if tax else {}).items()),
+        ("tax.toxicity.judge", tax.toxicity.judge if tax else None, hub),
+    ]
+    wrong = [
+        (key, place, remedy)
+        for key, place, remedy in named
+        if place is not None
+        and not os.path.isdir(os.path.expanduser(place))
+        and not (remedy is hub and place and not is_path(place))
+    ]
+    for key, place, remedy in wrong:
+        if os.path.exists(place) or not place.startswith(f"runs/{recipe.name}/"):
+            where = _where(key, origins, path)
+            raise UserError(f"{where}: {key}: {place or repr(place)} is not a folder; check the path{remedy}")
+
+
+def check_batch_sizes(recipe: Recipe, processes: int) -> None:
+    """Batches must divide over the processes, because nothing is rounded silently.
+
+    Raises:
+        UserError: names the two numbers and a batch size that would work.
+    """
+    ppo, reward = recipe.ppo, recipe.reward
+    for name, size in (
+        ("ppo.batch_size / ppo.minibatches", ppo.batch_size // ppo.minibatches),
+        ("reward.batch_size", reward.batch_size),
+        ("pmp.batch_size", recipe.pmp.batch_size if recipe.pmp else processes),
+        ("sft.batch_size", recipe.sft.batch_size if recipe.sft else processes),
+    ):
+        if size % processes:
+            raise UserError(
+                f"{name} = {size} does not divide over {processes} processes; "
+                f"use a multiple of {processes}, for example {-(-size // processes) * processes}"
+            )
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, all defaults written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def from_command_line(arguments: Sequence[str] | None = None) -> Recipe:
+    """The recipe named on a stage's command line: ``RECIPE [section.key=value ...]``."""
+    words = [
+        w for w in (sys.argv[1:] if arguments is None else arguments) if not w.startswith("--local_rank")
+    ]
+    if not words:
+        raise UserError(
+            "no recipe given; write RECIPE [section.key=value ...], for example recipes/tiny.yaml"
+        )
+    flags = [w for w in words if w.startswith("-")]
+    if flags:
+        raise UserError(f"{flags[0]}: there are no flags; write overrides as section.key=value")
+    return load(words[0], words[1:])
+
+
+def main() -> None:
+    """Check a recipe and print nothing but its name and where it will run."""
+    recipe = from_command_line()
+    print(f"{recipe.name}: the recipe is valid; it runs in runs/{recipe.name}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

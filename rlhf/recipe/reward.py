@@ -1,0 +1,204 @@
+"""Comparisons and what is learned from them: the lab, pre-training, the reward model and its card."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rlhf.recipe.types import (
+    STARTS,
+    Folder,
+    Fraction,
+    LessThanHalf,
+    Natural,
+    NonNegative,
+    Positive,
+    Rate,
+    Section,
+    UnitInterval,
+)
+
+
+class Collect(Section):
+    """The lab: sampled responses, ranked by a gold judge with noise (Ziegler 2019, Gao 2022)."""
+
+    comparisons: Positive = 512
+    """Number of prompts that get a comparison."""
+    responses: Annotated[int, Field(ge=2)] = 4
+    """Responses K a prompt."""
+    judge: Literal["vader"] = "vader"
+    """The gold score; used to label and to evaluate, never as the PPO reward."""
+    noise: NonNegative = 0.1
+    """Scale of the annotator's Gumbel noise in units of the gold score: P(i over j) = sigmoid(gap/noise)."""
+    temperature: Rate = 1.0
+    """Sampling temperature."""
+    prompts_per_batch: Positive = 16
+    """Prompts sampled together; a finished batch is kept when the run is interrupted."""
+
+
+class PreferenceTraining(Section):
+    """How a model learns from comparisons: the fields that `pmp` and `reward` share."""
+
+    objective: Literal["ranked", "binary", "imitation"] = "ranked"
+    """`ranked`: order the responses of a prompt (Askell 2021, section 3; Ouyang 2022, eq. 1); `binary`: tell
+    good (rank 0) from bad (all others) by an absolute label; `imitation`: language-model loss on the best
+    response alone, candidates then ranked by their log-probability."""
+    likelihood: Literal["pairs", "plackett_luce"] = "pairs"
+    """Of `ranked`: every pair of a prompt on its own (Bradley-Terry), or the whole order at once
+    (Plackett 1975, Luce 1959)."""
+    margin: NonNegative = 0.0
+    """How far the better score has to lead for each step of rank, in units of the score (Touvron 2023)."""
+    label_smoothing: LessThanHalf = 0.0
+    """Weight of the opposite label in the pair loss."""
+    label_noise: LessThanHalf = 0.0
+    """Share of labels taken to be flipped by the annotator: the pair's likelihood is mixed, not its loss."""
+    centring: NonNegative = 0.0
+    """Coefficient of the mean squared sum of a pair's scores, which pulls scores to 0 (Eisenstein 2023)."""
+    lm_coef: NonNegative = 0.0
+    """Coefficient of the language-model loss on the best response (Askell 2021 and PPO-max use 1)."""
+    learning_rate: Rate | None = None
+    """Peak of AdamW; null = 0.1 (`pmp`) or 0.01 (`reward`) of model.pretraining_learning_rate (Bai 2022,
+    A.2)."""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup: UnitInterval = 0.05
+    """Share of the optimiser steps with rising learning rate."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Rate = 1.0
+    """Global gradient-norm clip."""
+    epochs: Positive = 1
+    """Passes over the comparisons; one is what InstructGPT and Bai 2022 use against overfitting."""
+    batch_size: Positive = 16
+    """Comparisons an optimiser step, over all processes."""
+    tokens_per_micro_batch: Positive = 2048
+    """Tokens in memory at once, padding included, a process; it does not change the result."""
+    share_prompts: bool = True
+    """Forward a prompt once for all its responses (one packed row, block attention mask); false = one row a
+    response. Both give the same scores; an architecture that cannot pack falls back with a warning."""
+    trunk_gigabytes: NonNegative = 4.0
+    """Memory for the hidden states below the first adapted layer (lora.layers=top_k), which are computed once
+    for all passes; where they need more, or with 0, every pass computes them anew."""
+    checkpoint_every: Positive = 10
+    """Optimiser steps between checkpoints."""
+
+    @model_validator(mode="after")
+    def _objective_options(self) -> PreferenceTraining:
+        ranked = self.objective == "ranked"
+        pairs = ranked and self.likelihood == "pairs"
+        for name in ("margin", "label_smoothing", "label_noise"):
+            if getattr(self, name) and not pairs:
+                raise ValueError(
+                    f"{name} belongs to objective=ranked with likelihood=pairs; remove one of them"
+                )
+        if self.label_smoothing and self.label_noise:
+            raise ValueError("label_smoothing and label_noise are two answers to one question; choose one")
+        if self.likelihood != "pairs" and not ranked:
+            raise ValueError("likelihood belongs to objective=ranked; remove one of them")
+        if self.centring and self.objective == "imitation":
+            raise ValueError("centring needs a score, which objective=imitation has not; remove one of them")
+        if self.lm_coef and self.objective == "imitation":
+            raise ValueError("objective=imitation is the language-model loss already; remove lm_coef")
+        return self
+
+
+class PmpSource(Section):
+    """One source of public comparisons."""
+
+    files: list[str] = Field(min_length=1)
+    """StackExchange `Posts.xml`, MediaWiki export XML, Reddit and SHP rows, comparisons; globs, hub ids."""
+    weight: Rate = 1.0
+    """Share of this source in the mixture, relative to the others."""
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+class Pmp(PreferenceTraining):
+    """Preference-model pre-training (PMP) on public comparisons, before `reward` (Askell 2021, section 4)."""
+
+    sources: list[PmpSource] = Field(min_length=1)
+    """The mixture."""
+    start: Folder | None = None
+    """What the adapter starts from: a folder, or `sft` or `distill`, that stage of this run; null = fresh."""
+    form: Literal["ranked", "binarised"] = "binarised"
+    """`binarised`: each ordered pair A > B becomes GOOD:A > BAD:A and BAD:B > GOOD:B, which transfers better
+    (Askell 2021, section 4.1); `ranked`: the comparisons as they are."""
+    good_prefix: str = "GOOD:"
+    """Control text before a response that is called good."""
+    bad_prefix: str = "BAD:"
+    """Control text before a response that is called bad."""
+    max_responses: Annotated[int, Field(ge=2, strict=True)] = 4
+    """Responses of one question that are used, the same number from every part of its order."""
+    comparisons: Positive = 10_000
+    """Comparisons in the mixture before binarising; a source that has fewer than its share gives all."""
+    held_out: Fraction = 0.05
+    """Share of the questions held out."""
+
+
+class Reward(PreferenceTraining):
+    """The reward model: k-way ranked loss (InstructGPT, Ouyang 2022, eq. 1) unless said otherwise."""
+
+    start: Folder | None = None
+    """Folder of a trained preference model to start from; or the folder of a policy's adapter, or `sft` or
+    `distill`, that stage of this run, whose weights the adapter takes under a fresh head; null = the run's
+    `pmp` stage where the recipe has one, else a fresh adapter and head."""
+    comparisons: Positive | None = None
+    """Train on this many of the training comparisons, drawn by the seed; null = all. A smaller number is
+    a part of a larger, and the held-out part stays the same, so runs can be compared."""
+    members: Positive = 1
+    """Reward models trained from different seeds on the same comparisons (an ensemble of adapters)."""
+    reference_responses: Positive = 256
+    """Responses whose scores are brought to mean 0 and variance 1 after training (Ziegler 2019)."""
+    probe: bool = True
+    """Also fit a linear probe on the frozen base's features, the figure a reward model has to beat."""
+    head_init: Literal["normal", "zero", "probe"] = "normal"
+    """A fresh head starts as N(0, 1/(d+1)) (Stiennon 2020), as 0, or as the linear probe; with few
+    comparisons the latter two spare the training a random direction to be unlearned first (LP-FT, Kumar 2022,
+    arXiv 2202.10054)."""
+
+    @model_validator(mode="after")
+    def _head(self) -> Reward:
+        if self.head_init == "probe" and not self.probe:
+            raise ValueError("head_init=probe needs the probe; set reward.probe=true")
+        if self.head_init == "probe" and self.start in STARTS["reward"]:
+            raise ValueError(
+                f"head_init=probe fits the frozen base, which start={self.start} changes: use zero or normal"
+            )
+        if self.head_init == "probe" and self.start:
+            raise ValueError("head_init=probe would overwrite the head of reward.start; remove one of them")
+        if self.members > 1 and self.objective == "imitation":
+            raise ValueError("members are for scores; objective=imitation has none; remove one of them")
+        return self
+
+
+class Card(Section):
+    """The reward-model card: how far a reward model can be trusted, on comparisons it has not seen."""
+
+    model: str | None = None
+    """Folder or hub id of any sequence-classification reward model; null = the one of this run."""
+    against: str | None = None
+    """A second reward model, judged on the same comparisons and compared by a paired test."""
+    comparisons: list[str] = []
+    """Files as in data.comparisons; empty = the run's held-out comparisons."""
+    limit: Positive | None = None
+    """Use at most this many comparisons."""
+    bins: Annotated[int, Field(ge=2, strict=True)] = 10
+    """Bins of the calibration table, with equal numbers of pairs."""
+    near_tie: NonNegative = 0.5
+    """A pair whose scores differ by less is a near-tie, in units of the normalised score."""
+    outliers: list[str] = []
+    """Prompts that are out of distribution (files as in data.prompts): the card then says how well
+    Mahalanobis distances tell them from the run's own."""
+    outlier_layer: int = -1
+    """Layer whose activations are looked at; -1 = the last."""
+    exposure: Natural = 0
+    """Outliers shown to a linear classifier (outlier exposure, Bai 2022, section 5.4); 0 = none."""
+
+    @field_validator("comparisons", "outliers", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value

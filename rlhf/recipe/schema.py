@@ -1,0 +1,112 @@
+"""The fields of a recipe: what each means, its unit, its default and where the default comes from.
+
+A recipe is strict: an unknown key, a wrong type or a combination that cannot work is an error before torch
+is imported. The sentence under a field is its documentation.
+"""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import field_validator, model_validator
+
+from rlhf.recipe.distill import Distill
+from rlhf.recipe.evaluate import Evaluate
+from rlhf.recipe.ppo import Ppo
+from rlhf.recipe.reward import Card, Collect, Pmp, PreferenceTraining, Reward
+from rlhf.recipe.sft import CHOSEN, Sft
+from rlhf.recipe.shared import SAMPLED, Data, Dialogue, Distributed, Lora, Model
+from rlhf.recipe.tax import Tax
+from rlhf.recipe.types import STARTS, Section
+
+__all__ = [
+    "CHOSEN",
+    "SAMPLED",
+    "STARTS",
+    "Card",
+    "Collect",
+    "Data",
+    "Dialogue",
+    "Distill",
+    "Distributed",
+    "Evaluate",
+    "Lora",
+    "Model",
+    "Pmp",
+    "Ppo",
+    "PreferenceTraining",
+    "Recipe",
+    "Reward",
+    "Section",
+    "Sft",
+    "Tax",
+]
+
+
+class Recipe(Section):
+    """One experiment: the contract shared by all stages, then one section a stage."""
+
+    name: str
+    """The run's folder: runs/<name>."""
+    seed: int = 0
+    """The one seed of all randomness."""
+    model: Model
+    lora: Lora = Lora()
+    dialogue: Dialogue = Dialogue()
+    data: Data
+    hhh_prompt: str = "recipes/prompts/hhh.txt"
+    """File of the prompt that asks for a helpful, honest and harmless assistant (Askell 2021): the prompted
+    arm of `tax` runs under it, and `distill` distils it."""
+    collect: Collect = Collect()
+    sft: Sft | None = None
+    distill: Distill | None = None
+    pmp: Pmp | None = None
+    reward: Reward = Reward()
+    card: Card = Card()
+    ppo: Ppo = Ppo()
+    evaluate: Evaluate = Evaluate()
+    tax: Tax | None = None
+    distributed: Distributed = Distributed()
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError("a run name has letters, digits, dots, dashes and underscores only")
+        return value
+
+    @model_validator(mode="after")
+    def _needs(self) -> Recipe:
+        if self.data.sampled and not (self.data.prompts and self.data.held_out_prompts):
+            raise ValueError(
+                "data.comparisons=sampled needs data.prompts and data.held_out_prompts to sample from"
+            )
+        if self.evaluate.judge == "vader" and self.evaluate.reward_model:
+            raise ValueError("evaluate.reward_model is only used with evaluate.judge=reward; remove one")
+        if self.sft and self.sft.loss_on == "assistant" and self.dialogue.template == "plain":
+            raise ValueError(
+                "sft.loss_on=assistant needs to know whose turn a token is, which dialogue.template=plain "
+                "does not say: use template chat, or loss_on=response or all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _starts(self) -> Recipe:
+        for name, stages in STARTS.items():
+            section = getattr(self, name)
+            start = None if section is None else getattr(section, "start", None)
+            if start not in stages:
+                continue
+            if getattr(self, start) is None:
+                raise ValueError(f"{name}.start={start}: this recipe has no {start} section; add one")
+            if start == "distill" and getattr(self.distill, "method", "lora") == "full":
+                raise ValueError(
+                    f"{name}.start=distill: distill.method=full makes a whole model, not an adapter; write a "
+                    f"recipe whose model.path is runs/{self.name}/distill/model, without this start"
+                )
+            if name == "reward" and self.pmp is not None:
+                raise ValueError(
+                    f"reward.start={start}: the reward model starts from the pmp stage of this recipe; write "
+                    f"pmp.start={start} instead"
+                )
+        return self

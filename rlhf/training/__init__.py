@@ -1,0 +1,1 @@
+"""What every training shares: devices, ranks, optimizers, schedules, metrics."""
