@@ -12,7 +12,8 @@ import yaml
 from recipe_cases import TEXT, refusal, writer
 
 from rlhf.errors import UserError
-from rlhf.recipe.load import check_batch_sizes, dump, from_command_line, load
+from rlhf.recipe.load import check_batch_sizes, dump, from_command_line, known_keys, load
+from rlhf.recipe.renamed import FORMER
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.y*ml"))
@@ -282,3 +283,9 @@ def test_checking_a_recipe_imports_no_torch(recipe):
     )
     done = run("-c", code.format(recipe()))
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("former", [key for key in FORMER if key not in known_keys()])
+def test_a_former_key_names_the_present_one(recipe, former):
+    with pytest.raises(UserError, match=rf"^override '{former}=1': unknown key {former}; .*{FORMER[former]}"):
+        load(recipe(), [f"{former}=1"])

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.quick import QUICK, laid_over, origins_with, split_overrides, take_block
+from rlhf.recipe.renamed import FORMER
 from rlhf.recipe.schema import STARTS, Recipe
 
 __all__ = ["Recipe", "check_batch_sizes", "dump", "files_of", "from_command_line", "is_path", "load"]
@@ -110,6 +111,10 @@ def _validated(
     values = copy.deepcopy(values)
     for override in overrides:
         _apply(values, override, origins)
+    known = known_keys()
+    for key in origins:
+        if key in FORMER and key not in known:
+            raise UserError(f"{_where(key, origins, path)}: unknown key {key}; {FORMER[key]}")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
