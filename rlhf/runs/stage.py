@@ -23,6 +23,7 @@ import yaml
 
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe, dump, files_of
+from rlhf.recipe.stored import modernized
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import MANIFEST, Checkpoints
 
@@ -38,6 +39,7 @@ _CHANGEABLE = {  # may change between two starts of an unfinished stage, because
     "distill.checkpoint_every",
     "tax.pieces",
 }
+FORMAT = 2  # of the checkpoints and other unfinished work in a folder; raised when they change
 _VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 # a folder that holds nothing else was begun, and stopped before any work was done
 _OPENING = (".lock", "recipe.yaml", "fingerprint.json", "metrics.jsonl", "tensorboard")
@@ -214,9 +216,15 @@ def _drop_work(folder: Path) -> None:
 def _start_or_resume(folder: Path, fingerprint: dict[str, Any], recipe: Recipe) -> None:
     noted = folder / "fingerprint.json"
     if noted.is_file() and _holds_work(folder):
-        _refuse_changes(artifacts.read_json(noted), fingerprint, folder, finished=False)
+        old = artifacts.read_json(noted)
+        if old.get("format") != FORMAT:
+            raise UserError(
+                f"{folder} was begun by an earlier version, whose unfinished work this one cannot continue: "
+                f'give the new run a name of its own (SET="name=..."), or remove {folder} to start again'
+            )
+        _refuse_changes(old, fingerprint, folder, finished=False)
     artifacts.write_atomically(folder / "recipe.yaml", dump(recipe))
-    artifacts.write_json(noted, fingerprint)
+    artifacts.write_json(noted, {"format": FORMAT, **fingerprint})
 
 
 def _holds_work(folder: Path) -> bool:
@@ -247,7 +255,7 @@ def _parent_identity(recipe: Recipe, parent: str, stage: str) -> str:
         )
     made = artifacts.read_json(manifest)
     resolved = recipe.model_dump(mode="json")
-    old = made["fingerprint"]["recipe"]
+    old = modernized(made["fingerprint"]["recipe"])
     changes = differences({key: old[key] for key in CONTRACT}, {key: resolved[key] for key in CONTRACT})
     if changes:
         raise UserError(
@@ -270,7 +278,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def _refuse_changes(old: dict[str, Any], new: dict[str, Any], folder: Path, *, finished: bool) -> None:
-    changes = differences(old["recipe"], new["recipe"])
+    changes = differences(modernized(old["recipe"]), new["recipe"])
     changes += [f"data file {line}" for line in differences(old["inputs"], new["inputs"])]
     if not changes:
         changes = [f"the {line.partition(':')[0]} stage was run anew" for line in
