@@ -78,13 +78,28 @@ def outcome_of(folder: Path) -> dict[str, object]:
 
 
 def differences(before: dict[str, object], after: dict[str, object]) -> list[str]:
-    """One line for each entry that is missing, new or has another value."""
-    lines = [f"missing  {key}" for key in sorted(before.keys() - after.keys())]
-    lines += [f"new      {key}" for key in sorted(after.keys() - before.keys())]
+    """One line for each entry that has another name, is missing, is new or has another value."""
+    gone, come = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+    lines = []
+    for key in list(gone):
+        found = [new for new in come if renames(key, new) and before[key] == after[new]]
+        if len(found) == 1:
+            lines.append(f"renamed  {key} -> {found[0]}")
+            gone.remove(key)
+            come.remove(found[0])
+    lines += [f"missing  {key}: {before[key]}" for key in gone] + [
+        f"new      {key}: {after[key]}" for key in come
+    ]
     both = sorted(before.keys() & after.keys())
     return lines + [
         f"changed  {key}: {before[key]} -> {after[key]}" for key in both if before[key] != after[key]
     ]
+
+
+def renames(old: str, new: str) -> bool:
+    """Whether two paths differ in one part only, at the same depth."""
+    pairs = list(zip(old.split("/"), new.split("/"), strict=False))
+    return old.count("/") == new.count("/") and sum(a != b for a, b in pairs) == 1
 
 
 def main() -> int:
