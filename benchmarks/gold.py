@@ -59,9 +59,10 @@ def check(recipe: Recipe) -> None:
         raise UserError("evaluate.judge: a gold judge is wanted, for example evaluate.judge=vader")
     ppo = recipe.ppo
     for name, plain in (
-        ("algorithm", "ppo"), ("kl_control", "fixed"), ("kl_in", "reward"), ("missing_eos", "ignore"),
-        ("samples", 1), ("reward_model", []), ("start", None), ("ptx_coef", 0.0), ("dual_clip", None),
-        ("score_clip", None), ("score_normalisation", "none"), ("value", "adapter"), ("length_penalty", 0.0),
+        ("algorithm", "ppo"), ("kl_controller", "fixed"), ("kl_in", "reward"), ("missing_eos", "ignore"),
+        ("samples_per_prompt", 1), ("dual_clip", None), ("reward_model", []),
+        ("start", None), ("ptx_coef", 0.0),
+        ("score_clip", None), ("score_normalization", "none"), ("value", "adapter"), ("length_penalty", 0.0),
     ):  # fmt: skip
         if getattr(ppo, name) != plain:
             raise UserError(f"ppo.{name}: theirs has no {getattr(ppo, name)!r}; set ppo.{name}={plain}")

@@ -19,7 +19,6 @@ from rlhf.models.base import load_base
 from rlhf.recipe.load import Recipe
 from rlhf.runs.stage import StageRun
 from rlhf.training.metrics import Metrics
-from rlhf.training.runtime import Runtime
 
 
 def recipe_of(task: Task, rows: int) -> Recipe:
@@ -84,21 +83,14 @@ def ours(task: Task, rows: list[dict[str, Any]], scratch: Path) -> Figures:
         raise RuntimeError("ours: the prompts are not the token ids that theirs gets")
     backbone, sizes = backbone_of(recipe)
     run = StageRun("ppo", scratch, recipe, {}, {}, is_main=True, lock=None)
-    section = recipe.ppo
     trainer = PpoTrainer(
         backbone=backbone,
-        runtime=Runtime(
-            recipe.distributed,
-            seed=recipe.seed,
-            max_grad_norm=section.max_grad_norm,
-            micro_batch_size=section.micro_batch_size,
-        ),
         dialogue=dialogue,
         prompts=prompts,
-        score_fn=score_function(recipe, run, backbone, dialogue),
-        section=section,
+        reward_fn=score_function(recipe, run, backbone, dialogue),
+        section=recipe.ppo,
+        folder=scratch,
         seed=recipe.seed,
-        run=run,
     )
     clock, log = Clock(), Metrics.log
 

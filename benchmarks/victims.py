@@ -48,12 +48,12 @@ STATEFUL = (
     f"ppo.steps={STEPS}",
     "ppo.checkpoint_every=1",
     "ppo.epochs=1",  # a checkpoint falls between steps: a second pass only takes time
-    "ppo.kl_control=adaptive",
-    "ppo.kl_horizon=100",
-    "ppo.score_normalisation=running",
+    "ppo.kl_controller=adaptive",
+    "ppo.kl_controller_horizon=100",
+    "ppo.score_normalization=running",
     "ppo.ema_decay=0.8",
     "ppo.schedule=cosine",
-    "ppo.warmup=2",
+    "ppo.warmup_steps=2",
 )
 PHASES = {
     "start": "loading and restoring",

@@ -295,9 +295,9 @@ def test_a_reward_model_of_another_base_needs_retokenise_and_works_with_it(lab, 
     mine = other_reward(lab, base="models/other")
     line = refused(train.main, mine, *SHORT)
     assert "mine does not fit (its base is models/other, this recipe's is models/tiny)" in line
-    assert "set ppo.retokenise=true" in line
+    assert "set ppo.retokenize=true" in line
     assert made("ppo") == OPENING
-    stage(train.main, mine, *SHORT, "ppo.retokenise=true")
+    stage(train.main, mine, *SHORT, "ppo.retokenize=true")
     assert results("ppo")["steps"] == 1
 
 

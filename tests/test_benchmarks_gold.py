@@ -91,7 +91,7 @@ def test_the_page_tells_both_sides_and_holds_no_path(road, tmp_path, monkeypatch
     ("override", "message"),
     [
         ("evaluate.judge=reward", "gold judge"),
-        ("ppo.kl_control=adaptive", "ppo.kl_control"),
+        ("ppo.kl_controller=adaptive", "ppo.kl_controller"),
         ("ppo.missing_eos=replace", "ppo.missing_eos"),
         ("name=never-run", "is not complete"),
     ],

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.ppo.advantages import gae, leave_one_out, penalise_length, penalise_missing_eos, token_rewards
+from policy.ppo.advantages import gae, leave_one_out
 from policy.ppo.kl import ESTIMATORS
+from policy.ppo.reward_shaping import penalize_length, penalize_missing_eos, token_rewards
 
 
 def _episodes(seed, batch=4, width=6):
@@ -113,13 +114,13 @@ def test_a_response_without_any_action_is_refused():
 
 def test_a_missing_eos_replaces_the_score_or_lowers_it():
     scores_B, ended_B = torch.tensor([2.0, 2.0, -5.0]), torch.tensor([True, False, False])
-    assert penalise_missing_eos(scores_B, ended_B, penalty=1.0).tolist() == [2.0, -1.0, -1.0]
-    lowered_B = penalise_missing_eos(scores_B, ended_B, penalty=1.0, mode="subtract")
+    assert penalize_missing_eos(scores_B, ended_B, penalty=1.0).tolist() == [2.0, -1.0, -1.0]
+    lowered_B = penalize_missing_eos(scores_B, ended_B, penalty=1.0, mode="subtract")
     assert lowered_B.tolist() == [2.0, 1.0, -6.0]
     with pytest.raises(ValueError, match="reward a missing EOS"):
-        penalise_missing_eos(scores_B, ended_B, penalty=-1.0)
+        penalize_missing_eos(scores_B, ended_B, penalty=-1.0)
     with pytest.raises(ValueError, match="neither"):
-        penalise_missing_eos(scores_B, ended_B, penalty=1.0, mode="add")
+        penalize_missing_eos(scores_B, ended_B, penalty=1.0, mode="add")
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -135,8 +136,8 @@ def test_every_token_pays_the_estimate_that_is_asked_for(estimator):
 
 def test_only_tokens_beyond_the_target_cost():
     scores_B, lengths_B = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2, 3, 7])
-    assert penalise_length(scores_B, lengths_B, penalty=0.25, target=3).tolist() == [1.0, 1.0, 0.0]
-    assert penalise_length(scores_B, lengths_B, penalty=0.25, target=0).tolist() == [0.5, 0.25, -0.75]
+    assert penalize_length(scores_B, lengths_B, penalty=0.25, target=3).tolist() == [1.0, 1.0, 0.0]
+    assert penalize_length(scores_B, lengths_B, penalty=0.25, target=0).tolist() == [0.5, 0.25, -0.75]
 
 
 @given(seed=st.integers(0, 10_000), samples=st.integers(2, 5), prompts=st.integers(1, 4))

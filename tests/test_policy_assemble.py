@@ -179,21 +179,21 @@ def test_without_a_name_all_members_of_the_run_are_taken(world):
 @pytest.mark.parametrize("change", [{"base": "models/other"}, {"contract": "0"}])
 def test_members_that_do_not_fit_each_other_or_the_policy_are_refused(world, change):
     write_card(world / member(1), offset=0.0, **change)
-    with pytest.raises(UserError, match=r"ppo\.retokenise=true") as caught:
+    with pytest.raises(UserError, match=r"ppo\.retokenize=true") as caught:
         built(world)
     assert f"{world / member(0)} and {world / member(1)} cannot share one base" in str(caught.value)
     for number in (0, 2):
         write_card(world / member(number), offset=0.0, **change)
-    with pytest.raises(UserError, match=rf"{member(0)} does not fit .*this recipe's.*ppo\.retokenise=true"):
+    with pytest.raises(UserError, match=rf"{member(0)} does not fit .*this recipe's.*ppo\.retokenize=true"):
         built(world)
 
 
-@pytest.mark.parametrize("retokenise", ["true", "false"])
-def test_a_member_trained_by_imitation_is_refused_before_a_base_is_loaded(world, monkeypatch, retokenise):
+@pytest.mark.parametrize("retokenize", ["true", "false"])
+def test_a_member_trained_by_imitation_is_refused_before_a_base_is_loaded(world, monkeypatch, retokenize):
     write_card(world / member(1), offset=0.0, objective="imitation")
     monkeypatch.setattr(policy.ppo.setup, "load_base", lambda *_: pytest.fail("too late"))
     with pytest.raises(UserError) as caught:
-        built(world, f"ppo.retokenise={retokenise}")
+        built(world, f"ppo.retokenize={retokenize}")
     expected = f"{world / member(1)} was trained by imitation and gives no score; train it with reward.objec"
     assert str(caught.value).startswith(expected)
 
@@ -205,7 +205,7 @@ def test_a_model_trained_by_imitation_is_refused_wherever_it_would_score(world):
         lambda: check_rewards(recipe, load_dialogue(recipe), [world / member(0)]),
         lambda: TextRewardModel(world / member(0)),
         lambda: score_function(
-            tiny_recipe("ppo.retokenise=true"), opened(world, recipe), None, load_dialogue(recipe)
+            tiny_recipe("ppo.retokenize=true"), opened(world, recipe), None, load_dialogue(recipe)
         ),
     ):
         with pytest.raises(UserError, match=r"reward/model was trained by imitation and gives no score"):
@@ -227,7 +227,7 @@ class Reader:
 def test_with_retokenise_each_reads_the_text_by_itself_whatever_its_base(world, monkeypatch, capsys):
     monkeypatch.setattr(policy.ppo.setup, "TextRewardModel", Reader)
     write_card(world / member(1), base="models/other", contract="0")
-    backbone, score = built(world, "ppo.retokenise=true", "ppo.ensemble=minimum")
+    backbone, score = built(world, "ppo.retokenize=true", "ppo.ensemble=minimum")
     assert list(backbone.heads) == ["value"]
     assert not any(bool(p.any()) for p in backbone.heads.parameters())
     part = said()

@@ -22,7 +22,7 @@ from policy.evaluate.best_of_n import (
     tied_share,
     win_rate_bound,
 )
-from policy.ppo.invariants import InvariantError
+from policy.ppo.checks import InvariantError
 from rlhf.data.comparisons import Message
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.tiny import tiny_model, tiny_tokenizer

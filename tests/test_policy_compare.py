@@ -16,7 +16,7 @@ from policy.evaluate.before_after import (
     text_judge,
 )
 from policy.evaluate.report import as_markdown
-from policy.texts import distinct_n
+from policy.ppo.metrics import distinct_n
 from rlhf.data.comparisons import Message
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.tiny import tiny_model, tiny_tokenizer

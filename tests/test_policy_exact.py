@@ -6,15 +6,12 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_ppo import SMALL, TOKENIZER, trainer
+from tiny_ppo import SMALL, TOKENIZER, Shaping, trainer
 
-from policy.ppo import invariants
-from policy.ppo.bad_updates import BadUpdates
 from policy.ppo.kl import ESTIMATORS
-from policy.ppo.reward_shaping import Aim
 from policy.ppo.rollout import Rollout
-from policy.ppo.update import Updater
-from policy.ppo.weights import Learner
+from policy.ppo.update import NonfiniteUpdates, Updater
+from policy.ppo.weights import AdapterWeights
 from rlhf.models.backbone import Backbone
 from rlhf.models.masks import action_mask
 from rlhf.models.tiny import tiny_model
@@ -35,8 +32,10 @@ class Enumerated:
     """A tiny model, the loop's parts around it, and the exact expectations."""
 
     def __init__(self, folder, **section):
-        options = {"steps": 1, "epochs": 1, "gamma": 1.0, "lam": 1.0, "clip": None, "missing_eos": "ignore",
-                   "whiten_advantages": False, "max_grad_norm": 1e9, "batch_size": 1}  # fmt: skip
+        options = {
+            "steps": 1, "epochs": 1, "gamma": 1.0, "lam": 1.0, "clip_range": None, "batch_size": 1,
+            "missing_eos": "ignore", "whiten_advantages": False, "max_grad_norm": 1e9,
+        }  # fmt: skip
         self.section = Ppo(**options | section)
         shared = self.section.value == "shared"
         values = ["value"] if self.section.has_value else []
@@ -53,9 +52,9 @@ class Enumerated:
             if "lora_B" in name:
                 parameter.data.normal_(std=0.3)
         self.runtime = Runtime(Distributed(), seed=0, max_grad_norm=1e9, micro_batch_size=8)
-        self.learner = Learner(self.backbone, self.runtime, self.section, None)
-        bad = BadUpdates(folder, self.runtime, 0)
-        self.update = Updater(self.backbone, self.runtime, self.section, seed=0, bad=bad, texts=None)
+        self.weights = AdapterWeights(self.backbone, self.runtime, self.section, None)
+        nonfinite = NonfiniteUpdates(folder, self.runtime, 0)
+        self.update = Updater(self.weights, seed=0, nonfinite=nonfinite, texts=None)
         self.ids = torch.cat(
             [
                 torch.tensor(PROMPT).expand(len(EVERY), 2),
@@ -108,7 +107,7 @@ class Enumerated:
         return self.backbone.parameters_of("policy")
 
     def of_loop(self, rows):
-        """Gradient of aim and update on some responses, for a loss that is a sum over their actions."""
+        """Gradient of the loop on some responses, for a loss that is a sum over their actions."""
         rollout = self.rollout(rows)
         found = {}
 
@@ -118,8 +117,8 @@ class Enumerated:
             return 1.0
 
         self.runtime.step = step
-        aim = Aim(self.section, self.runtime)
-        self.update(0, rollout, aim(rollout), aim.kl_coef)
+        shaped = Shaping(self.section, self.runtime)(rollout)
+        self.update(0, rollout, shaped.advantages_BR, shaped.returns_BR, self.section.kl_coef)
         return {n: g * ACTIONS[rows].sum() for n, g in found.items()}
 
     def expected_of_loop(self):
@@ -166,10 +165,10 @@ def assert_equal(got, expected):
     "section",
     [
         {"kl_coef": 0.0},
-        {"kl_coef": 0.3, "temperature": 0.7, "clip": 0.2},
+        {"kl_coef": 0.3, "temperature": 0.7, "clip_range": 0.2},
         {"kl_coef": 0.3, "value": "shared", "value_coef": 0.0},
         {"kl_coef": 0.3, "algorithm": "reinforce"},
-        {"kl_coef": 0.3, "algorithm": "rloo", "samples": 2, "batch_size": 2},
+        {"kl_coef": 0.3, "algorithm": "rloo", "samples_per_prompt": 2, "batch_size": 2},
     ],
     ids=lambda section: ",".join(f"{k}={v}" for k, v in section.items()),
 )
@@ -260,7 +259,7 @@ def test_the_entropy_bonus_adds_the_gradient_of_the_entropies_before_the_actions
 @pytest.mark.parametrize("options", [{}, {"start": True, "stir": 0.3}, {"value": "shared", "start": True}])
 def test_the_first_ratio_is_one_and_the_first_kl_zero(options, monkeypatch, tmp_path):
     errors = []
-    monkeypatch.setattr(invariants, "check_first_ratio", lambda error: errors.append(float(error)))
+    monkeypatch.setattr("policy.ppo.update.check_first_ratio", lambda error: errors.append(float(error)))
     built = trainer(tmp_path, **SMALL | {"micro_batch_size": 3}, **options)
     if options.get("stir"):  # the reference is not the base
         built.backbone.activate("policy")
@@ -280,7 +279,7 @@ def test_a_reference_that_was_copied_never_moves(tmp_path):
     built.train()
     for name, tensor in built.backbone.parameters_of("reference").items():
         assert torch.equal(tensor, before[name]), name
-    saved = load_file(built.run.checkpoints.newest() / "policy" / "adapter_model.safetensors")
+    saved = load_file(built.checkpoints.newest() / "policy" / "adapter_model.safetensors")
     assert any(not torch.equal(saved[name], before[name]) for name in before)
 
 
@@ -291,7 +290,7 @@ def test_a_priced_policy_ends_near_the_closed_form_optimum(tmp_path):
     """One token, two letters with a score: the optimum is the reference tilted by exp(score / beta)."""
     beta, scored = 0.3, {}
     built = trainer(
-        tmp_path, score_fn=lambda said: torch.tensor([scored.get(text, 0.0) for text in said.texts]), limit=1,
+        tmp_path, reward_fn=lambda r: torch.tensor([scored.get(text, 0.0) for text in r.texts]), limit=1,
         kl_coef=beta, steps=30, epochs=2, batch_size=128, micro_batch_size=128, rollout_batch_size=128,
         learning_rate=1e-2, whiten_advantages=False,
     )  # fmt: skip

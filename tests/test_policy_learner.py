@@ -15,19 +15,18 @@ from rlhf.errors import UserError
 from rlhf.models.lora import HEAD
 from rlhf.recipe.schema import Distributed, Ppo
 from rlhf.runs.artifacts import Checkpoints
-from rlhf.runs.stage import StageRun
 from rlhf.training.metrics import read_metrics
 
 
 def after_every_step(built):
     """Train, and return the weights at the start and after every step."""
-    seen, real = [weights(built)], built.learner.follow
+    seen, real = [weights(built)], built.weights.update_ema
 
     def follow():
         seen.append(weights(built))
         real()
 
-    built.learner.follow = follow
+    built.weights.update_ema = follow
     built.train()
     return seen
 
@@ -65,13 +64,13 @@ def test_only_the_value_moves_while_it_warms_up(value, tmp_path):
 def test_the_average_is_that_of_the_weights_after_every_step(tmp_path):
     built = trainer(tmp_path, **SMALL | {"steps": 3, "ema_decay": 0.75})
     seen = after_every_step(built)
-    for name, tensor in built.learner.average.items():
+    for name, tensor in built.weights.ema.items():
         expected = seen[0][f"policy.{name}"]
         for state in seen[1:]:
             expected = 0.75 * expected + 0.25 * state[f"policy.{name}"]
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-8)
-    names = [n for n in built.learner.average if "lora_B" in n]
-    assert all(not torch.equal(built.learner.average[n], seen[-1][f"policy.{n}"]) for n in names)
+    names = [n for n in built.weights.ema if "lora_B" in n]
+    assert all(not torch.equal(built.weights.ema[n], seen[-1][f"policy.{n}"]) for n in names)
 
 
 def test_an_average_changes_nothing_that_is_trained(tmp_path):
@@ -103,7 +102,9 @@ def fitted(folder, monkeypatch, **section):
     monkeypatch.setattr(policy.ppo.run, "assemble", lambda *parts: backbone)
     monkeypatch.setattr(policy.ppo.run, "stored_prompts", lambda *parts: PROMPTS)
     monkeypatch.setattr(policy.ppo.run, "score_function", lambda *parts: Score())
-    results = policy.ppo.run.fit(recipe, StageRun("ppo", folder, None, {}, {}, True, None))
+    results = policy.ppo.run.run(
+        recipe, SimpleNamespace(folder=folder, is_main=True, note_clock=lambda: None)
+    )
     return results, made[0]
 
 
@@ -118,7 +119,7 @@ def test_the_stage_saves_the_average_as_the_policy_and_the_last_weights_beside_i
     policy_B, last_B = saved(tmp_path, "policy"), saved(tmp_path, "policy_last")
     assert set(policy_B) == set(last_B)
     for name in policy_B:
-        assert torch.equal(policy_B[name], built.learner.average[name])
+        assert torch.equal(policy_B[name], built.weights.ema[name])
         assert torch.equal(last_B[name], last[f"policy.{name}"])
         assert not torch.equal(policy_B[name], last_B[name])
     assert results["steps"] == 2
@@ -139,7 +140,9 @@ def test_without_an_average_the_stage_saves_the_last_weights_and_the_value_with_
     torch.testing.assert_close(bias, last[f"value.{HEAD}.bias"] + offset)
 
 
-@pytest.mark.parametrize("options", [{"algorithm": "reinforce"}, {"algorithm": "rloo", "samples": 2}])
+@pytest.mark.parametrize(
+    "options", [{"algorithm": "reinforce"}, {"algorithm": "rloo", "samples_per_prompt": 2}]
+)
 def test_without_a_value_none_is_learned_or_saved(options, tmp_path, monkeypatch):
     _, built = fitted(tmp_path, monkeypatch, **options)
     assert [group["lr"] for group in built.runtime.optimizer.param_groups] == [pytest.approx(5e-4)]
@@ -170,10 +173,10 @@ def test_a_limit_on_the_kl_ends_the_stage_and_a_resumed_one_stays_ended(tmp_path
 # ---- going on
 
 EVERYTHING = SMALL | {
-    "steps": 5, "checkpoint_every": 2, "epochs": 2, "minibatches": 2, "kl_control": "adaptive",
-    "kl_horizon": 50, "ptx_batch_size": 2,
-    "score_normalisation": "running", "score_clip": 1.5, "ema_decay": 0.8, "ptx_coef": 0.3,
-    "value_warmup": 3, "schedule": "cosine", "warmup": 2, "entropy_coef": 0.01, "whiten_rewards": True,
+    "steps": 5, "checkpoint_every": 2, "epochs": 2, "minibatches": 2, "kl_controller": "adaptive",
+    "kl_controller_horizon": 50, "ptx_batch_size": 2,
+    "score_normalization": "running", "score_clip": 1.5, "ema_decay": 0.8, "ptx_coef": 0.3,
+    "value_warmup": 3, "schedule": "cosine", "warmup_steps": 2, "entropy_coef": 0.01, "whiten_rewards": True,
     "stir": 0.1, "start": True,
 }  # fmt: skip
 
@@ -187,10 +190,11 @@ def everything(folder, **options):
 def assert_same_end(built, expected, folders):
     for name, tensor in weights(expected).items():
         assert torch.equal(weights(built)[name], tensor), name
-    if expected.learner.average is not None:
-        for name, tensor in expected.learner.average.items():
-            assert torch.equal(built.learner.average[name], tensor), name
-    assert built.aim.state() == expected.aim.state()
+    if expected.weights.ema is not None:
+        for name, tensor in expected.weights.ema.items():
+            assert torch.equal(built.weights.ema[name], tensor), name
+    assert built.kl_controller.state() == expected.kl_controller.state()
+    assert built.reward_shaper.state() == expected.reward_shaper.state()
     assert built.backbone.offsets == expected.backbone.offsets
     assert logs(folders[0]) == logs(folders[1])
 
@@ -201,7 +205,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("everything") / "whole"
     built = everything(folder)
     built.train()
-    assert built.aim.kl_coef != 0.05
+    assert built.kl_controller.coef != 0.05
     return built, folder
 
 
@@ -220,7 +224,7 @@ def test_an_interrupted_run_with_everything_in_it_goes_on_bit_for_bit(options, t
 
     parts = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        everything(parts, score_fn=interrupted, **options).train()
+        everything(parts, reward_fn=interrupted, **options).train()
     again = everything(parts, **options)
     assert again.done == 2
     again.train()
@@ -236,7 +240,7 @@ def test_a_checkpoint_that_lacks_a_part_or_stands_on_another_reference_is_refuse
 ):
     built = trainer(tmp_path, **SMALL, ema_decay=0.5)
     built.train()
-    folder = built.run.checkpoints.newest()
+    folder = built.checkpoints.newest()
     if anchor:
         state = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(state | {anchor: "0" * 64}))
@@ -263,7 +267,7 @@ def no_death():
 
 
 def asks(at):
-    """A score function in which SIGTERM arrives at one of its calls."""
+    """A reward function in which SIGTERM arrives at one of its calls."""
     calls = []
 
     def score(said):
@@ -281,7 +285,7 @@ def test_sigterm_saves_the_last_whole_step_and_the_same_command_goes_on(
 ):
     parts = tmp_path / "parts"
     with pytest.raises(SystemExit) as ended:
-        everything(parts, checkpoint_every=1000, score_fn=asks(step + 1)).train()
+        everything(parts, checkpoint_every=1000, reward_fn=asks(step + 1)).train()
     assert ended.value.code == 0
     words = f"saved after step {step} of 5" if step else "no step was done"
     assert words in capsys.readouterr().out
@@ -295,7 +299,7 @@ def test_sigterm_saves_the_last_whole_step_and_the_same_command_goes_on(
 
 def test_sigterm_during_an_update_is_taken_when_the_step_is_whole(tmp_path, no_death):
     built = trainer(tmp_path, **SMALL | {"steps": 4})
-    built.score_figures = lambda: os.kill(os.getpid(), signal.SIGTERM) or {}
+    built.reward_metrics = lambda: os.kill(os.getpid(), signal.SIGTERM) or {}
     with pytest.raises(SystemExit):
         built.train()
     again = trainer(tmp_path, **SMALL | {"steps": 4})

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_ppo import SMALL, TOKENIZER, trainer
 
-from policy.ppo.ptx import PtxBatches, read_texts
+from policy.ppo.batching import PtxBatches, read_texts
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Ppo
 from rlhf.training.metrics import read_metrics

@@ -156,7 +156,7 @@ def collected(
     rank=0,
     world=1,
     layers="top_2",
-    score_fn=None,
+    reward_fn=None,
     temperature=1.0,
     shards_weights=False,
     made=None,
@@ -173,9 +173,9 @@ def collected(
         device=torch.device("cpu"),
     )
     section = Ppo(batch_size=8, temperature=temperature, **({"micro_batch_size": 8} | sizes))
-    score_fn = score_fn or (lambda said: torch.tensor([float(len(t)) for t in said.texts]))
+    reward_fn = reward_fn or (lambda said: torch.tensor([float(len(t)) for t in said.texts]))
     with torch.no_grad():
-        rollout = collect(model, model, runtime, dialogue, PROMPTS, score_fn, section, seed=3, step=1)
+        rollout = collect(model, model, runtime, dialogue, PROMPTS, reward_fn, section, seed=3, step=1)
     return rollout, dialogue
 
 
@@ -243,7 +243,7 @@ def test_a_rollout_records_the_sampling_and_both_ends():
 def test_a_score_function_sees_rows_that_belong_together():
     seen = []
 
-    def score_fn(said):
+    def reward_fn(said):
         dialogue = Dialogue(tiny_tokenizer(), template="plain", max_prompt_tokens=32, max_response_tokens=6)
         for prompt, text, ids, mask in zip(said.prompts, said.texts, said.ids_BT, said.mask_BT, strict=True):
             start = dialogue.encode_prompt(prompt)
@@ -254,7 +254,7 @@ def test_a_score_function_sees_rows_that_belong_together():
         seen.append(len(said.texts))
         return torch.zeros(len(said.texts))
 
-    collected(score_fn=score_fn, micro_batch_size=3)
+    collected(reward_fn=reward_fn, micro_batch_size=3)
     assert seen == [3, 3, 2]
 
 
@@ -272,14 +272,14 @@ def test_each_row_of_a_rollout_has_a_prompt_and_samples_of_a_prompt_share_a_proc
 
 def test_samples_that_would_be_torn_apart_are_refused():
     with pytest.raises(
-        UserError, match=r"ppo.batch_size / ppo.samples: 8 / 4 = 2 .* 4 processes.* multiple of 16"
+        UserError, match=r"ppo.batch_size / ppo.samples_per_prompt: 8 / 4 = 2 .* 4 processes.* multiple of 16"
     ):
-        collected(samples=4, world=4)
+        collected(samples_per_prompt=4, world=4)
 
 
 @pytest.mark.parametrize("samples", [2, 4])
 def test_several_samples_of_a_prompt_are_different_answers_to_it(samples):
-    rollout, dialogue = collected(samples=samples)
+    rollout, dialogue = collected(samples_per_prompt=samples)
     different = 8 // samples
     order = prompt_indices(3, 1, different, len(PROMPTS))
     for b, row in enumerate(rows_of(rollout)):
@@ -288,7 +288,9 @@ def test_several_samples_of_a_prompt_are_different_answers_to_it(samples):
     assert len({str(row["ids"]) for row in rows_of(rollout)}) == 8
     for world in (1, 2):
         for rank in range(world):
-            mine = rows_of(collected(rank=rank, world=world, samples=samples, rollout_batch_size=3)[0])
+            mine = rows_of(
+                collected(rank=rank, world=world, samples_per_prompt=samples, rollout_batch_size=3)[0]
+            )
             assert_same(mine, rows_of(rollout)[rank::world])
 
 
@@ -300,7 +302,7 @@ def test_prompts_of_one_length_are_sampled_together(monkeypatch):
         return sample(backbone, role, prompts, uniform, **options)
 
     monkeypatch.setattr(module, "sample", spied)
-    collected(rollout_batch_size=3, samples=2)
+    collected(rollout_batch_size=3, samples_per_prompt=2)
     flat = [length for part in lengths for length in part]
     assert flat == sorted(flat)
     assert flat != flat[::-1]
@@ -335,14 +337,17 @@ def test_a_trunk_beyond_its_memory_is_computed_anew_in_every_pass(capsys):
     assert collected(trunk_gigabytes=size / 1e9)[0].hidden_BTD is not None
     assert capsys.readouterr().out == ""
     for _ in range(2):
-        rollout, _ = collected(trunk_gigabytes=(size - 1) / 1e9, score_fn=blind)
+        rollout, _ = collected(trunk_gigabytes=(size - 1) / 1e9, reward_fn=blind)
         assert rollout.hidden_BTD is None
-        assert_same(rows_of(rollout), rows_of(collected(score_fn=blind)[0]))
+        assert_same(rows_of(rollout), rows_of(collected(reward_fn=blind)[0]))
     assert capsys.readouterr().out.count("ppo.trunk_gigabytes") == 1
     assert collected(trunk_gigabytes=0, rank=1, world=2)[0].hidden_BTD is None
     assert capsys.readouterr().out == ""
-    assert collected(trunk_gigabytes=0, layers="all")[0].hidden_BTD is None
+    assert collected(layers="all")[0].hidden_BTD is None
     assert capsys.readouterr().out == ""
+    for _ in range(2):
+        assert collected(trunk_gigabytes=0, layers="all")[0].hidden_BTD is None
+    assert capsys.readouterr().out.count("ppo.trunk_gigabytes has no effect") == 1
 
 
 def blind(said):
@@ -351,7 +356,7 @@ def blind(said):
 
 def test_a_policy_without_a_value_has_values_of_0():
     made = stirred(heads=())
-    rollout, _ = collected(made=made, algorithm="rloo", samples=2)
+    rollout, _ = collected(made=made, algorithm="rloo", samples_per_prompt=2)
     assert torch.equal(rollout.values_BR, torch.zeros_like(rollout.log_probs_BR))
 
 

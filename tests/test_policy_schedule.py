@@ -18,14 +18,16 @@ def factors(kind, steps, warmup=0):
 def test_the_schedules_by_their_numbers():
     assert factors("linear", 4) == [1, 0.75, 0.5, 0.25]
     assert factors("constant", 3) == [1, 1, 1]
-    assert factors("cosine", 4) == pytest.approx(
-        [0.1 + 0.45 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
-    )
+    cosine = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    assert factors("cosine", 4) == pytest.approx(cosine)
+    assert factors("cosine_with_min_lr", 4) == pytest.approx([0.1 + 0.9 * factor for factor in cosine])
     assert factors("linear", 6, warmup=2) == pytest.approx([0.1, 0.55, 1, 0.75, 0.5, 0.25])
     assert factors("constant", 4, warmup=3) == pytest.approx([0.1, 0.4, 0.7, 1])
 
 
-@pytest.mark.parametrize(("kind", "end"), [("linear", 0.0), ("cosine", 0.1), ("constant", 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "end"), [("linear", 0.0), ("cosine", 0.0), ("cosine_with_min_lr", 0.1), ("constant", 1.0)]
+)
 def test_a_schedule_goes_from_the_peak_towards_its_end(kind, end):
     assert factors(kind, 1000)[0] == 1
     assert factors(kind, 1000)[-1] == pytest.approx(end, abs=1.1e-3)
@@ -33,8 +35,10 @@ def test_a_schedule_goes_from_the_peak_towards_its_end(kind, end):
 
 
 @given(
-    kind=st.sampled_from(["linear", "cosine", "constant"]), steps=st.integers(1, 60), data=st.data()
-)  # fmt: skip
+    kind=st.sampled_from(["linear", "cosine", "cosine_with_min_lr", "constant"]),
+    steps=st.integers(1, 60),
+    data=st.data(),
+)
 def test_a_rate_rises_to_the_peak_and_never_rises_again(kind, steps, data):
     warmup = data.draw(st.integers(0, steps - 1))
     all_of_them = factors(kind, steps, warmup)
@@ -45,13 +49,13 @@ def test_a_rate_rises_to_the_peak_and_never_rises_again(kind, steps, data):
     assert all(0 < factor <= 1 for factor in all_of_them)
     if warmup:
         assert rising[0] == pytest.approx(0.1)
-    if kind == "cosine":
+    if kind == "cosine_with_min_lr":
         assert min(falling) >= 0.1
 
 
 def test_policy_and_value_follow_the_same_schedule_from_peaks_of_their_own(tmp_path):
     rates = {"learning_rate": 1e-3, "value_learning_rate": 3e-3}
-    built = trainer(tmp_path, **SMALL | rates, steps=3, schedule="cosine", warmup=1, value_warmup=2)
+    built = trainer(tmp_path, **SMALL | rates, steps=3, schedule="cosine", warmup_steps=1, value_warmup=2)
     seen, real = [], built.runtime.set_learning_rates
     built.runtime.set_learning_rates = lambda rates: (seen.append(list(rates)), real(rates))
     built.train()

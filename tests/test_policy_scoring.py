@@ -1,4 +1,4 @@
-"""A score function is held to its word: it answers in time, with one finite number a response."""
+"""A reward function is held to its word: it answers in time, with one finite number a response."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def test_a_good_answer_is_passed_on_unchanged():
 
 
 @pytest.mark.parametrize(
-    ("score_fn", "message"),
+    ("reward_fn", "message"),
     [
         (raising(KeyError("token")), r"failed on 3 responses \(KeyError: 'token'\)"),
         (raising(ValueError("first line\nsecond line")), r"\(ValueError: first line\)"),
@@ -43,9 +43,9 @@ def test_a_good_answer_is_passed_on_unchanged():
         (answering(torch.inf, -torch.inf, 2.0), "2 of 3 scores are not finite"),
     ],
 )
-def test_a_bad_answer_is_one_line_that_says_what_it_was(score_fn, message):
+def test_a_bad_answer_is_one_line_that_says_what_it_was(reward_fn, message):
     with pytest.raises(UserError, match=message) as caught:
-        GuardedScore(score_fn, 1)(SAID)
+        GuardedScore(reward_fn, 1)(SAID)
     assert "\n" not in str(caught.value)
 
 
@@ -65,7 +65,7 @@ guarded = GuardedScore(lambda said: torch.zeros(1), 0.3 / 60)
 guarded(said)
 time.sleep(0.8)  # an answer in time is not held against it later
 print("alive", time.time(), flush=True)
-guarded.score_fn = lambda said: time.sleep(600)
+guarded.reward_fn = lambda said: time.sleep(600)
 guarded(said)
 """
 
@@ -80,5 +80,5 @@ def test_a_call_that_hangs_ends_the_process_in_time_with_one_line():
     assert alive == "alive"
     assert ended - float(since) < 120  # the limit is 0.3 s; a busy machine takes long to notice
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ppo: the score function has not answered for 0.005 minutes")
+    assert line.startswith("error: ppo: the reward function has not answered for 0.005 minutes")
     assert "ppo.score_timeout_minutes" in line

@@ -73,14 +73,16 @@ def test_each_way_alone_changes_nothing_either(change, tmp_path, monkeypatch):
     assert_same(run(tmp_path / "cut", **LOSSES[1], **options), expected)
 
 
-@pytest.mark.parametrize("algorithm", [{"algorithm": "reinforce"}, {"algorithm": "rloo", "samples": 3}])
+@pytest.mark.parametrize(
+    "algorithm", [{"algorithm": "reinforce"}, {"algorithm": "rloo", "samples_per_prompt": 3}]
+)
 def test_an_update_without_a_value_is_the_same_cut_small(algorithm, tmp_path, monkeypatch):
     results = {}
     for micro in (12, 5):
         built = trainer(tmp_path / str(micro), **PLAIN | algorithm | {"micro_batch_size": micro})
-        before = built.learner.weights()["policy"]
+        before = built.weights.gathered()["policy"]
         built.train()
-        results[micro] = built.learner.weights()["policy"]
+        results[micro] = built.weights.gathered()["policy"]
     assert max(float((results[12][n] - before[n]).abs().max()) for n in before) > 1e-3
     assert_close(results[5], results[12], atol=1e-5)
 

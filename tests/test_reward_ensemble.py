@@ -123,4 +123,4 @@ def test_members_on_different_bases_are_named_with_the_remedy(card, what, tmp_pa
         check_one_base(folders)
     line = str(caught.value)
     assert f"{folders[0]} and {folders[2]} cannot share one base {what}" in line
-    assert "set ppo.retokenise=true" in line
+    assert "set ppo.retokenize=true" in line

@@ -93,7 +93,7 @@ def test_a_key_like_no_other_gets_the_valid_ones(recipe):
         ("steps: 3", "steps: 2.5", "r.yaml:6: ppo.steps: "),
         ("steps: 3", "steps: [1]", "r.yaml:6: ppo.steps: "),
         ("steps: 3", "steps:", "r.yaml:6: ppo.steps: "),
-        ("steps: 3", "clip: .nan", "r.yaml:6: ppo.clip: "),
+        ("steps: 3", "clip_range: .nan", "r.yaml:6: ppo.clip_range: "),
         ("steps: 3", "lam: 1.5", "r.yaml:6: ppo.lam: "),
         ("path: m", "path: 3", "r.yaml:2: model.path: "),
         ("path: m", "path: m, dtype: float8", "r.yaml:2: model.dtype: "),
@@ -110,7 +110,7 @@ def test_a_wrong_value_is_named_with_its_line(recipe, old, new, expected):
 
 
 def test_the_wrong_value_itself_is_shown_and_further_mistakes_are_counted(recipe):
-    message = refusal(recipe(TEXT.replace("steps: 3", "steps: many\n  clip: -1\n  epochs: 0")))
+    message = refusal(recipe(TEXT.replace("steps: 3", "steps: many\n  clip_range: -1\n  epochs: 0")))
     assert "(got 'many')" in message
     assert message.endswith("(and 2 more)")
 
@@ -168,9 +168,9 @@ def test_a_missing_recipe_gets_the_nearest_one(inside):
 
 
 def test_an_override_replaces_one_value_and_leaves_the_rest(recipe):
-    plain, changed = load(recipe()), load(recipe(), ["ppo.clip=0.3", "collect.responses=2"])
+    plain, changed = load(recipe()), load(recipe(), ["ppo.clip_range=0.3", "collect.responses=2"])
     expected = plain.model_dump()
-    expected["ppo"]["clip"] = 0.3
+    expected["ppo"]["clip_range"] = 0.3
     expected["collect"]["responses"] = 2
     assert changed.model_dump() == expected
 
@@ -244,7 +244,7 @@ def test_sampled_comparisons_need_prompts_and_a_judge_needs_no_second_one(recipe
 
 
 def test_a_loaded_recipe_does_not_change_and_survives_being_written(recipe, inside):
-    loaded = load(recipe(), ["ppo.value_clip=null", "data.limit=5"])
+    loaded = load(recipe(), ["ppo.value_clip_range=null", "data.limit=5"])
     with pytest.raises(ValueError, match="frozen"):
         loaded.ppo.steps = 4
     (inside / "again.yaml").write_text(dump(loaded))

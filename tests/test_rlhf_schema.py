@@ -182,15 +182,15 @@ def test_numbers_of_the_fine_tuning_out_of_their_range_are_refused(field, values
 
 
 PPO_CONTRADICTIONS = {
-    "rloo compares the samples of a prompt": {"algorithm": "rloo", "samples": 1},
+    "rloo compares the samples of a prompt": {"algorithm": "rloo", "samples_per_prompt": 1},
     "k1 in the loss has no gradient": {"kl_in": "loss", "kl_estimator": "k1"},
-    "adaptive multiplies kl_coef": {"kl_control": "adaptive", "kl_coef": 0.0},
+    "adaptive multiplies kl_coef": {"kl_controller": "adaptive", "kl_coef": 0.0},
     "reinforce has no value: remove value": {"algorithm": "reinforce", "value": "shared"},
     "reinforce has no value: .* value_warmup": {"algorithm": "reinforce", "value_warmup": 2},
     "value_warmup 5 leaves the policy none of 5 steps": {"value_warmup": 5, "steps": 5},
-    "warmup 7 leaves nothing of 7 steps": {"warmup": 7, "steps": 7},
+    "warmup_steps 7 leaves nothing of 7 steps": {"warmup_steps": 7, "steps": 7},
     "does not divide into 3 minibatches": {"minibatches": 3},
-    "does not divide into 5 samples": {"samples": 5},
+    "does not divide into 5 samples_per_prompt": {"samples_per_prompt": 5},
 }
 
 
@@ -201,8 +201,8 @@ def test_options_of_ppo_that_contradict_each_other_are_refused(message):
         Ppo(**options)
     assert caught.value.error_count() == 1
     if options.get("algorithm") == "rloo":
-        Ppo(algorithm="rloo", samples=2)
-        Ppo(samples=1)
+        Ppo(algorithm="rloo", samples_per_prompt=2)
+        Ppo(samples_per_prompt=1)
         return
     for changed in options:  # without any one of them the others are fine
         others = {name: value for name, value in options.items() if name != changed}
@@ -224,8 +224,8 @@ def test_the_weight_of_plain_texts_and_the_texts_come_together():
     [
         ({}, True, True),
         ({"algorithm": "reinforce"}, True, False),
-        ({"algorithm": "rloo", "samples": 2}, False, False),
-        ({"algorithm": "rloo", "samples": 2, "whiten_advantages": True}, True, False),
+        ({"algorithm": "rloo", "samples_per_prompt": 2}, False, False),
+        ({"algorithm": "rloo", "samples_per_prompt": 2, "whiten_advantages": True}, True, False),
         ({"whiten_advantages": False}, False, True),
     ],
 )
@@ -247,28 +247,28 @@ def test_what_is_left_open_follows_the_algorithm(options, whitens, has_value):
         ("length_target", (-1,)),
         ("score_timeout_minutes", (0.0, float("inf"))),
         ("kl_coef", (-0.1, float("nan"))),
-        ("kl_target", (0.0,)),
-        ("kl_horizon", (0,)),
+        ("kl_controller_target", (0.0,)),
+        ("kl_controller_horizon", (0,)),
         ("kl_estimator", ("k4",)),
-        ("stop_kl", (0.0,)),
+        ("target_kl", (0.0,)),
         ("max_kl", (0.0,)),
         ("gamma", (-0.1, 1.1)),
         ("lam", (-0.1, 1.1)),
-        ("clip", (0.0, -0.2)),
+        ("clip_range", (0.0, -0.2)),
         ("dual_clip", (1.0, 0.5, float("inf"))),
         ("loss_level", ("response",)),
         ("entropy_coef", (-0.1,)),
-        ("value_clip", (0.0,)),
+        ("value_clip_range", (0.0,)),
         ("value_coef", (-0.1,)),
         ("value_warmup", (-1,)),
         ("ptx_batch_size", (0,)),
         ("ptx_max_tokens", (0,)),
         ("epochs", (0,)),
         ("learning_rate", (0.0, float("nan"))),
-        ("warmup", (-1,)),
+        ("warmup_steps", (-1,)),
         ("max_grad_norm", (0.0,)),
         ("ema_decay", (-0.1, 1.0, 1.5)),
-        ("max_bad_updates", (0,)),
+        ("max_nonfinite_updates", (0,)),
     ],
 )
 def test_numbers_of_ppo_out_of_their_range_are_refused(field, values):

@@ -1,15 +1,18 @@
 """The PPO loop around a tiny random model, for tests."""
 
+from typing import NamedTuple
+
 import torch
 
+from policy.ppo.advantages import estimate_advantages
+from policy.ppo.kl import KLController
+from policy.ppo.reward_shaping import RewardShaper
+from policy.ppo.setup import new_backbone
 from policy.ppo.trainer import PpoTrainer
 from rlhf.data.comparisons import Message
-from rlhf.models.backbone import Backbone
 from rlhf.models.tiny import tiny_model, tiny_tokenizer
-from rlhf.recipe.schema import Distributed, Lora, Ppo
-from rlhf.runs.stage import StageRun
+from rlhf.recipe.schema import Lora, Ppo
 from rlhf.tokenization.dialogue import Dialogue
-from rlhf.training.runtime import Runtime
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [(Message("user", text),) for text in ("one", "and two", "three or so", "4", "five", "is six")]
@@ -31,17 +34,8 @@ def dialogue_of(limit=LIMIT):
 def backbone_of(ppo, *, stir=0.0, start=False, width=64):
     """A random base with the adapters that a ``ppo`` section needs; all random numbers are seeded."""
     torch.manual_seed(0)
-    own_value = ppo.has_value and ppo.value == "adapter"
-    values = ["value"] if ppo.has_value else []
-    backbone = Backbone(
-        tiny_model(len(TOKENIZER), width=width).requires_grad_(False).eval(),
-        Lora(rank=4, alpha=8, layers="top_2"),
-        adapters=["policy", *(["value"] if own_value else []), *(["reference"] if start else [])],
-        heads=values,
-        trainable=["policy", *values],
-        shared=None if own_value or not values else {"value": "policy"},
-    )
-    backbone.zero_heads()
+    base = tiny_model(len(TOKENIZER), width=width).requires_grad_(False).eval()
+    backbone = new_backbone(base, Lora(rank=4, alpha=8, layers="top_2"), ppo, reference_copy=start)
     torch.manual_seed(1)  # the same stir whatever other adapters there are
     for name, parameter in backbone.parameters_of("policy").items():
         if "lora_B" in name:
@@ -51,7 +45,7 @@ def backbone_of(ppo, *, stir=0.0, start=False, width=64):
     return backbone
 
 
-def trainer(folder, *, score_fn=varied, stir=0.0, trunk=True, start=False, width=64, limit=LIMIT, **section):
+def trainer(folder, *, reward_fn=varied, stir=0.0, trunk=True, start=False, width=64, limit=LIMIT, **section):
     """A trainer in a folder.
 
     stir: spread of the policy adapter's B at the start. start: that adapter has a frozen copy as its
@@ -65,16 +59,53 @@ def trainer(folder, *, score_fn=varied, stir=0.0, trunk=True, start=False, width
         backbone.frozen_layers = 0
     return PpoTrainer(
         backbone=backbone,
-        runtime=Runtime(
-            Distributed(), seed=0, max_grad_norm=ppo.max_grad_norm, micro_batch_size=ppo.micro_batch_size
-        ),
         dialogue=dialogue_of(limit),
         prompts=PROMPTS,
-        score_fn=score_fn,
+        reward_fn=reward_fn,
         section=ppo,
         seed=0,
-        run=StageRun("ppo", folder, None, {}, {}, True, None),
+        folder=folder,
     )
+
+
+class Shaped(NamedTuple):
+    """What the loop makes of a rollout."""
+
+    rewards_BR: torch.Tensor
+    advantages_BR: torch.Tensor
+    returns_BR: torch.Tensor
+
+
+class Shaping:
+    """The loop from a scored rollout to what the update gets."""
+
+    def __init__(self, section, runtime):
+        self.section, self.runtime = section, runtime
+        self.shaper, self.controller = RewardShaper(section, runtime), KLController(section, runtime)
+        self.scores = self.shaper.scores
+
+    def __call__(self, rollout):
+        section = self.section
+        rewards_BR = self.shaper(rollout, self.controller.coef)
+        advantages_BR, returns_BR = estimate_advantages(
+            rewards_BR,
+            rollout.values_BR,
+            rollout.actions_BR,
+            algorithm=section.algorithm,
+            gamma=section.gamma,
+            lam=section.lam,
+            samples=section.samples_per_prompt,
+            whiten=section.whitens_advantages,
+            all_reduce=self.runtime.all_sum,
+        )
+        return Shaped(rewards_BR, advantages_BR, returns_BR)
+
+    def state(self):
+        return self.shaper.state() | self.controller.state()
+
+    def restore(self, state):
+        self.shaper.restore(state)
+        self.controller.restore(state)
 
 
 def weights(built):

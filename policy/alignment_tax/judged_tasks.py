@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from policy.alignment_tax.models import Arm, dialogue_of, model_hash, prompt_of
-from policy.texts import distinct_n
+from policy.ppo.metrics import distinct_n
 from reward.card.scorers import load_scorer
 from reward.model.ensemble import combine, member_folders
 from reward.model.model import TextRewardModel

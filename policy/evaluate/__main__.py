@@ -39,7 +39,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
 
     section = recipe.evaluate
     dialogue = load_dialogue(recipe)
-    rewards = () if recipe.ppo.retokenise else reward_adapters(len(reward_folders(recipe, run)))
+    rewards = () if recipe.ppo.retokenize else reward_adapters(len(reward_folders(recipe, run)))
     start = start_folder(recipe, run, "ppo")
     adapters = ("policy", *rewards, *((REFERENCE,) if start else ()))
     backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=adapters, heads=rewards)
@@ -146,7 +146,7 @@ def _judges(recipe: Recipe, run: StageRun, backbone: Backbone, dialogue: Dialogu
     elif recipe.evaluate.reward_model:
         other = TextRewardModel(Path(recipe.evaluate.reward_model), best_device())
         judges["judge"] = tensor_judge(lambda said: other.score(said.prompts, said.texts))
-    if not recipe.ppo.retokenise:
+    if not recipe.ppo.retokenize:
         folders = reward_folders(recipe, run)
         check_rewards(recipe, dialogue, folders)
         for adapter, folder in zip(reward_adapters(len(folders)), folders, strict=True):

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from policy.ppo.kl import k3, sequence_kl
+from policy.ppo.metrics import distinct_n
 from policy.ppo.rollout import Responses, close, window
-from policy.texts import distinct_n
 from rlhf.data.comparisons import Prompt
 from rlhf.generation.sampling import Sampled, sample, uniforms
 from rlhf.models.backbone import REFERENCE, Backbone

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from policy.evaluate.before_after import ScoreFn, respond
-from policy.ppo.invariants import InvariantError
+from policy.ppo.checks import InvariantError
 from rlhf.data.comparisons import Prompt
 from rlhf.generation.sampling import uniforms
 from rlhf.models.backbone import REFERENCE, Backbone

@@ -29,12 +29,12 @@ def main() -> None:
     rewards = () if recipe.ppo.reward_model else ("reward",)
     parents = ("comparisons", *rewards, *start_parents(recipe, "ppo"))
     inputs = [*recipe.ppo.ptx_texts, *start_inputs(recipe, "ppo"), *tokenizer_files(recipe)]
-    run = open_stage(recipe, "ppo", section="ppo", parents=parents, inputs=inputs)
-    if run is None:
+    stage = open_stage(recipe, "ppo", section="ppo", parents=parents, inputs=inputs)
+    if stage is None:
         return
-    from policy.ppo.run import fit
+    from policy.ppo.run import run
 
-    run.finish(fit(recipe, run))
+    stage.finish(run(recipe, stage))
 
 
 if __name__ == "__main__":

@@ -1,72 +1,17 @@
-"""From one score per response to one advantage per token.
+"""From token rewards to advantages: one estimator an algorithm, all of one signature.
 
 Suffixes: ``_B`` response, ``_T`` response token. Masks: True = an action, padding on the right only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from policy.ppo.kl import ESTIMATORS
-from rlhf.models.masks import last_true_index
-
-
-def penalise_missing_eos(
-    scores_B: Tensor,
-    ended_B: Tensor,
-    *,
-    penalty: float,
-    mode: Literal["replace", "subtract"] = "replace",
-) -> Tensor:
-    """Lower the score of every response that was cut off before it ended.
-
-    scores_B; ended_B: True = the response has an EOS and keeps its score. penalty: positive number.
-    mode "replace" (default): the score becomes -penalty, whatever it was; the EOS trick of Huang et al. 2024
-    (arXiv 2403.17031, detail 13, penalty 1). mode "subtract": the score falls by penalty, as TRL's
-    ``missing_eos_penalty`` does. Returns scores_B.
-    """
-    if penalty < 0:
-        raise ValueError(f"penalty {penalty} would reward a missing EOS: give it as a positive number")
-    if mode == "replace":
-        return torch.where(ended_B, scores_B, -penalty)
-    if mode == "subtract":
-        return torch.where(ended_B, scores_B, scores_B - penalty)
-    raise ValueError(f"mode {mode!r} is neither 'replace' nor 'subtract'")
-
-
-def penalise_length(scores_B: Tensor, lengths_B: Tensor, *, penalty: float, target: int) -> Tensor:
-    """Lower a score by ``penalty`` for every token of its response beyond ``target``.
-
-    scores_B; lengths_B: actions of each response. Returns scores_B. A linear penalty is the simplest of those
-    that keep a reward model's taste for length in check (Singhal 2023, arXiv 2310.03716).
-    """
-    return scores_B - penalty * (lengths_B - target).clamp(min=0).to(scores_B.dtype)
-
-
-def token_rewards(
-    scores_B: Tensor,
-    logp_BT: Tensor,
-    ref_logp_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    kl_coef: float,
-    estimator: Literal["k1", "k2", "k3"] = "k1",
-) -> Tensor:
-    """Spread a score over the actions: -kl_coef * KL estimate on each, plus the score on the last.
-
-    scores_B: one per response. logp_BT: the policy that wrote the response; ref_logp_BT: the reference.
-    mask_BT: True = an action, EOS included. Returns rewards_BT, 0 where the mask is False; higher is better;
-    with k1 the sum over T is score - kl_coef * sequence KL. A row without an action is a ValueError.
-
-    Ouyang et al. 2022 (arXiv 2203.02155), eq. 2 with gamma 0; Huang et al. 2024 (arXiv 2403.17031), details
-    14 and 15.
-    """
-    rewards_BT = torch.where(mask_BT, -kl_coef * ESTIMATORS[estimator](logp_BT, ref_logp_BT), 0.0)
-    last_B1 = last_true_index(mask_BT).unsqueeze(-1)
-    return rewards_BT.scatter_add(-1, last_B1, scores_B.to(rewards_BT.dtype).unsqueeze(-1))
+from rlhf.models.masks import masked_whiten
 
 
 def gae(
@@ -76,6 +21,7 @@ def gae(
     *,
     gamma: float,
     lam: float,
+    samples: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimate of every action, and the return that its value is trained towards.
 
@@ -101,6 +47,22 @@ def gae(
     return advantages_BT, advantages_BT + values_BT
 
 
+def reinforce(
+    rewards_BT: Tensor,
+    values_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    gamma: float,
+    lam: float = 1.0,
+    samples: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """REINFORCE: the return from each action on, which is GAE with lambda 1 and no value.
+
+    rewards_BT; mask_BT: True = an action; values_BT, lam and samples are not used. Returns the returns twice.
+    """
+    return gae(rewards_BT, torch.zeros_like(values_BT), mask_BT, gamma=gamma, lam=1.0)
+
+
 def leave_one_out(returns_KG: Tensor) -> Tensor:
     """RLOO: each response's return less the mean return of the other samples of its prompt.
 
@@ -113,3 +75,54 @@ def leave_one_out(returns_KG: Tensor) -> Tensor:
     if samples < 2:
         raise ValueError("leave-one-out needs at least two samples of a prompt")
     return (returns_KG - returns_KG.mean(dim=0, keepdim=True)) * (samples / (samples - 1))
+
+
+def rloo(
+    rewards_BT: Tensor,
+    values_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    samples: int,
+) -> tuple[Tensor, Tensor]:
+    """RLOO: the return of a whole response less the mean return of the other samples of its prompt.
+
+    rewards_BT; mask_BT: True = an action. samples: responses a prompt; those of one prompt stand B / samples
+    rows apart. values_BT, gamma and lam are not used. Returns advantages_BT, one value for all actions of a
+    response, and the responses' returns, both 0 where the mask is False.
+    """
+    returns_B1 = rewards_BT.sum(dim=-1, keepdim=True)
+    advantages_B = leave_one_out(returns_B1.view(samples, -1)).flatten()
+    return advantages_B[:, None] * mask_BT, returns_B1 * mask_BT
+
+
+Estimator = Callable[..., tuple[Tensor, Tensor]]
+ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {"ppo": gae, "rloo": rloo, "reinforce": reinforce}
+"""Estimators by ``ppo.algorithm``; all have the signature of :func:`gae`."""
+
+
+def estimate_advantages(
+    rewards_BT: Tensor,
+    values_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    algorithm: Literal["ppo", "rloo", "reinforce"],
+    gamma: float,
+    lam: float,
+    samples: int,
+    whiten: bool,
+    all_reduce: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of a rollout, [B, T] each, 0 where the mask is False.
+
+    mask_BT: True = an action. whiten: advantages to mean 0 and variance 1 over the actions of all processes,
+    whose sums ``all_reduce`` gives.
+    """
+    estimate = ADVANTAGE_ESTIMATORS[algorithm]
+    advantages_BT, returns_BT = estimate(
+        rewards_BT, values_BT, mask_BT, gamma=gamma, lam=lam, samples=samples
+    )
+    if whiten:
+        advantages_BT = masked_whiten(advantages_BT, mask_BT, shift_mean=True, all_reduce=all_reduce)
+    return advantages_BT, returns_BT

@@ -1,4 +1,4 @@
-"""A score function held to its word: one finite number a response, in time, or a clear end of the run."""
+"""A reward function held to its word: one finite number a response, in time, or a clear end of the run."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from policy.ppo.invariants import check_scores
-from policy.ppo.rollout import Responses, ScoreFn
+from policy.ppo.checks import check_scores
+from policy.ppo.rollout import Responses, RewardFn
 from rlhf.errors import USER_ERROR_STATUS, UserError, lost_process
 
 
 class GuardedScore:
-    """Calls a score function and checks what it does.
+    """Calls a reward function and checks what it does.
 
     Args:
-        score_fn: the function.
+        reward_fn: the function.
         minutes: how long one call may take.
     """
 
-    def __init__(self, score_fn: ScoreFn, minutes: float) -> None:
-        self.score_fn, self.minutes = score_fn, minutes
+    def __init__(self, reward_fn: RewardFn, minutes: float) -> None:
+        self.reward_fn, self.minutes = reward_fn, minutes
 
-    def __call__(self, said: Responses) -> Tensor:
+    def __call__(self, responses: Responses) -> Tensor:
         """Scores, [B].
 
         Raises:
             UserError: the function raised, or did not return one finite number a response.
         """
         late = (
-            f"ppo: the score function has not answered for {self.minutes:g} minutes "
+            f"ppo: the reward function has not answered for {self.minutes:g} minutes "
             "(ppo.score_timeout_minutes); the last checkpoint is whole"
         )
         with time_limit(60 * self.minutes, late):
             try:
-                scores_B = self.score_fn(said)
+                scores_B = self.reward_fn(responses)
             except UserError:
                 raise
             except Exception as error:
@@ -46,16 +46,16 @@ class GuardedScore:
                     raise
                 reason = (str(error).splitlines() or [""])[0]
                 raise UserError(
-                    f"ppo: the score function failed on {len(said.texts)} responses "
-                    f"({type(error).__name__}: {reason}); mend it and run again, the run goes on where it was"
+                    f"ppo: the reward function failed on {len(responses.texts)} responses "
+                    f"({type(error).__name__}: {reason}); correct it and run again; the run resumes"
                 ) from error
         if not isinstance(scores_B, Tensor):
             raise UserError(
-                f"ppo: the score function returned a {type(scores_B).__name__}, not a tensor with one finite "
-                "number a response; mend it and run again, the run goes on where it was"
+                f"ppo: the reward function returned a {type(scores_B).__name__}, not a tensor with one "
+                "finite number a response; correct it and run again, the run goes on where it was"
             )
-        scores_B = scores_B.to(said.ids_BT.device)
-        check_scores(scores_B, len(said.texts))
+        scores_B = scores_B.to(responses.ids_BT.device)
+        check_scores(scores_B, len(responses.texts))
         return scores_B
 
 

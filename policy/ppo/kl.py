@@ -1,4 +1,5 @@
-"""How far two policies have drifted apart: Monte-Carlo estimates of KL, and the control of its price.
+"""How far two policies have drifted apart: Monte-Carlo estimates of KL, and the controller of the KL
+coefficient.
 
 Every estimator takes the log-probabilities of the same tokens under two policies. The tokens were drawn
 from the first one (q), and the estimate is of KL(q || p) = E_q[log q - log p]. For the drift from the
@@ -9,11 +10,17 @@ the old policy and p the new one. Check numbers: J. Schulman, "Approximating KL 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlhf.models.masks import masked_sum
+
+if TYPE_CHECKING:
+    from policy.ppo.rollout import Rollout
+    from rlhf.recipe.schema import Ppo
+    from rlhf.training.runtime import Runtime
 
 MAX_RELATIVE_ERROR = 0.2  # the adaptive controller sees no larger error (Ziegler et al. 2019, official code)
 
@@ -61,8 +68,8 @@ def adapt(beta: float, kl: float, *, target: float, horizon: float, n: int) -> f
     """Move the KL coefficient so that the KL of a sequence approaches its target.
 
     beta' = beta * (1 + e * n / horizon) with e = clip(kl / target - 1, -0.2, 0.2): a KL above the target
-    raises the price. kl: mean over the batch of :func:`sequence_kl`; n: episodes in the batch; horizon: in
-    episodes. A fixed coefficient is one that is never adapted.
+    raises the coefficient. kl: mean over the batch of :func:`sequence_kl`; n: episodes in the batch;
+    horizon: in episodes. A fixed coefficient is one that is never adapted.
 
     Ziegler et al. 2019 (arXiv 1909.08593), section 2.2, eq. for log-space proportional control, in the form
     of the official code (target 6, beta 0.15 at the start, horizon 10,000).
@@ -73,3 +80,37 @@ def adapt(beta: float, kl: float, *, target: float, horizon: float, n: int) -> f
         raise ValueError(f"the KL is {kl}: the coefficient cannot follow it")
     error = min(max(kl / target - 1.0, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
     return beta * (1.0 + error * n / horizon)
+
+
+class KLController:
+    """The KL coefficient: fixed, or adapted to the KL of whole responses (:func:`adapt`).
+
+    Args:
+        section: the recipe's ``ppo`` section.
+        runtime: the processes.
+    """
+
+    def __init__(self, section: Ppo, runtime: Runtime) -> None:
+        self.section, self.runtime, self.coef = section, runtime, section.kl_coef
+
+    def update(self, rollout: Rollout) -> None:
+        """Adapt the coefficient to the KL of a rollout, where it is adaptive; every process must call it."""
+        section = self.section
+        if section.kl_controller == "fixed":
+            return
+        kl_B = sequence_kl(rollout.log_probs_BR, rollout.reference_log_probs_BR, rollout.actions_BR)
+        self.coef = adapt(
+            self.coef,
+            float(self.runtime.all_sum(kl_B.sum())) / section.batch_size,
+            target=section.kl_controller_target,
+            horizon=section.kl_controller_horizon,
+            n=section.batch_size,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; numbers survive JSON exactly."""
+        return {"kl_coef": self.coef}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.coef = float(state["kl_coef"])

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from policy.ppo.kl import ESTIMATORS, k2, k3
+from policy.ppo.kl import ESTIMATORS, k3
 from rlhf.models.masks import masked_sum
 
 
@@ -25,7 +25,6 @@ class PolicyStats(NamedTuple):
     max_ratio_error: Tensor  # largest |ratio - 1|; maximum over micro-batches
     clip_fraction: Tensor  # share of tokens where the clip cut the gradient off; sums
     kl_k3: Tensor  # KL(old || new), unbiased; sums
-    kl_k2: Tensor  # half the mean squared log ratio, "approxkl" in older code; sums
 
     def plus(self, other: PolicyStats) -> PolicyStats:
         """Join the statistics of two micro-batches of one minibatch."""
@@ -34,7 +33,6 @@ class PolicyStats(NamedTuple):
             max_ratio_error=torch.maximum(self.max_ratio_error, other.max_ratio_error),
             clip_fraction=self.clip_fraction + other.clip_fraction,
             kl_k3=self.kl_k3 + other.kl_k3,
-            kl_k2=self.kl_k2 + other.kl_k2,
         )
 
 
@@ -69,7 +67,7 @@ def policy_loss(
 
     r = exp(logp - old_logp). logp_BT carries the gradient; old_logp_BT and advantages_BT are constants.
     mask_BT: True = an action. clip None: -A r. dual_clip c: where A is negative, no more than -A c, so that
-    one action that has become far more probable cannot rule the update. To be minimised. Returns the scalar
+    one action that has become far more probable cannot rule the update. To be minimized. Returns the scalar
     loss and its :class:`PolicyStats`.
 
     Schulman et al. 2017 (arXiv 1707.06347), eq. 7, with the sign turned; dual clip: Ye et al. 2020 (arXiv
@@ -93,7 +91,6 @@ def policy_loss(
             max_ratio_error=error_BT.max() if error_BT.numel() else error_BT.sum(),
             clip_fraction=masked_sum((held_BT != plain_BT) * weights_BT, mask_BT),
             kl_k3=masked_sum(k3(old_BT, log_ratio_BT) * weights_BT, mask_BT),
-            kl_k2=masked_sum(k2(old_BT, log_ratio_BT) * weights_BT, mask_BT),
         )
     return loss, stats
 
@@ -131,7 +128,7 @@ def value_loss(
     """Clipped value loss: weighted sum over actions of max((v - R)^2, (v' - R)^2) / 2.
 
     v' = v held within clip of the old value; clip None = the plain squared error. values_BT carries the
-    gradient; old_values_BT and returns_BT are constants. mask_BT: True = an action. To be minimised.
+    gradient; old_values_BT and returns_BT are constants. mask_BT: True = an action. To be minimized.
     Returns the scalar loss and the share of tokens where the clip cut the gradient off (0 without a clip).
 
     Ziegler et al. 2019 (arXiv 1909.08593), official code: value clip 0.2, weight 0.1 beside the policy loss.

@@ -1,25 +1,27 @@
-"""What is logged of a rollout, over all processes: the reward, and the numbers that can belie it."""
+"""Metrics of a rollout, over all processes: the reward, and the numbers that show when it is gamed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from policy.ppo.kl import k3, sequence_kl
-from policy.ppo.reward_shaping import Targets
 from policy.ppo.rollout import Rollout
-from policy.texts import distinct_n
 from rlhf.training.runtime import Runtime
 
 
-def rollout_figures(
-    runtime: Runtime, rollout: Rollout, targets: Targets, batch_size: int
+def rollout_metrics(
+    runtime: Runtime, rollout: Rollout, rewards_BR: Tensor, returns_BR: Tensor, batch_size: int
 ) -> dict[str, float]:
     """Means over the whole batch; every process must call it.
 
     Args:
         runtime: the processes.
         rollout: this process's share.
-        targets: what the update aims at.
+        rewards_BR: token rewards, the KL penalty subtracted.
+        returns_BR: what the value is trained towards.
         batch_size: responses of the rollout over all processes.
 
     Returns:
@@ -32,23 +34,34 @@ def rollout_figures(
         "objective/score": rollout.scores_B,
         "objective/kl": sequence_kl(*log_ratio, actions),
         "objective/kl_k3": (k3(*log_ratio) * actions).sum(-1),
-        "objective/reward": targets.rewards_BR.sum(-1),
+        "objective/reward": rewards_BR.sum(-1),
         "response/length": actions.sum(-1).float(),
         "response/eos_rate": rollout.ended_B.float(),
     }
     per_token = {
         "policy/entropy": rollout.entropy_BR,
         "value/mean": rollout.values_BR,
-        "value/error": (rollout.values_BR - targets.returns_BR).square(),
+        "value/error": (rollout.values_BR - returns_BR).square(),
         "policy/sampler_gap": (rollout.sampled_log_probs_BR - rollout.log_probs_BR).abs(),
     }
     rows = torch.stack([tensor.sum() for tensor in per_row.values()])
     tokens = torch.stack([(tensor * actions).sum() for tensor in per_token.values()])
     rows = runtime.all_sum(rows) / batch_size
-    tokens = runtime.all_sum(tokens) / targets.total_actions
+    tokens = runtime.all_sum(tokens) / runtime.all_sum(actions.sum())
     texts = [text for part in runtime.gather(rollout.texts) for text in part]
     return {
         **dict(zip(per_row, rows.tolist(), strict=True)),
         **dict(zip(per_token, tokens.tolist(), strict=True)),
         "response/distinct_2": distinct_n(texts, 2),
     }
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Share of different word n-grams among all n-grams of the texts (Li 2016, "distinct-n"), 0 to 1.
+
+    NaN where no text has n words.
+    """
+    grams = [
+        tuple(words[i : i + n]) for words in (t.split() for t in texts) for i in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else float("nan")

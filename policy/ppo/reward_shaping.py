@@ -1,35 +1,77 @@
-"""From the scores of a rollout to what the update aims at; holds what that remembers from step to step.
+"""From the scores of a rollout to one reward a token.
 
-Order (each part optional): normalise and clip the scores, penalise missing ends and length, charge the KL,
-whiten token rewards, estimate advantages, whiten them.
+Order (each part optional): normalize and clip the scores, penalize missing EOS and length, subtract the KL
+penalty, whiten the token rewards.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from policy.ppo.advantages import gae, leave_one_out, penalise_length, penalise_missing_eos, token_rewards
-from policy.ppo.kl import adapt, sequence_kl
+from policy.ppo.kl import ESTIMATORS
 from policy.ppo.rollout import Rollout
-from rlhf.models.masks import masked_whiten
+from rlhf.models.masks import last_true_index, masked_whiten
 from rlhf.recipe.schema import Ppo
 from rlhf.training.runtime import Runtime
 
 
-class Targets(NamedTuple):
-    """What the update aims at."""
+def penalize_missing_eos(
+    scores_B: Tensor,
+    ended_B: Tensor,
+    *,
+    penalty: float,
+    mode: Literal["replace", "subtract"] = "replace",
+) -> Tensor:
+    """Lower the score of every response that was cut off before it ended.
 
-    rewards_BR: Tensor
-    """Of every action: the score at the end, less the price of the KL."""
-    advantages_BR: Tensor
-    returns_BR: Tensor
-    """What the value is trained towards."""
-    total_actions: Tensor
-    """Actions of the whole batch, over all processes."""
+    scores_B; ended_B: True = the response has an EOS and keeps its score. penalty: positive number.
+    mode "replace" (default): the score becomes -penalty, whatever it was; the EOS trick of Huang et al. 2024
+    (arXiv 2403.17031, detail 13, penalty 1). mode "subtract": the score falls by penalty, as TRL's
+    ``missing_eos_penalty`` does. Returns scores_B.
+    """
+    if penalty < 0:
+        raise ValueError(f"penalty {penalty} would reward a missing EOS: give it as a positive number")
+    if mode == "replace":
+        return torch.where(ended_B, scores_B, -penalty)
+    if mode == "subtract":
+        return torch.where(ended_B, scores_B, scores_B - penalty)
+    raise ValueError(f"mode {mode!r} is neither 'replace' nor 'subtract'")
+
+
+def penalize_length(scores_B: Tensor, lengths_B: Tensor, *, penalty: float, target: int) -> Tensor:
+    """Lower a score by ``penalty`` for every token of its response beyond ``target``.
+
+    scores_B; lengths_B: actions of each response. Returns scores_B. A linear penalty is the simplest of those
+    that keep a reward model's taste for length in check (Singhal 2023, arXiv 2310.03716).
+    """
+    return scores_B - penalty * (lengths_B - target).clamp(min=0).to(scores_B.dtype)
+
+
+def token_rewards(
+    scores_B: Tensor,
+    logp_BT: Tensor,
+    ref_logp_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    kl_coef: float,
+    estimator: Literal["k1", "k2", "k3"] = "k1",
+) -> Tensor:
+    """Spread a score over the actions: -kl_coef * KL estimate on each, plus the score on the last.
+
+    scores_B: one per response. logp_BT: the policy that wrote the response; ref_logp_BT: the reference.
+    mask_BT: True = an action, EOS included. Returns rewards_BT, 0 where the mask is False; higher is better;
+    with k1 the sum over T is score - kl_coef * sequence KL. A row without an action is a ValueError.
+
+    Ouyang et al. 2022 (arXiv 2203.02155), eq. 2 with gamma 0; Huang et al. 2024 (arXiv 2403.17031), details
+    14 and 15.
+    """
+    rewards_BT = torch.where(mask_BT, -kl_coef * ESTIMATORS[estimator](logp_BT, ref_logp_BT), 0.0)
+    last_B1 = last_true_index(mask_BT).unsqueeze(-1)
+    return rewards_BT.scatter_add(-1, last_B1, scores_B.to(rewards_BT.dtype).unsqueeze(-1))
 
 
 class Moments(NamedTuple):
@@ -57,8 +99,8 @@ class Moments(NamedTuple):
         return math.sqrt(self.squares / self.number) or 1.0 if self.number else 1.0
 
 
-class Aim:
-    """Shapes rewards and estimates advantages; remembers the KL coefficient and the scores' moments.
+class RewardShaper:
+    """From the scores of a rollout to one reward a token; remembers the running moments of the scores.
 
     Args:
         section: the recipe's ``ppo`` section.
@@ -66,45 +108,41 @@ class Aim:
     """
 
     def __init__(self, section: Ppo, runtime: Runtime) -> None:
-        self.section, self.runtime = section, runtime
-        self.kl_coef = section.kl_coef
-        self.moments = Moments()
+        self.section, self.runtime, self.moments = section, runtime, Moments()
 
-    def __call__(self, rollout: Rollout) -> Targets:
-        """Targets of a rollout; every process must call it, once a step."""
+    def __call__(self, rollout: Rollout, kl_coef: float) -> Tensor:
+        """Rewards [B, R]: the score on the last action, less ``kl_coef`` times the KL estimate on each.
+
+        Every process must call it, once a step. With ``kl_in: loss`` the KL is no part of the reward.
+        """
         section, actions = self.section, rollout.actions_BR
         rewards_BR = token_rewards(
             self.scores(rollout),
             rollout.log_probs_BR,
             rollout.reference_log_probs_BR,
             actions,
-            kl_coef=self.kl_coef if section.kl_in == "reward" else 0.0,
+            kl_coef=kl_coef if section.kl_in == "reward" else 0.0,
             estimator=section.kl_estimator,
         )
         if section.whiten_rewards:
             rewards_BR = masked_whiten(rewards_BR, actions, shift_mean=False, all_reduce=self.runtime.all_sum)
-        advantages_BR, returns_BR = self._estimate(rollout, rewards_BR)
-        if section.whitens_advantages:
-            advantages_BR = masked_whiten(
-                advantages_BR, actions, shift_mean=True, all_reduce=self.runtime.all_sum
-            )
-        return Targets(rewards_BR, advantages_BR, returns_BR, self.runtime.all_sum(actions.sum()))
+        return rewards_BR
 
     def scores(self, rollout: Rollout) -> Tensor:
         """Scores [B] as they enter the reward."""
         section, scores_B = self.section, rollout.scores_B
-        if section.score_normalisation == "running":
+        if section.score_normalization == "running":
             self.moments = self.moments.joined(self._moments_of(scores_B))
             scores_B = (scores_B - self.moments.mean) / self.moments.deviation
         if section.score_clip is not None:
             scores_B = scores_B.clamp(-section.score_clip, section.score_clip)
         if section.missing_eos != "ignore":
-            scores_B = penalise_missing_eos(
+            scores_B = penalize_missing_eos(
                 scores_B, rollout.ended_B, penalty=section.missing_eos_penalty, mode=section.missing_eos
             )
         if section.length_penalty:
             lengths_B = rollout.actions_BR.sum(dim=-1)
-            scores_B = penalise_length(
+            scores_B = penalize_length(
                 scores_B, lengths_B, penalty=section.length_penalty, target=section.length_target
             )
         return scores_B
@@ -118,39 +156,10 @@ class Aim:
         squares = float(self.runtime.all_sum((wide_B - total / count).square().sum()))
         return Moments(count, total / count, squares)
 
-    def _estimate(self, rollout: Rollout, rewards_BR: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages and returns."""
-        section, actions = self.section, rollout.actions_BR
-        if section.algorithm == "ppo":
-            return gae(rewards_BR, rollout.values_BR, actions, gamma=section.gamma, lam=section.lam)
-        if section.algorithm == "reinforce":  # the return to go is GAE without a value
-            nothing_BR = torch.zeros_like(rewards_BR)
-            return gae(rewards_BR, nothing_BR, actions, gamma=section.gamma, lam=1.0)
-        # the samples of a prompt stand batch_size / samples rows apart, so on one process
-        groups_KG = rewards_BR.sum(dim=-1).view(section.samples, -1)
-        advantages_B = leave_one_out(groups_KG).flatten()
-        advantages_BR = advantages_B[:, None] * actions
-        return advantages_BR, rewards_BR.sum(dim=-1, keepdim=True) * actions
-
-    def follow(self, rollout: Rollout) -> None:
-        """Let an adaptive KL coefficient follow the KL of a rollout; every process must call it."""
-        section = self.section
-        if section.kl_control == "fixed":
-            return
-        kl_B = sequence_kl(rollout.log_probs_BR, rollout.reference_log_probs_BR, rollout.actions_BR)
-        self.kl_coef = adapt(
-            self.kl_coef,
-            float(self.runtime.all_sum(kl_B.sum())) / section.batch_size,
-            target=section.kl_target,
-            horizon=section.kl_horizon,
-            n=section.batch_size,
-        )
-
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; numbers survive JSON exactly."""
-        return {"kl_coef": self.kl_coef, "score_moments": list(self.moments)}
+        return {"score_moments": list(self.moments)}
 
-    def restore(self, state: dict[str, object]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
-        self.kl_coef = float(state["kl_coef"])  # type: ignore[arg-type]
-        self.moments = Moments(*state["score_moments"])  # type: ignore[misc]
+        self.moments = Moments(*state["score_moments"])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from policy.ppo.batching import micro_batches, own_rows, prompt_indices, prompt_of_row
-from policy.ppo.invariants import check_scores
+from policy.ppo.checks import check_scores
 from rlhf.data.comparisons import Prompt
 from rlhf.generation.sampling import Sampled, sample, uniforms
 from rlhf.models.backbone import REFERENCE, Backbone
@@ -27,7 +27,7 @@ from rlhf.training.runtime import Runtime
 
 
 class Responses(NamedTuple):
-    """What a score function may look at."""
+    """What a reward function may look at."""
 
     prompts: list[Prompt]
     """The dialogue before each response."""
@@ -41,7 +41,7 @@ class Responses(NamedTuple):
     """The trunk's hidden states, where they are cached."""
 
 
-ScoreFn = Callable[[Responses], Tensor]
+RewardFn = Callable[[Responses], Tensor]
 """Scores of responses, [B], higher is better. The PPO loop knows nothing else about rewards."""
 
 
@@ -67,7 +67,7 @@ class Rollout(NamedTuple):
     values_BR: Tensor
     """Value before each action."""
     scores_B: Tensor
-    """What the score function said."""
+    """What the reward function returned."""
     ended_B: Tensor
     """True = the policy itself ended the response."""
     texts: list[str]
@@ -101,7 +101,7 @@ def collect(
     runtime: Runtime,
     dialogue: Dialogue,
     prompts: Sequence[Prompt],
-    score_fn: ScoreFn,
+    reward_fn: RewardFn,
     section: Ppo,
     *,
     seed: int,
@@ -115,18 +115,18 @@ def collect(
         runtime: the processes.
         dialogue: the token contract.
         prompts: all training prompts.
-        score_fn: scores of responses.
+        reward_fn: scores of responses.
         section: the recipe's ``ppo`` section.
         seed: the recipe's seed.
         step: number of the step, from 0.
 
     Raises:
-        InvariantError: the score function did not return one finite number a response.
+        InvariantError: the reward function did not return one finite number a response.
         UserError: the samples of a prompt would be on several processes.
     """
     began = time.monotonic()
-    prompt_B = prompt_of_row(section.batch_size, section.samples, runtime.world)
-    indices = prompt_indices(seed, step, section.batch_size // section.samples, len(prompts))
+    prompt_B = prompt_of_row(section.batch_size, section.samples_per_prompt, runtime.world)
+    indices = prompt_indices(seed, step, section.batch_size // section.samples_per_prompt, len(prompts))
     rows = own_rows(section.batch_size, runtime.rank, runtime.world)
     chosen = [prompts[indices[prompt_B[row]]] for row in rows]
     encoded = [dialogue.encode_prompt(prompt) for prompt in chosen]
@@ -145,10 +145,10 @@ def collect(
             hidden_BTD = _trunk(backbone, ids_BT, mask_BT, order)
         part = functools.partial(window, ids_BT, mask_BT, hidden_BTD, start)
         counted_BR = None if runtime.shards_weights else actions_BR
-        whole = _measured(model, backbone, section, part, counted_BR, order)
+        whole = _scored_by_roles(model, backbone, section, part, counted_BR, order)
         for micro in order:
-            said = Responses([chosen[i] for i in micro], [texts[i] for i in micro], *part(micro)[:3])
-            scores.append(score_fn(said).to(runtime.device))
+            responses = Responses([chosen[i] for i in micro], [texts[i] for i in micro], *part(micro)[:3])
+            scores.append(reward_fn(responses).to(runtime.device))
             check_scores(scores[-1], len(micro))
     return Rollout(
         ids_BT,
@@ -168,7 +168,7 @@ def collect(
     )
 
 
-def _measured(
+def _scored_by_roles(
     model: Any,
     backbone: Backbone,
     section: Ppo,
@@ -176,7 +176,8 @@ def _measured(
     counted_BR: Tensor | None,
     order: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """What policy, reference and value say of the sampled tokens, [B, R] each; no value is all 0.
+    """Log-probs, entropies, reference log-probs and values of the sampled tokens, [B, R] each; no value is
+    all 0.
 
     A role at a time, its adapter folded in. ``counted_BR``: True = a token to look at; None = all of them.
     """
@@ -186,7 +187,7 @@ def _measured(
         with backbone.folded(role):
             for micro in order:
                 rows = part(micro)
-                said = model(
+                outputs = model(
                     role,
                     *rows[:3],
                     start=rows.start,
@@ -194,7 +195,7 @@ def _measured(
                     targets_mask_BR=None if counted_BR is None else counted_BR[micro],
                     value="value" if shared and role == "policy" else None,
                 )
-                for name, tensor_BR in zip(names, said, strict=False):
+                for name, tensor_BR in zip(names, outputs, strict=False):
                     pieces.setdefault(name, []).append(tensor_BR)
     if section.has_value and not shared:
         with backbone.folded("value"):
@@ -218,6 +219,8 @@ def _keeps_trunk(
 ) -> bool:
     """Whether there is a frozen trunk whose hidden states fit in memory, on every process."""
     if not backbone.frozen_layers:
+        if runtime.rank == 0 and section.trunk_gigabytes != Ppo.model_fields["trunk_gigabytes"].default:
+            _print_once("ppo.trunk_gigabytes has no effect: no layers are frozen (lora.layers is all)")
         return False
     base = backbone.base
     tokens = len(prompts) * (max(map(len, prompts)) + dialogue.max_response_tokens + 1)
@@ -225,7 +228,7 @@ def _keeps_trunk(
     if not runtime.any_process(size > section.trunk_gigabytes * 1e9):
         return True
     if runtime.rank == 0:
-        _say_once(
+        _print_once(
             f"ppo.trunk_gigabytes: the frozen trunk's hidden states of a rollout need more than "
             f"{section.trunk_gigabytes:g} GB a process, so every pass computes them anew"
         )
@@ -233,7 +236,7 @@ def _keeps_trunk(
 
 
 @functools.cache
-def _say_once(text: str) -> None:
+def _print_once(text: str) -> None:
     print(text, flush=True)
 
 
@@ -264,7 +267,7 @@ def _sampled(
     with runtime.whole_weights(backbone), backbone.folded("policy"):
         for first in range(0, len(rows), section.rollout_batch_size):
             part = order[first : first + section.rollout_batch_size]
-            said = sample(
+            sampled = sample(
                 backbone,
                 "policy",
                 [prompts[i] for i in part],
@@ -275,10 +278,10 @@ def _sampled(
                 any_process=runtime.any_process if runtime.shards_weights else bool,
                 keep_trunk=keep_trunk and not runtime.shards_weights,
             )
-            closed = close(said, start, eos_id=dialogue.eos_id, pad_id=dialogue.pad_id)
-            pieces.append((*closed, said.log_probs_BR))
-            if said.trunk_BTD is not None:
-                hidden = said.trunk_BTD
+            closed = close(sampled, start, eos_id=dialogue.eos_id, pad_id=dialogue.pad_id)
+            pieces.append((*closed, sampled.log_probs_BR))
+            if sampled.trunk_BTD is not None:
+                hidden = sampled.trunk_BTD
                 if hidden_BTD is None:
                     hidden_BTD = hidden.new_zeros(len(rows), closed[0].shape[1], hidden.shape[-1])
                 hidden_BTD[part, -hidden.shape[1] :] = hidden

@@ -1,7 +1,7 @@
-"""Putting the parts of a PPO run together: the backbone with its adapters, and the score function.
+"""Putting the parts of a PPO run together: the backbone with its adapters, and the reward function.
 
 Several reward models are an ensemble: adapters ``reward``, ``reward_1``, ``reward_2``, ... on the one base,
-each with a head and an offset of its own. The PPO loop sees one score function all the same.
+each with a head and an offset of its own. The PPO loop sees one reward function.
 
 Shape suffixes: ``_M`` reward model, ``_B`` response row, ``_T`` token, ``_D`` hidden unit.
 """
@@ -13,14 +13,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from policy.ppo.rollout import Responses, ScoreFn
+from policy.ppo.rollout import Responses, RewardFn
 from reward.model.ensemble import Combination, check_one_base, combine, member_folders, spread
 from reward.model.model import TextRewardModel, check_has_score, check_same_contract, read_card
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
 from rlhf.models.masks import append_token
 from rlhf.recipe.load import Recipe
+from rlhf.recipe.schema import Lora, Ppo
 from rlhf.runs.artifacts import WEIGHTS, sha256_of
 from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.stage import StageRun
@@ -66,6 +68,42 @@ def _hash_of(folder: Path) -> str:
     return sha256_of(folder / WEIGHTS)[:12]
 
 
+def new_backbone(
+    base: PreTrainedModel,
+    lora: Lora,
+    section: Ppo,
+    *,
+    rewards: Sequence[str] = (),
+    reference_copy: bool = False,
+) -> Backbone:
+    """A base with fresh adapters and zero heads, as a ``ppo`` section needs them.
+
+    Args:
+        base: a causal language model, frozen.
+        lora: shape of every adapter.
+        section: whether there is a value, and whether it has an adapter of its own.
+        rewards: names of adapters with a scalar head, to be loaded with reward models.
+        reference_copy: make an adapter ``reference``; else the reference is the base without adapters.
+    """
+    values = ("value",) if section.has_value else ()
+    own_value = bool(values) and section.value == "adapter"
+    backbone = Backbone(
+        base,
+        lora,
+        adapters=(
+            "policy",
+            *(values if own_value else ()),
+            *rewards,
+            *((REFERENCE,) if reference_copy else ()),
+        ),
+        heads=(*values, *rewards),
+        trainable=("policy", *values),
+        shared=None if own_value or not values else {"value": "policy"},
+    )
+    backbone.zero_heads()
+    return backbone
+
+
 def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
     """One base with policy, value and, where they fit, reward adapters; prints where every part comes from.
 
@@ -75,31 +113,19 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
     a zero head.
 
     Raises:
-        UserError: a reward model gives no score, or does not fit and the recipe does not allow re-tokenising.
+        UserError: a reward model gives no score, or does not fit and the recipe does not allow re-tokenizing.
     """
     folders = reward_folders(recipe, run)
     for folder in folders:
         check_has_score(read_card(folder), folder)
     names = reward_adapters(len(folders))
     section, start = recipe.ppo, start_folder(recipe, run, "ppo")
-    rewards = () if section.retokenise else names
+    rewards = () if section.retokenize else names
     own_value = section.has_value and section.value == "adapter"
-    values = ("value",) if section.has_value else ()
     torch.manual_seed(recipe.seed)
-    backbone = Backbone(
-        load_base(recipe.model),
-        recipe.lora,
-        adapters=(
-            "policy",
-            *(values if own_value else ()),
-            *rewards,
-            *((REFERENCE,) if start else ()),
-        ),
-        heads=(*values, *rewards),
-        trainable=("policy", *values),
-        shared=None if own_value or not values else {"value": "policy"},
+    backbone = new_backbone(
+        load_base(recipe.model), recipe.lora, section, rewards=rewards, reference_copy=start is not None
     )
-    backbone.zero_heads()
     origins = {"policy": f"{recipe.model.path}, fresh adapter (no change at the start)"}
     origins["reference"] = f"{recipe.model.path}, adapters off"
     if start:
@@ -135,21 +161,21 @@ def _in_words(recipe: Recipe) -> str:
 
 
 class EnsembleScore:
-    """The score function of PPO: one or several reward models, combined; it notes how far they disagree.
+    """The reward function of PPO: one or several reward models, combined; it notes how far they disagree.
 
     Args:
-        members: the score function of each reward model.
+        members: the reward function of each reward model.
         how: as in :func:`reward.model.ensemble.combine`.
         penalty: of the same.
     """
 
-    def __init__(self, members: Sequence[ScoreFn], how: Combination, penalty: float) -> None:
+    def __init__(self, members: Sequence[RewardFn], how: Combination, penalty: float) -> None:
         self.members, self.how, self.penalty = members, how, penalty
         self._spread, self._scored = 0.0, 0
 
-    def __call__(self, said: Responses) -> Tensor:
+    def __call__(self, responses: Responses) -> Tensor:
         """Scores, [B]; higher is better."""
-        scores_MB = torch.stack([member(said) for member in self.members])
+        scores_MB = torch.stack([member(responses) for member in self.members])
         self._spread += float(spread(scores_MB).sum())
         self._scored += scores_MB.shape[1]
         return combine(scores_MB, self.how, self.penalty)
@@ -172,8 +198,8 @@ class EnsembleScore:
 def score_function(recipe: Recipe, run: StageRun, model: Backbone, dialogue: Dialogue) -> EnsembleScore:
     """How PPO scores responses: reward adapters of the same base, or reward models that read text."""
     folders = reward_folders(recipe, run)
-    members: list[ScoreFn]
-    if recipe.ppo.retokenise:
+    members: list[RewardFn]
+    if recipe.ppo.retokenize:
         members = [_reader(TextRewardModel(folder, best_device())) for folder in folders]
     else:
         last_token = dialogue.end_of_context_id
@@ -181,17 +207,17 @@ def score_function(recipe: Recipe, run: StageRun, model: Backbone, dialogue: Dia
     return EnsembleScore(members, recipe.ppo.ensemble, recipe.ppo.ensemble_penalty)
 
 
-def _reader(other: TextRewardModel) -> ScoreFn:
-    return lambda said: other.score(said.prompts, said.texts)
+def _reader(other: TextRewardModel) -> RewardFn:
+    return lambda responses: other.score(responses.prompts, responses.texts)
 
 
-def _adapter(model: Backbone, name: str, last_token: int | None) -> ScoreFn:
+def _adapter(model: Backbone, name: str, last_token: int | None) -> RewardFn:
     """Scores by one adapter, read on ``last_token`` behind EOS, or on EOS itself where that is None."""
 
-    def score(said: Responses) -> Tensor:
-        inputs: tuple[Tensor | None, ...] = (said.ids_BT, said.mask_BT, said.hidden_BTD)
+    def score(responses: Responses) -> Tensor:
+        inputs: tuple[Tensor | None, ...] = (responses.ids_BT, responses.mask_BT, responses.hidden_BTD)
         if last_token is not None:  # the cached trunk has not seen that token
-            inputs = append_token(said.ids_BT, said.mask_BT, last_token)
+            inputs = append_token(responses.ids_BT, responses.mask_BT, last_token)
         with model.folded(name):
             return model(name, *inputs)
 

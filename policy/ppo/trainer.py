@@ -1,9 +1,9 @@
-"""PPO on one base with adapters: the loop, readable as sentences; every formula is elsewhere.
+"""PPO on one base with adapters: the loop; every formula is a pure function elsewhere.
 
-Collect a rollout; shape its rewards and estimate advantages (``policy.ppo.reward_shaping``); update
-(``policy.ppo.update``); log and checkpoint. RLOO and REINFORCE are the same loop without a value. Huang 2024
-("The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031) is followed where the recipe does not
-say otherwise.
+Shaping of rewards: :mod:`policy.ppo.reward_shaping`; advantages: :mod:`policy.ppo.advantages`; losses:
+:mod:`policy.ppo.update` and :mod:`policy.ppo.loss`. RLOO and REINFORCE are the same loop without a value.
+Huang 2024 ("The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031) is followed where the recipe
+does not choose otherwise.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
+from torch import Tensor
 
-from policy.ppo import invariants
-from policy.ppo.bad_updates import BadUpdates
+from policy.ppo import checks
+from policy.ppo.advantages import estimate_advantages
+from policy.ppo.batching import PtxBatches
 from policy.ppo.guarded_score import GuardedScore
-from policy.ppo.metrics import rollout_figures
-from policy.ppo.ptx import PtxBatches
-from policy.ppo.reward_shaping import Aim
-from policy.ppo.rollout import Rollout, ScoreFn, collect
-from policy.ppo.update import Updater
-from policy.ppo.weights import Learner
+from policy.ppo.kl import KLController
+from policy.ppo.metrics import rollout_metrics
+from policy.ppo.reward_shaping import RewardShaper
+from policy.ppo.rollout import RewardFn, Rollout, collect
+from policy.ppo.update import NonfiniteUpdates, Updater
+from policy.ppo.weights import AdapterWeights
 from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError, lost_process, without
 from rlhf.models.backbone import Backbone
-from rlhf.recipe.schema import Ppo
-from rlhf.runs.artifacts import read_json, step_of, write_atomically
-from rlhf.runs.stage import StageRun
+from rlhf.recipe.schema import Distributed, Ppo
+from rlhf.runs.artifacts import Checkpoints, read_json, step_of, write_atomically
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.metrics import Metrics
 from rlhf.training.runtime import Runtime
@@ -42,142 +43,172 @@ SHOWN = {"objective/score": ".3f", "objective/kl": ".2f", "policy/entropy": ".2f
 
 
 class PpoTrainer:
-    """Trains the ``policy`` (and ``value``) of a backbone against a score function.
+    """Trains the ``policy`` (and ``value``) adapter of a backbone against a reward function.
 
     Args:
-        backbone: one base with an adapter ``policy`` and, for the algorithm ``ppo``, a head ``value``.
-        runtime: the processes; its ``model`` and optimiser are made here.
-        dialogue: the token contract.
+        backbone: one base with an adapter ``policy`` and, for the algorithm ``ppo``, a head ``value``
+            (:func:`policy.ppo.setup.new_backbone` makes one).
+        dialogue: tokenizer, template and lengths.
         prompts: training prompts.
-        score_fn: scores of responses; the only thing the loop knows about rewards.
-        section: the recipe's ``ppo`` section.
-        seed: the recipe's seed.
-        run: the open stage, for checkpoints.
-        score_figures: what the score function has to say for the log of a step; every process calls it.
+        reward_fn: scores of responses; the only thing the loop knows about rewards.
+        section: the hyperparameters, as in the recipe's ``ppo`` section.
+        folder: where checkpoints and ``metrics.jsonl`` go. One that holds a checkpoint is resumed.
+        seed: of all sampling and shuffling.
+        runtime: the processes; its ``model`` and optimizer are made here. None = one process.
+        reward_metrics: further metrics of a step from the reward function; every process calls it.
+        on_checkpoint: called behind every checkpoint, on the main process.
     """
 
     def __init__(
         self,
         *,
         backbone: Backbone,
-        runtime: Runtime,
         dialogue: Dialogue,
-        prompts: list[Prompt],
-        score_fn: ScoreFn,
+        prompts: Sequence[Prompt],
+        reward_fn: RewardFn,
         section: Ppo,
-        seed: int,
-        run: StageRun,
-        score_figures: Callable[[], dict[str, float]] = dict,
+        folder: str | Path,
+        seed: int = 0,
+        runtime: Runtime | None = None,
+        reward_metrics: Callable[[], dict[str, float]] = dict,
+        on_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
-        self.backbone, self.runtime, self.dialogue = backbone, runtime, dialogue
-        self.prompts, self.section, self.seed, self.run = prompts, section, seed, run
-        self.score_fn = GuardedScore(score_fn, section.score_timeout_minutes)
-        self.score_figures = score_figures
+        self.runtime = runtime or Runtime(
+            Distributed(),
+            seed=seed,
+            max_grad_norm=section.max_grad_norm,
+            micro_batch_size=section.micro_batch_size,
+        )
+        self.backbone, self.dialogue, self.prompts = backbone, dialogue, prompts
+        self.section, self.seed, self.folder = section, seed, Path(folder)
+        self.reward_fn = GuardedScore(reward_fn, section.score_timeout_minutes)
+        self.reward_metrics, self.on_checkpoint = reward_metrics, on_checkpoint
+        self.is_main = self.runtime.rank == 0
         self.ended_early: str | None = None
-        checkpoint = run.checkpoints.newest()
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        checkpoint = self.checkpoints.newest()
         self.done = self.saved = step_of(checkpoint)
         self._anchors = {"reference": backbone.reference_hash(), "contract": dialogue.fingerprint()}
-        self.aim = Aim(section, runtime)
-        self.bad = BadUpdates(run.folder, runtime, section.max_bad_updates)
-        texts = PtxBatches(section, dialogue, runtime, seed) if section.ptx_coef else None
-        self.learner = Learner(backbone, runtime, section, checkpoint)
-        self.update = Updater(backbone, runtime, section, seed=seed, bad=self.bad, texts=texts)
+        self.reward_shaper = RewardShaper(section, self.runtime)
+        self.kl_controller = KLController(section, self.runtime)
+        self.nonfinite = NonfiniteUpdates(self.folder, self.runtime, section.max_nonfinite_updates)
+        self.weights = AdapterWeights(backbone, self.runtime, section, checkpoint)
+        self.update = Updater(
+            self.weights,
+            seed=seed,
+            nonfinite=self.nonfinite,
+            texts=PtxBatches(section, dialogue, self.runtime, seed) if section.ptx_coef else None,
+        )
+        self.stop, self.collected_at, self.kl = StopRequest(), 0.0, 0.0
+        self.metrics: Metrics | None = None
         if checkpoint:
             self._restore(checkpoint)
 
     # ---------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        """Run all remaining steps, or up to where the recipe's limit on the KL ends the stage.
+        """Run all remaining steps, or up to where ``max_kl`` ends the stage.
 
         Raises:
             UserError: an invariant does not hold, or too many updates were not finite.
-            SystemExit: somebody sent SIGTERM; a checkpoint has been written.
+            SystemExit: SIGTERM was received; a checkpoint has been written.
         """
-        section = self.section
-        metrics = Metrics(
-            self.run.folder,
-            total=section.steps,
-            done=self.done,
-            shown=SHOWN,
-            description="ppo",
-            active=self.run.is_main,
-        )
-        stop = StopRequest()
-        with stop.listening(), self._naming_a_lost_process(), contextlib.closing(metrics):
-            for step in range(self.done, section.steps if self.ended_early is None else self.done):
-                began = time.monotonic()
-                rollout = self._collect(step)
-                self._leave_if(stop)
-                collected = time.monotonic()
-                if step == 0 and section.has_value:
-                    rollout = self._centre_values(rollout)
-                targets = self.aim(rollout)
-                rate = self.learner.set_rates(step)
-                stats = self.update(step, rollout, targets, self.aim.kl_coef)
-                self.learner.follow()
-                figures = rollout_figures(self.runtime, rollout, targets, section.batch_size) | stats
-                figures |= self.score_figures()
-                figures |= {"objective/kl_coef": self.aim.kl_coef, "policy/learning_rate": rate}
-                figures["progress/episodes"] = float((step + 1) * section.batch_size)
-                figures |= rollout.seconds
-                figures |= {"time/rollout": collected - began, "time/update": time.monotonic() - collected}
-                self.aim.follow(rollout)
-                metrics.log(step + 1, figures)
-                self.done = step + 1
-                if section.max_kl is not None and figures["objective/kl"] > section.max_kl:
-                    self.ended_early = f"KL {figures['objective/kl']:.2f} above max_kl {section.max_kl:g}"
-                last = self.done == section.steps or self.ended_early is not None
-                if last or self.done % section.checkpoint_every == 0:
-                    self._checkpoint()
-                if last:
+        with self._running():
+            for step in self.remaining_steps():
+                rollout = self.collect_rollout(step)  # sample, score, log-probs, values
+                rewards = self.reward_shaper(rollout, self.kl_controller.coef)  # score - KL penalty
+                advantages, returns = self.estimate_advantages(rollout, rewards)  # GAE, RLOO or REINFORCE
+                stats = self.update(step, rollout, advantages, returns, self.kl_controller.coef)  # PPO clip
+                self.kl_controller.update(rollout)
+                self.log(step, rollout, rewards, returns, stats)
+                if self.save_or_stop():
                     break
-                self._leave_if(stop)
 
-    @contextlib.contextmanager
-    def _naming_a_lost_process(self) -> Iterator[None]:
-        """Say in one line that another process is gone, and where the run goes on."""
-        try:
-            yield
-        except RuntimeError as error:
-            reason = lost_process(error)
-            if reason is None:
-                raise
-            raise without(reason, "ppo", f"after step {self.saved}") from error
+    def remaining_steps(self) -> range:
+        """Steps that are not done, counted from 0; none behind an early end."""
+        return range(self.done, self.section.steps if self.ended_early is None else self.done)
 
-    def _collect(self, step: int) -> Rollout:
-        """Sample a batch and score it, then check that it is what it should be."""
-        section = self.section
+    def collect_rollout(self, step: int) -> Rollout:
+        """Sample a batch of responses, score it, and compute log-probs, reference log-probs and values."""
+        began = time.monotonic()
         rollout = collect(
             self.runtime.model,
             self.backbone,
             self.runtime,
             self.dialogue,
             self.prompts,
-            self.score_fn,
-            section,
+            self.reward_fn,
+            self.section,
             seed=self.seed,
             step=step,
         )
-        if section.check_invariants:
-            invariants.check_closed(rollout.ids_BT, rollout.mask_BT, self.dialogue.eos_id)
-            invariants.check_sampler(
-                rollout.sampled_log_probs_BR,
-                rollout.log_probs_BR,
-                rollout.actions_BR,
-                bound=section.max_log_prob_gap,
-            )
-            if step == 0:
-                invariants.check_reference(
-                    rollout.log_probs_BR, rollout.reference_log_probs_BR, rollout.actions_BR
-                )
-        return rollout
+        self.check_rollout(rollout, step)
+        self.stop_if_asked()
+        self.collected_at = time.monotonic()
+        rollout = rollout._replace(
+            seconds=dict(rollout.seconds) | {"time/rollout": self.collected_at - began}
+        )
+        return self.center_values(rollout) if step == 0 and self.section.has_value else rollout
 
-    def _centre_values(self, rollout: Rollout) -> Rollout:
+    def estimate_advantages(self, rollout: Rollout, rewards_BR: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages and returns [B, R] of a rollout, by ``section.algorithm``."""
+        section = self.section
+        return estimate_advantages(
+            rewards_BR,
+            rollout.values_BR,
+            rollout.actions_BR,
+            algorithm=section.algorithm,
+            gamma=section.gamma,
+            lam=section.lam,
+            samples=section.samples_per_prompt,
+            whiten=section.whitens_advantages,
+            all_reduce=self.runtime.all_sum,
+        )
+
+    def log(
+        self, step: int, rollout: Rollout, rewards_BR: Tensor, returns_BR: Tensor, stats: dict[str, float]
+    ) -> None:
+        """Write the metrics of a step; every process must call it."""
+        found = rollout_metrics(self.runtime, rollout, rewards_BR, returns_BR, self.section.batch_size)
+        found |= stats | self.reward_metrics() | dict(rollout.seconds)
+        found["progress/episodes"] = float((step + 1) * self.section.batch_size)
+        found["time/update"] = time.monotonic() - self.collected_at
+        self.kl, self.done = found["objective/kl"], step + 1
+        assert self.metrics is not None, "there is a log while the loop runs"
+        self.metrics.log(self.done, found)
+
+    def save_or_stop(self) -> bool:
+        """Checkpoint where it is time; True at the last step, also one that ``max_kl`` makes the last."""
+        section = self.section
+        if section.max_kl is not None and self.kl > section.max_kl:
+            self.ended_early = f"KL {self.kl:.2f} above max_kl {section.max_kl:g}"
+        last = self.done == section.steps or self.ended_early is not None
+        if last or self.done % section.checkpoint_every == 0:
+            self._checkpoint()
+        if not last:
+            self.stop_if_asked()
+        return last
+
+    # ---------------------------------------------------------------- parts of a step
+
+    def check_rollout(self, rollout: Rollout, step: int) -> None:
+        """The invariants of a rollout (:mod:`policy.ppo.checks`)."""
+        actions = rollout.actions_BR
+        checks.check_closed(rollout.ids_BT, rollout.mask_BT, self.dialogue.eos_id)
+        checks.check_sampler(
+            rollout.sampled_log_probs_BR,
+            rollout.log_probs_BR,
+            actions,
+            bound=self.section.max_log_prob_gap,
+        )
+        if step == 0:
+            checks.check_reference(rollout.log_probs_BR, rollout.reference_log_probs_BR, actions)
+
+    def center_values(self, rollout: Rollout) -> Rollout:
         """Shift the value so that it starts at the mean score.
 
         The reward head was trained on the closing EOS only; elsewhere it can be far off, and the value clip
-        would let that bias go by only a little a step.
+        would reduce that bias only a little a step.
         """
         actions = rollout.actions_BR
         sums = torch.stack([(rollout.values_BR * actions).sum(), actions.sum(), rollout.scores_B.sum()])
@@ -186,47 +217,68 @@ class PpoTrainer:
         self.backbone.set_offset("value", self.backbone.offsets["value"] + shift)
         return rollout._replace(values_BR=rollout.values_BR + shift)
 
-    def _leave_if(self, stop: StopRequest) -> None:
-        """Save and end where any process was asked to; the weights are those after the last whole step."""
-        if not self.runtime.any_process(stop.asked):
+    def stop_if_asked(self) -> None:
+        """Save and exit where any process got SIGTERM; the weights are those after the last whole step."""
+        if not self.runtime.any_process(self.stop.asked):
             return
         if self.saved != self.done:
             self._checkpoint()
-        if self.run.is_main:
+        if self.is_main:
             saved = f"saved after step {self.done} of {self.section.steps}"
             kept = saved if self.done else "no step was done"
             print(f"ppo: asked to stop (SIGTERM); {kept}, the same command goes on from there", flush=True)
         raise SystemExit(0)
 
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """The log is open and SIGTERM is noted; a lost process ends the run with one line."""
+        self.metrics = metrics = Metrics(
+            self.folder,
+            total=self.section.steps,
+            done=self.done,
+            shown=SHOWN,
+            description="ppo",
+            active=self.is_main,
+        )
+        with self.stop.listening(), contextlib.closing(metrics):
+            try:
+                yield
+            except RuntimeError as error:
+                reason = lost_process(error)
+                if reason is None:
+                    raise
+                raise without(reason, "ppo", f"after step {self.saved}") from error
+
     # ---------------------------------------------------------------- checkpoints
 
     def _checkpoint(self) -> None:
         """Write everything that the next step depends on."""
-        weights = self.learner.weights()
+        weights = self.weights.gathered()
         moments = self.runtime.optimizer_tensors()
-        if self.run.is_main:
-            self.run.checkpoints.clean()
-            with self.run.checkpoints.writing(self.done) as folder:
-                self.learner.save(folder, weights, moments)
+        if self.is_main:
+            self.checkpoints.clean()
+            with self.checkpoints.writing(self.done) as folder:
+                self.weights.save(folder, weights, moments)
                 write_atomically(folder / "rng.safetensors", save({"torch": torch.get_rng_state()}))
                 state = {
                     "step": self.done,
-                    "bad_updates": self.bad.count,
+                    "nonfinite_updates": self.nonfinite.count,
                     "ended_early": self.ended_early,
                     "value_offset": self.backbone.offsets.get("value", 0.0),
-                    **self.aim.state(),
+                    **self.kl_controller.state(),
+                    **self.reward_shaper.state(),
                     **self._anchors,
                 }
                 write_atomically(folder / "state.json", json.dumps(state))
-            self.run.note_clock()
+            self.on_checkpoint()
         self.runtime.barrier()
         self.saved = self.done
 
     def _restore(self, checkpoint: Path) -> None:
-        """Put back everything but the adapters, which were read before the optimiser was made.
+        """Put back everything but the adapters, which were read before the optimizer was made.
 
         Raises:
-            UserError: the checkpoint lacks optimiser state, or stands on another reference or tokenizer.
+            UserError: the checkpoint lacks optimizer state, or belongs to another reference or tokenizer.
         """
         state: dict[str, Any] = read_json(checkpoint / "state.json")
         for anchor, what in (
@@ -236,13 +288,15 @@ class PpoTrainer:
             if state[anchor] != self._anchors[anchor]:
                 raise UserError(
                     f"{checkpoint}: {what} since it was written, so the run cannot go on; "
-                    f"put the old one back, or remove {self.run.folder} to start again"
+                    f"put the old one back, or remove {self.folder} to start again"
                 )
-        self.bad.count = int(state["bad_updates"])
+        self.nonfinite.count = int(state["nonfinite_updates"])
         self.ended_early = state["ended_early"]
         if "value" in self.backbone.offsets:
             self.backbone.set_offset("value", float(state["value_offset"]))
-        self.aim.restore(state)
-        self.learner.restore(checkpoint)
+        self.kl_controller.restore(state)
+        self.reward_shaper.restore(state)
+        self.weights.restore(checkpoint)
         torch.set_rng_state(load((checkpoint / "rng.safetensors").read_bytes())["torch"])
-        self.run.say(f"ppo: going on after step {self.done} of {self.section.steps}")
+        if self.is_main:
+            print(f"ppo: going on after step {self.done} of {self.section.steps}", flush=True)

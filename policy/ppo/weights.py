@@ -1,4 +1,4 @@
-"""What a PPO run trains, and how that is kept: adapters, optimiser, moving average, checkpoint files."""
+"""What a PPO run trains, and how that is kept: adapters, optimizer, moving average, checkpoint files."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rlhf.training.schedule import learning_rate_factor
 
 Adapters = dict[str, dict[str, Tensor]]
 """Whole tensors by adapter and saved name."""
-_AVERAGE = "average.safetensors"
+_EMA = "average.safetensors"
 
 
-class Learner:
-    """The learning adapters of a backbone and their one optimiser.
+class AdapterWeights:
+    """The adapters of a backbone that learn, their one optimizer, and the policy's moving average.
 
     Args:
         backbone: holds an adapter or head for each of :attr:`adapters`.
-        runtime: its ``model`` and optimiser are made here.
+        runtime: its ``model`` and optimizer are made here.
         section: the recipe's ``ppo`` section.
-        checkpoint: where the weights are read from, before the optimiser is made.
+        checkpoint: where the weights are read from, before the optimizer is made.
     """
 
     def __init__(self, backbone: Backbone, runtime: Runtime, section: Ppo, checkpoint: Path | None) -> None:
@@ -42,35 +42,35 @@ class Learner:
         groups = [{"params": [*by_adapter[a].values()], "lr": self.rates[a]} for a in self.adapters]
         named = {f"{a}.{name}": p for a, parameters in by_adapter.items() for name, p in parameters.items()}
         runtime.prepare(backbone, groups, named, epsilon=section.adam_epsilon, kind=section.optimizer)
-        self.average: dict[str, Tensor] | None = None
+        self.ema: dict[str, Tensor] | None = None
         if section.ema_decay is not None:
-            self.average = self.weights()["policy"]
+            self.ema = self.gathered()["policy"]
 
-    def set_rates(self, step: int) -> float:
+    def set_learning_rates(self, step: int) -> float:
         """Set the learning rates of a step, from 0; the policy's is 0 while only the value warms up.
 
         Returns:
             The policy's.
         """
         section = self.section
-        factor = learning_rate_factor(step, section.steps, kind=section.schedule, warmup=section.warmup)
+        factor = learning_rate_factor(step, section.steps, kind=section.schedule, warmup=section.warmup_steps)
         rates = {adapter: rate * factor for adapter, rate in self.rates.items()}
         if step < section.value_warmup:
             rates["policy"] = 0.0
         self.runtime.set_learning_rates([*rates.values()])
         return rates["policy"]
 
-    def follow(self) -> None:
-        """Move the policy's average by one step; every process must call it."""
-        if self.average is None:
+    def update_ema(self) -> None:
+        """Update the policy's exponential moving average, where there is one; every process must call it."""
+        if self.ema is None:
             return
         decay = self.section.ema_decay
         assert decay is not None, "there is an average only with a decay"
-        for name, tensor in self.weights()["policy"].items():
-            self.average[name].lerp_(tensor, 1.0 - decay)
+        for name, tensor in self.gathered()["policy"].items():
+            self.ema[name].lerp_(tensor, 1.0 - decay)
 
-    def weights(self) -> Adapters:
-        """Every learning tensor, whole; every process must call it."""
+    def gathered(self) -> Adapters:
+        """Every learning tensor, gathered from all shards; every process must call it."""
         whole = self.runtime.whole_parameters()
         return {
             adapter: {
@@ -92,21 +92,21 @@ class Learner:
         """Write a checkpoint's tensors; ``moments`` are the runtime's ``optimizer_tensors``."""
         self.write_adapters(folder, weights)
         write_atomically(folder / "optimizer.safetensors", save(moments))
-        if self.average is not None:
-            write_atomically(folder / _AVERAGE, save(self.average))
+        if self.ema is not None:
+            write_atomically(folder / _EMA, save(self.ema))
 
     def restore(self, checkpoint: Path) -> None:
-        """Put optimiser and average back; the adapters were read before the optimiser was made.
+        """Put optimizer and average back; the adapters were read before the optimizer was made.
 
         Raises:
             UserError: something is missing: going on with a fresh Adam would be another run.
         """
         try:
             self.runtime.load_optimizer_tensors(load_file(checkpoint / "optimizer.safetensors"))
-            if self.average is not None:
-                self.average = load_file(checkpoint / _AVERAGE)
+            if self.ema is not None:
+                self.ema = load_file(checkpoint / _EMA)
         except (KeyError, FileNotFoundError) as error:
             raise UserError(
-                f"{checkpoint}: the optimiser state is incomplete ({error}); "
+                f"{checkpoint}: the optimizer state is incomplete ({error}); "
                 f"remove {checkpoint} to go on from the one before"
             ) from None

@@ -88,5 +88,5 @@ def check_one_base(folders: Sequence[Path]) -> None:
             continue
         raise UserError(
             f"ppo.reward_model: {folders[0]} and {folder} cannot share one base ({what}); "
-            "set ppo.retokenise=true to let each score the decoded text by itself"
+            "set ppo.retokenize=true to let each score the decoded text by itself"
         )

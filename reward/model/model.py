@@ -242,7 +242,7 @@ def check_same_contract(card: RewardCard, recipe: Recipe, dialogue: Dialogue, fo
         return
     raise UserError(
         f"ppo.reward_model: {folder} does not fit ({what}); "
-        "set ppo.retokenise=true to load it beside the policy and let it score the decoded text"
+        "set ppo.retokenize=true to load it beside the policy and let it score the decoded text"
     )
 
 

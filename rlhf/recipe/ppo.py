@@ -24,7 +24,7 @@ class Collecting(Section):
     `distill`, that stage of this run; null = a fresh one, and the base is the reference."""
     batch_size: Positive = 64
     """Responses a rollout, over all processes."""
-    samples: Positive = 1
+    samples_per_prompt: Positive = 1
     """Responses to each prompt of a rollout; `rloo` compares them with each other."""
     rollout_batch_size: Positive = 32
     """Responses generated together, a process."""
@@ -46,12 +46,12 @@ class Scoring(Section):
     deviation (Coste 2023, arXiv 2310.02743)."""
     ensemble_penalty: NonNegative = 1.0
     """Weight of the standard deviation in `pessimistic`."""
-    retokenise: bool = False
+    retokenize: bool = False
     """Let a reward model with another base or tokenizer score the decoded text."""
-    score_normalisation: Literal["none", "running"] = "none"
+    score_normalization: Literal["none", "running"] = "none"
     """`running`: less the mean of all scores so far, divided by their standard deviation (PPO-max)."""
     score_clip: Rate | None = None
-    """Largest size of a score, after normalisation (PPO-max); null = none."""
+    """Largest size of a score, after normalization (PPO-max); null = none."""
     missing_eos: Literal["replace", "subtract", "ignore"] = "replace"
     """Response cut at the length limit: its score becomes -penalty (the EOS trick, Huang 2024), is lowered by
     the penalty, or is kept."""
@@ -70,11 +70,11 @@ class KlControl(Section):
 
     kl_coef: NonNegative = 0.05
     """β, weight of the KL penalty; the start value where it is adaptive (Stiennon 2020, Huang 2024)."""
-    kl_control: Literal["fixed", "adaptive"] = "fixed"
-    """`adaptive`: β follows the KL of whole responses towards `kl_target` (Ziegler 2019)."""
-    kl_target: Rate = 6.0
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """`adaptive`: β follows the KL of whole responses towards `kl_controller_target` (Ziegler 2019)."""
+    kl_controller_target: Rate = 6.0
     """Wanted KL of a response, nats (Ziegler 2019)."""
-    kl_horizon: Rate = 10_000
+    kl_controller_horizon: Rate = 10_000
     """Responses over which β moves by the relative error of the KL (Ziegler 2019)."""
     kl_in: Literal["reward", "loss"] = "reward"
     """The penalty is part of each token's reward (Stiennon 2020), or a term of the policy's loss."""
@@ -82,7 +82,7 @@ class KlControl(Section):
     """Estimator of the KL a token (Schulman 2020). In the loss k2 has the gradient that k1 has in the reward
     (less the KL that a token leads to later), k3 is biased, and k1 would have none (arXiv 2510.01555), so it
     is refused there."""
-    stop_kl: Rate | None = None
+    target_kl: Rate | None = None
     """Leave the remaining epochs of a step when the mean KL (k3) a token to the rollout policy exceeds this,
     in nats; null = never."""
     max_kl: Rate | None = None
@@ -94,12 +94,12 @@ class Estimating(Section):
     """From scores to advantages."""
 
     algorithm: Literal["ppo", "rloo", "reinforce"] = "ppo"
-    """`ppo`: generalised advantage estimation with a value; `rloo`: a response against the other samples of
+    """`ppo`: generalized advantage estimation with a value; `rloo`: a response against the other samples of
     its prompt (Ahmadian 2024, arXiv 2402.14740); `reinforce`: the return. The last two have no value."""
     gamma: UnitInterval = 1.0
     """Discount."""
     lam: UnitInterval = 0.95
-    """λ of generalised advantage estimation (Schulman 2016)."""
+    """λ of generalized advantage estimation (Schulman 2016)."""
     whiten_rewards: bool = False
     """Token rewards to variance 1 over the rollout, their mean kept (Ziegler 2019; off in Huang 2024)."""
     whiten_advantages: bool | None = None
@@ -110,7 +110,7 @@ class Estimating(Section):
 class Losing(Section):
     """What is minimised."""
 
-    clip: Rate | None = 0.2
+    clip_range: Rate | None = 0.2
     """Ratio clip ε (Schulman 2017, eq. 7); null = none, as in plain REINFORCE."""
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """c: the loss of an action with negative advantage counts at most c times it (Ye 2020, arXiv 1912.09729,
@@ -121,7 +121,7 @@ class Losing(Section):
     """Weight of the entropy bonus (0 in Ziegler 2019, Stiennon 2020, InstructGPT and Bai 2022)."""
     value: Literal["adapter", "shared"] = "adapter"
     """The value has an adapter of its own, started from the reward model, or is a head on the policy's."""
-    value_clip: Rate | None = 0.2
+    value_clip_range: Rate | None = 0.2
     """Range around the old value; null = no clipping."""
     value_coef: NonNegative = 0.1
     """Weight of the value loss (Ziegler 2019, Huang 2024)."""
@@ -132,7 +132,7 @@ class Losing(Section):
     ptx_texts: list[str] = []
     """Files with plain texts: .txt, or rows with a `text` field."""
     ptx_batch_size: Positive = 8
-    """Texts an optimiser step, over all processes."""
+    """Texts an optimizer step, over all processes."""
     ptx_max_tokens: Positive = 128
     """Longest piece of a text, in tokens."""
 
@@ -152,10 +152,10 @@ class Optimising(Section):
     """Policy adapter's peak (Huang 2024, for full fine-tuning; LoRA wants about 100 times more)."""
     value_learning_rate: Rate | None = None
     """Value adapter's and head's peak; null = learning_rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Learning rate after the warm-up: linear to 0 (Huang 2024), cosine to a tenth (InstructGPT's reward
-    model), or constant."""
-    warmup: Natural = 0
+    schedule: Literal["linear", "cosine", "cosine_with_min_lr", "constant"] = "linear"
+    """Learning rate after the warm-up: linear to 0 (Huang 2024), cosine to 0 or to a tenth
+    (`cosine_with_min_lr`: InstructGPT), or constant."""
+    warmup_steps: Natural = 0
     """Steps in which the learning rate rises linearly from a tenth (InstructGPT: 10)."""
     adam_epsilon: Rate = 1e-5
     """Epsilon of AdamW (Huang 2024)."""
@@ -171,11 +171,9 @@ class Checking(Section):
 
     checkpoint_every: Positive = 5
     """PPO steps between checkpoints."""
-    check_invariants: bool = True
-    """Check KL(step 0) = 0, first ratio = 1, and the rest on every run; only a debugger turns this off."""
     max_log_prob_gap: Rate = 0.05
     """Largest accepted mean gap between the log-probs of sampling and of training, in nats a token."""
-    max_bad_updates: Positive = 3
+    max_nonfinite_updates: Positive = 3
     """Updates with a loss or gradient that is not finite are skipped and counted; stop after this many."""
 
 
@@ -199,7 +197,7 @@ class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecti
 
     @model_validator(mode="after")
     def _sizes(self) -> Ppo:
-        for name in ("minibatches", "samples"):
+        for name in ("minibatches", "samples_per_prompt"):
             if self.batch_size % getattr(self, name):
                 raise ValueError(
                     f"batch_size {self.batch_size} does not divide into {getattr(self, name)} {name}; "
@@ -209,18 +207,20 @@ class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecti
 
     @model_validator(mode="after")
     def _fits(self) -> Ppo:
-        if self.algorithm == "rloo" and self.samples < 2:
-            raise ValueError("algorithm rloo compares the samples of a prompt: set samples to 2 or more")
+        if self.algorithm == "rloo" and self.samples_per_prompt < 2:
+            raise ValueError(
+                "algorithm rloo compares the samples of a prompt: set samples_per_prompt to 2 or more"
+            )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError("kl_estimator k1 in the loss has no gradient on average: use k2 (or k3) there")
-        if self.kl_control == "adaptive" and not self.kl_coef:
-            raise ValueError("kl_control adaptive multiplies kl_coef: start it above 0")
+        if self.kl_controller == "adaptive" and not self.kl_coef:
+            raise ValueError("kl_controller adaptive multiplies kl_coef: start it above 0")
         if not self.has_value and (self.value_warmup or self.value == "shared"):
             raise ValueError(f"algorithm {self.algorithm} has no value: remove value and value_warmup")
         if self.value_warmup >= self.steps:
             raise ValueError(f"value_warmup {self.value_warmup} leaves the policy none of {self.steps} steps")
-        if self.warmup >= self.steps:
-            raise ValueError(f"warmup {self.warmup} leaves nothing of {self.steps} steps")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} leaves nothing of {self.steps} steps")
         if bool(self.ptx_coef) != bool(self.ptx_texts):
             raise ValueError("ptx_coef and ptx_texts belong together: give both or neither")
         return self

@@ -19,11 +19,9 @@ from rlhf.collect.judges import JUDGES
 from rlhf.data.comparisons import Message, Prompt
 from rlhf.evals.model import special_start
 from rlhf.models.backbone import Backbone
-from rlhf.recipe.schema import Distributed, Ppo
-from rlhf.runs.stage import StageRun
+from rlhf.recipe.schema import Ppo
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.metrics import read_metrics
-from rlhf.training.runtime import Runtime
 from studies.preference.work import Settings
 from studies.scaling.texts import Library
 
@@ -74,29 +72,25 @@ def reinforce(
         checkpoint_every=10**6,
         **ptx,
     )
-    runtime = Runtime(
-        Distributed(),
-        seed=s["seed"],
-        max_grad_norm=section.max_grad_norm,
-        micro_batch_size=section.micro_batch_size,
-    )
     # the loop says how far it is; the study says so itself
     with (folder / "said.txt").open("w", encoding="utf-8") as said, contextlib.redirect_stdout(said):
         trainer = PpoTrainer(
             backbone=backbone,
-            runtime=runtime,
             dialogue=dialogue,
             prompts=prompts,
-            score_fn=score,
+            reward_fn=score,
             section=section,
+            folder=folder,
             seed=s["seed"],
-            run=StageRun("ppo", folder, None, {}, {}, True, None),  # type: ignore[arg-type]
         )
         trainer.train()
     log = read_metrics(folder)
     shutil.rmtree(folder)
     few = max(1, len(log) // 10)
-    found: dict[str, float] = {"steps": float(trainer.done), "bad_updates": float(trainer.bad.count)}
+    found: dict[str, float] = {
+        "steps": float(trainer.done),
+        "nonfinite_updates": float(trainer.nonfinite.count),
+    }
     for name in ("objective/score", "objective/kl", "response/length", "policy/entropy"):
         for when, rows in (("first", log[:few]), ("last", log[-few:])):
             found[f"{name.partition('/')[2]}_{when}"] = float(np.mean([row[name] for row in rows]))

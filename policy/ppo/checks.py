@@ -1,4 +1,4 @@
-"""What must hold on every run, checked while it runs; each failure says what it usually means.
+"""What must hold on every run, checked while it runs; each failure names its usual cause.
 
 These are the bugs that users of other frameworks met: a wrong reference, stale weights in the sampler, a
 shifted mask, a lost head. All of them train on silently.

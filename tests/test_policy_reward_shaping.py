@@ -1,4 +1,4 @@
-"""From scores to targets: each step against numpy or a closed form, however the batch is spread or padded."""
+"""From scores to advantages, against numpy or a closed form, however the batch is spread or padded."""
 
 import json
 import math
@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_ppo import Shaping
 
 from policy.ppo.kl import adapt
-from policy.ppo.reward_shaping import Aim, Moments
+from policy.ppo.reward_shaping import Moments
 from policy.ppo.rollout import Rollout
 from rlhf.recipe.schema import Ppo
 
@@ -81,8 +82,8 @@ def drawn(seed=0, batch=8, width=5, scores=None, **changes):
     return Rollout(**fields | changes)
 
 
-def aim(**section):
-    return Aim(Ppo(**PLAIN | section), ALONE)
+def shaping(**section):
+    return Shaping(Ppo(**PLAIN | section), ALONE)
 
 
 def rows_of(rollout, rows):
@@ -109,19 +110,19 @@ def test_joined_moments_are_those_of_all_numbers_together(values):
 
 
 def test_running_normalisation_is_by_all_scores_so_far():
-    built, seen = aim(score_normalisation="running"), []
+    built, seen = shaping(score_normalization="running"), []
     for seed in range(4):
         rollout = drawn(seed)
         seen.append(rollout.scores_B)
         so_far = torch.cat(seen)
         expected = (rollout.scores_B - so_far.mean()) / so_far.std(correction=0)
         torch.testing.assert_close(built.scores(rollout), expected, rtol=1e-5, atol=1e-5)
-    assert built.moments.number == 32
+    assert built.shaper.moments.number == 32
 
 
 def test_equal_scores_are_normalised_to_zero():
     rollout = drawn(scores=[0.1] * 8)
-    assert aim(score_normalisation="running").scores(rollout).tolist() == [0.0] * 8
+    assert shaping(score_normalization="running").scores(rollout).tolist() == [0.0] * 8
 
 
 def test_scores_are_normalised_then_clipped_then_penalised_for_their_end_and_their_length():
@@ -133,7 +134,7 @@ def test_scores_are_normalised_then_clipped_then_penalised_for_their_end_and_the
     )
     low = -2 / math.sqrt(8)
     steps = {
-        "score_normalisation": ("running", [low, low, -2 * low]),
+        "score_normalization": ("running", [low, low, -2 * low]),
         "score_clip": (1.0, [low, low, 1.0]),
         "missing_eos": ("subtract", [low, low - 2, -1.0]),
         "length_penalty": (0.1, [low - 0.3, low - 2, -1.2]),
@@ -141,16 +142,16 @@ def test_scores_are_normalised_then_clipped_then_penalised_for_their_end_and_the
     options = {"missing_eos_penalty": 2.0, "length_target": 2}
     for name, (value, expected) in steps.items():
         options[name] = value
-        assert aim(**options).scores(rollout).tolist() == pytest.approx(expected, abs=1e-5), name
+        assert shaping(**options).scores(rollout).tolist() == pytest.approx(expected, abs=1e-5), name
     options |= {"missing_eos": "replace"}
-    assert aim(**options).scores(rollout).tolist() == pytest.approx([low - 0.3, -2, -2.2], abs=1e-5)
+    assert shaping(**options).scores(rollout).tolist() == pytest.approx([low - 0.3, -2, -2.2], abs=1e-5)
 
 
 # ---- advantages
 
 
 def test_rloo_is_the_return_less_the_mean_of_the_other_samples():
-    built, rollout = aim(algorithm="rloo", samples=4, kl_coef=0.2), drawn()
+    built, rollout = shaping(algorithm="rloo", samples_per_prompt=4, kl_coef=0.2), drawn()
     targets = built(rollout)
     kl_B = torch.stack(
         [(p - r)[m].sum() for p, r, m in zip(rollout.log_probs_BR, rollout.reference_log_probs_BR,
@@ -168,7 +169,7 @@ def test_rloo_is_the_return_less_the_mean_of_the_other_samples():
 
 def test_reinforce_has_the_discounted_returns_to_go():
     rollout = drawn(1)
-    targets = aim(algorithm="reinforce", gamma=0.9, lam=0.3, kl_coef=0.2)(rollout)
+    targets = shaping(algorithm="reinforce", gamma=0.9, lam=0.3, kl_coef=0.2)(rollout)
     for b, t in rollout.actions_BR.nonzero().tolist():
         ahead = targets.rewards_BR[b, t:]
         expected = sum(float(r) * 0.9**k for k, r in enumerate(ahead))
@@ -178,13 +179,13 @@ def test_reinforce_has_the_discounted_returns_to_go():
 def test_whitened_rewards_keep_their_mean_and_whitened_advantages_do_not():
     rollout = drawn(2)
     on = rollout.actions_BR
-    raw = aim(kl_coef=0.2)(rollout)
-    white = aim(kl_coef=0.2, whiten_rewards=True)(rollout)
+    raw = shaping(kl_coef=0.2)(rollout)
+    white = shaping(kl_coef=0.2, whiten_rewards=True)(rollout)
     assert abs(float(raw.rewards_BR[on].mean())) > 0.05
     torch.testing.assert_close(white.rewards_BR[on].mean(), raw.rewards_BR[on].mean())
     assert float(white.rewards_BR[on].std(correction=0)) == pytest.approx(1, abs=1e-4)
     assert not torch.allclose(white.advantages_BR, raw.advantages_BR, atol=0.1)
-    held = aim(kl_coef=0.2, whiten_advantages=True)(rollout)
+    held = shaping(kl_coef=0.2, whiten_advantages=True)(rollout)
     torch.testing.assert_close(held.rewards_BR, raw.rewards_BR)
     x = raw.advantages_BR[on]
     torch.testing.assert_close(held.advantages_BR[on], (x - x.mean()) / x.std(correction=0))
@@ -194,16 +195,16 @@ def test_whitened_rewards_keep_their_mean_and_whitened_advantages_do_not():
 @pytest.mark.parametrize(("algorithm", "whitens"), [("ppo", True), ("reinforce", True), ("rloo", False)])
 def test_advantages_are_whitened_by_default_where_the_papers_do(algorithm, whitens):
     rollout = drawn(3)
-    targets = aim(algorithm=algorithm, samples=2, whiten_advantages=None)(rollout)
+    targets = shaping(algorithm=algorithm, samples_per_prompt=2, whiten_advantages=None)(rollout)
     spread = targets.advantages_BR[rollout.actions_BR].std(correction=0)
     assert (abs(float(spread) - 1) < 1e-3) == whitens
 
 
 def test_a_price_in_the_loss_is_not_in_the_reward_too():
     rollout = drawn(4)
-    inside = aim(kl_coef=0.5, kl_in="loss", kl_estimator="k2")(rollout)
-    torch.testing.assert_close(inside.rewards_BR, aim(kl_coef=0.0)(rollout).rewards_BR)
-    assert not torch.allclose(inside.rewards_BR, aim(kl_coef=0.5)(rollout).rewards_BR, atol=0.1)
+    inside = shaping(kl_coef=0.5, kl_in="loss", kl_estimator="k2")(rollout)
+    torch.testing.assert_close(inside.rewards_BR, shaping(kl_coef=0.0)(rollout).rewards_BR)
+    assert not torch.allclose(inside.rewards_BR, shaping(kl_coef=0.5)(rollout).rewards_BR, atol=0.1)
 
 
 # ---- however it is spread and padded
@@ -211,15 +212,15 @@ def test_a_price_in_the_loss_is_not_in_the_reward_too():
 OPTIONS = st.fixed_dictionaries(
     {
         "algorithm": st.sampled_from(["ppo", "rloo", "reinforce"]),
-        "samples": st.just(2),
+        "samples_per_prompt": st.just(2),
         "whiten_rewards": st.booleans(),
         "whiten_advantages": st.booleans(),
-        "score_normalisation": st.sampled_from(["none", "running"]),
+        "score_normalization": st.sampled_from(["none", "running"]),
         "score_clip": st.sampled_from([None, 1.0]),
         "missing_eos": st.sampled_from(["replace", "subtract", "ignore"]),
         "length_penalty": st.sampled_from([0.0, 0.1]),
         "kl_coef": st.just(0.2),
-        "kl_control": st.sampled_from(["fixed", "adaptive"]),
+        "kl_controller": st.sampled_from(["fixed", "adaptive"]),
         "kl_estimator": st.sampled_from(["k1", "k2", "k3"]),
         "gamma": st.just(0.9),
     }
@@ -240,16 +241,15 @@ def test_more_padding_and_what_stands_in_it_changes_no_target(seed, options, mor
                     torch.cat([rollout.actions_BR, torch.zeros(8, more, dtype=torch.bool)], dim=1),
                     wide[name], filler,
                 )  # fmt: skip
-    first, second = aim(**options), aim(**options)
+    first, second = shaping(**options), shaping(**options)
     narrow, broad = first(rollout), second(rollout._replace(**wide))
-    first.follow(rollout)
-    second.follow(rollout._replace(**wide))
+    first.controller.update(rollout)
+    second.controller.update(rollout._replace(**wide))
     for name in ("rewards_BR", "advantages_BR", "returns_BR"):
         torch.testing.assert_close(
             torch.where(rollout.actions_BR, getattr(broad, name)[:, :5], 0), getattr(narrow, name)
         )
         assert (getattr(broad, name)[:, 5:] == 0).all()
-    assert int(broad.total_actions) == int(rollout.actions_BR.sum())
     assert first.state() == second.state()
 
 
@@ -258,18 +258,18 @@ def test_more_padding_and_what_stands_in_it_changes_no_target(seed, options, mor
 def test_the_processes_together_aim_as_one_alone(seed, options, world):
     section = Ppo(**PLAIN | options)
     steps = [drawn(seed), drawn(seed + 1)]
-    alone = Aim(section, ALONE)
+    alone = Shaping(section, ALONE)
     expected = []
     for rollout in steps:
         expected.append(alone(rollout))
-        alone.follow(rollout)
+        alone.controller.update(rollout)
 
     def work(rank, runtime):
-        built, found = Aim(section, runtime), []
+        built, found = Shaping(section, runtime), []
         for rollout in steps:
             own = rows_of(rollout, slice(rank, None, world))
             found.append(built(own))
-            built.follow(own)
+            built.controller.update(own)
         return found, built.state()
 
     for rank, (found, state) in enumerate(Together(world).run(work)):
@@ -277,38 +277,37 @@ def test_the_processes_together_aim_as_one_alone(seed, options, world):
             for name in ("rewards_BR", "advantages_BR", "returns_BR"):
                 part = getattr(whole, name)[rank::world]
                 torch.testing.assert_close(getattr(got, name), part, rtol=1e-4, atol=1e-5)
-            assert int(got.total_actions) == int(whole.total_actions)
-        assert state["kl_coef"] == pytest.approx(alone.kl_coef)
-        assert state["score_moments"] == pytest.approx(list(alone.moments))
+        assert state["kl_coef"] == pytest.approx(alone.controller.coef)
+        assert state["score_moments"] == pytest.approx(list(alone.shaper.moments))
 
 
 # ---- what it remembers
 
 
 def test_an_adaptive_coefficient_follows_the_kl_of_whole_responses_and_prices_the_next_step():
-    options = {"kl_coef": 0.2, "kl_target": 0.5, "kl_horizon": 100}
-    built, fixed, beta = aim(kl_control="adaptive", **options), aim(**options), 0.2
+    options = {"kl_coef": 0.2, "kl_controller_target": 0.5, "kl_controller_horizon": 100}
+    built, fixed, beta = shaping(kl_controller="adaptive", **options), shaping(**options), 0.2
     for seed in range(3):
         rollout = drawn(seed)
         gap = (rollout.log_probs_BR - rollout.reference_log_probs_BR)[rollout.actions_BR]
-        cheap = aim(kl_coef=beta)(rollout)
+        cheap = shaping(kl_coef=beta)(rollout)
         torch.testing.assert_close(built(rollout).rewards_BR, cheap.rewards_BR)
-        built.follow(rollout)
-        fixed.follow(rollout)
+        built.controller.update(rollout)
+        fixed.controller.update(rollout)
         beta = adapt(beta, float(gap.sum()) / 8, target=0.5, horizon=100, n=8)
-        assert built.kl_coef == pytest.approx(beta)
+        assert built.controller.coef == pytest.approx(beta)
     assert abs(beta - 0.2) > 1e-3
-    assert fixed.kl_coef == 0.2
+    assert fixed.controller.coef == 0.2
 
 
 def test_what_it_remembers_survives_json_exactly():
-    options = {"kl_coef": 0.2, "kl_control": "adaptive", "score_normalisation": "running"}
-    built, again = aim(**options), aim(**options)
+    options = {"kl_coef": 0.2, "kl_controller": "adaptive", "score_normalization": "running"}
+    built, again = shaping(**options), shaping(**options)
     for seed in range(3):
         built(drawn(seed))
-        built.follow(drawn(seed))
+        built.controller.update(drawn(seed))
     again.restore(json.loads(json.dumps(built.state())))
     assert again.state() == built.state()
-    assert again.state() != aim(**options).state()
+    assert again.state() != shaping(**options).state()
     for one, other in zip(built(drawn(9)), again(drawn(9)), strict=True):
         assert torch.equal(one, other)
