@@ -57,11 +57,11 @@ def hangs():
 
 
 FAULTS = {
-    raises: "ppo: the score function failed on 4 responses (ConnectionError: the judge is not there)",
+    raises: "ppo: the reward function failed on 4 responses (ConnectionError: the judge is not there)",
     says_nan: "ppo: 1 of 4 scores are not finite",
-    miscounts: "ppo: the score function returned shape (3,) for 4 responses",
-    answers_a_list: "ppo: the score function returned a list, not a tensor",
-    hangs: "ppo: the score function has not answered for 0.05 minutes (ppo.score_timeout_minutes)",
+    miscounts: "ppo: the reward function returned shape (3,) for 4 responses",
+    answers_a_list: "ppo: the reward function returned a list, not a tensor",
+    hangs: "ppo: the reward function has not answered for 0.05 minutes (ppo.score_timeout_minutes)",
 }
 
 

@@ -90,14 +90,14 @@ def check_closed(ids_BT: Tensor, mask_BT: Tensor, eos_id: int) -> None:
 
 
 def check_scores(scores_B: Tensor, expected: int) -> None:
-    """A score function must return one finite number a response.
+    """A reward function must return one finite number a response.
 
     Raises:
         InvariantError: the wrong number of scores, or one that is not finite.
     """
     if scores_B.shape != (expected,):
         raise InvariantError(
-            f"ppo: the score function returned shape {tuple(scores_B.shape)} for {expected} responses"
+            f"ppo: the reward function returned shape {tuple(scores_B.shape)} for {expected} responses"
         )
     if not bool(scores_B.isfinite().all()):
         bad = int((~scores_B.isfinite()).sum())
