@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 from policy.distillation import teacher as teaching
 from policy.distillation.data import Frame, passages
 from policy.distillation.loss import chunk_of, distil_kl
-from policy.distillation.prompted_model import PromptedModel, cut, shard_records
+from policy.distillation.prompted_model import PromptedModel, shard_records
 from policy.distillation.student import Student, collate, width
 from policy.distillation.teacher_cache import TeacherFile
 from rlhf.errors import UserError
 from rlhf.models.base import load_base
 from rlhf.models.tiny import write_tiny_model
+from rlhf.models.token_batches import token_batches
 from rlhf.runs.artifacts import WEIGHTS, sha256_of
 from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import load_dialogue
@@ -108,7 +109,7 @@ def test_with_an_empty_prompt_the_loss_is_exactly_0(method, layers, prompted, la
         lab / "words", {}, [len(p.ids) for p in some], k=20, vocabulary=student.vocabulary, shard=99
     )
     file.write(0, shard_records(teacher, some, file, 10**6, student.vocabulary))
-    (rows,) = cut([width(p) for p in some], 10**6)
+    (rows,) = token_batches([width(p) for p in some], 10**6)
     batch = collate(rows, some, file, torch.device("cpu"))
     losses = []
     for folded in (False, True):

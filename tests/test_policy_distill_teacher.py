@@ -10,7 +10,7 @@ from tiny_distill import PROMPT, dialogue_of, passage
 from transformers import MistralConfig, MistralForCausalLM
 
 from policy.distillation.data import content_hash
-from policy.distillation.prompted_model import PromptedModel, check_head, cut, shard_records
+from policy.distillation.prompted_model import PromptedModel, check_head, shard_records
 from policy.distillation.teacher_cache import TeacherFile, record_type
 from rlhf.errors import UserError
 from rlhf.models.tiny import tiny_model, tiny_tokenizer
@@ -105,17 +105,6 @@ def test_a_model_whose_logits_are_not_its_heads_is_refused():
     model.forward = capped
     with pytest.raises(UserError, match="changes its logits after the vocabulary head"):
         check_head(model)
-
-
-@pytest.mark.parametrize("budget", [1, 10, 30, 1000])
-def test_batches_hold_every_row_once_and_no_more_tokens_than_they_may(budget):
-    lengths = [7, 3, 9, 3, 1, 12, 3]
-    batches = cut(lengths, budget)
-    assert sorted(n for batch in batches for n in batch) == list(range(7))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[n] for n in batch) <= budget
-    assert len(cut(lengths, 1000)) == 1
-    assert cut([], 10) == []
 
 
 # ---- the file

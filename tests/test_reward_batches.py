@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from preference_cases import EOS, cases
 
-from reward.model.batch import as_example, encode, layout, micro_batches, pack, rows_of, token_batches, width
+from reward.model.batch import as_example, encode, layout, micro_batches, pack, rows_of, width
 from rlhf.data.comparisons import Comparison, Message
 from rlhf.models.packing import attention_mask
 from rlhf.models.tiny import END, START, tiny_tokenizer
@@ -234,14 +234,3 @@ def test_the_budget_can_be_met_to_the_token_and_a_longer_comparison_goes_alone(s
     sizes = {budget: [len(b) for b in micro_batches(examples, budget, share=share)]
              for budget in (1, one, 2 * one - 1, 2 * one, 3 * one)}  # fmt: skip
     assert sizes == {1: [1] * 3, one: [1] * 3, 2 * one - 1: [1] * 3, 2 * one: [2, 1], 3 * one: [3]}
-
-
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), budget=st.integers(1, 100))
-def test_token_batches_hold_every_row_once_and_no_more_than_the_budget(lengths, budget):
-    rows = [[5] * length for length in lengths]
-    batches = token_batches(rows, budget)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
-    for batch, following in itertools.pairwise(batches):
-        assert (len(batch) + 1) * lengths[following[0]] > budget

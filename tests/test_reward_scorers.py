@@ -112,14 +112,6 @@ def test_the_padding_of_a_batch_is_a_token_that_is_not_in_it():
     assert scorers._unused([[0, 1]], 2) is None
 
 
-def test_batches_hold_every_row_once_and_few_tokens():
-    lengths = [5, 4096, 1, 900, 3000, 900, 5000, 900]
-    batches = list(scorers._batches(lengths))
-    assert sorted(i for b in batches for i in b) == list(range(8))
-    assert all(len(b) * max(lengths[i] for i in b) <= 4096 for b in batches if len(b) > 1)
-    assert len(batches) == 5
-
-
 def test_without_a_template_the_turns_are_joined_by_blank_lines(recipe):
     model, tokenizer = llama(template=False)
     scorer = load_scorer("model", recipe)

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from policy.distillation.data import Passage
 from policy.distillation.loss import chunk_of, full_kl, measure
-from policy.distillation.prompted_model import PromptedModel, cut
+from policy.distillation.prompted_model import PromptedModel
 from policy.distillation.report import Measured
 from policy.distillation.student import Student, Trunk, collate, width
 from policy.distillation.teacher_cache import TeacherFile
+from rlhf.models.token_batches import token_batches
 from rlhf.training.progress import progress
 from rlhf.training.runtime import Runtime
 
@@ -57,7 +58,7 @@ def measured(
 
     sums = {name: np.zeros(len(rows)) for name in ("kl", "places", "log_prob", "taught", "spoken")}
     with student.folded():
-        for part in progress("held out", mine(cut([width(passages[row]) for row in rows], budget))):
+        for part in progress("held out", mine(token_batches([width(passages[row]) for row in rows], budget))):
             batch = collate([rows[n] for n in part], passages, file, device)
             hidden_ND = student.states(batch, trunk)
             kl_N, log_prob_N = measure(hidden_ND, student.head, batch.words, batch.targets_N, chunk=chunk)

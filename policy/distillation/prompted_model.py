@@ -22,6 +22,7 @@ from policy.distillation.loss import chunk_of, teach
 from policy.distillation.teacher_cache import TeacherFile
 from rlhf.errors import UserError
 from rlhf.models.masks import positions_from_mask, right_pad
+from rlhf.models.token_batches import token_batches
 
 
 class _Shared(DynamicLayer):
@@ -147,20 +148,6 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Numbers of rows in batches of at most ``budget`` tokens, padding included, a longer row alone.
-
-    Rows of similar length are together; the result depends on the lengths only.
-    """
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda n: (lengths[n], n)):
-        if batches and lengths[row] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
 def shard_records(
     teacher: PromptedModel, passages: Sequence[Passage], file: TeacherFile, budget: int, vocabulary: int
 ) -> NDArray[Any]:
@@ -177,7 +164,7 @@ def shard_records(
     records = np.zeros(int(starts[-1]), dtype=file.type)
     records["token"] = np.concatenate([p.ids for p in passages])
     k = file.type["index"].shape[0]
-    for batch in cut([len(p.opening) + len(p.ids) for p in passages], budget):
+    for batch in token_batches([len(p.opening) + len(p.ids) for p in passages], budget):
         some = [passages[n] for n in batch]
         hidden_ND = teacher.states(some)
         firsts = [teacher.first_of(p) for p in some]

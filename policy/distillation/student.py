@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from policy.distillation.data import Passage
 from policy.distillation.loss import Coarse, Words
-from policy.distillation.prompted_model import check_head, cut
+from policy.distillation.prompted_model import check_head
 from policy.distillation.teacher_cache import TeacherFile
 from rlhf.errors import UserError
 from rlhf.models.backbone import REFERENCE, Backbone, layers_of
 from rlhf.models.base import load_base
 from rlhf.models.masks import positions_from_mask, right_pad
+from rlhf.models.token_batches import token_batches
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Distill
 from rlhf.runs.artifacts import write_atomically
@@ -263,7 +264,7 @@ class Trunk:
     def __init__(self, student: Student, passages: Sequence[Passage]) -> None:
         assert student.backbone
         self._rows: list[Tensor] = [torch.empty(0)] * len(passages)
-        for some in progress("trunk", cut([width(p) for p in passages], _TRUNK_TOKENS)):
+        for some in progress("trunk", token_batches([width(p) for p in passages], _TRUNK_TOKENS)):
             rows = [[*passages[n].lead.tolist(), *passages[n].ids.tolist()] for n in some]
             ids_BT, mask_BT = (t.to(student.backbone.device) for t in right_pad(rows, 0))
             hidden_BTD = student.backbone.trunk(ids_BT, mask_BT)

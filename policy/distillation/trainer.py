@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from policy.distillation.data import HALVES, Passage
 from policy.distillation.loss import chunk_of, distil_kl
-from policy.distillation.prompted_model import cut
 from policy.distillation.student import Batch, Student, Trunk, collate, width
 from policy.distillation.teacher_cache import TeacherFile
 from rlhf.errors import UserError
+from rlhf.models.token_batches import token_batches
 from rlhf.recipe.schema import Distill
 from rlhf.runs.artifacts import read_json, step_of, write_atomically
 from rlhf.runs.stage import StageRun
@@ -180,7 +180,8 @@ class DistillTrainer:
         own = rows[self.runtime.rank :: self.runtime.world]
         budget = self.section.tokens_per_micro_batch
         parts = [
-            ([own[n] for n in part], 1.0) for part in cut([width(self.passages[r]) for r in own], budget)
+            ([own[n] for n in part], 1.0)
+            for part in token_batches([width(self.passages[r]) for r in own], budget)
         ]
         number = most_of_all(len(parts), self.runtime.device)
         return parts + [([rows[0]], 0.0)] * (number - len(parts))

@@ -19,9 +19,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from reward.model.batch import token_batches
 from rlhf.errors import UserError
 from rlhf.models.masks import last_true_index, positions_from_mask, right_pad
+from rlhf.models.token_batches import token_batches
 from rlhf.stats.intervals import Z95, Estimate, proportion_interval
 
 TOKENS_AT_ONCE = 4096  # tokens, padding included, of one forward pass
@@ -177,7 +177,7 @@ def activations(decoder: nn.Module, rows: Sequence[Sequence[int]], pad_id: int, 
     """
     device = next(decoder.parameters()).device
     found: dict[int, Tensor] = {}
-    for batch in token_batches(rows, TOKENS_AT_ONCE):
+    for batch in token_batches([len(row) for row in rows], TOKENS_AT_ONCE):
         ids_NT, mask_NT = (t.to(device) for t in right_pad([rows[i] for i in batch], pad_id))
         states = decoder(
             input_ids=ids_NT,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -26,6 +26,7 @@ from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError
 from rlhf.models.base import best_device
 from rlhf.models.masks import right_pad
+from rlhf.models.token_batches import token_batches
 from rlhf.recipe.load import Recipe, is_path
 from rlhf.tokenization.dialogue import load_tokenizer
 
@@ -164,7 +165,7 @@ class ClassifierScorer:
         """The head's output, [n]."""
         rows = [self._shortened(self._ids(p, r)) for p, r in zip(prompts, responses, strict=True)]
         scores = torch.empty(len(rows))
-        for batch in _batches([len(row) for row in rows]):
+        for batch in token_batches([len(row) for row in rows], TOKENS_AT_ONCE):
             scores[batch] = self._forward([rows[i] for i in batch])
         return _finite(scores, self.path)
 
@@ -236,18 +237,6 @@ def _unused(rows: Sequence[Sequence[int]], vocabulary: int) -> int | None:
     """The smallest token id that is in no row, None where all are."""
     used = set().union(*rows)
     return next((i for i in range(vocabulary) if i not in used), None)
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length, padded to at most :data:`TOKENS_AT_ONCE` tokens."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > TOKENS_AT_ONCE:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _finite(scores: Tensor, path: str) -> NDArray[np.float64]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf.data.comparisons import Comparison
 from rlhf.models.packing import SHARED
+from rlhf.models.token_batches import token_batches
 from rlhf.tokenization.dialogue import Dialogue
 
 Example = dict[str, Any]
@@ -93,21 +94,10 @@ def rows_of(example: Example, share: bool) -> int:
 
 
 def micro_batches(examples: Sequence[Example], budget: int, *, share: bool) -> list[list[int]]:
-    """Indices of examples of similar length; a batch is at most ``budget`` tokens with its padding.
-
-    An example that is longer by itself goes alone.
-    """
-    order = sorted(range(len(examples)), key=lambda i: (width(examples[i], share), i))
-    batches: list[list[int]] = []
-    rows = 0
-    for index in order:
-        more = rows_of(examples[index], share)
-        if not batches or width(examples[index], share) * (rows + more) > budget:
-            batches.append([])
-            rows = 0
-        batches[-1].append(index)
-        rows += more
-    return batches
+    """Indices of examples of similar length; a batch is at most ``budget`` tokens with its padding."""
+    return token_batches(
+        [width(e, share) for e in examples], budget, rows=[rows_of(e, share) for e in examples]
+    )
 
 
 def layout(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,17 +167,6 @@ def pack(examples: Sequence[Example], pad_id: int, *, share: bool = True, wanted
         torch.tensor(owners, dtype=torch.long),
         torch.tensor([e["index"] for e in examples for _ in range(rows_of(e, share))]),
     )
-
-
-def token_batches(rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Indices of rows of similar length, each batch at most ``budget`` tokens with its padding."""
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-    batches: list[list[int]] = []
-    for index in order:
-        if not batches or len(rows[index]) * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
 
 
 def as_example(row: Sequence[int]) -> Example:

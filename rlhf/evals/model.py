@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.errors import UserError
 from rlhf.evals.generation import Parts, Rules, write
 from rlhf.evals.scoring import Job, Scorer
+from rlhf.models.token_batches import token_batches
 from rlhf.training.progress import progress
 
 _WRITTEN_AT_ONCE = 8  # cached tokens while writing, in units of tokens_at_once
@@ -182,13 +183,11 @@ class LanguageModel:
         rules = Rules(max_new_tokens, temperature, top_p, seed, self._ends(), tuple(stop))
         parts = Parts.of(self.model, in_one_piece=not trees)
         states = self._scorer.states_of(kept)
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), rows[i], i))
+        room = [len(kept) + len(row) + max_new_tokens for row in rows]
+        budget = _WRITTEN_AT_ONCE * self.tokens_at_once
         said = [""] * len(rows)
         with progress("write", total=len(rows)) as bar:
-            while order:
-                room = len(kept) + len(rows[order[0]]) + max_new_tokens
-                several = max(1, _WRITTEN_AT_ONCE * self.tokens_at_once // room)
-                batch, order = order[:several], order[several:]
+            for batch in token_batches(room, budget, longest_first=True, ties=rows):
                 texts = write(parts, [rows[i] for i in batch], batch, rules, self.decode, states)
                 for i, text in zip(batch, texts, strict=True):
                     said[i] = text

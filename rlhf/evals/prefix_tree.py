@@ -10,7 +10,7 @@ Shape suffixes: ``_R`` tree, ``_W`` node of a tree, ``_N`` node of any tree, ``_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -75,15 +75,6 @@ def _common(x: Sequence[int], y: Sequence[int]) -> int:
 def _close(tree: Tree, nodes: Sequence[int]) -> None:
     for node in nodes:
         tree.ends[node] = len(tree.tokens)
-
-
-def batches(trees: Sequence[Tree], tokens: int) -> Iterator[list[Tree]]:
-    """Trees of similar size together, the largest first: one, or up to ``tokens`` nodes with padding."""
-    ordered = sorted(trees, key=lambda tree: -len(tree.tokens))
-    while ordered:
-        several = max(1, tokens // max(1, len(ordered[0].tokens)))
-        yield ordered[:several]
-        ordered = ordered[several:]
 
 
 def lay_out(

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from rlhf.evals.prefix_tree import Tree, batches, common_start, fold, lay_out, target_log_probs
+from rlhf.evals.prefix_tree import Tree, common_start, fold, lay_out, target_log_probs
 from rlhf.models.masks import right_pad
+from rlhf.models.token_batches import token_batches
 from rlhf.training.progress import progress
 
 States = list[tuple[Tensor, Tensor]]  # keys and values of every layer, [1, head, T, D] each
@@ -74,7 +75,10 @@ class Scorer:
         log_probs = torch.zeros(len(jobs), dtype=torch.float64)
         greedy = torch.ones(len(jobs), dtype=torch.bool)
         with progress("score", total=len(jobs)) as bar:
-            for batch in batches(fold(rows, capacity), self.tokens_at_once):
+            trees = fold(rows, capacity)
+            sizes = [len(tree.tokens) for tree in trees]
+            for several in token_batches(sizes, self.tokens_at_once, longest_first=True):
+                batch = [trees[n] for n in several]
                 owner_S, node_S, target_S = _places(batch, jobs, len(lead) - skip)
                 logp_S, best_S = self._read(batch, len(kept), states, node_S, target_S)
                 log_probs.index_add_(0, owner_S, logp_S.double().cpu())
@@ -125,12 +129,10 @@ class Scorer:
     def by_rows(self, prefix: list[int], jobs: Sequence[Job]) -> tuple[list[float], list[bool]]:
         """As :meth:`score`, with the model's own forward on whole rows, padded on the right."""
         log_probs, greedy = [0.0] * len(jobs), [True] * len(jobs)
-        order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i].inputs))
+        lengths = [len(prefix) + len(job.inputs) for job in jobs]
+        at_once = self.tokens_at_once // 4  # logits of all positions at once
         with progress("score", total=len(jobs)) as bar:
-            while order:
-                length = len(prefix) + len(jobs[order[0]].inputs)
-                several = max(1, self.tokens_at_once // 4 // length)  # logits of all positions at once
-                batch, order = order[:several], order[several:]
+            for batch in token_batches(lengths, at_once, longest_first=True):
                 ids_BT, mask_BT = right_pad([[*prefix, *jobs[i].inputs] for i in batch], 0)
                 logits_BTV = self.model(
                     input_ids=ids_BT.to(self.device), attention_mask=mask_BT.long().to(self.device)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf.models.token_batches import token_batches
+
 SHARED = 1  # segment that the others of a row may look back at; 0 is padding, 2 and up stand for themselves
 
 
@@ -89,12 +91,7 @@ def micro_batches(lengths: Sequence[int], budget: int, *, packing: bool) -> list
     """
     bins = first_fit(lengths, max(lengths)) if packing else [[index] for index in range(len(lengths))]
     widths = [sum(lengths[i] for i in row) for row in bins]
-    batches: list[list[list[int]]] = []
-    for place in sorted(range(len(bins)), key=lambda r: (widths[r], bins[r])):
-        if not batches or widths[place] * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-        batches[-1].append(bins[place])
-    return batches
+    return [[bins[r] for r in batch] for batch in token_batches(widths, budget, ties=bins)]
 
 
 def lay(sequences: Sequence[Row], bins: Sequence[Sequence[int]], pad_id: int) -> Laid:

@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from policy.distillation.data import TEXTS, Passage
 from policy.distillation.loss import Coarse, Words, chunk_of, distil_kl, full_kl, measure, teach
-from policy.distillation.prompted_model import PromptedModel, cut
+from policy.distillation.prompted_model import PromptedModel
 from policy.distillation.report import Measured, figures
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.masks import positions_from_mask, right_pad
+from rlhf.models.token_batches import token_batches
 from rlhf.training.schedule import learning_rate_factor
 from studies.preference.train import index_stream
 from studies.preference.work import Settings
@@ -54,7 +55,7 @@ def passages(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], lead: Seq
 def taught(teacher: PromptedModel, some: Sequence[Passage], k: int, vocabulary: int) -> list[Taught]:
     """What the teacher says about passages."""
     made: dict[int, Taught] = {}
-    for batch in cut([len(p.opening) + len(p.ids) for p in some], TOKENS_AT_ONCE):
+    for batch in token_batches([len(p.opening) + len(p.ids) for p in some], TOKENS_AT_ONCE):
         rows = [some[n] for n in batch]
         targets_N = torch.from_numpy(np.concatenate([p.ids for p in rows]).astype(np.int64))
         words, log_prob_N = teach(
