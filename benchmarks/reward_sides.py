@@ -25,7 +25,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
-import reward.training.learn
 import reward.training.trainer
 from benchmarks.harness import Figures, peak_bytes, resident_bytes
 from benchmarks.reward_rows import (
@@ -95,7 +94,7 @@ def recipe_of(task: Task) -> Recipe:
             "reward": {
                 "learning_rate": task.learning_rate,
                 "schedule": task.schedule,
-                "warmup": task.warmup,
+                "warmup_ratio": task.warmup,
                 "weight_decay": task.weight_decay,
                 "max_grad_norm": task.max_grad_norm,
                 "epochs": task.epochs,
@@ -218,17 +217,19 @@ def ours(task: Task, rows: list[Example], scratch: Path) -> Figures:
         packed.extend(examples)
         return pack(examples, *args, **options)
 
-    build, pack = reward.training.learn.build_trunk, reward.training.trainer.pack
+    build, pack = reward.training.trainer.build_trunk, reward.training.trainer.pack
     with (
-        patch("reward.training.learn.build_trunk", build_trunk),
+        patch("reward.training.trainer.build_trunk", build_trunk),
         patch("reward.training.trainer.pack", pack_and_note),
     ):
-        way = reward.training.learn.passes(recipe, recipe.reward, model, rows, dialogue)
-        reward.training.learn.learn(recipe, recipe.reward, run, dialogue, model, rows, way)
+        plan = reward.training.trainer.plan_forward(recipe, recipe.reward, model, rows, dialogue)
+        reward.training.trainer.train_preference_model(
+            recipe, recipe.reward, dialogue, model, rows, plan, folder=run.folder
+        )
     return {
         **watch.figures(len(packed), task.batch_size),
-        "prompts_shared": way.share,
-        "trunk_kept": way.trunk is not None,
+        "prompts_shared": plan.share,
+        "trunk_kept": plan.trunk is not None,
         "response_tokens": response_tokens_of(packed) // task.epochs,
         "trainable_parameters": learns,
         "losses": [line["reward/loss"] for line in read_metrics(scratch)],

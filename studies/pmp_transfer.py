@@ -29,7 +29,7 @@ ARMS = {
     "none": [],
     "lm": ["pmp.objective=imitation", "pmp.form=ranked"],
     "ranked": ["pmp.form=ranked"],
-    "binarised": ["pmp.form=binarised"],
+    "binarised": ["pmp.form=binarized"],
 }
 
 
@@ -45,8 +45,8 @@ def fine_tuned(recipe: Recipe, work: Path, arms: list[str], numbers: list[int], 
     from reward.loss import pair_accuracy
     from reward.model.batch import encode, layout
     from reward.model.model import head_of, new_reward_model, start_from
-    from reward.training.learn import learn, passes
     from reward.training.run import MODEL, drawn, judge, stored
+    from reward.training.trainer import plan_forward, train_preference_model
     from rlhf.tokenization.dialogue import load_dialogue
 
     todo = [
@@ -58,7 +58,9 @@ def fine_tuned(recipe: Recipe, work: Path, arms: list[str], numbers: list[int], 
     home = StageRun("reward", RUNS / recipe.name / "reward", recipe, {}, {}, True, None)
     train = encode(drawn(stored(home, "train"), max(numbers), recipe.seed), dialogue)
     held_out = encode(stored(home, "held_out"), dialogue, first=len(train))
-    way = passes(recipe, recipe.reward, new_reward_model(recipe, dialogue), [*train, *held_out], dialogue)
+    plan = plan_forward(
+        recipe, recipe.reward, new_reward_model(recipe, dialogue), [*train, *held_out], dialogue
+    )
     flat_BK, ranks_BK, mask_BK = layout(held_out)
     for done, (seed, number, arm) in enumerate(todo):
         started = time.time()
@@ -70,8 +72,10 @@ def fine_tuned(recipe: Recipe, work: Path, arms: list[str], numbers: list[int], 
         if recipe.reward.head_init == "zero" and arm in ("none", "lm"):  # these have no trained head
             torch.nn.init.zeros_(head_of(model).weight)
         seeded = recipe.model_copy(update={"seed": seed})
-        trained = learn(seeded, recipe.reward, run, dialogue, model, train[:number], way)
-        figures, scores = judge(recipe, recipe.reward, trained, held_out, dialogue, way)
+        trained = train_preference_model(
+            seeded, recipe.reward, dialogue, model, train[:number], plan, folder=run.folder
+        )
+        figures, scores = judge(recipe, recipe.reward, trained, held_out, dialogue, plan)
         correct_B, pairs_B = pair_accuracy(scores[flat_BK], ranks_BK, mask_BK)
         result = {
             "arm": arm,

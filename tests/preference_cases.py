@@ -11,11 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from reward.model.batch import encode
 from reward.model.model import new_reward_model
-from reward.training.learn import Passes, learn
+from reward.training.trainer import ForwardPlan, train_preference_model
 from rlhf.data.comparisons import Comparison, Counts, Message
 from rlhf.data.readers.native import read_native
 from rlhf.models.tiny import write_tiny_model
-from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import load_dialogue
 
 EOS, VOCABULARY = 1, 259
@@ -110,10 +109,11 @@ def assert_equal_tensors(mine, expected, *, atol=2e-5):
 def taught(folder, rows, *overrides, share=True, trunk=None, model=None, member=0, members=1):
     """A model trained on encoded comparisons by the real trainer, its files below ``folder``."""
     recipe, dialogue = tiny("reward.checkpoint_every=1000", *overrides)
-    run = StageRun("reward", folder, recipe, {}, {}, True, None)
     model = new_reward_model(recipe, dialogue, recipe.seed + member) if model is None else model
-    way = Passes(share, trunk)
-    return learn(recipe, recipe.reward, run, dialogue, model, rows, way, member=member, members=members)
+    plan = ForwardPlan(share, trunk)
+    return train_preference_model(
+        recipe, recipe.reward, dialogue, model, rows, plan, folder=folder, member=member, members=members
+    )
 
 
 def encoded(number, *overrides, seed=0, k=3):

@@ -76,7 +76,6 @@ def trainer_of(folder, backbone, rows, *overrides, packing=True):
     recipe, dialogue = tiny(*overrides)
     run = opened(folder, recipe)
     return SftTrainer(
-        run=run,
         checkpoints=run.checkpoints,
         metrics=None,
         section=recipe.sft,

@@ -26,7 +26,7 @@ PPO = ("ppo.steps=3", "ppo.checkpoint_every=1", "ppo.max_grad_norm=0.3")
 REWARD = (
     "reward.batch_size=38",  # all comparisons, so that no batch is padded
     "reward.epochs=4",
-    "reward.warmup=0",
+    "reward.warmup_ratio=0",
     "reward.max_grad_norm=0.3",
     "reward.tokens_per_micro_batch=380",
     "reward.lm_coef=0.5",

@@ -159,7 +159,7 @@ def test_an_architecture_that_does_not_know_block_masks_is_found_out(tmp_path, m
 
 # --- a training ------------------------------------------------------------------------------------------
 
-SHORT = ("sft.batch_size=9", "sft.warmup=0", "sft.learning_rate=1e-3")
+SHORT = ("sft.batch_size=9", "sft.warmup_ratio=0", "sft.learning_rate=1e-3")
 
 
 def test_only_the_adapter_learns_and_all_of_it(tmp_path):

@@ -5,11 +5,11 @@ import torch
 from sft_cases import cases, taught, weights
 
 MIXED = [*cases(6, 1), *cases(2, 3, said=(20, 25))]
-BASE = ("sft.batch_size=4", "sft.warmup=0.25", "sft.epochs=2", "sft.learning_rate=1e-3")
+BASE = ("sft.batch_size=4", "sft.warmup_ratio=0.25", "sft.epochs=2", "sft.learning_rate=1e-3")
 OF_THE_TRAINING = [
     "sft.learning_rate=2e-3",
     "sft.schedule=linear",
-    "sft.warmup=0.5",
+    "sft.warmup_ratio=0.5",
     "sft.weight_decay=0.5",
     "sft.max_grad_norm=0.01",
     "sft.epochs=1",

@@ -11,7 +11,7 @@ from rlhf.runs.artifacts import MANIFEST
 SFT = (
     "sft.batch_size=38",  # all demonstrations, so that no batch is padded
     "sft.epochs=3",
-    "sft.warmup=0",
+    "sft.warmup_ratio=0",
     "sft.learning_rate=1e-2",
     "sft.max_grad_norm=0.3",
     "sft.tokens_per_micro_batch=380",

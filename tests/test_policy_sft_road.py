@@ -42,15 +42,15 @@ def assistant(tmp_path_factory):
     (folder / "recipes").symlink_to(ROOT / "recipes")
     before, beginnings = os.getcwd(), []
 
-    def watched(recipe, section, run, dialogue, model, *rest, **options):
+    def watched(recipe, section, dialogue, model, *rest, **options):
         beginnings.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
-        return learn(recipe, section, run, dialogue, model, *rest, **options)
+        return train_model(recipe, section, dialogue, model, *rest, **options)
 
-    learn = reward.training.run.learn
+    train_model = reward.training.run.train_preference_model
     os.chdir(folder)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reward.training.run, "learn", watched)
+            patch.setattr(reward.training.run, "train_preference_model", watched)
             for main in (prepare.main, collect.main, sft.main, distill.main, reward_train.main, train.main):
                 stage(main)
             for main in (evaluate.main, tax.main):

@@ -97,7 +97,7 @@ def test_chats_are_split_by_prompt_and_need_no_comparisons(lab):
 
 
 def test_what_is_learned_and_what_it_is_measured_on_can_be_fewer(lab):
-    stage(sft.main, *FAST, "sft.limit=16", "sft.judged=3")
+    stage(sft.main, *FAST, "sft.limit=16", "sft.eval_samples=3")
     found = results()
     assert (found["train"], found["held_out"]) == (16, 3)
 

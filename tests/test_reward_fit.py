@@ -19,8 +19,7 @@ from reward.model.batch import encode, micro_batches
 from reward.model.forward import score_examples
 from reward.model.model import TextRewardModel, head_of, new_reward_model, read_card
 from reward.training import __main__ as train
-from reward.training.learn import learn
-from reward.training.trainer import PreferenceTrainer
+from reward.training.trainer import PreferenceTrainer, train_preference_model
 from rlhf.errors import UserError
 from rlhf.models.lora import HEAD
 from rlhf.runs.artifacts import WEIGHTS, read_json
@@ -177,7 +176,7 @@ def test_scores_have_mean_0_and_variance_1_and_the_gain_changes_no_comparison(re
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.var(correction=0)) == pytest.approx(1, abs=1e-3)
 
-    monkeypatch.setattr(reward.training.run, "normalisation", lambda _: (1.0, 0.0))
+    monkeypatch.setattr(reward.training.run, "normalization", lambda _: (1.0, 0.0))
     raw = TextRewardModel(retrained() / MODEL).score(*some)
     card = read_card(usual / MODEL)
     assert card.gain > 0
@@ -187,7 +186,9 @@ def test_scores_have_mean_0_and_variance_1_and_the_gain_changes_no_comparison(re
 
 
 def test_a_training_that_made_all_scores_equal_is_an_error_with_a_remedy(retrained, monkeypatch):
-    monkeypatch.setattr(reward.training.run, "learn", lambda *args, **_: args[4])  # the fresh model is enough
+    monkeypatch.setattr(
+        reward.training.run, "train_preference_model", lambda *args, **_: args[3]
+    )  # the fresh model is enough
     monkeypatch.setattr(reward.training.run, "scores_of", lambda model, rows, pad_id: torch.zeros(len(rows)))
     with pytest.raises(UserError, match=r"lower reward\.learning_rate"):
         retrained()
@@ -253,20 +254,20 @@ def beginnings(monkeypatch):
     """The held-out scores of every model before it learns, as the stage goes on."""
     noted = []
 
-    def watched(recipe, section, run, dialogue, model, rows, way, **options):
+    def watched(recipe, section, dialogue, model, rows, plan, **options):
         held_out = encode(stored("held_out"), dialogue)
         noted.append(SimpleNamespace(
             scores=score_examples(model.eval(), held_out, dialogue.pad_id, share=False)[0],
             head=head_of(model).weight.detach().clone(), rows=len(rows),
         ))  # fmt: skip
-        return learn(recipe, section, run, dialogue, model, rows, way, **options)
+        return train_preference_model(recipe, section, dialogue, model, rows, plan, **options)
 
-    monkeypatch.setattr(reward.training.run, "learn", watched)
+    monkeypatch.setattr(reward.training.run, "train_preference_model", watched)
     return noted
 
 
 def test_a_start_is_the_other_model_and_goes_on_from_there(retrained, usual, beginnings, monkeypatch, capsys):
-    folder = retrained(f"reward.start={usual / MODEL}", "reward.comparisons=16")
+    folder = retrained(f"reward.start={usual / MODEL}", "reward.limit=16")
     assert f"reward: starts from {usual / MODEL} (29 tensors)" in capsys.readouterr().out
     monkeypatch.chdir(usual)
     model = TextRewardModel(usual / MODEL)
@@ -320,10 +321,10 @@ def test_a_killed_ensemble_goes_on_with_the_member_that_is_missing(prepared, ret
         began.append(member)
         if began == [0, 1]:
             raise KeyboardInterrupt
-        return learn(*args, member=member, **options)
+        return train_preference_model(*args, member=member, **options)
 
     probe = reward.training.run.fit_probe
-    monkeypatch.setattr(reward.training.run, "learn", watched)
+    monkeypatch.setattr(reward.training.run, "train_preference_model", watched)
     monkeypatch.setattr(reward.training.run, "fit_probe", lambda *a, **o: probed.append(1) or probe(*a, **o))
     for _ in range(2):
         with contextlib.suppress(KeyboardInterrupt):
@@ -364,9 +365,9 @@ def test_a_member_is_what_its_own_seed_makes(prepared, monkeypatch):
         init(self, **options)
 
     monkeypatch.setattr(PreferenceTrainer, "__init__", noted)
-    recipe = tiny_recipe("reward.members=2", "reward.probe=false", "reward.comparisons=8")
+    recipe = tiny_recipe("reward.members=2", "reward.probe=false", "reward.limit=8")
     run = StageRun("reward", folder / "runs/tiny/reward", recipe, {}, {}, True, None)
-    reward.training.run.fit(recipe, run)
+    reward.training.run.run(recipe, run)
     dialogue = load_dialogue(recipe)
     for seed, head in enumerate(heads):
         assert torch.equal(head, head_of(new_reward_model(recipe, dialogue, seed)).weight)

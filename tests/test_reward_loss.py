@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from reward.loss import (
     binary_loss,
-    centring_penalty,
+    centering_penalty,
     head_init_std,
     imitation_loss,
-    normalisation,
+    normalization,
     pair_accuracy,
     plackett_luce_loss,
     ranked_loss,
@@ -86,13 +86,13 @@ def _best_row(scores, ranks):
 
 
 def _ranked(**options):
-    return lambda *batch, **normaliser: ranked_loss(*batch, **options, **normaliser)[0]
+    return lambda *batch, **normalizer: ranked_loss(*batch, **options, **normalizer)[0]
 
 
-def _imitation(means_BK, ranks_BK, mask_BK, **normaliser):
+def _imitation(means_BK, ranks_BK, mask_BK, **normalizer):
     """From log-probabilities a token, so that it has the arguments of the others; lengths 1, 2, 3, ..."""
     lengths_BK = torch.arange(1, means_BK.shape[1] + 1).expand(means_BK.shape)
-    return imitation_loss(means_BK * lengths_BK, lengths_BK, ranks_BK, mask_BK, **normaliser)
+    return imitation_loss(means_BK * lengths_BK, lengths_BK, ranks_BK, mask_BK, **normalizer)
 
 
 LOSSES = {  # name: (the loss, the same of one row by a loop, whether a common shift changes it)
@@ -110,17 +110,17 @@ LOSSES = {  # name: (the loss, the same of one row by a loop, whether a common s
     ),
     "plackett_luce": (plackett_luce_loss, _choices_row, False),
     "binary": (binary_loss, _binary_row, True),
-    "centring": (centring_penalty, _pair_mean(lambda b, w, _: (b + w) ** 2), True),
+    "centering": (centering_penalty, _pair_mean(lambda b, w, _: (b + w) ** 2), True),
     "imitation": (_imitation, _best_row, True),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-def _gradient(loss, batch, **normaliser):
+def _gradient(loss, batch, **normalizer):
     """(value, gradient) at a fresh copy of the scores; a NaN on the way back is an error."""
     scores_BK = batch[0].clone().requires_grad_()
     with torch.autograd.set_detect_anomaly(True):
-        value = loss(scores_BK, *batch[1:], **normaliser)
+        value = loss(scores_BK, *batch[1:], **normalizer)
         return value.detach(), torch.autograd.grad(value, scores_BK)[0]
 
 
@@ -194,7 +194,7 @@ def test_a_fresh_head_scores_unit_gaussian_states_with_variance_almost_one():
 
 def test_normalised_scores_have_mean_zero_and_variance_one():
     scores = 3 * torch.randn(50, generator=torch.Generator().manual_seed(0)) - 7
-    gain, offset = normalisation(scores)
+    gain, offset = normalization(scores)
     assert gain > 0
     normal = gain * scores.double() + offset
     assert float(normal.mean()) == pytest.approx(0, abs=1e-9)
@@ -204,12 +204,12 @@ def test_normalised_scores_have_mean_zero_and_variance_one():
 @pytest.mark.parametrize("scores", [[0.1] * 7, [2.0], []])
 def test_scores_that_do_not_differ_cannot_be_normalised(scores):
     with pytest.raises(ValueError, match="zero variance"):
-        normalisation(torch.tensor(scores, dtype=torch.float64))
+        normalization(torch.tensor(scores, dtype=torch.float64))
 
 
 def test_scores_that_are_not_finite_cannot_be_normalised():
     with pytest.raises(ValueError, match="not finite"):
-        normalisation(torch.tensor([1.0, float("nan")]))
+        normalization(torch.tensor([1.0, float("nan")]))
 
 
 @every_loss
@@ -241,14 +241,14 @@ def test_every_loss_follows_its_responses_and_only_a_loss_of_levels_feels_a_shif
 
 
 @every_loss
-def test_every_loss_of_micro_batches_with_a_common_normaliser_adds_up_and_skips_rows_of_ties(name):
+def test_every_loss_of_micro_batches_with_a_common_normalizer_adds_up_and_skips_rows_of_ties(name):
     loss = LOSSES[name][0]
     whole = _, ranks_BK, mask_BK = _comparisons(6)
     ranks_BK[0], mask_BK[0] = 1, True  # a row of ties
     rows = 3
     assert all(len(set(r[m].tolist())) > 1 for r, m in zip(ranks_BK[1:], mask_BK[1:], strict=True))
-    for normaliser in (rows, float(rows), torch.tensor(rows)):
-        parts = [loss(*(x[s] for x in whole), normaliser=normaliser) for s in (slice(0, 2), slice(2, 4))]
+    for normalizer in (rows, float(rows), torch.tensor(rows)):
+        parts = [loss(*(x[s] for x in whole), normalizer=normalizer) for s in (slice(0, 2), slice(2, 4))]
         torch.testing.assert_close(sum(parts), loss(*whole))
     value, gradient = _gradient(loss, [x[:1] for x in whole])
     assert float(value) == 0
@@ -368,9 +368,9 @@ def test_the_binary_loss_is_cross_entropy_with_each_side_weighing_half():
     assert float(binary_loss(0 * scores_BK, ranks_BK, mask_BK)) == pytest.approx(math.log(2))
 
 
-def test_the_centring_penalty_of_pairs_is_the_mean_squared_sum_and_zero_for_opposite_scores():
+def test_the_centering_penalty_of_pairs_is_the_mean_squared_sum_and_zero_for_opposite_scores():
     scores_BK = torch.tensor([[1.0, 3.0], [-2.0, 2.0]], requires_grad=True)
-    penalty = centring_penalty(scores_BK, torch.tensor([[0, 1], [1, 0]]), torch.ones(2, 2).bool())
+    penalty = centering_penalty(scores_BK, torch.tensor([[0, 1], [1, 0]]), torch.ones(2, 2).bool())
     penalty.backward()
     assert float(penalty.detach()) == pytest.approx((4**2 + 0) / 2)
     assert scores_BK.grad.tolist() == [[4.0, 4.0], [0.0, 0.0]]

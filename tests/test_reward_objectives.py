@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -5,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward.loss import pair_accuracy, ranked_loss
-from reward.training.objective import Signals, candidate_scores, objective
+from reward.loss import Signals, candidate_scores, needs_language, objective_loss, pair_accuracy, ranked_loss
 from rlhf.recipe.schema import PreferenceTraining
 
 # every option that is an objective's business, with another, allowed value than the default
@@ -17,17 +17,17 @@ SECTIONS = {
     "label_noise": {"label_noise": 0.2},
     "plackett_luce": {"likelihood": "plackett_luce"},
     "binary": {"objective": "binary"},
-    "centring": {"centring": 0.3},
+    "centering": {"center_rewards_coef": 0.3},
     "lm_coef": {"lm_coef": 0.7},
     "imitation": {"objective": "imitation"},
-    "all terms": {"margin": 0.5, "label_noise": 0.1, "centring": 0.3, "lm_coef": 0.7},
-    "binary, all terms": {"objective": "binary", "centring": 0.3, "lm_coef": 0.7},
+    "all terms": {"margin": 0.5, "label_noise": 0.1, "center_rewards_coef": 0.3, "lm_coef": 0.7},
+    "binary, all terms": {"objective": "binary", "center_rewards_coef": 0.3, "lm_coef": 0.7},
 }
 every_section = pytest.mark.parametrize("name", SECTIONS)
 
 
 def _objective(name):
-    return objective(PreferenceTraining(**SECTIONS[name]))
+    return functools.partial(objective_loss, PreferenceTraining(**SECTIONS[name]))
 
 
 def _signals(seed=0, batch=5, width=4):
@@ -74,7 +74,7 @@ EXPECTED = {
     "label_noise": _noisy(0.2),
     "plackett_luce": (math.log(math.exp(1) + math.exp(0.25) + math.exp(-0.5)) - 1 + _softplus(-0.75)) / 2,
     "binary": BINARY,
-    "centring": RANKED + 0.3 * CENTRING,
+    "centering": RANKED + 0.3 * CENTRING,
     "lm_coef": RANKED + 0.7 * 6 / 4,
     "imitation": 6 / 4,
     "all terms": _noisy(0.1, margin=0.5) + 0.3 * CENTRING + 0.7 * 6 / 4,
@@ -84,18 +84,18 @@ EXPECTED = {
 
 @every_section
 def test_every_option_changes_the_loss_as_its_closed_form_says(name):
-    outcome = _objective(name)(HAND, normaliser=1)
+    outcome = _objective(name)(HAND, normalizer=1)
     assert float(outcome.loss) == pytest.approx(EXPECTED[name], rel=1e-6)
     assert len({round(value, 6) for value in EXPECTED.values()}) == len(EXPECTED) == len(SECTIONS)
-    halved = _objective(name)(HAND, normaliser=2.0)
+    halved = _objective(name)(HAND, normalizer=2.0)
     assert float(halved.loss) == pytest.approx(EXPECTED[name] / 2, rel=1e-6)
 
 
 def test_the_defaults_are_the_plain_ranked_loss_to_the_bit():
     signals = _signals()
     ours, plain = (signals.scores_BK.clone().requires_grad_() for _ in range(2))
-    outcome = _objective("ranked")(Signals(ours, None, None, *signals[3:]), normaliser=5)
-    loss, correct, pairs = ranked_loss(plain, *signals[3:], normaliser=5)
+    outcome = _objective("ranked")(Signals(ours, None, None, *signals[3:]), normalizer=5)
+    loss, correct, pairs = ranked_loss(plain, *signals[3:], normalizer=5)
     assert torch.equal(outcome.loss, loss)
     assert torch.equal(*(torch.autograd.grad(x, y)[0] for x, y in ((outcome.loss, ours), (loss, plain))))
     assert torch.equal(outcome.correct, correct)
@@ -110,11 +110,11 @@ def test_the_parts_are_the_terms_without_their_coefficients_and_without_gradient
         HAND.log_probs_BK.clone().requires_grad_(),
     )
     signals = HAND._replace(scores_BK=scores_BK, log_probs_BK=log_probs_BK)
-    outcome = _objective(name)(signals, normaliser=1)
+    outcome = _objective(name)(signals, normalizer=1)
     assert not any(part.requires_grad for part in outcome.parts.values())
     expected = {} if name == "imitation" else {"preference": EXPECTED[name]}
-    if "centring" in section:
-        expected |= {"centring": CENTRING, "preference": expected["preference"] - 0.3 * CENTRING}
+    if "center_rewards_coef" in section:
+        expected |= {"centering": CENTRING, "preference": expected["preference"] - 0.3 * CENTRING}
     if "lm_coef" in section:
         expected |= {"language": 1.5, "preference": expected["preference"] - 0.7 * 1.5}
     if name == "imitation":
@@ -134,18 +134,14 @@ def test_the_parts_are_the_terms_without_their_coefficients_and_without_gradient
 def test_an_objective_says_what_it_needs_and_runs_on_that_alone(name):
     chosen = _objective(name)
     section = SECTIONS[name]
-    assert chosen.needs_scores is (name != "imitation")
-    assert chosen.needs_language is (name == "imitation" or "lm_coef" in section)
-    needed = {
-        "scores_BK": chosen.needs_scores,
-        "log_probs_BK": chosen.needs_language,
-        "lengths_BK": chosen.needs_language,
-    }
+    language = name == "imitation" or "lm_coef" in section
+    assert needs_language(PreferenceTraining(**section)) is language
+    needed = {"scores_BK": name != "imitation", "log_probs_BK": language, "lengths_BK": language}
     least = HAND._replace(**{field: None for field, is_needed in needed.items() if not is_needed})
-    assert float(chosen(least, normaliser=1).loss) == pytest.approx(EXPECTED[name], rel=1e-6)
+    assert float(chosen(least, normalizer=1).loss) == pytest.approx(EXPECTED[name], rel=1e-6)
     for field in (field for field, is_needed in needed.items() if is_needed):
         with pytest.raises(ValueError, match=f"needs {field}"):
-            chosen(least._replace(**{field: None}), normaliser=1)
+            chosen(least._replace(**{field: None}), normalizer=1)
 
 
 @every_section
@@ -153,10 +149,10 @@ def test_an_objective_says_what_it_needs_and_runs_on_that_alone(name):
 @given(seed=st.integers(0, 10_000))
 def test_micro_batches_add_up_and_neither_order_nor_padding_matters(name, seed):
     chosen, signals = _objective(name), _signals(seed)
-    whole = chosen(signals, normaliser=5)
-    halves = [chosen(Signals(*(x[s] for x in signals)), normaliser=5) for s in (slice(0, 2), slice(2, 5))]
+    whole = chosen(signals, normalizer=5)
+    halves = [chosen(Signals(*(x[s] for x in signals)), normalizer=5) for s in (slice(0, 2), slice(2, 5))]
     order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
-    permuted = chosen(Signals(*(x[:, order] for x in signals)), normaliser=5)
+    permuted = chosen(Signals(*(x[:, order] for x in signals)), normalizer=5)
     absent = ~signals.mask_BK
     spoilt = signals._replace(
         scores_BK=signals.scores_BK.masked_fill(absent, math.nan),
@@ -164,7 +160,7 @@ def test_micro_batches_add_up_and_neither_order_nor_padding_matters(name, seed):
         lengths_BK=signals.lengths_BK.masked_fill(absent, -1),
         ranks_BK=signals.ranks_BK.masked_fill(absent, -1),
     )
-    for other in (permuted, chosen(spoilt, normaliser=5)):
+    for other in (permuted, chosen(spoilt, normalizer=5)):
         torch.testing.assert_close(other, whole)
     for field in ("loss", "correct", "pairs"):
         torch.testing.assert_close(sum(getattr(half, field) for half in halves), getattr(whole, field))
@@ -175,7 +171,7 @@ def test_micro_batches_add_up_and_neither_order_nor_padding_matters(name, seed):
 @every_section
 def test_accuracy_is_that_of_the_candidates_whatever_the_loss(name):
     signals = _signals(3)
-    outcome = _objective(name)(signals, normaliser=5)
+    outcome = _objective(name)(signals, normalizer=5)
     ranking = signals.scores_BK if name != "imitation" else signals.log_probs_BK / signals.lengths_BK
     correct_B, pairs_B = pair_accuracy(ranking, *signals[3:])
     assert (float(outcome.correct), int(outcome.pairs)) == (float(correct_B.sum()), int(pairs_B.sum()))
@@ -185,11 +181,11 @@ def test_accuracy_is_that_of_the_candidates_whatever_the_loss(name):
 
 def test_imitation_ranks_only_the_responses_whose_log_probability_is_known():
     chosen = _objective("imitation")
-    assert int(chosen(HAND, normaliser=1).pairs) == 0  # the best alone
+    assert int(chosen(HAND, normalizer=1).pairs) == 0  # the best alone
     some = HAND._replace(
         log_probs_BK=torch.tensor([[-5.0, -6.0, math.nan, 0.0]]), lengths_BK=torch.tensor([[2, 4, 3, 5]])
     )
-    outcome = chosen(some, normaliser=1)
+    outcome = chosen(some, normalizer=1)
     assert (float(outcome.correct), int(outcome.pairs)) == (1.0, 1)
 
 

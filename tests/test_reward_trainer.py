@@ -26,9 +26,8 @@ from transformers import AutoModelForCausalLM
 from reward.model.batch import micro_batches, rows_of, width
 from reward.model.model import new_reward_model, vocabulary_head
 from reward.model.trunk_cache import build_trunk
-from reward.training.learn import learning_rate
-from reward.training.trainer import PreferenceTrainer, training_arguments
-from rlhf.runs.stage import StageRun
+from reward.training.trainer import PreferenceTrainer, learning_rate, training_arguments
+from rlhf.runs.artifacts import Checkpoints
 
 MIXED = [
     *cases(6, 31, responses=(2, 3), prompt=(1, 8), said=(0, 6)),
@@ -41,11 +40,9 @@ def trainer_of(folder, model, *overrides, share=True, trunk=None):
     """A trainer that has not begun."""
     recipe, dialogue = tiny(*overrides)
     section = recipe.reward
-    run = StageRun("reward", folder, recipe, {}, {}, True, None)
     language = section.lm_coef or section.objective == "imitation"
     return PreferenceTrainer(
-        run=run,
-        checkpoints=run.checkpoints,
+        checkpoints=Checkpoints(folder / "checkpoints"),
         metrics=SimpleNamespace(log=None),
         section=section,
         pad_id=dialogue.pad_id,
@@ -175,7 +172,7 @@ def test_the_log_holds_the_figures_of_loops_over_single_rows(tmp_path):
     rows = encoded(9)
     with torch.no_grad():
         ranked, language, right, pairs = plain_parts(new_reward_model(*tiny()).eval(), rows)
-    options = ("reward.lm_coef=0.5", "reward.tokens_per_micro_batch=60", "reward.warmup=0")
+    options = ("reward.lm_coef=0.5", "reward.tokens_per_micro_batch=60", "reward.warmup_ratio=0")
     taught(tmp_path, rows, "reward.batch_size=9", *options)
     (line,) = log_of(tmp_path)
     grad_norm = line.pop("reward/grad_norm")
@@ -232,14 +229,14 @@ OF_THE_LOSS = [
     "reward.margin=0.5",
     "reward.label_smoothing=0.2",
     "reward.label_noise=0.2",
-    "reward.centring=0.5",
+    "reward.center_rewards_coef=0.5",
     "reward.lm_coef=0.5",
 ]
-BASE = ("reward.batch_size=4", "reward.warmup=0.25", "reward.epochs=2")
+BASE = ("reward.batch_size=4", "reward.warmup_ratio=0.25", "reward.epochs=2")
 OF_THE_TRAINING = [
     "reward.learning_rate=2e-3",
     "reward.schedule=linear",
-    "reward.warmup=0.5",
+    "reward.warmup_ratio=0.5",
     "reward.weight_decay=0.5",
     "reward.max_grad_norm=0.1",
     "reward.epochs=1",
@@ -298,7 +295,7 @@ def test_without_a_rate_of_its_own_a_stage_takes_its_share_of_the_pre_training_r
     assert learning_rate(recipe, recipe.reward, "reward") == pytest.approx(0.003)
     assert learning_rate(recipe, recipe.reward, "pmp") == pytest.approx(0.03)
     assert learning_rate(*(r := tiny("reward.learning_rate=0.7")[0], r.reward), "pmp") == 0.7
-    rate = ("reward.learning_rate=null", "model.pretraining_learning_rate=0.3", "reward.warmup=0")
+    rate = ("reward.learning_rate=null", "model.pretraining_learning_rate=0.3", "reward.warmup_ratio=0")
     taught(tmp_path, encoded(4), *rate)
     assert log_of(tmp_path)[0]["reward/learning_rate"] == pytest.approx(0.003)
 
@@ -308,7 +305,7 @@ def test_the_rate_rises_falls_and_is_logged(tmp_path):
     for schedule in ("linear", "cosine", "constant"):
         options = (
             "reward.batch_size=1",
-            "reward.warmup=0.25",
+            "reward.warmup_ratio=0.25",
             "reward.learning_rate=1",
             "reward.max_grad_norm=1e-6",
         )

@@ -95,7 +95,7 @@ def demonstrations(
             raise UserError(f"sft.data: nothing usable in {', '.join(section.data)}: {counts}")
         run.say(f"sft: {counts}")
         train, held_out = split_by_prompt(found, recipe.data.held_out, recipe.seed)
-    number = min(section.judged, len(held_out))
+    number = min(section.eval_samples, len(held_out))
     return (drawn(train, section.limit, recipe.seed), drawn(held_out, number, recipe.seed)), counts
 
 
@@ -141,9 +141,9 @@ def learn(
         active=run.is_main,
     )
     trainer = SftTrainer(
-        run=run,
         checkpoints=run.checkpoints,
         metrics=metrics,
+        on_checkpoint=run.note_clock,
         section=section,
         pad_id=dialogue.pad_id,
         packing=packing,

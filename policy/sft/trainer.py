@@ -6,6 +6,7 @@ Shape suffix: ``_S`` learned token.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rlhf.models.packing import Row, lay, micro_batches
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Sft
 from rlhf.runs.artifacts import Checkpoints
-from rlhf.runs.stage import StageRun, processes
+from rlhf.runs.stage import processes
 from rlhf.training.hf_trainer import Checkpointing, StepLog, Sums, accumulate, arguments
 from rlhf.training.metrics import Metrics
 
@@ -43,9 +44,9 @@ class SftTrainer(Checkpointing, SFTTrainer):
     that packing changes no result.
 
     Args:
-        run: the open stage.
         checkpoints: where this training keeps its checkpoints.
         metrics: where each step's figures go.
+        on_checkpoint: called behind every checkpoint.
         section: the sizes.
         pad_id: the padding token.
         packing: whether sequences share rows.
@@ -57,17 +58,16 @@ class SftTrainer(Checkpointing, SFTTrainer):
     def __init__(
         self,
         *,
-        run: StageRun,
         checkpoints: Checkpoints,
         metrics: Metrics,
+        on_checkpoint: Callable[[], None] = lambda: None,
         section: Sft,
         pad_id: int,
         packing: bool,
         head: Any,
         **options: Any,
     ) -> None:
-        self._run = run
-        self._checkpoints = checkpoints
+        self._checkpoints, self._on_checkpoint = checkpoints, on_checkpoint
         self._budget = section.tokens_per_micro_batch
         self._pad_id = pad_id
         self._packing = packing
@@ -112,13 +112,7 @@ class SftTrainer(Checkpointing, SFTTrainer):
             dist.all_reduce(tokens)
         return max(1.0, float(tokens))
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         """A micro-batch's share of the mean negative log-probability over the learned tokens of the step."""
         laid = lay(inputs["rows"], inputs["bins"], self._pad_id)
         logps_S, entropy_S = log_probs(model, laid.to(self.args.device), self._head)
@@ -131,8 +125,7 @@ class SftTrainer(Checkpointing, SFTTrainer):
         }
         for name, value in sums.items():
             self._seen[name] += inputs["weight"] * float(value)
-        loss = -logps_S.sum() / inputs["tokens"]
-        return (loss, {"log_probs": logps_S}) if return_outputs else loss
+        return -logps_S.sum() / inputs["tokens"]
 
 
 def figures(sums: Sums) -> dict[str, float]:

@@ -25,8 +25,8 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     """Do the stage's work; returns the figures for the manifest."""
     from reward.model.batch import encode
     from reward.model.model import new_reward_model, start_from
-    from reward.training.learn import learn, passes
     from reward.training.run import MODEL, card_of, judge, save
+    from reward.training.trainer import plan_forward, train_preference_model
     from rlhf.tokenization.dialogue import load_dialogue
 
     dialogue = load_dialogue(recipe)
@@ -37,9 +37,12 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     if start := start_folder(recipe, run, "pmp"):
         read = start_from(fresh, start, "pmp.start")
         run.say(f"pmp: starts from {start} ({read} tensors)")
-    way = passes(recipe, section, fresh, [*rows["train"], *rows["held_out"]], dialogue)
-    model = learn(recipe, section, run, dialogue, fresh, rows["train"], way)
-    figures, _ = judge(recipe, section, model, rows["held_out"], dialogue, way)
+    plan = plan_forward(recipe, section, fresh, [*rows["train"], *rows["held_out"]], dialogue)
+    model = train_preference_model(
+        recipe, section, dialogue, fresh, rows["train"], plan, folder=run.folder, stage="pmp",
+        on_checkpoint=run.note_clock,
+    )  # fmt: skip
+    figures, _ = judge(recipe, section, model, rows["held_out"], dialogue, plan)
     results: dict[str, Any] = {f"held_out_{name}": figure.as_dict() for name, figure in figures.items()}
     save(run, model, run.folder / MODEL, card_of(recipe, dialogue, section, gain=1.0, offset=0.0), dialogue)
     if run.is_main:
@@ -60,14 +63,14 @@ def public_comparisons(
     Raises:
         UserError: nothing usable, or a control prefix that the tokenizer does not know.
     """
-    if section.form == "binarised":
+    if section.form == "binarized":
         tokenizer = dialogue.tokenizer
         check_prefixes(
             dialogue.encode_response, tokenizer.unk_token_id, section.good_prefix, section.bad_prefix
         )
     drawn, counts = mixture(
         section.sources,
-        section.comparisons,
+        section.limit,
         seed=recipe.seed,
         on_bad_rows=recipe.data.on_bad_rows,
         cache=run.folder / "parts" / "mixture" if run.is_main else None,
@@ -78,7 +81,7 @@ def public_comparisons(
         for name, count in counts.items():
             print(f"pmp: {name}: {count}", flush=True)
     train, held_out = split_by_prompt(thinned, section.held_out, recipe.seed)
-    if section.form == "binarised":
+    if section.form == "binarized":
         train, held_out = (
             [pair for c in part for pair in binarised(c, section.good_prefix, section.bad_prefix)]
             for part in (train, held_out)

@@ -18,12 +18,12 @@ def main() -> None:
     pretrained = ("pmp",) if recipe.pmp and not recipe.reward.start else ()
     parents = ("comparisons", *pretrained, *start_parents(recipe, "reward"))
     inputs = start_files(recipe, "reward")
-    run = open_stage(recipe, "reward", section="reward", parents=parents, inputs=inputs)
-    if run is None:
+    stage = open_stage(recipe, "reward", section="reward", parents=parents, inputs=inputs)
+    if stage is None:
         return
-    from reward.training.run import fit
+    from reward.training.run import run
 
-    run.finish(fit(recipe, run))
+    stage.finish(run(recipe, stage))
 
 
 if __name__ == "__main__":

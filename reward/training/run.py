@@ -1,4 +1,4 @@
-"""The work of the reward stage: train, normalise, save, reload, judge on held-out prompts."""
+"""The work of the reward stage: train, normalize, save, reload, judge on held-out prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from reward.loss import normalisation, pair_accuracy
+from reward.loss import candidate_scores, normalization, pair_accuracy
 from reward.model.batch import Example, encode, layout
 from reward.model.forward import score_examples, scores_of
 from reward.model.model import (
@@ -24,9 +24,8 @@ from reward.model.model import (
     start_tensors,
     vocabulary_head,
 )
-from reward.training.learn import Passes, learn, passes
-from reward.training.objective import candidate_scores
 from reward.training.probe import fit_probe
+from reward.training.trainer import ForwardPlan, plan_forward, train_preference_model
 from rlhf.data.comparisons import Comparison, Counts, drawn
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
@@ -54,53 +53,53 @@ class Rows(NamedTuple):
     held_out: list[Example]
 
 
-def fit(recipe: Recipe, run: StageRun) -> dict[str, Any]:
+def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     """Train the reward model of a recipe, or its ensemble; returns the figures for the manifest."""
     dialogue = load_dialogue(recipe)
-    train = encode(drawn(stored(run, "train"), recipe.reward.comparisons, recipe.seed), dialogue)
-    rows = Rows(train, encode(stored(run, "held_out"), dialogue, first=len(train)))
-    run.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
+    train = encode(drawn(stored(stage, "train"), recipe.reward.limit, recipe.seed), dialogue)
+    rows = Rows(train, encode(stored(stage, "held_out"), dialogue, first=len(train)))
+    stage.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
     fresh = new_reward_model(recipe, dialogue)
-    if start := start_folder(recipe, run):
+    if start := start_folder(recipe, stage):
         start_tensors(fresh, start)  # a mistake is told before there is work that a mended recipe would lose
-    way = passes(recipe, recipe.reward, fresh, [*rows.train, *rows.held_out], dialogue)
-    probe = _probe(run, fresh, rows, dialogue, way) if recipe.reward.probe else None
+    plan = plan_forward(recipe, recipe.reward, fresh, [*rows.train, *rows.held_out], dialogue)
+    probe = _probe(stage, fresh, rows, dialogue, plan) if recipe.reward.probe else None
     del fresh
-    members = [_member(recipe, run, dialogue, rows, way, probe, n) for n in range(recipe.reward.members)]
+    members = [_member(recipe, stage, dialogue, rows, plan, probe, n) for n in range(recipe.reward.members)]
     results: dict[str, Any] = {name: value for name, value in members[0].items() if name != "scores"}
     if len(members) > 1:
         results["members"] = [m["held_out_accuracy"] for m in members]
         mean = torch.tensor([m["scores"] for m in members]).mean(0)
         results["ensemble_accuracy"] = accuracy(mean, rows.held_out).as_dict()
-    if run.is_main:
-        ceiling = read_json(run.parent("comparisons") / MANIFEST)["results"].get("noise_ceiling")
+    if stage.is_main:
+        ceiling = read_json(stage.parent("comparisons") / MANIFEST)["results"].get("noise_ceiling")
         if ceiling:
             results["noise_ceiling"] = ceiling
         _report(results, len(rows.held_out))
     return results
 
 
-def stored(run: StageRun, part: str) -> list[Comparison]:
+def stored(stage: StageRun, part: str) -> list[Comparison]:
     """Comparisons that the comparisons stage of the same run has written."""
-    return read_native(run.parent("comparisons") / f"{part}.jsonl", "stop", Counts())
+    return read_native(stage.parent("comparisons") / f"{part}.jsonl", "stop", Counts())
 
 
-def model_folder(stage: Path, member: int) -> Path:
+def model_folder(folder: Path, member: int) -> Path:
     """Where a member of the ensemble is saved; the first is the reward model as such."""
-    return stage / (MODEL if member == 0 else f"{MODEL}-{member}")
+    return folder / (MODEL if member == 0 else f"{MODEL}-{member}")
 
 
 def _member(
     recipe: Recipe,
-    run: StageRun,
+    stage: StageRun,
     dialogue: Dialogue,
     rows: Rows,
-    way: Passes,
+    plan: ForwardPlan,
     probe: tuple[Tensor, dict[str, Any]] | None,
     member: int,
 ) -> dict[str, Any]:
-    """Train, normalise, save and judge one model; what is done is not done again after an interruption."""
-    kept = run.folder / "parts" / f"member-{member}.json"
+    """Train, normalize, save and judge one model; what is done is not done again after an interruption."""
+    kept = stage.folder / "parts" / f"member-{member}.json"
     if kept.is_file():
         return dict(read_json(kept))
     section = recipe.reward
@@ -114,41 +113,42 @@ def _member(
         if section.head_init == "probe":
             with torch.no_grad():
                 head_of(fresh).weight.copy_(weights_D[None])
-    start = start_folder(recipe, run)
+    start = start_folder(recipe, stage)
     if start:
         read = start_from(fresh, start)
-        run.say(f"reward: starts from {start} ({read} tensors)")
-    model = learn(
-        recipe, section, run, dialogue, fresh, rows.train, way, member=member, members=section.members
-    )
-    results |= {"prompts_shared": way.share, "trunk_cached": way.trunk is not None}
+        stage.say(f"reward: starts from {start} ({read} tensors)")
+    model = train_preference_model(
+        recipe, section, dialogue, fresh, rows.train, plan, folder=stage.folder,
+        on_checkpoint=stage.note_clock, member=member, members=section.members,
+    )  # fmt: skip
+    results |= {"prompts_shared": plan.share, "trunk_cached": plan.trunk is not None}
     scored = section.objective != "imitation"
-    results |= _normalise(recipe, model, rows.train, dialogue) if scored else {"gain": 1.0, "offset": 0.0}
+    results |= _normalize(recipe, model, rows.train, dialogue) if scored else {"gain": 1.0, "offset": 0.0}
     card = card_of(recipe, dialogue, section, gain=results["gain"], offset=results["offset"])
     judged = {"held_out": rows.held_out, "train": rows.train[: len(rows.held_out)]}
     for part, examples in judged.items():
-        figures, scores = judge(recipe, section, model, examples, dialogue, way)
+        figures, scores = judge(recipe, section, model, examples, dialogue, plan)
         results |= {f"{part}_{name}": figure.as_dict() for name, figure in figures.items()}
         if part == "held_out":
             results["scores"] = (scores + card.offset).tolist()
-    folder = model_folder(run.folder, member)
-    save(run, model, folder, card, dialogue)
+    folder = model_folder(stage.folder, member)
+    save(stage, model, folder, card, dialogue)
     few = [[*e["prompt"], *e["responses"][0]] for e in rows.held_out[:4]]
     expected = scores_of(model, few, dialogue.pad_id) + card.offset
     del model
-    if run.is_main:
+    if stage.is_main:
         results["reload_gap"] = _check_reload(recipe, folder, few, expected, dialogue)
         write_json(kept, results)
-        run.note_clock()
+        stage.note_clock()
     if processes() > 1:
         dist.barrier()
     return results
 
 
-def start_folder(recipe: Recipe, run: StageRun) -> Path | None:
+def start_folder(recipe: Recipe, stage: StageRun) -> Path | None:
     """The preference model, or the adapter, that the reward model starts from, if there is one."""
-    start = starts.start_folder(recipe, run, "reward")
-    return run.parent("pmp") / MODEL if start is None and recipe.pmp else start
+    start = starts.start_folder(recipe, stage, "reward")
+    return stage.parent("pmp") / MODEL if start is None and recipe.pmp else start
 
 
 def card_of(
@@ -169,23 +169,23 @@ def card_of(
 
 
 def _probe(
-    run: StageRun, fresh: Any, rows: Rows, dialogue: Dialogue, way: Passes
+    stage: StageRun, fresh: Any, rows: Rows, dialogue: Dialogue, plan: ForwardPlan
 ) -> tuple[Tensor, dict[str, Any]]:
     """The linear probe on the base below a fresh adapter, which changes nothing yet; fitted once a stage."""
-    kept = run.folder / "parts" / "probe.json"
+    kept = stage.folder / "parts" / "probe.json"
     if not kept.is_file():
-        probe = fit_probe(fresh, *rows, dialogue.pad_id, share=way.share, trunk=way.trunk)
+        probe = fit_probe(fresh, *rows, dialogue.pad_id, share=plan.share, trunk=plan.trunk)
         figures: dict[str, Any] = {"weights": probe.weights_D.tolist(), "accuracy": probe.accuracy.as_dict()}
-        if run.is_main:
+        if stage.is_main:
             write_json(kept, figures)
-            run.note_clock()
+            stage.note_clock()
     else:
         figures = read_json(kept)
     return torch.tensor(figures["weights"]), figures["accuracy"]
 
 
 @torch.no_grad()
-def _normalise(recipe: Recipe, model: Any, rows: Sequence[Example], dialogue: Dialogue) -> dict[str, Any]:
+def _normalize(recipe: Recipe, model: Any, rows: Sequence[Example], dialogue: Dialogue) -> dict[str, Any]:
     """Fold the gain into the head and find the offset: mean 0, variance 1 on reference responses.
 
     The reference responses are those of the training comparisons (Ziegler 2019 takes samples of the
@@ -196,7 +196,7 @@ def _normalise(recipe: Recipe, model: Any, rows: Sequence[Example], dialogue: Di
     chosen = random.Random(recipe.seed).sample(responses, number)
     scores = scores_of(model, chosen, dialogue.pad_id)
     try:
-        gain, offset = normalisation(scores)
+        gain, offset = normalization(scores)
     except ValueError as error:
         raise UserError(
             f"reward: {error}: the training failed; lower reward.learning_rate, or look at metrics.jsonl"
@@ -212,7 +212,7 @@ def judge(
     model: nn.Module,
     examples: Sequence[Example],
     dialogue: Dialogue,
-    way: Passes,
+    plan: ForwardPlan,
 ) -> tuple[dict[str, Estimate], Tensor]:
     """Pair accuracy on comparisons and the scores behind it, flat, without the offset.
 
@@ -220,11 +220,11 @@ def judge(
     (``accuracy_sum``) instead.
     """
     if section.objective != "imitation":
-        scores = score_examples(model, examples, dialogue.pad_id, share=way.share, trunk=way.trunk)[0]
+        scores = score_examples(model, examples, dialogue.pad_id, share=plan.share, trunk=plan.trunk)[0]
         return {"accuracy": accuracy(scores, examples)}, scores
     vocabulary = vocabulary_head(recipe, model)
     _, sums, counts = score_examples(
-        model, examples, dialogue.pad_id, share=way.share, trunk=way.trunk, vocabulary=vocabulary
+        model, examples, dialogue.pad_id, share=plan.share, trunk=plan.trunk, vocabulary=vocabulary
     )
     mean, total = candidate_scores(sums, counts, "mean"), candidate_scores(sums, counts, "sum")
     return {"accuracy": accuracy(mean, examples), "accuracy_sum": accuracy(total, examples)}, mean
@@ -237,10 +237,10 @@ def accuracy(scores: Tensor, examples: Sequence[Example]) -> Estimate:
     return cluster_mean_interval(correct_B.numpy(), pairs_B.numpy())
 
 
-def save(run: StageRun, model: Any, folder: Path, card: RewardCard, dialogue: Dialogue) -> None:
+def save(stage: StageRun, model: Any, folder: Path, card: RewardCard, dialogue: Dialogue) -> None:
     """Write a trained model, gathered from whatever shards it."""
     with whole_parameters([p for p in model.parameters() if p.requires_grad]):
-        if run.is_main:
+        if stage.is_main:
             save_reward_model(model, folder, card, dialogue)
     if processes() > 1:
         dist.barrier()

@@ -81,7 +81,7 @@ def mixture(
         if not share:
             raise UserError(
                 f"{place} ({files}) has a share of less than one of {total} comparisons: raise its weight or "
-                "pmp.comparisons"
+                "pmp.limit"
             )
         part, tally = _cached(cache, source.files, share, seed, on_bad_rows, place, fits)
         drawn = deduplicate([*drawn, *part], tally)  # the first ones are distinct: only new ones can go

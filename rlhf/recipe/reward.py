@@ -53,7 +53,7 @@ class PreferenceTraining(Section):
     """Weight of the opposite label in the pair loss."""
     label_noise: LessThanHalf = 0.0
     """Share of labels taken to be flipped by the annotator: the pair's likelihood is mixed, not its loss."""
-    centring: NonNegative = 0.0
+    center_rewards_coef: NonNegative = 0.0
     """Coefficient of the mean squared sum of a pair's scores, which pulls scores to 0 (Eisenstein 2023)."""
     lm_coef: NonNegative = 0.0
     """Coefficient of the language-model loss on the best response (Askell 2021 and PPO-max use 1)."""
@@ -62,8 +62,8 @@ class PreferenceTraining(Section):
     A.2)."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Learning rate after the warm-up."""
-    warmup: UnitInterval = 0.05
-    """Share of the optimiser steps with rising learning rate."""
+    warmup_ratio: UnitInterval = 0.05
+    """Share of the optimizer steps with rising learning rate."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     max_grad_norm: Rate = 1.0
@@ -71,7 +71,7 @@ class PreferenceTraining(Section):
     epochs: Positive = 1
     """Passes over the comparisons; one is what InstructGPT and Bai 2022 use against overfitting."""
     batch_size: Positive = 16
-    """Comparisons an optimiser step, over all processes."""
+    """Comparisons an optimizer step, over all processes."""
     tokens_per_micro_batch: Positive = 2048
     """Tokens in memory at once, padding included, a process; it does not change the result."""
     share_prompts: bool = True
@@ -96,8 +96,10 @@ class PreferenceTraining(Section):
             raise ValueError("label_smoothing and label_noise are two answers to one question; choose one")
         if self.likelihood != "pairs" and not ranked:
             raise ValueError("likelihood belongs to objective=ranked; remove one of them")
-        if self.centring and self.objective == "imitation":
-            raise ValueError("centring needs a score, which objective=imitation has not; remove one of them")
+        if self.center_rewards_coef and self.objective == "imitation":
+            raise ValueError(
+                "center_rewards_coef needs a score, which objective=imitation has not; remove one of them"
+            )
         if self.lm_coef and self.objective == "imitation":
             raise ValueError("objective=imitation is the language-model loss already; remove lm_coef")
         return self
@@ -124,8 +126,8 @@ class Pmp(PreferenceTraining):
     """The mixture."""
     start: Folder | None = None
     """What the adapter starts from: a folder, or `sft` or `distill`, that stage of this run; null = fresh."""
-    form: Literal["ranked", "binarised"] = "binarised"
-    """`binarised`: each ordered pair A > B becomes GOOD:A > BAD:A and BAD:B > GOOD:B, which transfers better
+    form: Literal["ranked", "binarized"] = "binarized"
+    """`binarized`: each ordered pair A > B becomes GOOD:A > BAD:A and BAD:B > GOOD:B, which transfers better
     (Askell 2021, section 4.1); `ranked`: the comparisons as they are."""
     good_prefix: str = "GOOD:"
     """Control text before a response that is called good."""
@@ -133,8 +135,8 @@ class Pmp(PreferenceTraining):
     """Control text before a response that is called bad."""
     max_responses: Annotated[int, Field(ge=2, strict=True)] = 4
     """Responses of one question that are used, the same number from every part of its order."""
-    comparisons: Positive = 10_000
-    """Comparisons in the mixture before binarising; a source that has fewer than its share gives all."""
+    limit: Positive = 10_000
+    """Comparisons in the mixture before binarizing; a source that has fewer than its share gives all."""
     held_out: Fraction = 0.05
     """Share of the questions held out."""
 
@@ -146,7 +148,7 @@ class Reward(PreferenceTraining):
     """Folder of a trained preference model to start from; or the folder of a policy's adapter, or `sft` or
     `distill`, that stage of this run, whose weights the adapter takes under a fresh head; null = the run's
     `pmp` stage where the recipe has one, else a fresh adapter and head."""
-    comparisons: Positive | None = None
+    limit: Positive | None = None
     """Train on this many of the training comparisons, drawn by the seed; null = all. A smaller number is
     a part of a larger, and the held-out part stays the same, so runs can be compared."""
     members: Positive = 1

@@ -24,14 +24,14 @@ class Sft(Section):
     limit: Positive | None = None
     """Train on this many of the demonstrations, drawn by the seed; null = all. A smaller number is a part of
     a larger."""
-    judged: Positive = 256
+    eval_samples: Positive = 256
     """Held-out demonstrations whose loss is measured before and after, at most."""
     learning_rate: Rate = 2e-4
     """Peak of AdamW (2e-4 in QLoRA, Dettmers 2023, and in LoRA, Hu 2021, for GPT-2)."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Learning rate after the warm-up (cosine in InstructGPT, Ouyang 2022)."""
-    warmup: UnitInterval = 0.05
-    """Share of the optimiser steps with rising learning rate."""
+    warmup_ratio: UnitInterval = 0.05
+    """Share of the optimizer steps with rising learning rate."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     max_grad_norm: Rate = 1.0
@@ -39,7 +39,7 @@ class Sft(Section):
     epochs: Positive = 1
     """Passes over the demonstrations."""
     batch_size: Positive = 16
-    """Demonstrations an optimiser step, over all processes; the loss is the mean over their learned
+    """Demonstrations an optimizer step, over all processes; the loss is the mean over their learned
     tokens."""
     tokens_per_micro_batch: Positive = 2048
     """Tokens in memory at once, padding included, a process; it does not change the result."""

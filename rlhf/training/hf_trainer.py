@@ -19,7 +19,7 @@ from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import PreferenceTraining, Sft
 from rlhf.runs.artifacts import Checkpoints
-from rlhf.runs.stage import StageRun, processes
+from rlhf.runs.stage import processes, rank
 from rlhf.training.metrics import Metrics
 from rlhf.training.runtime import backward_part, deepspeed_config, join_cpu_processes, most_of_all
 
@@ -46,7 +46,7 @@ def arguments(
         "num_train_epochs": section.epochs,
         "learning_rate": rate,
         "lr_scheduler_type": section.schedule,
-        "warmup_steps": section.warmup,
+        "warmup_steps": section.warmup_ratio,
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "seed": seed,
@@ -93,11 +93,11 @@ def accumulate(trainer: Any, parts: Sequence[Any], loss_of: Callable[[Any, float
 class Checkpointing:
     """Mixed in before a Hugging Face trainer: its checkpoints count by manifest and rename.
 
-    The trainer sets ``_run`` and ``_checkpoints`` before its parents' ``__init__``.
+    The trainer sets ``_checkpoints`` and ``_on_checkpoint`` before its parents' ``__init__``.
     """
 
-    _run: StageRun
     _checkpoints: Checkpoints
+    _on_checkpoint: Callable[[], None]
     _staging: str | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -106,11 +106,12 @@ class Checkpointing:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the trainer write into a staging folder, then make it a checkpoint by manifest and rename."""
         trainer: Any = self
-        if self._run.is_main:
+        is_main = rank() == 0
+        if is_main:
             self._checkpoints.clean()
         trainer.accelerator.wait_for_everyone()  # nobody writes into a folder that is about to be cleaned
         step = trainer.state.global_step
-        with self._checkpoints.writing(step, commits=self._run.is_main) as staging:
+        with self._checkpoints.writing(step, commits=is_main) as staging:
             self._staging = str(staging)
             try:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -118,7 +119,8 @@ class Checkpointing:
                 self._staging = None
             trainer.accelerator.wait_for_everyone()
         trainer.accelerator.wait_for_everyone()
-        self._run.note_clock()
+        if is_main:
+            self._on_checkpoint()
 
 
 class StepLog(TrainerCallback):
