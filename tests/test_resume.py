@@ -221,7 +221,7 @@ def test_a_checkpoint_without_optimiser_state_is_an_error_and_never_a_fresh_adam
     assert start.wait() == 2, start.said()
     said = start.said()
     assert "error:" in said
-    assert "optimiser state is incomplete" in said
+    assert "optimizer state is incomplete" in said
     assert "Traceback" not in said
 
 
@@ -235,4 +235,4 @@ def test_one_missing_moment_is_an_error_too(stopped, tmp_path):
     write_manifest(newest, {})
     start = Start("ppo", here)
     assert start.wait() == 2, start.said()
-    assert "optimiser state is incomplete" in start.said()
+    assert "optimizer state is incomplete" in start.said()

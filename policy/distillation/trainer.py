@@ -223,7 +223,7 @@ class DistillTrainer:
             self.runtime.load_optimizer_tensors(load_file(checkpoint / "optimizer.safetensors"))
         except (KeyError, FileNotFoundError) as error:
             raise UserError(
-                f"{checkpoint}: the optimiser state is incomplete ({error}); "
+                f"{checkpoint}: the optimizer state is incomplete ({error}); "
                 f"remove {checkpoint} to go on from the one before"
             ) from None
         self.run.say(f"distill: going on after step {self.done} of {self.steps}")

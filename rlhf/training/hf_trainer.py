@@ -193,7 +193,7 @@ def resumable(folder: Path) -> str:
         )
     if missing:
         raise UserError(
-            f"{folder}: the optimiser state is incomplete ({missing[0]} is missing); "
+            f"{folder}: the optimizer state is incomplete ({missing[0]} is missing); "
             f"remove {folder.parent} to go on from the one before"
         )
     return str(folder)
