@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rlhf.data.readers.html import text_of
 
-TAGS = (
+TAGS = [
     "p",
     "b",
     "code",
@@ -25,7 +25,7 @@ TAGS = (
     "tr",
     "td",
     "x",
-)
+]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ TAGS = (
         ("<p>&amp;lt;</p>", "&lt;"),
         ("<h1>Top</h1><h3>Sub</h3>text", "# Top\n\n### Sub\n\ntext"),
         ("<hr><p>a</p><hr/>b", "---\n\na\n\n---\n\nb"),
-        ("<p>use <code>f(x)</code> or <code>a`b</code></p>", "use `f(x)` or ``a`b``"),
+        ("<p>use <code>f(x)</code> or <code>a`b</code></p>", "use `f(x)` or `` a`b ``"),
         ('<p>see <a href="http://x.y/z">this page</a>.</p>', "see this page (http://x.y/z)."),
         ('<a href="http://x.y">http://x.y</a>', "http://x.y"),
         ("<p>an<a> b</a></p>", "an b"),
@@ -51,7 +51,10 @@ TAGS = (
         ("<sub>small print here</sub>", "small print here"),
         ("not <del>this</del> <s>that</s>", "not ~~this~~ ~~that~~"),
         ("<blockquote>\n<p>a</p>\n<p>b</p>\n</blockquote><p>c</p>", "> a\n>\n> b\n\nc"),
-        ("<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table>", "a | b\n1 | 2"),
+        (
+            "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table>",
+            "| a | b |\n| --- | --- |\n| 1 | 2 |",
+        ),
         ("<p>unclosed <b>bold", "unclosed bold"),
         ("<p>one<p>two", "one\n\ntwo"),
         ("a < b and c <3", "a < b and c <3"),
@@ -71,7 +74,7 @@ def test_layout_that_carries_meaning_stays(html, text):
         ("<ul><li>a<li>b</ul>c", "- a\n- b\n\nc"),
         ("<ol><li>a</li><li><p>b</p><p>c</p></li></ol>", "1. a\n2. b\n\n   c"),
         ('<ol start="9"><li>a</li><li>b\n<br>c</li></ol>', "9. a\n10. b\n    c"),
-        ("<ul><li>a<ul><li>b</li><li>c</li></ul></li><li>d</li></ul>", "- a\n\n  - b\n  - c\n- d"),
+        ("<ul><li>a<ul><li>b</li><li>c</li></ul></li><li>d</li></ul>", "- a\n  - b\n  - c\n- d"),
     ],
 )
 def test_lists_keep_their_marks_numbers_and_depth(html, text):
@@ -79,7 +82,7 @@ def test_lists_keep_their_marks_numbers_and_depth(html, text):
 
 
 @pytest.mark.parametrize(
-    "code", ["    x = 1\n\n  if  a <b:\n\ty &= 2  # tabs and  spaces", "```\nfenced\n```", "a\n"]
+    "code", ["    x = 1  \n\n  if  a <b:\n\ty &= 2  # tabs and  spaces", "```\nfenced\n```", "a\n"]
 )
 def test_a_block_of_code_is_verbatim_between_fences(code):
     escaped = code.replace("&", "&amp;").replace("<", "&lt;")
@@ -120,3 +123,8 @@ def test_no_word_is_lost_doubled_or_moved_however_the_tags_are_nested(pieces):
 def test_any_input_gives_a_text_without_white_space_at_its_ends(html):
     text = text_of(html)
     assert text == text.strip()
+
+
+def test_tags_nested_without_end_do_not_end_the_reading():
+    assert text_of("<b>" * 5000 + "word") == "word"
+    assert text_of("<ul><li>" * 5000 + "word").endswith("word")
