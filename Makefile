@@ -33,14 +33,15 @@ export TOKENIZERS_PARALLELISM = false
         study-preference study-scaling bench-reward bench-ppo
 .NOTPARALLEL:
 
-help: ## list the targets
-	@echo 'From human comparisons to an aligned policy. Stages share one recipe: make <target> RECIPE=recipes/<name>.yaml'
+help: ## make: list the targets
+	@echo 'pairwright: from human comparisons to an aligned policy'
+	@echo 'A target, the package that it starts, and what it does; stages share one recipe: make <target> RECIPE=recipes/<name>.yaml'
 	@echo
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ([^:]*): (.*)/  \1|\2|\3/' | column -t -s '|'
 	@echo
 	@echo '  RECIPE=$(RECIPE)   SET="section.key=value ..."   QUICK=1   PROCS=$(PROCS)   HOSTFILE=path'
 
-setup: $(STAMPS)/setup ## make the virtual environment with the pinned dependencies
+setup: $(STAMPS)/setup ## pip: make the virtual environment with the pinned dependencies
 
 $(STAMPS)/setup: pyproject.toml constraints.txt
 	@mkdir -p $(STAMPS)
@@ -53,75 +54,75 @@ $(STAMPS)/setup: pyproject.toml constraints.txt
 recipe: setup
 	@$(PY) -m rlhf.recipe.load $(ARGS)
 
-# A road takes hours; what its last stage could not use is told before the first one begins.
+# A run of all stages takes hours: what the last one could not use is an error before the first one begins.
 .PHONY: preflight
 preflight: recipe
 	@$(PY) -m policy.alignment_tax.preflight $(ARGS)
 
-model: recipe ## put the recipe's base model in place
+model: recipe ## rlhf.models.prepare: put the recipe's base model in place
 	@$(PY) -m rlhf.models.prepare $(ARGS)
 
-comparisons: model ## read or sample the comparisons and split them by prompt
+comparisons: model ## rlhf.collect: read or sample the comparisons and split them by prompt
 	@$(PY) -m rlhf.collect $(ARGS)
 
-sft: comparisons ## fine-tune the base on demonstrations, where the recipe asks for it
+sft: comparisons ## policy.sft: fine-tune the base on demonstrations, where the recipe has it
 	@$(RUN) policy.sft $(ARGS)
 
-distill: comparisons ## distil the HHH prompt into the base, where the recipe asks for it
+distill: comparisons ## policy.distillation: distill the HHH prompt into the base, where the recipe has it
 	@$(RUN) policy.distillation $(ARGS)
 
-pmp: model ## pre-train the preference model on public comparisons, where the recipe asks for it
+pmp: model ## reward.pretraining: pre-train the preference model on public comparisons, where the recipe has it
 	@$(RUN) reward.pretraining $(ARGS)
 
-reward: comparisons sft distill pmp ## train the reward model
+reward: comparisons sft distill pmp ## reward.training: train the reward model
 	@$(RUN) reward.training $(ARGS)
 
-card: recipe ## how far a reward model can be trusted: this run's, or any (SET="card.model=...")
+card: recipe ## reward.card: measure how far a reward model can be trusted: this run's, or any (SET="card.model=...")
 	@$(PY) -m reward.card $(ARGS)
 
-ppo: recipe ## train the policy with PPO against the reward model
+ppo: recipe ## policy.ppo: train the policy with PPO against the reward model
 	@$(RUN) policy.ppo $(ARGS)
 
-evaluate: card ## the reward model's card, then held-out prompts, before against after
+evaluate: card ## policy.evaluate: compare before and after on held-out prompts
 	@$(PY) -m policy.evaluate $(ARGS)
 
-tax: recipe ## what alignment cost: base, prompted, distilled, SFT, PPO and others on the same items
+tax: recipe ## policy.alignment_tax: measure what alignment cost: base, prompted, distilled, SFT, PPO on the same items
 	@$(PY) -m policy.alignment_tax $(ARGS)
 
-rlhf: preflight reward ## all stages of the recipe, in order; what is done is skipped
+rlhf: preflight reward ## all of these: all stages of the recipe, in order; what is done is skipped
 	@$(RUN) policy.ppo $(ARGS)
 	@$(PY) -m reward.card $(ARGS)
 	@$(PY) -m policy.evaluate $(ARGS)
 	@$(PY) -m policy.alignment_tax $(ARGS)
 
-check: setup ## lint, formatting and types
+check: setup ## ruff, mypy: lint, formatting and types
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
 # Two files at a time, one thread each: most tests wait for one core, and figures do not depend on the load.
 # In alphabetical order: the longest files have few tests, and last they would leave one core idle.
-test: setup ## all tests
+test: setup ## pytest: all tests
 	@$(TOOLS) OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-smoke: setup ## both roads on a tiny random model, in scratch folders
+smoke: setup ## make rlhf: the two tiny recipes from end to end, in scratch folders
 	@rm -rf runs/smoke runs/smoke-assistant
 	@$(MAKE) --no-print-directory rlhf RECIPE=recipes/tiny.yaml SET="name=smoke" PROCS=1 QUICK=
 	@$(MAKE) --no-print-directory rlhf RECIPE=recipes/tiny_assistant.yaml SET="name=smoke-assistant" \
 		PROCS=1 QUICK=
 	@rm -rf runs/smoke runs/smoke-assistant
 
-study-preference: setup ## check the papers' claims on a ladder of small models (STUDY=--quick)
+study-preference: setup ## studies.preference: check the papers' claims on a ladder of small models (STUDY=--quick)
 	@$(PY) -m studies.preference $(STUDY)
 
-study-scaling: setup ## evaluations and preference objectives over a ladder of models (STUDY=--quick)
+study-scaling: setup ## studies.scaling: evaluations and preference objectives over a ladder of models (STUDY=--quick)
 	@$(PY) -m studies.scaling $(STUDY)
 
-bench-reward: setup ## throughput and memory of the reward stage against trl.RewardTrainer
+bench-reward: setup ## benchmarks.reward: throughput and memory of the reward stage against trl.RewardTrainer
 	@$(PY) -m benchmarks.reward $(BENCH)
 
-bench-ppo: setup ## seconds and memory of a PPO step against trl's last PPOTrainer (BENCH=--scaling)
+bench-ppo: setup ## benchmarks.ppo: seconds and memory of a PPO step against trl's last PPOTrainer (BENCH=--scaling)
 	@$(PY) -m benchmarks.ppo $(BENCH)
 
-clean: ## remove runs and models, keep the environment
+clean: ## rm: remove runs and models, keep the environment
 	rm -rf runs models .pytest_cache .ruff_cache .mypy_cache .hypothesis

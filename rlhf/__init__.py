@@ -4,6 +4,9 @@ import logging
 import os
 import warnings
 
+NAME = "pairwright"
+__version__ = "0.1.0"
+
 # Nothing is sent anywhere: trainers of trl report usage to the hub unless told not to.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

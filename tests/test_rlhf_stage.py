@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, tiny_recipe
 
+from rlhf import NAME, __version__
 from rlhf.errors import UserError
 from rlhf.runs import artifacts, stage
 from rlhf.runs.stage import differences, input_hashes, open_stage, recipe_of
@@ -89,9 +90,10 @@ def test_a_parent_that_was_made_anew_is_noticed(inside):
 
 def test_a_finished_stage_is_skipped_and_left_as_it_is(inside, capsys):
     finished()
+    assert capsys.readouterr().out == f"{NAME} {__version__}: comparisons: {FOLDER}\n"
     before = {p: p.stat().st_mtime_ns for p in FOLDER.iterdir() if p.name != ".lock"}
     assert begin() is None
-    assert capsys.readouterr().out == f"comparisons: done already ({FOLDER})\n"
+    assert capsys.readouterr().out == f"{NAME} {__version__}: comparisons: done already ({FOLDER})\n"
     assert {p: p.stat().st_mtime_ns for p in FOLDER.iterdir() if p.name != ".lock"} == before
 
 
@@ -258,6 +260,7 @@ def test_a_second_process_on_the_same_stage_is_refused_until_the_first_ends(insi
         text=True,
         env=environment,
     ) as other:
+        assert f"comparisons: {FOLDER}" in other.stdout.readline()
         assert other.stdout.readline() == "open\n"
         message = refusal()
         begin(name="reward")  # another stage is free

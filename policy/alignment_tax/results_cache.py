@@ -7,9 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rlhf import NAME, __version__
 from rlhf.runs.artifacts import hash_of, write_atomically
 
-_MADE_WITH = ("rlhf-lab", "torch", "transformers", "peft", "lm_eval")  # another release may say otherwise
+_MADE_WITH = ("torch", "transformers", "peft", "lm_eval")  # another release may say otherwise
 
 
 class Parts:
@@ -21,7 +22,7 @@ class Parts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._made_with = {name: version(name) for name in _MADE_WITH}
+        self._made_with = {NAME: __version__, **{name: version(name) for name in _MADE_WITH}}
 
     def get(self, name: str, key: dict[str, Any]) -> Any:
         """The result of that name and key, or None."""

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlhf import NAME, __version__
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.quick import QUICK, laid_over, origins_with, split_overrides, take_block
 from rlhf.recipe.renamed import FORMER
@@ -338,7 +339,7 @@ def from_command_line(arguments: Sequence[str] | None = None) -> Recipe:
 def main() -> None:
     """Check a recipe and print nothing but its name and where it will run."""
     recipe = from_command_line()
-    print(f"{recipe.name}: the recipe is valid; it runs in runs/{recipe.name}")
+    print(f"{NAME} {__version__}: the recipe {recipe.name} is valid; it runs in runs/{recipe.name}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import yaml
 
+from rlhf import NAME, __version__
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe, dump, files_of
 from rlhf.recipe.stored import modernized
@@ -201,10 +202,11 @@ def open_stage(
         _refuse_changes(manifest["fingerprint"], fingerprint, folder, finished=True)
         if is_main:
             _drop_work(folder)  # a kill may have come between the manifest and this
-            print(f"{stage}: done already ({folder})", flush=True)
+            print(f"{NAME} {__version__}: {stage}: done already ({folder})", flush=True)
         return None
     if is_main:
         _start_or_resume(folder, fingerprint, recipe)
+        print(f"{NAME} {__version__}: {stage}: {folder}", flush=True)
     return StageRun(stage, folder, recipe, fingerprint, found, is_main, lock)
 
 
