@@ -157,7 +157,7 @@ class Marks:
 def _mark_everything(marks: Marks) -> None:
     import policy.ppo.run as ppo_run
     import policy.ppo.trainer as loop
-    from policy.ppo.guarded_score import GuardedScore
+    from policy.ppo.checks import GuardedScore
     from policy.ppo.update import Updater
     from rlhf.runs import stage
     from rlhf.runs.stage import StageRun

@@ -82,12 +82,6 @@ def fitted(folder, monkeypatch, **section):
     """Run the stage's own function around a tiny backbone; returns its figures and the trainer."""
     options = {"steps": 2, "missing_eos": "ignore", "batch_size": 8, "epochs": 1, "learning_rate": 1e-3}
     recipe = SimpleNamespace(ppo=Ppo(**options | section), distributed=Distributed(), seed=0)
-    made = []
-
-    class Trainer(policy.ppo.run.PpoTrainer):
-        def __init__(self, **parts):
-            super().__init__(**parts)
-            made.append(self)
 
     class Score:
         def __call__(self, said):
@@ -97,15 +91,13 @@ def fitted(folder, monkeypatch, **section):
             return {"ppo/score_spread": 0.5}
 
     backbone = backbone_of(recipe.ppo, width=16)
-    monkeypatch.setattr(policy.ppo.run, "PpoTrainer", Trainer)
     monkeypatch.setattr(policy.ppo.run, "load_dialogue", lambda recipe: dialogue_of(4))
     monkeypatch.setattr(policy.ppo.run, "assemble", lambda *parts: backbone)
     monkeypatch.setattr(policy.ppo.run, "stored_prompts", lambda *parts: PROMPTS)
     monkeypatch.setattr(policy.ppo.run, "score_function", lambda *parts: Score())
-    results = policy.ppo.run.run(
-        recipe, SimpleNamespace(folder=folder, is_main=True, note_clock=lambda: None)
-    )
-    return results, made[0]
+    built = policy.ppo.run.build_trainer(recipe, SimpleNamespace(folder=folder, note_clock=lambda: None))
+    built.train()
+    return policy.ppo.run.save(built), built
 
 
 def saved(folder, adapter):

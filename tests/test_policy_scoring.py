@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from policy.ppo.guarded_score import GuardedScore
+from policy.ppo.checks import GuardedScore
 from policy.ppo.rollout import Responses
 from rlhf.errors import UserError
 
@@ -58,7 +58,7 @@ def test_what_ends_a_program_goes_through():
 HANGS = """
 import time, torch
 from policy.ppo.rollout import Responses
-from policy.ppo.guarded_score import GuardedScore
+from policy.ppo.checks import GuardedScore
 
 said = Responses([()], ["a"], torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2) > 0, None)
 guarded = GuardedScore(lambda said: torch.zeros(1), 0.3 / 60)

@@ -32,9 +32,11 @@ def main() -> None:
     stage = open_stage(recipe, "ppo", section="ppo", parents=parents, inputs=inputs)
     if stage is None:
         return
-    from policy.ppo.run import run
+    from policy.ppo.run import build_trainer, save
 
-    stage.finish(run(recipe, stage))
+    trainer = build_trainer(recipe, stage)
+    trainer.train()
+    stage.finish(save(trainer))
 
 
 if __name__ == "__main__":

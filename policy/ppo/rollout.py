@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from policy.ppo.batching import micro_batches, own_rows, prompt_indices, prompt_of_row
-from policy.ppo.checks import check_scores
 from rlhf.data.comparisons import Prompt
 from rlhf.generation.sampling import Sampled, sample, uniforms
 from rlhf.models.backbone import REFERENCE, Backbone
@@ -121,7 +120,6 @@ def collect(
         step: number of the step, from 0.
 
     Raises:
-        InvariantError: the reward function did not return one finite number a response.
         UserError: the samples of a prompt would be on several processes.
     """
     began = time.monotonic()
@@ -149,7 +147,6 @@ def collect(
         for micro in order:
             responses = Responses([chosen[i] for i in micro], [texts[i] for i in micro], *part(micro)[:3])
             scores.append(reward_fn(responses).to(runtime.device))
-            check_scores(scores[-1], len(micro))
     return Rollout(
         ids_BT,
         mask_BT,

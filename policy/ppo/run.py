@@ -1,4 +1,4 @@
-"""The work of the PPO stage: assemble, train, save."""
+"""The PPO stage around its trainer: build it from a recipe; save what it trained, with the figures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from typing import Any
 
 from policy.ppo.setup import assemble, score_function
 from policy.ppo.trainer import PpoTrainer
-from policy.ppo.weights import Adapters
 from rlhf.collect.__main__ import stored_prompts
-from rlhf.models.lora import HEAD
 from rlhf.recipe.load import Recipe
 from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import load_dialogue
@@ -19,8 +17,8 @@ _REPORTED = ("objective/score", "objective/kl", "response/length", "response/eos
 _WINDOW = 5  # steps averaged at the start and at the end
 
 
-def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
-    """Train the policy of a recipe; returns the figures for the manifest."""
+def build_trainer(recipe: Recipe, stage: StageRun) -> PpoTrainer:
+    """The trainer of a recipe, which goes on from the stage's last checkpoint."""
     section = recipe.ppo
     runtime = Runtime(
         recipe.distributed,
@@ -33,7 +31,7 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     if runtime.shards_weights:
         backbone.frozen_layers = 0  # ZeRO-3 gathers whole layers anyway; the cache would save little
     score = score_function(recipe, stage, backbone, dialogue)
-    trainer = PpoTrainer(
+    return PpoTrainer(
         backbone=backbone,
         dialogue=dialogue,
         prompts=stored_prompts(stage, "prompts.jsonl"),
@@ -45,23 +43,15 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
         reward_metrics=lambda: score.figures(runtime.all_sum, runtime.device),
         on_checkpoint=stage.note_clock,
     )
-    trainer.train()
-    if trainer.done != section.steps and trainer.ended_early is None:
-        raise RuntimeError(f"ppo: {trainer.done} of {section.steps} steps were done")
-    adapters = trainer.weights.gathered()
-    return _save(trainer, adapters) if stage.is_main else {}
 
 
-def _save(trainer: PpoTrainer, adapters: Adapters) -> dict[str, Any]:
-    """Write the trained adapters with their tokenizer; returns the figures for the manifest."""
-    if trainer.section.has_value:
-        adapters["value"][f"{HEAD}.bias"] += trainer.backbone.offsets["value"]  # peft's format has no offset
-    if trainer.weights.ema is not None:
-        adapters["policy_last"] = adapters["policy"]
-        adapters["policy"] = trainer.weights.ema
-    trainer.weights.write_adapters(trainer.folder, adapters)
-    for adapter in adapters:
-        trainer.dialogue.tokenizer.save_pretrained(str(trainer.folder / adapter))
+def save(trainer: PpoTrainer) -> dict[str, Any]:
+    """Write the trained adapters; returns the figures for the manifest, empty but on the main process."""
+    if trainer.done != trainer.section.steps and trainer.ended_early is None:
+        raise RuntimeError(f"ppo: {trainer.done} of {trainer.section.steps} steps were done")
+    trainer.save()
+    if not trainer.is_main:
+        return {}
     log, runtime = read_metrics(trainer.folder), trainer.runtime
     results: dict[str, Any] = {"steps": trainer.done, "processes": runtime.world, "zero": runtime.stage}
     for name in _REPORTED:

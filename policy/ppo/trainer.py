@@ -22,7 +22,7 @@ from torch import Tensor
 from policy.ppo import checks
 from policy.ppo.advantages import estimate_advantages
 from policy.ppo.batching import PtxBatches
-from policy.ppo.guarded_score import GuardedScore
+from policy.ppo.checks import GuardedScore
 from policy.ppo.kl import KLController
 from policy.ppo.metrics import rollout_metrics
 from policy.ppo.reward_shaping import RewardShaper
@@ -32,6 +32,7 @@ from policy.ppo.weights import AdapterWeights
 from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError, lost_process, without
 from rlhf.models.backbone import Backbone
+from rlhf.models.lora import HEAD
 from rlhf.recipe.schema import Distributed, Ppo
 from rlhf.runs.artifacts import Checkpoints, read_json, step_of, write_atomically
 from rlhf.tokenization.dialogue import Dialogue
@@ -188,6 +189,24 @@ class PpoTrainer:
         if not last:
             self.stop_if_asked()
         return last
+
+    def save(self) -> None:
+        """Write the trained adapters in peft's format, each in a folder of its name with the tokenizer.
+
+        With ``ema_decay`` the policy is the moving average, and ``policy_last`` the last weights. Every
+        process must call it.
+        """
+        adapters = self.weights.gathered()
+        if not self.is_main:
+            return
+        if self.section.has_value:
+            adapters["value"][f"{HEAD}.bias"] += self.backbone.offsets["value"]  # peft's format has no offset
+        if self.weights.ema is not None:
+            adapters["policy_last"] = adapters["policy"]
+            adapters["policy"] = self.weights.ema
+        self.weights.write_adapters(self.folder, adapters)
+        for adapter in adapters:
+            self.dialogue.tokenizer.save_pretrained(str(self.folder / adapter))
 
     # ---------------------------------------------------------------- parts of a step
 
