@@ -131,7 +131,7 @@ def test_with_an_empty_prompt_the_loss_is_exactly_0(method, layers, prompted, la
 
 
 def test_the_words_are_used_again_and_never_computed_twice(lab, monkeypatch, capsys):
-    folder = run(teacher_file="words")
+    folder = run(teacher_cache="words")
     assert not (folder / "teacher").exists()
     capsys.readouterr()
 
@@ -139,27 +139,27 @@ def test_the_words_are_used_again_and_never_computed_twice(lab, monkeypatch, cap
         raise AssertionError("the teacher was asked again")
 
     monkeypatch.setattr(teaching, "shard_records", silent)
-    other = run(name="other", teacher_file="words", learning_rate=5e-3)
+    other = run(name="other", teacher_cache="words", learning_rate=5e-3)
     assert "(3 of 3 were there)" in capsys.readouterr().out
     assert results(other)["teacher"] == results(folder)["teacher"]
-    run(teacher_file="words")
+    run(teacher_cache="words")
     assert "distill: done already" in capsys.readouterr().out
 
 
 def test_a_shared_folder_with_other_words_is_refused_before_anything_is_lost(lab):
-    run(teacher_file="words")
+    run(teacher_cache="words")
     before = {p: sha256_of(p) for p in Path("words").iterdir()}
-    with pytest.raises(UserError, match=r"words holds .*top_k: 20 -> 10.*distill\.teacher_file"):
-        run(name="other", teacher_file="words", top_k=10)
+    with pytest.raises(UserError, match=r"words holds .*top_k: 20 -> 10.*distill\.teacher_cache"):
+        run(name="other", teacher_cache="words", top_k=10)
     assert {p: sha256_of(p) for p in Path("words").iterdir()} == before
 
 
 def test_a_damaged_shard_is_named_and_said_again(lab, capsys):
-    run(teacher_file="words")
+    run(teacher_cache="words")
     shard = Path("words", "shard-00001.npy")
     before = shard.read_bytes()
     shard.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    run(name="other", teacher_file="words")
+    run(name="other", teacher_cache="words")
     said = capsys.readouterr().out
     assert "shard-00001.npy is damaged" in said
     assert "(2 of 3 were there)" in said

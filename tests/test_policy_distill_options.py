@@ -35,7 +35,7 @@ TABLE = {  # field: (its other value, what it changes)
     "max_tokens": (36, CHOSEN),
     "held_out": (0.7, {"rows"} | LEARNED | LENGTH),
     "teacher": ("models/wise", SAID),
-    "teacher_file": ("words", {"files"}),
+    "teacher_cache": ("words", {"files"}),
     "top_k": (5, SAID),
     "shard_sequences": (12, {"shards"}),
     "method": ("full", {"weights", "files", "trunk"}),
@@ -43,7 +43,7 @@ TABLE = {  # field: (its other value, what it changes)
     "epochs": (3, LENGTH),
     "batch_size": (16, LEARNED | LENGTH),
     "learning_rate": (2e-2, {"rates", "weights"}),
-    "warmup": (2, {"rates", "weights"}),
+    "warmup_steps": (2, {"rates", "weights"}),
     "max_grad_norm": (1e-7, {"weights"}),
     "tokens_per_micro_batch": (100, set()),
     "trunk_gigabytes": (0.0, {"trunk"}),
@@ -72,7 +72,7 @@ def observe(name, monkeypatch, **changes):
         patch.setattr(DistillTrainer, "_checkpoint", saving)
         patch.setattr(DistillTrainer, "_step", stepping)
         folder = run(name=name, **changes)
-    words = Path(changes.get("teacher_file", folder / "teacher"))
+    words = Path(changes.get("teacher_cache", folder / "teacher"))
     index = json.loads((words / "index.json").read_text())
     records = np.concatenate([np.load(words / shard) for shard in sorted(index["shards"])])
     return seen | {

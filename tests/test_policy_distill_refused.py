@@ -37,7 +37,7 @@ def test_a_recipe_without_the_section_has_no_such_stage(lab, capsys):
         ({"text_share": 0.0}, "texts are not used with text_share=0"),
         ({"text_share": 1.0}, "questions are not used with text_share=1"),
         ({"top_k": 400}, r"distill\.top_k: 400 of a vocabulary of 259 leave no rest; use 258 or fewer"),
-        ({"warmup": 6}, r"distill\.warmup: 6 leaves nothing of 6 steps, with 16 sequences"),
+        ({"warmup_steps": 6}, r"distill\.warmup_steps: 6 leaves nothing of 6 steps, with 16 sequences"),
         ({"start": "models"}, r"distill\.start: models/adapter_model\.safetensors is not there"),
         ({"method": "full", "model__dtype": "bfloat16"}, r"distill\.method: full needs float32"),
     ],

@@ -210,7 +210,7 @@ def test_the_words_of_another_teacher_are_refused_by_what_differs(tmp_path):
     passages, folder = rows(), tmp_path / "words"
     key = {"teacher": {"weights": "a"}, "top_k": K}
     fill(file_of(folder, passages, key=key), passages, PromptedModel(model_of(), []))
-    with pytest.raises(UserError, match=r"teacher\.weights: 'a' -> 'b'.*distill\.teacher_file"):
+    with pytest.raises(UserError, match=r"teacher\.weights: 'a' -> 'b'.*distill\.teacher_cache"):
         file_of(folder, passages, key={"teacher": {"weights": "b"}, "top_k": K})
     assert file_of(folder, passages, key=key).missing() == []
 

@@ -163,7 +163,7 @@ def test_options_of_the_fine_tuning_that_contradict_each_other_are_refused(messa
     [
         ("loss_on", ("prompt",)),
         ("limit", (0,)),
-        ("judged", (0, 1.5)),
+        ("eval_samples", (0, 1.5)),
         ("learning_rate", (0.0, float("nan"))),
         ("schedule", ("step",)),
         ("warmup_ratio", (-0.1, 1.1)),

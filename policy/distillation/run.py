@@ -82,7 +82,7 @@ class _Distillation:
         run.say(f"student:   {self.student.origin}")
         folder = run.folder / "teacher"
         self.file = TeacherFile(
-            Path(section.teacher_file).expanduser() if section.teacher_file else folder,
+            Path(section.teacher_cache).expanduser() if section.teacher_cache else folder,
             key_of(recipe, section, self.teaching, self.context, self.dialogue, self.passages),
             [len(p.ids) for p in self.passages],
             k=section.top_k,

@@ -79,7 +79,8 @@ class TeacherFile:
                 changes = differences(found["key"], key) or ["the index itself"]
                 raise UserError(
                     f"{folder} holds the words of another teacher or on other sequences "
-                    f"({'; '.join(changes[:3])}): name another folder with distill.teacher_file, or remove it"
+                    f"({'; '.join(changes[:3])}): name another folder with "
+                    "distill.teacher_cache, or remove it"
                 )
             self._index = found
 

@@ -133,7 +133,9 @@ class DistillTrainer:
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimiser step: the mean KL over all tokens of the batch, a micro-batch at a time."""
-        rate = self.rate * learning_rate_factor(step, self.steps, kind="linear", warmup=self.section.warmup)
+        rate = self.rate * learning_rate_factor(
+            step, self.steps, kind="linear", warmup=self.section.warmup_steps
+        )
         self.runtime.set_learning_rates([rate])
         rows = batch_rows(self.seed, step, self.section.batch_size, self.number)
         total = sum(map(self._places, rows))
@@ -236,9 +238,9 @@ def steps_of(section: Distill, number: int) -> int:
         UserError: all of them would be warm-up.
     """
     steps = section.epochs * -(-number // section.batch_size)
-    if section.warmup >= steps:
+    if section.warmup_steps >= steps:
         raise UserError(
-            f"distill.warmup: {section.warmup} leaves nothing of {steps} steps, with {number} sequences to "
-            "train on"
+            f"distill.warmup_steps: {section.warmup_steps} leaves nothing of {steps} steps, with "
+            f"{number} sequences to train on"
         )
     return steps

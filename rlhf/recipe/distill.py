@@ -32,7 +32,7 @@ class DistillData(Section):
     """Share of the texts and of the questions that is held out, whole texts and prompts at a time."""
     teacher: str | None = None
     """Folder or hub id of a model with the same tokenizer that teaches under the prompt; null = the base."""
-    teacher_file: str | None = None
+    teacher_cache: str | None = None
     """Folder where the teacher's words are kept, for runs that share them; null = this run's own. They are
     used again wherever nothing that they depend on has changed."""
     top_k: Positive = 50
@@ -56,7 +56,7 @@ class Distill(DistillData):
     learning_rate: Rate | None = None
     """Rate at the first step behind the warm-up, linear to 0 from there; null = 0.05 of
     model.pretraining_learning_rate (Bai 2022, A.1)."""
-    warmup: Natural = 0
+    warmup_steps: Natural = 0
     """Steps in which the rate rises linearly from a tenth; they have to be fewer than all."""
     max_grad_norm: Rate = 1.0
     """Global gradient-norm clip."""
