@@ -1,6 +1,6 @@
 """One frozen base, many named LoRA adapters, a few scalar heads.
 
-With ``reward/model/model.py`` (the saved format) the only file that knows peft.
+peft is also used in :mod:`rlhf.models.lora` and :mod:`rlhf.models.folding`.
 
 Roles: ``policy``, ``value`` and ``reward`` are adapters on the one base; ``reference`` is the base with every
 adapter switched off, or a frozen adapter where the policy starts from one. All roles go through

@@ -1,4 +1,4 @@
-"""The base model of a recipe, quantised where the recipe says so: the only file that knows bitsandbytes."""
+"""The base model of a recipe, quantized where the recipe asks for it, by bitsandbytes."""
 
 from __future__ import annotations
 
