@@ -47,6 +47,7 @@ $(STAMPS)/setup: pyproject.toml constraints.txt
 	@mkdir -p $(STAMPS)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(TOOLS) $(PY) -m rlhf.training.kernel_lock
 	@touch $@
 
 # The recipe is checked in a fraction of a second, before anything is loaded.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import glob
+import importlib.util
 import os
 import re
 import sys
@@ -102,6 +103,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = recipe.model_copy(update={"name": f"{recipe.name}-{QUICK}"})
     _check_files(recipe, path, origins)
     _check_models(recipe, path, origins)
+    for name in recipe.trackers:
+        if importlib.util.find_spec(name) is None:
+            where = _where("trackers", origins, path)
+            raise UserError(f"{where}: trackers: {name} is not installed; run `pip install {name}`")
     return recipe
 
 

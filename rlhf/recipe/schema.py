@@ -7,6 +7,7 @@ is imported. The sentence under a field is its documentation.
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from pydantic import field_validator, model_validator
 
@@ -67,6 +68,8 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     tax: Tax | None = None
     distributed: Distributed = Distributed()
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where the figures of every training step go beside `metrics.jsonl`, which is always written."""
 
     @field_validator("name")
     @classmethod

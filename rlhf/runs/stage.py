@@ -43,8 +43,16 @@ _CHANGEABLE = {  # may change between two starts of an unfinished stage, because
 FORMAT = 2  # of the checkpoints and other unfinished work in a folder; raised when they change
 _VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 # a folder that holds nothing else was begun, and stopped before any work was done
-_OPENING = (".lock", "recipe.yaml", "fingerprint.json", "metrics.jsonl", "tensorboard")
-_WORKING = ("checkpoints", "parts", ".lock", "clock.json", "tensorboard", "metrics.jsonl")  # not results
+_OPENING = (".lock", "recipe.yaml", "fingerprint.json", "metrics.jsonl", "tensorboard", "wandb")
+_WORKING = (
+    "checkpoints",
+    "parts",
+    ".lock",
+    "clock.json",
+    "tensorboard",
+    "wandb",
+    "metrics.jsonl",
+)  # not results
 
 
 @dataclasses.dataclass

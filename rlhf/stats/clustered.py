@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf.stats.intervals import Z95, Estimate, cluster_mean_interval
+from rlhf.stats.intervals import Z95, Estimate, cluster_mean_interval, wilson
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -57,10 +57,7 @@ def share(values: ArrayLike, clusters: ArrayLike) -> Estimate:
     else:
         error = (plain.high - plain.low) / (2 * Z95)
         trials = float(items) if error == 0 else min(p * (1 - p) / error**2, float(items))
-    z2_n = Z95**2 / trials
-    centre = (p + z2_n / 2) / (1 + z2_n)
-    half = Z95 * math.sqrt(p * (1 - p) / trials + z2_n / (4 * trials)) / (1 + z2_n)
-    return Estimate(p, 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half, number)
+    return wilson(p, trials, number)
 
 
 def difference(

@@ -92,10 +92,15 @@ def proportion_interval(k: int, n: int) -> Estimate:
         raise ValueError(f"{k} successes in {n} trials")
     if n == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    p, z2_n = k / n, Z95**2 / n
+    return wilson(k / n, n, n)
+
+
+def wilson(p: float, trials: float, n: int) -> Estimate:
+    """Wilson score interval of a share p of ``trials``, which need not be whole (scipy's have to be)."""
+    z2_n = Z95**2 / trials
     centre = (p + z2_n / 2) / (1 + z2_n)
-    half = Z95 * math.sqrt(p * (1 - p) / n + z2_n / (4 * n)) / (1 + z2_n)
-    return Estimate(p, 0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half, n)
+    half = Z95 * math.sqrt(p * (1 - p) / trials + z2_n / (4 * trials)) / (1 + z2_n)
+    return Estimate(p, 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half, n)
 
 
 def win_rate(before: ArrayLike, after: ArrayLike) -> Estimate:

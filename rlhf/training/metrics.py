@@ -1,4 +1,4 @@
-"""Metrics to JSONL and tensorboard, and the few numbers that the progress bar shows."""
+"""Metrics to JSONL and to trackers, and the few numbers that the progress bar shows."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.runs.artifacts import write_atomically
+from rlhf.runs.stage import recipe_of
 from rlhf.training.progress import progress
 
 
 class Metrics:
-    """The log of one stage: ``metrics.jsonl`` (one object a step) and a tensorboard folder.
+    """The log of one stage: ``metrics.jsonl`` (one object a step), and the recipe's trackers.
 
     Args:
         folder: the stage's directory.
@@ -24,6 +26,7 @@ class Metrics:
         shown: names that the progress bar shows, with their formats.
         description: left of the bar.
         active: False on all but one process.
+        trackers: names of trackers; None = those of the recipe in the folder.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Metrics:
         shown: dict[str, str],
         description: str,
         active: bool = True,
+        trackers: Sequence[str] | None = None,
     ) -> None:
         self.active = active
         self.shown = shown
@@ -42,10 +46,13 @@ class Metrics:
         if not active:
             return
         _keep_steps(self.file, done)
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        from torch.utils.tensorboard import SummaryWriter
+        if trackers is None:
+            trackers = recipe_of(folder).get("trackers", ()) if (folder / "recipe.yaml").is_file() else ()
+        self._trackers: list[Any] = []
+        if trackers:
+            from rlhf.training.trackers import start_trackers
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            self._trackers = start_trackers(trackers, folder, done)
         self._bar = progress(description, total=total, initial=done, leave=True, delay=0)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -57,8 +64,8 @@ class Metrics:
             file.write(json.dumps({"step": step, **clean}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # before the checkpoint of this step: it would not be written again
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(values, step=step)
         text = " ".join(f"{name.rpartition('/')[2]} {values[name]:{form}}"
                         for name, form in self.shown.items() if name in values)  # fmt: skip
         self._bar.set_postfix_str(text, refresh=False)
@@ -69,7 +76,8 @@ class Metrics:
         if self.active:
             self._bar.refresh()
             self._bar.close()
-            self._writer.close()
+            for tracker in self._trackers:
+                tracker.finish()
 
 
 def _keep_steps(file: Path, done: int) -> None:

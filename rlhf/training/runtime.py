@@ -29,7 +29,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Distributed
 from rlhf.runs.stage import processes, rank
-from rlhf.training.kernel_lock import settle_locks
+from rlhf.training.kernel_lock import check_kernel_lock
 from rlhf.training.optimizer import make_optimizer
 
 
@@ -64,7 +64,7 @@ def join_cpu_processes(section: Distributed) -> bool:
     """
     if processes() == 1 or torch.cuda.is_available():
         return False
-    settle_locks()
+    check_kernel_lock()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes()))
     PartialState(backend="gloo", timeout=datetime.timedelta(minutes=section.timeout_minutes))
@@ -146,7 +146,7 @@ class Runtime:
         plugin = None
         handlers = []
         if self.world > 1:
-            settle_locks()
+            check_kernel_lock()
             if cpu:  # the processes share the cores
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
             config = deepspeed_config(section, batch=micro_batch_size, clip=max_grad_norm)
