@@ -51,7 +51,7 @@ def lost_process(error: BaseException) -> str | None:
     return re.sub(r"^\[[^]]*\] ?", "", text).partition(". ")[0][:120]
 
 
-def without(reason: str, stage: str = "", goes_on: str = "from its last checkpoint") -> UserError:
+def lost_process_error(reason: str, stage: str = "", goes_on: str = "from its last checkpoint") -> UserError:
     """The error of a process that cannot go on without another one.
 
     Args:
@@ -79,7 +79,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except Exception as error:
         lost = lost_process(error)
         if lost is not None:
-            print(f"error: {without(lost)}", file=sys.stderr, flush=True)
+            print(f"error: {lost_process_error(lost)}", file=sys.stderr, flush=True)
             sys.exit(USER_ERROR_STATUS)
         if not is_full_disk(error):
             raise

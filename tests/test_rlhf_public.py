@@ -13,7 +13,15 @@ from source_rows import jsonl, user
 
 from rlhf.data import mixture as public
 from rlhf.data.comparisons import Comparison
-from rlhf.data.mixture import NOT_DRAWN, Fits, binarised, check_prefixes, mixture, shares, thin
+from rlhf.data.mixture import (
+    NOT_DRAWN,
+    Filter,
+    binarize,
+    check_prefixes,
+    sample_mixture,
+    shares,
+    subsample_responses,
+)
 from rlhf.errors import UserError
 from rlhf.recipe.reward import PmpSource
 
@@ -34,7 +42,7 @@ def prompts(comparisons):
 
 
 def mix(sources, total, seed=0, on_bad_rows="stop", **options):
-    return mixture(sources, total, seed=seed, on_bad_rows=on_bad_rows, **options)
+    return sample_mixture(sources, total, seed=seed, on_bad_rows=on_bad_rows, **options)
 
 
 def refusal(*arguments, **options):
@@ -172,7 +180,7 @@ def every(step, name=None):
         number = int(comparison.prompt[0].content.split()[1])
         return None if number % step == 0 else f"too {'odd' if number % 2 else 'even'}"
 
-    return Fits(name or f"every {step}", problem)
+    return Filter(name or f"every {step}", problem)
 
 
 def test_what_does_not_fit_is_left_out_before_the_drawing_and_counted(tmp_path):
@@ -293,7 +301,7 @@ def ranked(*ranks, **more):
     ],
 )
 def test_thinning_takes_from_every_part_of_the_order(ranks, most, kept, left):
-    result = thin(ranked(*ranks, confidence=0.5), most)
+    result = subsample_responses(ranked(*ranks, confidence=0.5), most)
     assert result == Comparison((user("q"),), tuple(f"r{i}" for i in kept), left, "s", 0.5)
 
 
@@ -303,7 +311,7 @@ def test_thinning_takes_from_every_part_of_the_order(ranks, most, kept, left):
 )
 def test_a_thinned_comparison_keeps_best_worst_and_order(ranks, most):
     comparison = ranked(*ranks)
-    result = thin(comparison, most)
+    result = subsample_responses(comparison, most)
     assert len(result.responses) == min(most, len(ranks))
     rank_of = dict(zip(comparison.responses, ranks, strict=True))
     old = [rank_of[response] for response in result.responses]
@@ -315,11 +323,11 @@ def test_a_thinned_comparison_keeps_best_worst_and_order(ranks, most):
 
 def test_thinning_to_less_than_two_is_a_mistake_of_the_caller():
     with pytest.raises(ValueError, match="at least 2, not 1"):
-        thin(ranked(0, 1), 1)
+        subsample_responses(ranked(0, 1), 1)
 
 
 def test_a_ranked_pair_becomes_two_binary_ones():
-    result = binarised(ranked(1, 0, confidence=0.9), "GOOD:", "BAD:")
+    result = binarize(ranked(1, 0, confidence=0.9), "GOOD:", "BAD:")
     assert [(c.responses, c.ranks) for c in result] == [
         (("GOOD:r1", "BAD:r1"), (0, 1)),
         (("BAD:r0", "GOOD:r0"), (0, 1)),
@@ -330,7 +338,7 @@ def test_a_ranked_pair_becomes_two_binary_ones():
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=6))
 def test_a_response_is_called_good_for_every_worse_one_and_bad_for_every_better_one(ranks):
-    counts = Counter(c.responses for c in binarised(ranked(*ranks), "+", "-"))
+    counts = Counter(c.responses for c in binarize(ranked(*ranks), "+", "-"))
     for i, rank in enumerate(ranks):
         assert counts[f"+r{i}", f"-r{i}"] == sum(other > rank for other in ranks)
         assert counts[f"-r{i}", f"+r{i}"] == sum(other < rank for other in ranks)

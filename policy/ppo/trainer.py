@@ -30,7 +30,7 @@ from policy.ppo.rollout import RewardFn, Rollout, collect
 from policy.ppo.update import NonfiniteUpdates, Updater
 from policy.ppo.weights import AdapterWeights
 from rlhf.data.comparisons import Prompt
-from rlhf.errors import UserError, lost_process, without
+from rlhf.errors import UserError, lost_process, lost_process_error
 from rlhf.models.backbone import Backbone
 from rlhf.models.lora import HEAD
 from rlhf.recipe.schema import Distributed, Ppo
@@ -266,7 +266,7 @@ class PpoTrainer:
                 reason = lost_process(error)
                 if reason is None:
                     raise
-                raise without(reason, "ppo", f"after step {self.saved}") from error
+                raise lost_process_error(reason, "ppo", f"after step {self.saved}") from error
 
     # ---------------------------------------------------------------- checkpoints
 

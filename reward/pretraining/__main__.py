@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlhf.data.comparisons import Comparison, split_by_prompt, write_native
-from rlhf.data.mixture import Fits, binarised, check_prefixes, mixture, thin
+from rlhf.data.mixture import Filter, binarize, check_prefixes, sample_mixture, subsample_responses
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import Recipe, check_batch_sizes, from_command_line
 from rlhf.recipe.schema import Pmp
@@ -58,7 +58,7 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
 def public_comparisons(
     recipe: Recipe, section: Pmp, run: StageRun, dialogue: Dialogue
 ) -> tuple[tuple[list[Comparison], list[Comparison]], dict[str, Any]]:
-    """The mixture, fitted to the recipe's lengths, split by question, in the form that is trained on.
+    """The sample_mixture, fitted to the recipe's lengths, split by question, in the form that is trained on.
 
     Raises:
         UserError: nothing usable, or a control prefix that the tokenizer does not know.
@@ -68,7 +68,7 @@ def public_comparisons(
         check_prefixes(
             dialogue.encode_response, tokenizer.unk_token_id, section.good_prefix, section.bad_prefix
         )
-    drawn, counts = mixture(
+    drawn, counts = sample_mixture(
         section.sources,
         section.limit,
         seed=recipe.seed,
@@ -76,14 +76,14 @@ def public_comparisons(
         cache=run.folder / "parts" / "mixture" if run.is_main else None,
         fits=_fits(recipe, dialogue),
     )
-    thinned = [thin(c, section.max_responses) for c in drawn]
+    thinned = [subsample_responses(c, section.max_responses) for c in drawn]
     if run.is_main:
         for name, count in counts.items():
             print(f"pmp: {name}: {count}", flush=True)
     train, held_out = split_by_prompt(thinned, section.held_out, recipe.seed)
     if section.form == "binarized":
         train, held_out = (
-            [pair for c in part for pair in binarised(c, section.good_prefix, section.bad_prefix)]
+            [pair for c in part for pair in binarize(c, section.good_prefix, section.bad_prefix)]
             for part in (train, held_out)
         )
     if run.is_main:
@@ -93,7 +93,7 @@ def public_comparisons(
     return (train, held_out), {name: count.as_dict() for name, count in counts.items()}
 
 
-def _fits(recipe: Recipe, dialogue: Dialogue) -> Fits:
+def _fits(recipe: Recipe, dialogue: Dialogue) -> Filter:
     """Public questions are of any length: one beyond the limit is left out, unless the recipe truncates."""
     from rlhf.tokenization.dialogue import PromptTooLongError
 
@@ -106,7 +106,7 @@ def _fits(recipe: Recipe, dialogue: Dialogue) -> Fits:
 
     section = recipe.dialogue
     name = f"{dialogue.fingerprint()} {section.max_prompt_tokens} {section.on_long_prompts}"
-    return Fits(name, problem)
+    return Filter(name, problem)
 
 
 def main() -> None:

@@ -163,13 +163,6 @@ class Counts:
         """Count ``number`` of the items already in ``read`` as dropped for ``reason``."""
         self.dropped[reason] = self.dropped.get(reason, 0) + number
 
-    def merge(self, other: Counts) -> None:
-        """Add another reading to this one; reasons keep the order in which they were first met."""
-        self.read += other.read
-        self.duplicate_responses += other.duplicate_responses
-        for reason, number in other.dropped.items():
-            self.drop(reason, number)
-
     def as_dict(self) -> dict[str, int | dict[str, int]]:
         """The counts as JSON-able values, for a manifest."""
         return {

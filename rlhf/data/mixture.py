@@ -28,7 +28,7 @@ NOT_DRAWN = "not drawn: the source holds more than its share"
 
 
 @dataclass(frozen=True)
-class Fits:
+class Filter:
     """Which comparisons a training can use."""
 
     name: str
@@ -46,7 +46,7 @@ class Fits:
                 counts.drop(reason)
 
 
-def mixture(
+def sample_mixture(
     sources: Sequence[PmpSource],
     total: int,
     *,
@@ -54,7 +54,7 @@ def mixture(
     on_bad_rows: OnBadRows,
     key: str = "pmp.sources",
     cache: Path | None = None,
-    fits: Fits | None = None,
+    fits: Filter | None = None,
 ) -> tuple[list[Comparison], dict[str, Counts]]:
     """Draw ``total`` comparisons from the sources by their weights, without repeats, in random order.
 
@@ -103,7 +103,7 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     return result
 
 
-def thin(comparison: Comparison, max_responses: int) -> Comparison:
+def subsample_responses(comparison: Comparison, max_responses: int) -> Comparison:
     """At most ``max_responses`` (>= 2) responses at even distances in the order of preference.
 
     A best and a worst one stay, so a comparison with two different ranks keeps two. Ties are in the order of
@@ -125,7 +125,7 @@ def thin(comparison: Comparison, max_responses: int) -> Comparison:
     )
 
 
-def binarised(comparison: Comparison, good: str, bad: str) -> list[Comparison]:
+def binarize(comparison: Comparison, good: str, bad: str) -> list[Comparison]:
     """Each ordered pair A > B as two binary comparisons: good+A over bad+A, and bad+B over good+B.
 
     That is Askell 2021, section 4.1: the model has to say whether "good" or "bad" fits a text, and learns no
@@ -194,7 +194,7 @@ def _cached(
     seed: int,
     on_bad_rows: OnBadRows,
     key: str,
-    fits: Fits | None,
+    fits: Filter | None,
 ) -> tuple[list[Comparison], Counts]:
     """The drawn part of a source, from the cache where it has it, with the counts of its reading."""
     if cache is None:
@@ -224,7 +224,7 @@ def _cached(
 
 
 def _read(
-    files: Sequence[str], share: int, seed: int, on_bad_rows: OnBadRows, key: str, fits: Fits | None
+    files: Sequence[str], share: int, seed: int, on_bad_rows: OnBadRows, key: str, fits: Filter | None
 ) -> tuple[list[Comparison], Counts]:
     counts = Counts()
     stream = stream_comparisons(files, on_bad_rows=on_bad_rows, counts=counts, key=key)
