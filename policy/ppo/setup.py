@@ -151,7 +151,9 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
         if len(folders) > 1:
             print(f"score:     {_in_words(recipe)} of the {len(folders)} reward models")
         cut = backbone.frozen_layers
-        print(f"trunk:     {f'{cut} frozen layers, computed once a rollout' if cut else 'none'}", flush=True)
+        none = "none: ppo.trunk_gigabytes has no effect"
+        trunk = f"{cut} frozen layers, computed once a rollout" if cut else none
+        print(f"trunk:     {trunk}", flush=True)
     return backbone
 
 
