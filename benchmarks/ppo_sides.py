@@ -23,7 +23,7 @@ from benchmarks.harness import Figures
 from benchmarks.ppo_task import Task, dialogue_of
 from rlhf.data.prompts import read_prompts
 from rlhf.errors import UserError, exit_on_user_error
-from rlhf.models.onednn import product
+from rlhf.models.onednn import linear
 from rlhf.models.tiny import write_tiny_model
 from rlhf.runs.artifacts import read_json, write_json
 from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
@@ -92,7 +92,7 @@ def matmul_peak(size: int, repeats: int = 8) -> float:
     """Operations a second of the best of several float32 products of two squares, by BLAS or oneDNN."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     best = float("inf")
-    ways: list[Any] = [torch.mm, product]
+    ways: list[Any] = [torch.mm, linear]
     for multiply in ways * repeats:
         start = time.perf_counter()
         multiply(a, b)

@@ -1,6 +1,5 @@
 """Which prompts, rows and columns a rollout is made of, whatever the number of processes."""
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -169,7 +168,6 @@ def collected(
         world=world,
         shards_weights=shards_weights,
         any_process=bool,
-        whole_weights=lambda _: contextlib.nullcontext(),
         device=torch.device("cpu"),
     )
     section = Ppo(batch_size=8, temperature=temperature, **({"micro_batch_size": 8} | sizes))

@@ -120,7 +120,7 @@ def test_parts_without_weight_change_neither_gradients_nor_figures(tmp_path, mon
     found = []
     for more in (0, 3):
         monkeypatch.setattr(
-            "rlhf.training.hf_trainer.most_of_all", lambda number, device, more=more: number + more
+            "rlhf.training.hf_trainer.all_max", lambda number, device, more=more: number + more
         )
         trainer = trainer_of(tmp_path, model, "reward.tokens_per_micro_batch=70", "reward.lm_coef=0.5")
         ended = []

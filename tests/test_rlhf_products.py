@@ -8,7 +8,7 @@ from torch import nn
 from rlhf.models import onednn as products
 from rlhf.models.backbone import Backbone
 from rlhf.models.folding import folded_weights
-from rlhf.models.onednn import product, reordered, use_products
+from rlhf.models.onednn import linear, packed_weights, use_onednn
 from rlhf.models.tiny import tiny_model
 from rlhf.recipe.schema import Lora
 
@@ -36,10 +36,10 @@ def calls(monkeypatch):
 def test_a_product_is_the_linear_map_also_of_a_transposed_view(shape, bias, leading, calls):
     weight, b = torch.randn(shape[1], shape[0]), torch.randn(shape[1]) if bias else None
     x, back = torch.randn(*leading, shape[0]), torch.randn(*leading, shape[1])
-    torch.testing.assert_close(product(x, weight, b), F.linear(x, weight, b), rtol=0, atol=1e-4)
-    torch.testing.assert_close(product(back, weight.T), back @ weight, rtol=0, atol=1e-4)
+    torch.testing.assert_close(linear(x, weight, b), F.linear(x, weight, b), rtol=0, atol=1e-4)
+    torch.testing.assert_close(linear(back, weight.T), back @ weight, rtol=0, atol=1e-4)
     rows = x.transpose(0, -2)  # not contiguous
-    torch.testing.assert_close(product(rows, weight, b), F.linear(rows, weight, b), rtol=0, atol=1e-4)
+    torch.testing.assert_close(linear(rows, weight, b), F.linear(rows, weight, b), rtol=0, atol=1e-4)
     assert len(calls) == 3
 
 
@@ -51,7 +51,7 @@ def test_what_onednn_is_not_for_goes_the_plain_way(calls):
         (torch.randn(3, 8, dtype=torch.bfloat16), weight.bfloat16()),
         (torch.randn(0, 8), weight),
     ):
-        assert torch.equal(product(x, w), F.linear(x, w))
+        assert torch.equal(linear(x, w), F.linear(x, w))
     assert not calls
 
 
@@ -59,10 +59,10 @@ def test_a_machine_without_the_operator_has_the_same_result(monkeypatch):
     monkeypatch.setattr(products, "_operators", lambda: None)
     layer, x = nn.Linear(8, 4).requires_grad_(False), torch.randn(3, 8)
     expected = F.linear(x, layer.weight, layer.bias)
-    use_products(layer)
+    use_onednn(layer)
     assert torch.equal(layer(x), expected)
-    assert torch.equal(product(x, layer.weight, layer.bias), expected)
-    with reordered(layer, 3):
+    assert torch.equal(linear(x, layer.weight, layer.bias), expected)
+    with packed_weights(layer, 3):
         assert torch.equal(layer(x), expected)
 
 
@@ -90,7 +90,7 @@ def test_the_gradient_through_a_constant_map_is_autograds(bias, calls):
     x = torch.randn(2, 3, 8, requires_grad=True)
     torch.autograd.backward(F.linear(x, layer.weight, layer.bias).sin().sum())
     expected, x.grad = x.grad, None
-    use_products(layer)
+    use_onednn(layer)
     layer(x).sin().sum().backward()
     torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-5)
     assert calls == [(2, 3, 8), (2, 3, 5)]  # there and back
@@ -99,7 +99,7 @@ def test_the_gradient_through_a_constant_map_is_autograds(bias, calls):
 @here
 def test_a_map_that_learns_keeps_its_gradient(calls):
     layer, x = nn.Linear(8, 5), torch.randn(3, 8)
-    use_products(layer)
+    use_onednn(layer)
     layer(x).sum().backward()
     assert not calls
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(5, 8))
@@ -116,7 +116,7 @@ def test_reordered_maps_are_the_maps_they_stand_for(shape, bias):
     for rows in (1, 2, 5, 64):
         x = torch.randn(rows, 1, shape[0])
         expected = F.linear(x, layer.weight, layer.bias)
-        with torch.no_grad(), reordered(layer, 2):
+        with torch.no_grad(), packed_weights(layer, 2):
             assert "forward" in layer.__dict__
             got = layer(x)
         assert got.shape == expected.shape
@@ -143,28 +143,28 @@ def test_reordered_maps_run_with_the_folded_adapter_and_leave_nothing_behind(mon
             for role, expected in said.items():
                 model.activate(role)
                 assert (folded_weights(adapted) is not None) == (role == "policy")
-                with reordered(model.base, 2, folded_weights):
+                with packed_weights(model.base, 2, folded_weights):
                     assert (adapted.__dict__["forward"] is not inside) == (role == "policy")
                     # what does not run while it is folded has no copy
                     assert ("forward" in adapted.base_layer.__dict__) == (role != "policy")
                     torch.testing.assert_close(adapted(x), expected, rtol=0, atol=1e-5)
                 assert adapted.__dict__["forward"] is inside
-        with pytest.raises(ZeroDivisionError), reordered(model.base, 2):
+        with pytest.raises(ZeroDivisionError), packed_weights(model.base, 2):
             raise ZeroDivisionError
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 @here
-def test_reordering_goes_over_maps_that_use_products_and_gives_them_back():
+def test_reordering_goes_over_maps_that_use_onednn_and_gives_them_back():
     layer = nn.Linear(8, 5).requires_grad_(False)
-    use_products(layer)
+    use_onednn(layer)
     before = layer.__dict__["forward"]
-    with reordered(layer, 2):
+    with packed_weights(layer, 2):
         assert layer.__dict__["forward"] is not before
     assert layer.__dict__["forward"] is before
 
 
 def test_maps_in_half_precision_are_left_alone():
     layer = nn.Linear(4, 4, dtype=torch.bfloat16)
-    with reordered(layer, 2):
+    with packed_weights(layer, 2):
         assert "forward" not in layer.__dict__

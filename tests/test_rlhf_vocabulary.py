@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf.models.log_probs import chosen_log_probs
+from rlhf.models.log_probs import token_log_probs
 
 
 def _log_prob_case():
@@ -18,7 +18,7 @@ def _log_prob_case():
 
 @pytest.mark.parametrize("chunk", [1, 4, 15, 100])
 @pytest.mark.parametrize("masked", [False, True])
-def test_chosen_log_probs_equal_the_full_log_softmax_with_their_gradients(chunk, masked):
+def test_token_log_probs_equal_the_full_log_softmax_with_their_gradients(chunk, masked):
     hidden_BTD, weight_VD, targets_BT, mask_BT, weights_BT = _log_prob_case()
     mask_BT = mask_BT if masked else torch.ones_like(mask_BT)
 
@@ -29,7 +29,7 @@ def test_chosen_log_probs_equal_the_full_log_softmax_with_their_gradients(chunk,
     (expected_BT * weights_BT).sum().backward()
 
     hidden_2, weight_2 = hidden_BTD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
-    logp_BT, got_entropy_BT = chosen_log_probs(
+    logp_BT, got_entropy_BT = token_log_probs(
         hidden_2,
         lambda h: h @ weight_2.T,
         targets_BT,
@@ -44,7 +44,7 @@ def test_chosen_log_probs_equal_the_full_log_softmax_with_their_gradients(chunk,
     torch.testing.assert_close(hidden_2.grad, hidden_1.grad)
     torch.testing.assert_close(weight_2.grad, weight_1.grad)
     with torch.no_grad():
-        silent_BT, _ = chosen_log_probs(
+        silent_BT, _ = token_log_probs(
             hidden_2, lambda h: h @ weight_2.T, targets_BT, mask_BT, temperature=0.7, chunk=chunk
         )
     torch.testing.assert_close(silent_BT, expected_BT.detach())
@@ -64,7 +64,7 @@ def test_the_head_sees_only_counted_positions_a_chunk_at_a_time_and_its_logits_a
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        logp_BT, _ = chosen_log_probs(hidden_BTD, head, targets_BT, mask_BT, temperature=1.0, chunk=4)
+        logp_BT, _ = token_log_probs(hidden_BTD, head, targets_BT, mask_BT, temperature=1.0, chunk=4)
     assert sum(sizes) == int(mask_BT.sum())
     assert max(sizes) <= 4
     assert not [shape for shape in saved if len(shape) > 1 and shape[-1] == 11]
@@ -77,7 +77,7 @@ def test_log_probs_of_half_precision_states_are_float32_and_bear_logits_of_minus
     hidden_BTD, _, targets_BT, _, _ = _log_prob_case()
     bias_V = torch.zeros(11, dtype=torch.bfloat16).index_fill(0, torch.tensor([3]), -torch.inf)
     head = torch.nn.Linear(4, 11, dtype=torch.bfloat16)
-    logp_BT, entropy_BT = chosen_log_probs(
+    logp_BT, entropy_BT = token_log_probs(
         hidden_BTD.bfloat16(), lambda h: head(h) + bias_V, targets_BT, temperature=1.0, chunk=7
     )
     assert logp_BT.dtype == entropy_BT.dtype == torch.float32
@@ -88,7 +88,7 @@ def test_log_probs_of_half_precision_states_are_float32_and_bear_logits_of_minus
 def test_when_no_position_counts_the_log_probs_are_zero_and_backward_still_works():
     hidden_BTD, weight_VD, targets_BT, mask_BT, _ = _log_prob_case()
     hidden_BTD.requires_grad_()
-    logp_BT, _ = chosen_log_probs(
+    logp_BT, _ = token_log_probs(
         hidden_BTD,
         lambda h: h @ weight_VD.T,
         targets_BT,
@@ -105,7 +105,7 @@ def test_when_no_position_counts_the_log_probs_are_zero_and_backward_still_works
 def test_a_temperature_or_chunk_that_is_not_positive_is_an_error(temperature, chunk):
     hidden_BTD, weight_VD, targets_BT, _, _ = _log_prob_case()
     with pytest.raises(ValueError, match="must be positive"):
-        chosen_log_probs(
+        token_log_probs(
             hidden_BTD, lambda h: h @ weight_VD.T, targets_BT, temperature=temperature, chunk=chunk
         )
 
@@ -126,7 +126,7 @@ def test_a_frozen_head_gives_the_values_and_gradients_of_autograd_for_log_probs_
     grads, outs = [], []
     for head in (frozen(weight_VD), frozen(weight_VD, torch.zeros(11))):  # the second takes the general way
         states = hidden_BTD.clone().requires_grad_()
-        logp_BT, entropy_BT = chosen_log_probs(
+        logp_BT, entropy_BT = token_log_probs(
             states, head, targets_BT, mask_BT, temperature=0.7, chunk=chunk, differentiable_entropy=True
         )
         (logp_BT * weights_BT - 0.3 * weights_BT.square() * entropy_BT).sum().backward()
@@ -141,7 +141,7 @@ def test_the_entropy_carries_a_gradient_only_where_it_is_asked_for():
     hidden_BTD, weight_VD, targets_BT, _, _ = _log_prob_case()
     hidden_BTD.requires_grad_()
     for bias in (None, torch.zeros(11)):
-        _, entropy_BT = chosen_log_probs(
+        _, entropy_BT = token_log_probs(
             hidden_BTD, frozen(weight_VD, bias), targets_BT, temperature=1.0, chunk=4
         )
         assert not entropy_BT.requires_grad
@@ -151,7 +151,7 @@ def test_nothing_of_vocabulary_width_is_kept_for_the_backward_pass_of_a_frozen_h
     hidden_BTD, weight_VD, targets_BT, mask_BT, _ = _log_prob_case()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        chosen_log_probs(
+        token_log_probs(
             hidden_BTD.requires_grad_(), frozen(weight_VD), targets_BT, mask_BT, temperature=1.0, chunk=100
         )
     assert saved
@@ -161,5 +161,5 @@ def test_nothing_of_vocabulary_width_is_kept_for_the_backward_pass_of_a_frozen_h
 def test_a_head_that_learns_gets_its_gradient():
     hidden_BTD, weight_VD, targets_BT, _, _ = _log_prob_case()
     head = frozen(weight_VD).requires_grad_()
-    chosen_log_probs(hidden_BTD, head, targets_BT, temperature=1.0, chunk=4)[0].sum().backward()
+    token_log_probs(hidden_BTD, head, targets_BT, temperature=1.0, chunk=4)[0].sum().backward()
     assert float(head.weight.grad.abs().max()) > 0.1

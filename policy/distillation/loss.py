@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from rlhf.models.onednn import product
+from rlhf.models.onednn import linear
 
 LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
 
@@ -115,7 +115,7 @@ def _is_constant(head: Any) -> bool:
 
 def _logits(head: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> Tensor:
     """Logits without gradients, in float32; by the product that the student's loss takes, to the bit."""
-    return (product(hidden_ND, head.weight) if _is_constant(head) else head(hidden_ND)).float()  # type: ignore[attr-defined]
+    return (linear(hidden_ND, head.weight) if _is_constant(head) else head(hidden_ND)).float()  # type: ignore[attr-defined]
 
 
 class _Distil(torch.autograd.Function):
@@ -140,7 +140,7 @@ class _Distil(torch.autograd.Function):
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             indices_CK, teacher = indices_NK[part], Coarse(log_probs_NK[part], log_rest_N[part])
-            logits_CV = product(hidden_ND[part], weight_VD).float()  # as _logits
+            logits_CV = linear(hidden_ND[part], weight_VD).float()  # as _logits
             chosen_CK, rest_C, total_C = _masses(logits_CV, indices_CK, spoil=True)
             student = Coarse(chosen_CK - total_C[:, None], rest_C - total_C)
             kl_N[part] = coarse_kl(teacher, student)
@@ -151,7 +151,7 @@ class _Distil(torch.autograd.Function):
                 logits_CV.sub_(rest_C[:, None]).exp_().mul_(error_C[:, None])
                 error_CK = mass_C[:, None] * student.log_probs_NK.exp() - p_CK
                 logits_CV.scatter_(-1, indices_CK, error_CK)
-                slope_ND[part] = product(logits_CV.to(weight_VD.dtype), weight_VD.T)
+                slope_ND[part] = linear(logits_CV.to(weight_VD.dtype), weight_VD.T)
         ctx.save_for_backward(slope_ND)
         return kl_N
 

@@ -26,7 +26,7 @@ from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.tokenization.prompt_prefix import Context, window_of
-from rlhf.training.runtime import Runtime
+from rlhf.training.runtime import Runtime, gathered
 from rlhf.training.signals import StopRequest
 
 _SHARE = 0.05  # of the pre-training learning rate (Bai 2022, A.1)
@@ -45,7 +45,7 @@ def fit(recipe: Recipe, section: Distill, run: StageRun) -> dict[str, Any]:
         spoken = work.hear_the_teacher()
         before, at_start = work.before()
         trainer = work.train()
-        with work.runtime.whole_weights(work.student.module):
+        with gathered(work.student.module.parameters(), changed=False):
             after = work.look()
         found = figures(before, after, work.halves, work.groups, start=at_start)
         work.save()
@@ -160,7 +160,7 @@ class _Distillation:
 
     def save(self) -> None:
         """Write the result with its tokenizer."""
-        weights = self.runtime.whole_parameters() if self.runtime.shards_weights else None
+        weights = self.runtime.gather_state() if self.runtime.shards_weights else None
         if self.run.is_main:
             with full_disk_as_os_error():
                 result = self.student.export(self.run.folder, weights)

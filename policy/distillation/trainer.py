@@ -27,7 +27,7 @@ from rlhf.recipe.schema import Distill
 from rlhf.runs.artifacts import read_json, step_of, write_atomically
 from rlhf.runs.stage import StageRun
 from rlhf.training.metrics import Metrics
-from rlhf.training.runtime import Runtime, most_of_all
+from rlhf.training.runtime import Runtime, all_max
 from rlhf.training.schedule import learning_rate_factor
 
 SHOWN = {"distill/kl": ".4f"}
@@ -185,7 +185,7 @@ class DistillTrainer:
             ([own[n] for n in part], 1.0)
             for part in token_batches([width(self.passages[r]) for r in own], budget)
         ]
-        number = most_of_all(len(parts), self.runtime.device)
+        number = all_max(len(parts), self.runtime.device)
         return parts + [([rows[0]], 0.0)] * (number - len(parts))
 
     def _save(self) -> None:
@@ -195,7 +195,7 @@ class DistillTrainer:
 
     def _checkpoint(self) -> None:
         """Write everything that the next step depends on."""
-        weights = self.runtime.whole_parameters() if self.runtime.shards_weights else None
+        weights = self.runtime.gather_state() if self.runtime.shards_weights else None
         moments = self.runtime.optimizer_tensors()
         if self.run.is_main:
             self.run.checkpoints.clean()

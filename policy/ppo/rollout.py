@@ -22,7 +22,7 @@ from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.masks import action_mask, ended
 from rlhf.recipe.schema import Ppo
 from rlhf.tokenization.dialogue import Dialogue
-from rlhf.training.runtime import Runtime
+from rlhf.training.runtime import Runtime, gathered
 
 
 class Responses(NamedTuple):
@@ -261,7 +261,7 @@ def _sampled(
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), list(prompts[i]), i))
     pieces: list[tuple[Tensor, ...]] = []
     hidden_BTD: Tensor | None = None
-    with runtime.whole_weights(backbone), backbone.folded("policy"):
+    with gathered(backbone.parameters(), changed=False), backbone.folded("policy"):
         for first in range(0, len(rows), section.rollout_batch_size):
             part = order[first : first + section.rollout_batch_size]
             sampled = sample(

@@ -71,7 +71,7 @@ class AdapterWeights:
 
     def gathered(self) -> Adapters:
         """Every learning tensor, gathered from all shards; every process must call it."""
-        whole = self.runtime.whole_parameters()
+        whole = self.runtime.gather_state()
         return {
             adapter: {
                 name.removeprefix(f"{adapter}."): tensor

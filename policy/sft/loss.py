@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.models.backbone import Backbone
-from rlhf.models.log_probs import chosen_log_probs
+from rlhf.models.log_probs import token_log_probs
 from rlhf.models.packing import Laid, Row, attention_mask, lay, micro_batches
 from rlhf.recipe.load import Recipe
 from rlhf.runs.stage import processes
@@ -77,7 +77,7 @@ def log_probs(model: Any, laid: Laid, head: Any) -> tuple[Tensor, Tensor]:
         columns_S=laid.columns_S,
     )
     chunk = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
-    both = chosen_log_probs(states_SD[None], head, laid.targets_S[None], temperature=1.0, chunk=chunk)
+    both = token_log_probs(states_SD[None], head, laid.targets_S[None], temperature=1.0, chunk=chunk)
     return both[0][0], both[1][0]
 
 

@@ -33,7 +33,7 @@ from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
 from rlhf.training.hf_trainer import resumable
 from rlhf.training.metrics import Metrics
-from rlhf.training.runtime import load_bases_whole, whole_parameters
+from rlhf.training.runtime import clear_zero3_init, gathered
 
 
 def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def demonstrations(
 
 def fresh(recipe: Recipe, run: StageRun) -> Backbone:
     """The base with the one adapter that will learn, as it starts."""
-    load_bases_whole()
+    clear_zero3_init()
     torch.manual_seed(recipe.seed)
     base = gives_states(load_base(recipe.model))
     backbone = Backbone(base, recipe.lora, adapters=[ADAPTER], trainable=[ADAPTER])
@@ -199,7 +199,7 @@ def _exp(loss: Estimate) -> Estimate:
 def save(run: StageRun, backbone: Backbone, dialogue: Dialogue) -> None:
     """Write the adapter, gathered from whatever shards it, with the tokenizer."""
     folder: Path = run.folder / SAVED
-    with whole_parameters(list(backbone.parameters_of(ADAPTER).values())):
+    with gathered(list(backbone.parameters_of(ADAPTER).values())):
         if run.is_main:
             backbone.save_adapter(ADAPTER, folder)
             dialogue.tokenizer.save_pretrained(str(folder))

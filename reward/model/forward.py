@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reward.model.batch import Example, Packed, Trunk, as_example, micro_batches, pack
-from rlhf.models.log_probs import chosen_log_probs
+from rlhf.models.log_probs import token_log_probs
 from rlhf.models.packing import attention_mask
 from rlhf.training.progress import progress
 
@@ -57,7 +57,7 @@ def response_log_probs(hidden_NTD: Tensor, packed: Packed, vocabulary: nn.Module
     Both are 0 for responses that were not wanted. ``vocabulary`` maps hidden states to logits.
     """
     states_1SD = hidden_NTD[packed.states_2S[0], packed.states_2S[1]][None]
-    logps_S = chosen_log_probs(
+    logps_S = token_log_probs(
         states_1SD, vocabulary, packed.targets_S[None], temperature=1.0, chunk=_LOGITS_AT_ONCE
     )[0][0]
     shape = packed.mask_BK.shape

@@ -30,7 +30,7 @@ from rlhf.recipe.schema import Model
 from rlhf.runs.artifacts import read_json, write_json
 from rlhf.runs.stage import processes
 from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
-from rlhf.training.runtime import whole_parameters
+from rlhf.training.runtime import gathered
 
 CARD = "reward.json"
 _SETTINGS = "adapter_config.json"  # peft's; tensors alone do not say by how much an adapter is scaled
@@ -183,7 +183,7 @@ def vocabulary_head(recipe: Recipe, model: Any) -> nn.Module:
     decoder = model.base_model.model.base_model
     embedding = decoder.get_input_embeddings().weight
     if getattr(decoder.config.get_text_config(), "tie_word_embeddings", False):
-        with whole_parameters([embedding]):
+        with gathered([embedding]):
             head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
             apart = processes() > 1 and recipe.distributed.zero_stage == 3
             head.weight = (

@@ -39,7 +39,7 @@ from rlhf.runs.artifacts import MANIFEST, read_json, write_json
 from rlhf.runs.stage import StageRun, processes
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
-from rlhf.training.runtime import load_bases_whole, whole_parameters
+from rlhf.training.runtime import clear_zero3_init, gathered
 
 MODEL = "model"  # the saved reward model, below the stage's folder; further members are model-1, model-2, ...
 _RELOAD_TOLERANCE = 1e-3  # between the trained and the reloaded model's scores, in units of their spread
@@ -103,7 +103,7 @@ def _member(
     if kept.is_file():
         return dict(read_json(kept))
     section = recipe.reward
-    load_bases_whole()
+    clear_zero3_init()
     fresh = new_reward_model(recipe, dialogue, recipe.seed + member)
     results: dict[str, Any] = {}
     if section.head_init == "zero":
@@ -201,7 +201,7 @@ def _normalize(recipe: Recipe, model: Any, rows: Sequence[Example], dialogue: Di
         raise UserError(
             f"reward: {error}: the training failed; lower reward.learning_rate, or look at metrics.jsonl"
         ) from None
-    with whole_parameters([head_of(model).weight]):
+    with gathered([head_of(model).weight]):
         head_of(model).weight.mul_(gain)
     return {"gain": gain, "offset": offset, "reference_responses": number}
 
@@ -239,7 +239,7 @@ def accuracy(scores: Tensor, examples: Sequence[Example]) -> Estimate:
 
 def save(stage: StageRun, model: Any, folder: Path, card: RewardCard, dialogue: Dialogue) -> None:
     """Write a trained model, gathered from whatever shards it."""
-    with whole_parameters([p for p in model.parameters() if p.requires_grad]):
+    with gathered([p for p in model.parameters() if p.requires_grad]):
         if stage.is_main:
             save_reward_model(model, folder, card, dialogue)
     if processes() > 1:
@@ -255,7 +255,7 @@ def _check_reload(
     Raises:
         RuntimeError: the scores differ.
     """
-    load_bases_whole()
+    clear_zero3_init()
     backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["reward"], heads=["reward"])
     backbone.load_adapter("reward", folder)
     ids_NT, mask_NT = right_pad(rows, dialogue.pad_id)

@@ -23,7 +23,7 @@ from rlhf.generation.kv_cache import Decoding, distinct
 from rlhf.generation.sampling import pick, uniforms
 from rlhf.models.folding import folded_weights
 from rlhf.models.masks import left_pad, positions_from_mask
-from rlhf.models.onednn import reordered
+from rlhf.models.onednn import packed_weights
 
 
 class Rules(NamedTuple):
@@ -169,7 +169,7 @@ def write(
         hidden_LD = hidden_LD[of_B]
     said: list[list[int]] = [[] for _ in rows]
     row_L, open_L = list(range(len(rows))), [True] * len(rows)
-    with reordered(parts.model, len(rows), folded_weights):
+    with packed_weights(parts.model, len(rows), folded_weights):
         for t in range(limit):
             token_L = _choose(parts.head(hidden_LD).float(), uniform_BT[row_L, t], rules)
             for place, (row, token) in enumerate(zip(row_L, token_L.tolist(), strict=True)):

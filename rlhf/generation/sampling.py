@@ -20,7 +20,7 @@ from rlhf.generation.kv_cache import Decoding, TrunkRecord, distinct
 from rlhf.models.backbone import Backbone, layers_of
 from rlhf.models.folding import folded_weights
 from rlhf.models.masks import action_mask, ended, left_pad
-from rlhf.models.onednn import reordered
+from rlhf.models.onednn import packed_weights
 
 
 class Sampled(NamedTuple):
@@ -117,7 +117,7 @@ def sample(
             hidden_LD = hidden_LD[of_B]
         row_L = torch.arange(rows, device=device)
         going_L = torch.ones(rows, dtype=torch.bool, device=device)
-        with reordered(backbone.base, rows, folded_weights):
+        with packed_weights(backbone.base, rows, folded_weights):
             for t in range(limit):
                 picked_L, log_prob_L = pick(head(hidden_LD), uniform_BR[row_L, t], temperature)
                 token_L = torch.where(going_L, picked_L, pad_id)

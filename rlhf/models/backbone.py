@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
 from rlhf.models.folding import Folding
-from rlhf.models.log_probs import chosen_log_probs
+from rlhf.models.log_probs import token_log_probs
 from rlhf.models.lora import HEAD, lora_config, read_adapter, write_adapter
 from rlhf.models.masks import last_true_index, positions_from_mask
 from rlhf.recipe.schema import Lora
@@ -231,7 +231,7 @@ class Backbone(nn.Module):
             return self._values(role, hidden_BTD[:, start - 1 : -2])
         assert start is not None, "log-probs need the first response column"
         before_BRD = hidden_BTD[:, start - 1 : -2]
-        both = chosen_log_probs(
+        both = token_log_probs(
             before_BRD,
             self.base.get_output_embeddings(),
             ids_BT[:, start:-1],

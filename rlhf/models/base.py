@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from rlhf.errors import UserError
-from rlhf.models.onednn import use_products
+from rlhf.models.onednn import use_onednn
 from rlhf.recipe.schema import Model
 
 hf_logging.disable_progress_bar()
@@ -64,5 +64,5 @@ def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) ->
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     base.requires_grad_(False)
-    use_products(base)
+    use_onednn(base)
     return base.eval()

@@ -24,7 +24,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlhf.models.onednn import product
+from rlhf.models.onednn import linear
 
 
 class _Folded(torch.autograd.Function):
@@ -36,13 +36,13 @@ class _Folded(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, folded_OI, a_rI, b_Or)
         ctx.scaling = s
-        return product(x, folded_OI, bias_O)
+        return linear(x, folded_OI, bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, folded_OI, a_rI, b_Or = ctx.saved_tensors
-        grad_x = product(grad, folded_OI.T) if ctx.needs_input_grad[0] else None
+        grad_x = linear(grad, folded_OI.T) if ctx.needs_input_grad[0] else None
         grad_a = grad_b = None
         grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[3]:

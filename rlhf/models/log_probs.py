@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from rlhf.models.onednn import product
+from rlhf.models.onednn import linear
 
 
-def chosen_log_probs(
+def token_log_probs(
     hidden_BTD: Tensor,
     head: Callable[[Tensor], Tensor],
     targets_BT: Tensor,
@@ -49,7 +49,7 @@ def chosen_log_probs(
     if mask_BT is not None:
         hidden_ND, targets_N = hidden_BTD[mask_BT], targets_BT[mask_BT]
     if _is_frozen_linear(head):
-        logp_N, entropy_N = _Chosen.apply(
+        logp_N, entropy_N = _FrozenHeadLogProbs.apply(
             hidden_ND,
             head.weight,  # type: ignore[attr-defined]
             targets_N,
@@ -79,7 +79,7 @@ def _is_frozen_linear(head: Any) -> bool:
     )
 
 
-class _Chosen(torch.autograd.Function):
+class _FrozenHeadLogProbs(torch.autograd.Function):
     """Chosen log-probs and entropies under softmax(W h / temperature); W is a constant.
 
     d logp / d h = (W[target] - p W) / temperature, and d entropy / d h = -(p * (log p + entropy)) W /
@@ -104,7 +104,7 @@ class _Chosen(torch.autograd.Function):
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
             targets_C1 = targets_N[part, None]
-            logits_CV = product(hidden_ND[part], weight_VD).float()
+            logits_CV = linear(hidden_ND[part], weight_VD).float()
             if temperature != 1.0:
                 logits_CV /= temperature
             logits_CV -= logits_CV.logsumexp(dim=-1, keepdim=True)  # log-probs from here on
@@ -112,11 +112,11 @@ class _Chosen(torch.autograd.Function):
             p_CV = logits_CV.exp()
             entropy_N[part] = -torch.linalg.vecdot(p_CV, logits_CV)
             if slope_ND is not None:
-                mean_CD = product(p_CV.to(weight_VD.dtype), weight_VD.T)
+                mean_CD = linear(p_CV.to(weight_VD.dtype), weight_VD.T)
                 slope_ND[part] = (weight_VD[targets_C1[:, 0]] - mean_CD) / temperature
             if bend_ND is not None:
                 logits_CV.add_(entropy_N[part, None]).mul_(p_CV)
-                bend_ND[part] = product(logits_CV.to(weight_VD.dtype), weight_VD.T) / -temperature
+                bend_ND[part] = linear(logits_CV.to(weight_VD.dtype), weight_VD.T) / -temperature
         ctx.save_for_backward(slope_ND, bend_ND)
         return logp_N, entropy_N
 

@@ -52,7 +52,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b, [..., I] to [..., O], without gradients. ``weight_OI`` may be a transposed view."""
     found = _operators() if _suits(x, weight_OI) else None
     if found is None:
@@ -66,13 +66,13 @@ class _Constant(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight_OI)
-        return product(x, weight_OI, bias_O)
+        return linear(x, weight_OI, bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (weight_OI,) = ctx.saved_tensors
-        return product(grad, weight_OI.T), None, None
+        return linear(grad, weight_OI.T), None, None
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -82,12 +82,12 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     if not _suits(x, weight) or hasattr(weight, "ds_id"):
         return F.linear(x, weight, bias)
     if not (torch.is_grad_enabled() and (learns or x.requires_grad)):
-        return product(x, weight, bias)
+        return linear(x, weight, bias)
     return F.linear(x, weight, bias) if learns else _Constant.apply(x, weight, bias)
 
 
-def use_products(module: nn.Module) -> None:
-    """Have every plain linear map inside a module computed by :func:`product` from now on."""
+def use_onednn(module: nn.Module) -> None:
+    """Have every plain linear map inside a module computed by :func:`linear` from now on."""
     for layer in module.modules():
         if type(layer) is nn.Linear and "forward" not in layer.__dict__:
             layer.__dict__["forward"] = partial(_forward, layer)
@@ -97,7 +97,7 @@ Weights = Callable[[nn.Module], tuple[Tensor, Tensor | None] | None]
 
 
 @contextlib.contextmanager
-def reordered(module: nn.Module, rows: int, folded: Weights = lambda _: None) -> Iterator[None]:
+def packed_weights(module: nn.Module, rows: int, folded: Weights = lambda _: None) -> Iterator[None]:
     """Have linear maps computed from copies of their weights that are in the order oneDNN likes.
 
     For many passes of few rows without gradient, such as decoding; the copies are as large as the weights.

@@ -21,7 +21,7 @@ from rlhf.recipe.schema import PreferenceTraining, Sft
 from rlhf.runs.artifacts import Checkpoints
 from rlhf.runs.stage import processes, rank
 from rlhf.training.metrics import Metrics
-from rlhf.training.runtime import backward_part, deepspeed_config, join_cpu_processes, most_of_all
+from rlhf.training.runtime import all_max, backward_part, deepspeed_config, join_cpu_processes
 
 Sums = dict[str, float]
 
@@ -80,7 +80,7 @@ def accumulate(trainer: Any, parts: Sequence[Any], loss_of: Callable[[Any, float
         loss_of: a micro-batch's share of the loss; it gets the weight too, for what it counts.
     """
     device = trainer.args.device
-    number = most_of_all(len(parts), device)
+    number = all_max(len(parts), device)
     total = torch.zeros((), device=device)
     for index in range(number):
         part, weight = (parts[index], 1.0) if index < len(parts) else (parts[0], 0.0)

@@ -15,7 +15,7 @@ import datetime
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -71,7 +71,7 @@ def join_cpu_processes(section: Distributed) -> bool:
     return True
 
 
-def most_of_all(number: int, device: torch.device) -> int:
+def all_max(number: int, device: torch.device) -> int:
     """The largest of a number over all processes."""
     if processes() == 1:
         return number
@@ -105,18 +105,22 @@ def backward_part(accelerator: Accelerator, loss: Tensor, *, last: bool) -> None
 
 
 @contextlib.contextmanager
-def whole_parameters(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Have parameters in one piece while they are read or changed; ZeRO-3 keeps them in parts."""
-    if not any(hasattr(p, "ds_id") for p in parameters):
+def gathered(parameters: Iterable[Tensor], *, changed: bool = True) -> Iterator[None]:
+    """Have parameters in one piece inside; ZeRO-3 keeps them in parts. All processes must enter it.
+
+    changed: rank 0 may write to them, and hands its values on at the end.
+    """
+    some = list(parameters)
+    if not any(hasattr(p, "ds_id") for p in some):
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(some, modifier_rank=0 if changed else None):
         yield
 
 
-def load_bases_whole() -> None:
+def clear_zero3_init() -> None:
     """Let a base be loaded in one piece, whatever the ZeRO stage: it is looked at before it is sharded.
 
     transformers remembers the configuration that a plugin or a trainer was made with, and at stage 3 hands
@@ -157,7 +161,7 @@ class Runtime:
         # accelerate takes `cpu=True` for plain DistributedDataParallel and then ignores DeepSpeed
         alone_on_cpu = cpu and self.world == 1
         self.accelerator = Accelerator(cpu=alone_on_cpu, deepspeed_plugin=plugin, kwargs_handlers=handlers)
-        load_bases_whole()
+        clear_zero3_init()
         self.device = self.accelerator.device
         seed_everything(seed)
         self.model: Any = None
@@ -281,20 +285,9 @@ class Runtime:
         if self.world > 1:
             dist.barrier()
 
-    @contextlib.contextmanager
-    def whole_weights(self, module: nn.Module) -> Iterator[None]:
-        """Have all weights in one piece for a while, once, not once a layer and token (ZeRO-3 sampling)."""
-        if not self.shards_weights:
-            yield
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(module.parameters())):
-            yield
-
     # ---------------------------------------------------------------- checkpoints
 
-    def whole_parameters(self) -> dict[str, Tensor]:
+    def gather_state(self) -> dict[str, Tensor]:
         """Every learning parameter in float32, in one piece. All processes must call it."""
         if self.shards_weights:
             from deepspeed.utils import safe_get_full_fp32_param

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
 from reward.loss import head_init_std
-from rlhf.models.log_probs import chosen_log_probs
+from rlhf.models.log_probs import token_log_probs
 from rlhf.models.masks import last_true_index
 from studies.preference.data import END, PAD, VOCABULARY, WIDTH
 
@@ -78,7 +78,7 @@ class Rung(nn.Module):
         """Log-probability of every token after START and the topic: (logp, mask), both [B, T - 2]."""
         hidden_BTD = self.hidden(ids_BT, mask_BT)[:, 1:-1]
         mask = mask_BT[:, 2:]
-        logp, _ = chosen_log_probs(
+        logp, _ = token_log_probs(
             hidden_BTD, self._vocabulary, ids_BT[:, 2:], mask, temperature=1.0, chunk=mask.numel()
         )
         return logp, mask
