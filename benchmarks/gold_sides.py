@@ -55,7 +55,7 @@ def train_theirs(recipe: Recipe, run: Path, adapter: Path) -> Figures:
 
     from benchmarks.ppo_theirs import Watch, check_release, train
     from reward.model.ensemble import member_folders
-    from reward.model.model import read_card
+    from reward.model.model import load_config
     from rlhf.models.lora import lora_config
 
     check_release()
@@ -64,7 +64,7 @@ def train_theirs(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     seed_everything(recipe.seed)
     ppo, path = recipe.ppo, recipe.model.path
     folder = member_folders(run / "reward")[0]
-    card = read_card(folder)
+    config = load_config(folder)
 
     def scorer() -> Any:
         base = AutoModelForSequenceClassification.from_pretrained(
@@ -86,7 +86,7 @@ def train_theirs(recipe: Recipe, run: Path, adapter: Path) -> Figures:
         logits, score, last = plain(
             model, closed(ids, start, dialogue.eos_id, dialogue.pad_id), pad_id, start
         )
-        return logits, score + card.offset, last
+        return logits, score + config.offset, last
 
     settings = {
         "output_dir": str(adapter.parent / "trainer"),

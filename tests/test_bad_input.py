@@ -280,7 +280,7 @@ def test_batches_that_do_not_divide_over_the_processes_are_refused(lab, refused,
 def other_reward(folder, **card):
     """A copy of the run's reward model with another card."""
     shutil.copytree(folder / "runs" / "tiny" / "reward" / "model", folder / "mine")
-    file = folder / "mine" / "reward.json"
+    file = folder / "mine" / "reward_model.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | card))
     return "ppo.reward_model=mine"
 
@@ -309,7 +309,7 @@ def test_a_reward_model_of_another_tokenizer_needs_retokenise(lab, refused):
 
 def test_a_folder_without_a_reward_model_is_refused(lab, refused):
     (lab / "mine").mkdir()
-    assert "mine holds no reward model (reward.json is missing)" in refused(
+    assert "mine holds no reward model (reward_model.json is missing)" in refused(
         train.main, "ppo.reward_model=mine", *SHORT
     )
 

@@ -11,7 +11,7 @@ import policy.ppo.setup
 from policy.evaluate.__main__ import _judges
 from policy.ppo.rollout import Responses
 from policy.ppo.setup import SPREAD, EnsembleScore, assemble, check_rewards, reward_folders, score_function
-from reward.model.model import CARD, RewardCard, TextRewardModel
+from reward.model.model import CONFIG, RewardModelConfig, TextRewardModel
 from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.models.backbone import Backbone
@@ -41,14 +41,14 @@ def world(tmp_path, monkeypatch):
 
 
 def write_card(folder, **changes):
-    plain = dict.fromkeys(RewardCard._fields) | {
+    plain = dict.fromkeys(RewardModelConfig._fields) | {
         "base": "models/tiny",
         "contract": load_dialogue(tiny_recipe()).fingerprint(),
         "template": "plain",
         "max_prompt_tokens": 96,
         "max_response_tokens": 8,
     }
-    (folder / CARD).write_text(json.dumps(plain | changes))
+    (folder / CONFIG).write_text(json.dumps(plain | changes))
 
 
 @torch.no_grad()
@@ -331,7 +331,7 @@ def test_every_named_reward_model_must_be_a_folder(world):
         (f"[runs/no, {member(0)}]", "runs/no"),
         ("runs/no", "runs/no"),
         ("['']", "''"),
-        (f"{member(0)}/{CARD}", f"{member(0)}/{CARD}"),
+        (f"{member(0)}/{CONFIG}", f"{member(0)}/{CONFIG}"),
     ):
         with pytest.raises(UserError) as caught:
             tiny_recipe(f"ppo.reward_model={value}")

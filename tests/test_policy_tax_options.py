@@ -216,7 +216,7 @@ def test_humaneval_gets_its_options_and_leave_to_run(here, monkeypatch):
 def test_what_the_stage_reads_is_part_of_its_fingerprint(here):
     again("tax.arms=[prompted]", "tax.reference=prompted", f"tax.toxicity.judge={REWARD}", tasks=["toxicity"])
     noted = json.loads(Path("runs/tiny/tax/fingerprint.json").read_text())["inputs"]
-    for file in ("toxic.jsonl", "hhh.txt", "models/tiny/model.safetensors", f"{REWARD}/reward.json"):
+    for file in ("toxic.jsonl", "hhh.txt", "models/tiny/model.safetensors", f"{REWARD}/reward_model.json"):
         assert next(iter(input_hashes([file]).values())) in noted.values(), file
 
 

@@ -67,7 +67,7 @@ def told(figure):
 
 def card(comparisons, scores, **options):
     """A whole card, as the stage writes it."""
-    model = {"path": "runs/x/reward|model", "gain": 2.0, "files": {"reward.json": "a" * 64}}
+    model = {"path": "runs/x/reward|model", "gain": 2.0, "files": {"reward_model.json": "a" * 64}}
     return {
         "name": "x",
         "seed": 3,

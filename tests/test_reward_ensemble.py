@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward.model.ensemble import check_one_base, combine, member_folders, spread
-from reward.model.model import CARD, RewardCard
+from reward.model.model import CONFIG, RewardModelConfig
 from rlhf.errors import UserError
 
 SCORES = st.integers(1, 5).flatmap(
@@ -100,8 +100,12 @@ def test_a_gap_is_an_error_that_names_it(there, missing, tmp_path):
 
 def carded(folder, **card):
     folder.mkdir()
-    plain = dict.fromkeys(RewardCard._fields, "") | {"base": "models/a", "contract": "c", "offset": 0.0}
-    (folder / CARD).write_text(json.dumps(plain | card))
+    plain = dict.fromkeys(RewardModelConfig._fields, "") | {
+        "base": "models/a",
+        "contract": "c",
+        "offset": 0.0,
+    }
+    (folder / CONFIG).write_text(json.dumps(plain | card))
     return folder
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import reward.training.run
 from reward.model.batch import encode, micro_batches
 from reward.model.forward import score_examples
-from reward.model.model import TextRewardModel, head_of, new_reward_model, read_card
+from reward.model.model import TextRewardModel, head_of, load_config, new_reward_model
 from reward.training import __main__ as train
 from reward.training.trainer import PreferenceTrainer, train_preference_model
 from rlhf.errors import UserError
@@ -102,13 +102,13 @@ def test_training_moved_every_part_of_the_adapter(in_road):
 
 
 def test_the_folder_says_what_it_is(in_road):
-    card = read_card(in_road / MODEL)
+    card = load_config(in_road / MODEL)
     assert card.base == "models/tiny"
     assert card.contract == load_dialogue(tiny_recipe()).fingerprint()
     assert (card.template, card.max_prompt_tokens, card.max_response_tokens) == ("plain", 96, 8)
     assert (card.objective, card.end_of_context) == ("ranked", None)
     with pytest.raises(UserError, match="make reward"):
-        read_card(in_road / "models")
+        load_config(in_road / "models")
     found = results(in_road)
     assert found["reload_gap"] < 1e-4
     assert (found["gain"], found["offset"]) == (card.gain, card.offset)
@@ -178,7 +178,7 @@ def test_scores_have_mean_0_and_variance_1_and_the_gain_changes_no_comparison(re
 
     monkeypatch.setattr(reward.training.run, "normalization", lambda _: (1.0, 0.0))
     raw = TextRewardModel(retrained() / MODEL).score(*some)
-    card = read_card(usual / MODEL)
+    card = load_config(usual / MODEL)
     assert card.gain > 0
     assert abs(card.gain - 1) > 0.05
     torch.testing.assert_close(scores, card.gain * raw + card.offset, rtol=0, atol=1e-4)
@@ -236,7 +236,7 @@ def candidate_log_probs(folder, some):
 def test_an_imitation_ranks_candidates_by_their_log_probability(retrained, monkeypatch):
     folder = retrained("reward.objective=imitation")
     monkeypatch.chdir(folder)
-    found, card = results(folder), read_card(folder / MODEL)
+    found, card = results(folder), load_config(folder / MODEL)
     assert (card.objective, card.gain, card.offset) == ("imitation", 1.0, 0.0)
     for part, some in (("held_out", stored("held_out")), ("train", stored()[:10])):
         sums, means = candidate_log_probs(folder, some)
@@ -271,7 +271,7 @@ def test_a_start_is_the_other_model_and_goes_on_from_there(retrained, usual, beg
     assert f"reward: starts from {usual / MODEL} (29 tensors)" in capsys.readouterr().out
     monkeypatch.chdir(usual)
     model = TextRewardModel(usual / MODEL)
-    expected = model.score(*asked(stored("held_out"))) - model.card.offset
+    expected = model.score(*asked(stored("held_out"))) - model.config.offset
     torch.testing.assert_close(beginnings[0].scores, expected, rtol=0, atol=1e-4)
     assert beginnings[0].rows == 16
     old, new = load_file(usual / MODEL / WEIGHTS), load_file(folder / MODEL / WEIGHTS)

@@ -31,11 +31,11 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from reward.model.batch import encode, pack
 from reward.model.forward import check_packing, forward_packed, response_log_probs, score_examples, scores_of
 from reward.model.model import (
-    RewardCard,
+    RewardModelConfig,
     TextRewardModel,
     head_of,
+    load_config,
     new_reward_model,
-    read_card,
     save_reward_model,
     start_from,
     vocabulary_head,
@@ -240,7 +240,7 @@ def test_a_fresh_head_has_the_spread_of_the_papers():
 
 
 def saved(folder, model, dialogue, recipe, **card):
-    said = RewardCard(recipe.model.path, 0.0, 1.0, dialogue.fingerprint(), "plain", 96, 8, **card)
+    said = RewardModelConfig(recipe.model.path, 0.0, 1.0, dialogue.fingerprint(), "plain", 96, 8, **card)
     save_reward_model(model, folder, said, dialogue)
     return folder
 
@@ -305,7 +305,7 @@ def test_a_fresh_process_without_this_project_gets_the_same_scores(road, monkeyp
     torch.testing.assert_close(batch, single, rtol=0, atol=1e-4)
 
     folder = road / MODEL
-    offset = read_card(folder).offset
+    offset = load_config(folder).offset
     ours = TextRewardModel(folder).score(*asked(some))
     torch.testing.assert_close(ours, batch + offset, rtol=0, atol=1e-4)
     assert float(ours.std()) > 0.1
@@ -332,6 +332,14 @@ def test_a_model_that_reads_a_token_behind_eos_reads_it_wherever_it_is_loaded(tm
     torch.testing.assert_close(TextRewardModel(folder).score(*asked(some)), expected, rtol=0, atol=1e-4)
 
 
-def test_a_folder_without_a_card_is_no_reward_model(tmp_path):
+def test_a_model_of_an_earlier_version_is_read_by_the_former_name_of_its_configuration(tmp_path):
+    recipe, dialogue = tiny()
+    folder = saved(tmp_path / "model", awake(recipe, dialogue), dialogue, recipe)
+    config = load_config(folder)
+    (folder / "reward_model.json").rename(folder / "reward.json")
+    assert load_config(folder) == config
+
+
+def test_a_folder_without_a_configuration_is_no_reward_model(tmp_path):
     with pytest.raises(UserError, match="make reward"):
-        read_card(tmp_path)
+        load_config(tmp_path)

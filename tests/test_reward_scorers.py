@@ -339,9 +339,9 @@ class Ours:
 @pytest.fixture
 def ours(inside, monkeypatch):
     (inside / "mine").mkdir()
-    (inside / "mine" / "reward.json").write_text("{}")
+    (inside / "mine" / "reward_model.json").write_text("{}")
     fields = {"base": "b", "gain": 1.5}
-    monkeypatch.setattr(scorers, "read_card", lambda folder: Card(**fields))
+    monkeypatch.setattr(scorers, "load_config", lambda folder: Card(**{"objective": "ranked"} | fields))
     monkeypatch.setattr(scorers, "TextRewardModel", Ours)
     return fields
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from conftest import tiny_recipe
 
-from reward.model.model import RewardCard, new_reward_model, save_reward_model
+from reward.model.model import RewardModelConfig, new_reward_model, save_reward_model
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_base
 from rlhf.models.tiny import write_tiny_model
@@ -59,7 +59,7 @@ def reward_model(recipe, folder):
     """A reward model that nobody trained."""
     dialogue = load_dialogue(recipe)
     model = new_reward_model(recipe, dialogue, seed=5)
-    card = RewardCard(
+    card = RewardModelConfig(
         base=recipe.model.path,
         offset=0.25,
         gain=1.0,

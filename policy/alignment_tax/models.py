@@ -172,7 +172,7 @@ def base_of(adapter: str, recipe: Recipe) -> str:
 def model_files(place: str) -> list[Path]:
     """The files of a local model or adapter that decide what it says; a hub id has none here."""
     folder = Path(place).expanduser()
-    names = ("config.json", "reward.json", SETTINGS, "tokenizer.json", "*.safetensors", "*.bin", "*.jinja")
+    names = ("config.json", "reward*.json", SETTINGS, "tokenizer.json", "*.safetensors", "*.bin", "*.jinja")
     return [file for name in names for file in sorted(folder.glob(name)) if folder.is_dir()]
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from policy.ppo.rollout import Responses, RewardFn
 from reward.model.ensemble import Combination, check_one_base, combine, member_folders, spread
-from reward.model.model import TextRewardModel, check_has_score, check_same_contract, read_card
+from reward.model.model import TextRewardModel, check_has_score, check_same_contract, load_config
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
 from rlhf.models.masks import append_token
@@ -54,13 +54,13 @@ def check_rewards(recipe: Recipe, dialogue: Dialogue, folders: Sequence[Path]) -
     """
     check_one_base(folders)
     for folder in folders:
-        check_same_contract(read_card(folder), recipe, dialogue, folder)
+        check_same_contract(load_config(folder), recipe, dialogue, folder)
 
 
 def load_scorer(backbone: Backbone, adapter: str, folder: Path) -> str:
     """Read a reward model into an adapter, its head and its offset; returns where they come from."""
     count = backbone.load_adapter(adapter, folder)
-    backbone.set_offset(adapter, read_card(folder).offset)
+    backbone.set_offset(adapter, load_config(folder).offset)
     return f"{count} tensors of {folder} ({_hash_of(folder)})"
 
 
@@ -117,7 +117,7 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
     """
     folders = reward_folders(recipe, run)
     for folder in folders:
-        check_has_score(read_card(folder), folder)
+        check_has_score(load_config(folder), folder)
     names = reward_adapters(len(folders))
     section, start = recipe.ppo, start_folder(recipe, run, "ppo")
     rewards = () if section.retokenize else names

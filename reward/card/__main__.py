@@ -28,7 +28,7 @@ from rlhf.data.readers import read_comparisons
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import Recipe, from_command_line
-from rlhf.runs.artifacts import read_json, write_atomically, write_json
+from rlhf.runs.artifacts import SETTINGS, read_json, write_atomically, write_json
 from rlhf.runs.stage import RUNS, StageRun, input_hashes, open_stage
 from rlhf.training.progress import progress
 
@@ -118,14 +118,7 @@ def model_of(recipe: Recipe) -> str:
 def model_files(path: str) -> list[str]:
     """The files of a local model that decide its scores; a hub id has none here."""
     folder = Path(path).expanduser()
-    names = (
-        "reward.json",
-        "config.json",
-        "adapter_config.json",
-        "tokenizer.json",
-        "*.safetensors",
-        "*.jinja",
-    )
+    names = ("reward*.json", "config.json", SETTINGS, "tokenizer.json", "*.safetensors", "*.jinja")
     return [str(file) for name in names for file in sorted(folder.glob(name)) if folder.is_dir()]
 
 

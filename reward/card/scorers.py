@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from reward.card.ood import activations
-from reward.model.model import CARD, TextRewardModel, read_card
+from reward.model.model import TextRewardModel, config_file, load_config
 from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError
 from rlhf.models.base import best_device
@@ -58,8 +58,8 @@ def load_scorer(path: str, recipe: Recipe, *, key: str = "card.model") -> Scorer
     """The scorer at a path, on the best device.
 
     Args:
-        path: folder of a reward model of ours (it has ``reward.json``), of a classifier or of an adapter for
-            one; or the hub id of the latter two.
+        path: folder of a reward model of ours (it has ``reward_model.json``), of a classifier or of an
+            adapter for one; or the hub id of the latter two.
         recipe: its ``model`` section says the dtype and whether a model's own code may run.
         key: the recipe's key that names the path, for messages.
 
@@ -68,7 +68,7 @@ def load_scorer(path: str, recipe: Recipe, *, key: str = "card.model") -> Scorer
     """
     check_scorer(path, recipe, key=key)
     place = Path(path).expanduser()
-    if (place / CARD).is_file():
+    if config_file(place):
         return RewardModelScorer(place, path)
     return ClassifierScorer(str(place) if place.is_dir() else path, recipe, key)
 
@@ -82,8 +82,8 @@ def check_scorer(path: str, recipe: Recipe, *, key: str) -> None:
     place = Path(path).expanduser()
     if is_path(path) and not place.is_dir():
         raise UserError(f"{key}: {path} is not a folder; name a reward model's folder or a hub id")
-    if (place / CARD).is_file():
-        if getattr(read_card(place), "objective", "ranked") == "imitation":
+    if config_file(place):
+        if load_config(place).objective == "imitation":
             raise UserError(f"{key}: {path} was trained by imitation and gives no score; name a reward model")
         return
     where = str(place) if place.is_dir() else path
@@ -97,8 +97,8 @@ class RewardModelScorer:
     normalised = True
 
     def __init__(self, folder: Path, path: str) -> None:
-        self.card, self.path = read_card(folder), path
-        self.gain: float | None = getattr(self.card, "gain", None)
+        self.config, self.path = load_config(folder), path
+        self.gain: float | None = getattr(self.config, "gain", None)
         self.model = TextRewardModel(folder, best_device())
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
@@ -129,8 +129,8 @@ class RewardModelScorer:
         return activations(decoder, rows, self.model.dialogue.pad_id, layer)
 
     def describe(self) -> dict[str, Any]:
-        """The path and what ``reward.json`` says."""
-        return {"path": self.path, "kind": "reward model of this project", **self.card._asdict()}
+        """The path and what ``reward_model.json`` says."""
+        return {"path": self.path, "kind": "reward model of this project", **self.config._asdict()}
 
 
 class ClassifierScorer:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from reward.model.model import read_card
+from reward.model.model import load_config
 from rlhf.errors import UserError
 
 Combination = Literal["mean", "minimum", "pessimistic"]
@@ -77,12 +77,12 @@ def check_one_base(folders: Sequence[Path]) -> None:
     Raises:
         UserError: two differ; the remedy is to let each score the text by itself.
     """
-    first = read_card(folders[0])
+    first = load_config(folders[0])
     for folder in folders[1:]:
-        card = read_card(folder)
-        if card.base != first.base:
-            what = f"their bases are {first.base} and {card.base}"
-        elif card.contract != first.contract:
+        config = load_config(folder)
+        if config.base != first.base:
+            what = f"their bases are {first.base} and {config.base}"
+        elif config.contract != first.contract:
             what = "their tokenizers or templates differ"
         else:
             continue

@@ -1,8 +1,8 @@
 """The reward model as it is saved, loaded and asked for scores.
 
 A saved reward model is a peft adapter with its head for ``AutoModelForSequenceClassification``, the
-tokenizer, and ``reward.json`` with what those two cannot say: the offset (Hugging Face's head has no bias),
-the base, and the fingerprint of the token contract.
+tokenizer, and ``reward_model.json`` with what those two cannot hold: the offset (Hugging Face's head has no
+bias), the base, and the fingerprint of the token contract.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from rlhf.runs.stage import processes
 from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
 from rlhf.training.runtime import gathered
 
-CARD = "reward.json"
+CONFIG = "reward_model.json"
+FORMER_CONFIG = "reward.json"  # its name in earlier versions, whose models stay readable
 _SETTINGS = "adapter_config.json"  # peft's; tensors alone do not say by how much an adapter is scaled
 
 
-class RewardCard(NamedTuple):
-    """What ``reward.json`` says."""
+class RewardModelConfig(NamedTuple):
+    """What ``reward_model.json`` says."""
 
     base: str
     """Folder or hub id of the base model."""
@@ -194,49 +195,54 @@ def vocabulary_head(recipe: Recipe, model: Any) -> nn.Module:
     return causal.get_output_embeddings().to(embedding.device)
 
 
-def save_reward_model(model: PeftModel, folder: Path, card: RewardCard, dialogue: Dialogue) -> None:
-    """Write adapter, head, tokenizer and card."""
+def save_reward_model(model: PeftModel, folder: Path, config: RewardModelConfig, dialogue: Dialogue) -> None:
+    """Write adapter, head, tokenizer and configuration."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
     dialogue.tokenizer.save_pretrained(str(folder))
-    write_json(folder / CARD, card._asdict())
+    write_json(folder / CONFIG, config._asdict())
 
 
-def read_card(folder: Path) -> RewardCard:
-    """The card of a saved reward model.
+def config_file(folder: Path) -> Path | None:
+    """The file that makes a folder a reward model of ours, under its present or its former name."""
+    return next((folder / name for name in (CONFIG, FORMER_CONFIG) if (folder / name).is_file()), None)
+
+
+def load_config(folder: Path) -> RewardModelConfig:
+    """The configuration of a saved reward model.
 
     Raises:
         UserError: the folder holds no reward model of ours.
     """
-    file = folder / CARD
-    if not file.is_file():
-        raise UserError(f"{folder} holds no reward model ({CARD} is missing); run `make reward RECIPE=...`")
-    return RewardCard(**read_json(file))
+    file = config_file(folder)
+    if file is None:
+        raise UserError(f"{folder} holds no reward model ({CONFIG} is missing); run `make reward RECIPE=...`")
+    return RewardModelConfig(**read_json(file))
 
 
-def check_has_score(card: RewardCard, folder: Path) -> None:
+def check_has_score(config: RewardModelConfig, folder: Path) -> None:
     """A model trained by imitation has an adapter and an untrained head: it gives no score.
 
     Raises:
-        UserError: the card is that of such a model.
+        UserError: it is such a model.
     """
-    if card.objective == "imitation":
+    if config.objective == "imitation":
         raise UserError(
             f"{folder} was trained by imitation and gives no score; train it with reward.objective=ranked or "
             "binary, or name another reward model"
         )
 
 
-def check_same_contract(card: RewardCard, recipe: Recipe, dialogue: Dialogue, folder: Path) -> None:
+def check_same_contract(config: RewardModelConfig, recipe: Recipe, dialogue: Dialogue, folder: Path) -> None:
     """A reward adapter can share the policy's base only if it has a score, and the same base and tokens.
 
     Raises:
         UserError: it has no score; or they differ, and the remedy is to let it score decoded text as a model
             of its own.
     """
-    check_has_score(card, folder)
-    if card.base != recipe.model.path:
-        what = f"its base is {card.base}, this recipe's is {recipe.model.path}"
-    elif card.contract != dialogue.fingerprint():
+    check_has_score(config, folder)
+    if config.base != recipe.model.path:
+        what = f"its base is {config.base}, this recipe's is {recipe.model.path}"
+    elif config.contract != dialogue.fingerprint():
         what = "its tokenizer or template differs from this recipe's"
     else:
         return
@@ -258,19 +264,19 @@ class TextRewardModel:
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        self.card = read_card(folder)
-        check_has_score(self.card, folder)
+        self.config = load_config(folder)
+        check_has_score(self.config, folder)
         self.dialogue = Dialogue(
             load_tokenizer(folder),
-            template=self.card.template,
-            max_prompt_tokens=self.card.max_prompt_tokens,
-            max_response_tokens=self.card.max_response_tokens,
+            template=self.config.template,
+            max_prompt_tokens=self.config.max_prompt_tokens,
+            max_response_tokens=self.config.max_response_tokens,
             truncate_prompts=True,
-            end_of_context=self.card.end_of_context,
+            end_of_context=self.config.end_of_context,
         )
         base = reads_anywhere(
             load_base(
-                Model(path=self.card.base),
+                Model(path=self.config.base),
                 AutoModelForSequenceClassification,
                 num_labels=1,
                 pad_token_id=self.dialogue.pad_id,
@@ -299,4 +305,4 @@ class TextRewardModel:
         if self._share is None and any(len(e["responses"]) > 1 for e in examples):
             self._share = check_packing(self.model, examples, self.dialogue.pad_id) is None
         share = bool(self._share)
-        return score_examples(self.model, examples, self.dialogue.pad_id, share=share)[0] + self.card.offset
+        return score_examples(self.model, examples, self.dialogue.pad_id, share=share)[0] + self.config.offset

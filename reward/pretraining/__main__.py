@@ -25,7 +25,7 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     """Do the stage's work; returns the figures for the manifest."""
     from reward.model.batch import encode
     from reward.model.model import new_reward_model, start_from
-    from reward.training.run import MODEL, card_of, judge, save
+    from reward.training.run import MODEL, config_of, judge, save
     from reward.training.trainer import plan_forward, train_preference_model
     from rlhf.tokenization.dialogue import load_dialogue
 
@@ -44,7 +44,7 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     )  # fmt: skip
     figures, _ = judge(recipe, section, model, rows["held_out"], dialogue, plan)
     results: dict[str, Any] = {f"held_out_{name}": figure.as_dict() for name, figure in figures.items()}
-    save(run, model, run.folder / MODEL, card_of(recipe, dialogue, section, gain=1.0, offset=0.0), dialogue)
+    save(run, model, run.folder / MODEL, config_of(recipe, dialogue, section, gain=1.0, offset=0.0), dialogue)
     if run.is_main:
         found = figures["accuracy"]
         print(

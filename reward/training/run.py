@@ -15,10 +15,10 @@ from reward.loss import candidate_scores, normalization, pair_accuracy
 from reward.model.batch import Example, encode, layout
 from reward.model.forward import score_examples, scores_of
 from reward.model.model import (
-    RewardCard,
+    RewardModelConfig,
     head_of,
+    load_config,
     new_reward_model,
-    read_card,
     save_reward_model,
     start_from,
     start_tensors,
@@ -124,17 +124,17 @@ def _member(
     results |= {"prompts_shared": plan.share, "trunk_cached": plan.trunk is not None}
     scored = section.objective != "imitation"
     results |= _normalize(recipe, model, rows.train, dialogue) if scored else {"gain": 1.0, "offset": 0.0}
-    card = card_of(recipe, dialogue, section, gain=results["gain"], offset=results["offset"])
+    config = config_of(recipe, dialogue, section, gain=results["gain"], offset=results["offset"])
     judged = {"held_out": rows.held_out, "train": rows.train[: len(rows.held_out)]}
     for part, examples in judged.items():
         figures, scores = judge(recipe, section, model, examples, dialogue, plan)
         results |= {f"{part}_{name}": figure.as_dict() for name, figure in figures.items()}
         if part == "held_out":
-            results["scores"] = (scores + card.offset).tolist()
+            results["scores"] = (scores + config.offset).tolist()
     folder = model_folder(stage.folder, member)
-    save(stage, model, folder, card, dialogue)
+    save(stage, model, folder, config, dialogue)
     few = [[*e["prompt"], *e["responses"][0]] for e in rows.held_out[:4]]
-    expected = scores_of(model, few, dialogue.pad_id) + card.offset
+    expected = scores_of(model, few, dialogue.pad_id) + config.offset
     del model
     if stage.is_main:
         results["reload_gap"] = _check_reload(recipe, folder, few, expected, dialogue)
@@ -151,11 +151,11 @@ def start_folder(recipe: Recipe, stage: StageRun) -> Path | None:
     return stage.parent("pmp") / MODEL if start is None and recipe.pmp else start
 
 
-def card_of(
+def config_of(
     recipe: Recipe, dialogue: Dialogue, section: PreferenceTraining, *, gain: float, offset: float
-) -> RewardCard:
+) -> RewardModelConfig:
     """What is saved beside a trained model."""
-    return RewardCard(
+    return RewardModelConfig(
         base=recipe.model.path,
         offset=offset,
         gain=gain,
@@ -237,11 +237,11 @@ def accuracy(scores: Tensor, examples: Sequence[Example]) -> Estimate:
     return cluster_mean_interval(correct_B.numpy(), pairs_B.numpy())
 
 
-def save(stage: StageRun, model: Any, folder: Path, card: RewardCard, dialogue: Dialogue) -> None:
+def save(stage: StageRun, model: Any, folder: Path, config: RewardModelConfig, dialogue: Dialogue) -> None:
     """Write a trained model, gathered from whatever shards it."""
     with gathered([p for p in model.parameters() if p.requires_grad]):
         if stage.is_main:
-            save_reward_model(model, folder, card, dialogue)
+            save_reward_model(model, folder, config, dialogue)
     if processes() > 1:
         dist.barrier()
 
@@ -259,7 +259,7 @@ def _check_reload(
     backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["reward"], heads=["reward"])
     backbone.load_adapter("reward", folder)
     ids_NT, mask_NT = right_pad(rows, dialogue.pad_id)
-    scores = backbone("reward", ids_NT, mask_NT) + read_card(folder).offset
+    scores = backbone("reward", ids_NT, mask_NT) + load_config(folder).offset
     gap = float((scores - expected).abs().max())
     exact = backbone.base.dtype == torch.float32
     if gap > (_RELOAD_TOLERANCE if exact else _RELOAD_TOLERANCE_HALF):
