@@ -1,4 +1,4 @@
-"""The scripts of docs/library.md run as they stand, on a tiny random model."""
+"""The scripts of docs/library.md and docs/preference-models.md run as they stand, on a tiny random model."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,11 @@ from conftest import ROOT
 from rlhf.models.tiny import write_tiny_model
 from rlhf.training.metrics import read_metrics
 
-SCRIPTS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(encoding="utf-8"), re.S)
+SCRIPTS = [
+    script
+    for page in ("library.md", "preference-models.md")
+    for script in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S)
+]
 
 
 @pytest.fixture
@@ -28,3 +32,11 @@ def test_ppo_with_a_reward_function_of_ones_own(folder):
     assert all(row["objective/score"] < 0 for row in log)
     for adapter in ("policy", "value"):
         assert Path("runs/short", adapter, "adapter_model.safetensors").is_file()
+
+
+def test_a_reward_model_from_comparisons_in_python(folder):
+    script = next(text for text in SCRIPTS if "train_preference_model" in text)
+    exec(compile(script, "preference-models.md", "exec"), names := {"__name__": "script"})
+    good, bad = names["scores"].tolist()
+    assert good > bad
+    assert Path("runs/rivers/model/reward_model.json").is_file()

@@ -12,7 +12,6 @@ from policy.alignment_tax.comparison import (
     difference,
     intervals,
     item_rows,
-    sign_test,
     task_figures,
     verdict,
     verdicts,
@@ -80,13 +79,6 @@ def test_a_verdict_is_given_where_the_interval_leaves_0_out(ends, said):
     assert verdict(ends) == said
     assert verdict(ends, 0.04) == said
     assert verdict(ends, 0.05) == "open"
-
-
-@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (5, 0), (0, 6), (3, 4), (20, 9), (700, 600)])
-def test_the_sign_test_is_scipy_s_exact_one(wins, losses):
-    binomtest = pytest.importorskip("scipy.stats").binomtest
-    expected = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-    assert sign_test(wins, losses) == pytest.approx(expected)
 
 
 def test_items_that_are_right_or_wrong_need_the_sign_test_too():

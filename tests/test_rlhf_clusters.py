@@ -84,32 +84,6 @@ def test_the_interval_of_a_share_covers_the_truth_where_clusters_depend():
     assert naive / 400 < 0.9
 
 
-def test_a_difference_with_one_item_of_each_side_a_cluster_is_the_paired_one():
-    rng = np.random.default_rng(3)
-    x, y, name = rng.normal(size=30), rng.normal(size=30) + 1, np.arange(30)
-    assert ends(clusters.difference(x, name, y, name)) == pytest.approx(ends(mean_interval(x - y)))
-
-
-def test_a_difference_between_uneven_clusters_is_that_of_a_loop():
-    x, xc = np.array([1.0, 4.0, 2.0, 2.5]), [0, 0, 1, 3]
-    y, yc = np.array([3.0, 1.0, 7.0]), [1, 2, 2]
-    pull = dict.fromkeys(range(4), 0.0)
-    for v, g in zip(x, xc, strict=True):
-        pull[g] += (v - x.mean()) / 4
-    for v, g in zip(y, yc, strict=True):
-        pull[g] -= (v - y.mean()) / 3
-    error = math.sqrt(4 / 3 * sum(p * p for p in pull.values()))
-    gap = x.mean() - y.mean()
-    found = clusters.difference(x, xc, y, yc)
-    assert ends(found) == pytest.approx([gap, gap - 1.959964 * error, gap + 1.959964 * error])
-    assert found.n == 4
-
-
-def test_a_difference_from_nothing_is_unknown():
-    assert clusters.difference([], [], [1.0], [0]).n == 0
-    assert math.isnan(clusters.difference([1.0], [0], [2.0], [0]).low)
-
-
 def test_the_jackknife_of_a_mean_is_the_formula():
     x = np.random.default_rng(4).normal(size=80)
     found = clusters.jackknife(lambda kept: float(x[kept].mean()), np.arange(80))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.evals.outcome import Outcome, paired
+from rlhf.stats.tests import sign_test
 
 Figures = dict[str, Any]
 VERDICTS = ("better", "worse", "open")
@@ -118,20 +119,6 @@ def verdict(gain_ci95: Sequence[float] | None, p_sign: float | None = None) -> s
     if p_sign is not None and p_sign >= LEVEL:
         return "open"
     return "better" if gain_ci95[0] > 0 else "worse"
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p of so uneven a number of wins and losses if both were as likely; ties do not count.
-
-    min(1, 2 P(X <= min(wins, losses))), X binomial of wins + losses and 1/2: the exact form of McNemar's test
-    (1947) where items are right or wrong.
-    """
-    changed, fewer = wins + losses, min(wins, losses)
-    ways, tail = 1, 0
-    for i in range(fewer + 1):
-        tail += ways
-        ways = ways * (changed - i) // (i + 1)
-    return min(1.0, 2 * tail / 2**changed)
 
 
 def common(one: Outcome, other: Outcome) -> tuple[Outcome, Outcome]:

@@ -1,4 +1,4 @@
-"""What a reward model's scores are worth, in numbers: pairs, calibration, length, order. Pure numpy.
+"""What a reward model's scores are worth, in numbers: pairs, calibration, length. Pure numpy.
 
 A gap is the score of the response that the annotator preferred minus that of the other one: > 0 is right,
 0 counts 1/2. Suffixes: ``_N`` pair, ``_R`` response (all responses of all comparisons in one row), ``_K``
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from rlhf.stats import clustered
 from rlhf.stats.clustered import Floats, Indices
 from rlhf.stats.intervals import Z95, Estimate
+from rlhf.stats.tests import sign_test
 
 _NEWTON_STEPS = 100
 
@@ -25,34 +26,27 @@ class Pairs(NamedTuple):
     """Pairs of responses of one comparison; every field has one entry a pair."""
 
     better: Indices
-    """Position of the preferred response among all responses (of a tied pair: the first one)."""
+    """Position of the preferred response among all responses."""
     worse: Indices
     """Position of the other one."""
     comparison: Indices
     """Position of the comparison."""
 
 
-def labelled_pairs(ranks: Sequence[Sequence[int]]) -> tuple[Pairs, Pairs]:
-    """All pairs that the labels order, and all that they tie.
+def labelled_pairs(ranks: Sequence[Sequence[int]]) -> Pairs:
+    """All pairs that the labels order; a tie is no pair.
 
     ranks: of every comparison its ranks, 0 = best; the responses of all comparisons are numbered in order.
     """
-    ordered: list[tuple[int, int, int]] = []
-    tied: list[tuple[int, int, int]] = []
+    rows: list[tuple[int, int, int]] = []
     first = 0
     for comparison, ranks_K in enumerate(ranks):
         for i, rank in enumerate(ranks_K):
             for j in range(i + 1, len(ranks_K)):
-                if rank == ranks_K[j]:
-                    tied.append((first + i, first + j, comparison))
-                else:
+                if rank != ranks_K[j]:
                     a, b = (i, j) if rank < ranks_K[j] else (j, i)
-                    ordered.append((first + a, first + b, comparison))
+                    rows.append((first + a, first + b, comparison))
         first += len(ranks_K)
-    return _pairs(ordered), _pairs(tied)
-
-
-def _pairs(rows: list[tuple[int, int, int]]) -> Pairs:
     table = np.array(rows, dtype=np.intp).reshape(-1, 3)
     return Pairs(table[:, 0], table[:, 1], table[:, 2])
 
@@ -231,39 +225,12 @@ def without_length(scores: ArrayLike, lengths: ArrayLike, comparisons: ArrayLike
     return scores_R - effect * np.asarray(lengths, dtype=np.float64).ravel(), effect
 
 
-def cyclic_triples(preference_KK: ArrayLike) -> tuple[int, int]:
-    """Number of cyclic triples (A over B, B over C, C over A), and of triples with all three pairs decided.
-
-    preference_KK: [i, j] is how often (or how surely) i was preferred to j; a pair is decided where [i, j]
-    and [j, i] differ. Their ratio is 0 for any scalar score, and 1/4 for coin flips (Kendall and Babington
-    Smith 1940).
-    """
-    preference = np.asarray(preference_KK, dtype=np.float64)
-    beats = (preference > preference.T).astype(np.int64)
-    decided = beats + beats.T
-    return int(np.trace(beats @ beats @ beats)) // 3, int(np.trace(decided @ decided @ decided)) // 6
-
-
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value that two models are right equally often (McNemar 1947).
-
-    only_first, only_second: pairs that one model gets right and the other wrong. Twice the smaller binomial
-    tail at 1/2, at most 1.
-    """
-    total, few = only_first + only_second, min(only_first, only_second)
-    if total == 0:
-        return 1.0
-    whole = math.lgamma(total + 1) - total * math.log(2)
-    logs = [whole - math.lgamma(i + 1) - math.lgamma(total - i + 1) for i in range(few + 1)]
-    return min(1.0, 2.0 * math.fsum(map(math.exp, logs)))
-
-
 def compared(gaps: ArrayLike, other_gaps: ArrayLike, clusters: ArrayLike) -> dict[str, Any]:
     """Two models on the same pairs: accuracies, their paired difference (first minus second), agreement.
 
     Returns estimates ``accuracy``, ``other_accuracy``, ``difference``, ``agreement`` (share of pairs that
-    both put in the same order; where one scores equally it is 1/2), and McNemar's ``only_first``,
-    ``only_second`` and ``p_value`` over pairs that neither scores equally.
+    both put in the same order; where one scores equally it is 1/2), and ``only_first``,
+    ``only_second`` and McNemar's exact ``p_value`` (1947) over pairs that neither scores equally.
     """
     gaps_N, other_N = (np.asarray(x, dtype=np.float64).ravel() for x in (gaps, other_gaps))
     first_N, second_N = right(gaps_N), right(other_N)
@@ -276,5 +243,5 @@ def compared(gaps: ArrayLike, other_gaps: ArrayLike, clusters: ArrayLike) -> dic
         "agreement": clustered.share(right(np.sign(gaps_N) * np.sign(other_N)), clusters),
         "only_first": only_first,
         "only_second": only_second,
-        "p_value": mcnemar(only_first, only_second),
+        "p_value": sign_test(only_first, only_second),
     }

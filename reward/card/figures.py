@@ -8,7 +8,6 @@ Suffixes as in ``reward.card.calibration``: ``_N`` pair, ``_R`` response.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +25,7 @@ from rlhf.stats.intervals import Estimate
 
 ABOUT_EQUAL = 0.1  # two lengths that differ by at most this share of the longer one
 MOST_GROUPS = 20  # sources listed by name
-FEW_VALUES = 5  # so many different confidences are listed one by one, more in thirds
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-# a word is a run of characters, or one character of a script that is written without spaces
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,8 @@ class Scored:
 
 
 def words(text: str) -> int:
-    """Number of words of a text; every character counts where a script has no spaces."""
-    return len(_WORD.findall(text))
+    """Number of words of a text: runs of characters between white space."""
+    return len(text.split())
 
 
 def figures(scored: Scored, *, bins: int, near_tie: float, against_R: Floats | None = None) -> dict[str, Any]:
@@ -66,7 +62,7 @@ def figures(scored: Scored, *, bins: int, near_tie: float, against_R: Floats | N
     prompt_C = np.array([keys[prompt_key(c.prompt)] for c in comparisons], dtype=np.intp)
     owner_R = np.repeat(np.arange(len(comparisons)), [len(c.responses) for c in comparisons])
     words_R = np.array([words(r) for c in comparisons for r in c.responses], dtype=np.float64)
-    pairs, tied = calibrate.labelled_pairs([c.ranks for c in comparisons])
+    pairs = calibrate.labelled_pairs([c.ranks for c in comparisons])
     prompt_N = prompt_C[pairs.comparison]
     gaps_N = scores_R[pairs.better] - scores_R[pairs.worse]
     unit, of = (1.0, "normalised score") if scored.normalised else (_spread(scores_R), "standard deviation")
@@ -79,11 +75,7 @@ def figures(scored: Scored, *, bins: int, near_tie: float, against_R: Floats | N
         "calibration": _calibration(gaps_N, prompt_N, bins, scored.gain),
         "length": _length(scored, pairs, gaps_N, prompt_C, owner_R, words_R),
         "near_ties": {"near_tie": near_tie, "of": of, **_near_ties(gaps_N, prompt_N, near_tie * unit)},
-        "tied_labels": _tied_labels(
-            gaps_N, prompt_N, scores_R[tied.better] - scores_R[tied.worse], prompt_C[tied.comparison]
-        ),
         "scores": _scores(scored, prompt_C[owner_R]),
-        "order": label_order(comparisons),
         "against": None
         if against_R is None
         else _against(gaps_N, against_R[pairs.better] - against_R[pairs.worse], prompt_N)
@@ -110,10 +102,10 @@ def _accuracy(
 ) -> dict[str, Any]:
     comparisons, right_N = scored.comparisons, calibrate.right(gaps_N)
 
-    def by(labels: Sequence[str | None], order: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        label_N = np.array(["" if x is None else x for x in labels], dtype=object)
+    def by(labels: Sequence[str], order: Sequence[str]) -> list[dict[str, Any]]:
+        label_N = np.array(labels, dtype=object)
         found = []
-        for name in order or sorted({x for x in labels if x is not None}):
+        for name in order:
             inside = label_N == name
             if inside.any():
                 share = clustered.share(right_N[inside], prompt_N[inside])
@@ -125,12 +117,6 @@ def _accuracy(
     better, worse = words_R[pairs.better], words_R[pairs.worse]
     equal = np.abs(better - worse) <= ABOUT_EQUAL * np.maximum(better, worse)
     longer = np.where(equal, "about equal", np.where(better > worse, "longer", "shorter"))
-    total, total_order = thirds(better + worse, "{:.0f} to {:.0f} words")
-    level, level_order = thirds(
-        (scored.scores_R[pairs.better] + scored.scores_R[pairs.worse]) / 2 - float(scored.scores_R.mean()),
-        "{:.2f} to {:.2f}",
-    )
-    confidence, confidence_order = _confidences([c.confidence for c in of_pair])
     k = [len(c.responses) for c in of_pair]
     return {
         "overall": figure(clustered.share(right_N, prompt_N), pairs=int(gaps_N.size)),
@@ -138,9 +124,6 @@ def _accuracy(
         "by_source": by(sources, source_order),
         "by_k": by([str(x) for x in k], [str(x) for x in sorted(set(k))]),
         "by_better_length": by(list(longer), ("longer", "about equal", "shorter")),
-        "by_total_length": by(total, total_order),
-        "by_confidence": by(confidence, confidence_order),
-        "by_score_level": by(level, level_order),
     }
 
 
@@ -154,28 +137,6 @@ def _most_common(names: Sequence[str]) -> tuple[list[str], list[str]]:
         return list(names), order
     listed, rest = set(order[: MOST_GROUPS - 1]), f"{len(order) - MOST_GROUPS + 1} other sources"
     return [n if n in listed else rest for n in names], [*order[: MOST_GROUPS - 1], rest]
-
-
-def thirds(x: Floats, form: str) -> tuple[list[str], list[str]]:
-    """The label of every value, ``form`` filled with the ends of its third, and the labels in their order."""
-    third_N = calibrate.equal_bins(x, 3)
-    labels = {int(t): form.format(x[third_N == t].min(), x[third_N == t].max()) for t in np.unique(third_N)}
-    return [labels[int(t)] for t in third_N], list(dict.fromkeys(labels.values()))
-
-
-def _confidences(values: Sequence[float | None]) -> tuple[list[str | None], list[str]]:
-    recorded = [v for v in values if v is not None]
-    if not recorded:
-        return [None] * len(values), []
-    different = sorted(set(recorded))
-    rest = [] if len(recorded) == len(values) else ["not recorded"]
-    if len(different) <= FEW_VALUES:
-        labels = [f"{v:g}" for v in recorded]
-        order = list(dict.fromkeys(f"{v:g}" for v in different))
-    else:
-        labels, order = thirds(np.array(recorded), "{:.2f} to {:.2f}")
-    following = iter(labels)
-    return ["not recorded" if v is None else next(following) for v in values], [*order, *rest]
 
 
 def _calibration(gaps_N: Floats, prompt_N: Indices, bins: int, gain: float | None) -> dict[str, Any]:
@@ -239,16 +200,6 @@ def _near_ties(gaps_N: Floats, prompt_N: Indices, threshold: float) -> dict[str,
     }
 
 
-def _tied_labels(gaps_N: Floats, prompt_N: Indices, tied_M: Floats, prompt_M: Indices) -> dict[str, Any]:
-    """Mean absolute gaps of pairs that the annotator tied (_M) and of those put in order."""
-    tied, ordered = np.abs(tied_M), np.abs(gaps_N)
-    return {
-        "tied": figure(clustered.mean(tied, prompt_M), pairs=int(tied.size)),
-        "ordered": figure(clustered.mean(ordered, prompt_N), pairs=int(ordered.size)),
-        "tied_minus_ordered": figure(clustered.difference(tied, prompt_M, ordered, prompt_N)),
-    }
-
-
 def _scores(scored: Scored, prompt_R: Indices) -> dict[str, Any]:
     scores_R, number = scored.scores_R, int(scored.scores_R.size)
     centre = float(scores_R.mean())
@@ -281,68 +232,3 @@ def _score_correlation(
         ),
         "correlation_within": figure(calibrate.correlation(one, other, prompt_R), responses=int(one.size)),
     }
-
-
-def label_order(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Whether the labels themselves can come from one order: contradicted pairs and cyclic triples.
-
-    Looked at are comparisons of one prompt that share responses with each other. A pair is contradicted
-    where one of them prefers A to B and another B to A, out of the pairs that at least two of them order. A
-    triple is cyclic by majority; triples with an undecided pair do not count. No scalar score can follow
-    either: it is wrong on at least one of the labels.
-    """
-    contradicted: list[float] = []
-    cyclic: list[int] = []
-    triples: list[int] = []
-    pair_prompts: list[int] = []
-    triple_prompts: list[int] = []
-    linked = _linked(comparisons)
-    for prompt, group in linked:
-        texts = {
-            text: i for i, text in enumerate(dict.fromkeys(t.strip() for c in group for t in c.responses))
-        }
-        wins_KK = np.zeros((len(texts), len(texts)), dtype=np.int64)
-        for c in group:
-            at = np.array([texts[t.strip()] for t in c.responses])
-            ranks = np.array(c.ranks)
-            np.add.at(wins_KK, (at[:, None], at[None, :]), ranks[:, None] < ranks[None, :])
-        upper = np.triu_indices(len(texts), 1)
-        one, other = wins_KK[upper], wins_KK.T[upper]
-        repeated = one + other >= 2
-        contradicted += ((one > 0) & (other > 0))[repeated].astype(float).tolist()
-        pair_prompts += [prompt] * int(repeated.sum())
-        found = calibrate.cyclic_triples(wins_KK)
-        cyclic.append(found[0])
-        triples.append(found[1])
-        triple_prompts += [prompt] * found[1]
-    outcomes = [float(i < c) for c, t in zip(cyclic, triples, strict=True) for i in range(t)]
-    return {
-        "comparisons": sum(len(group) for _, group in linked),
-        "contradicted_pairs": int(sum(contradicted)),
-        "contradicted": figure(clustered.share(contradicted, pair_prompts), pairs=len(contradicted)),
-        "cyclic_triples": sum(cyclic),
-        "cyclic": figure(clustered.share(outcomes, triple_prompts), triples=sum(triples)),
-    }
-
-
-def _linked(comparisons: Sequence[Comparison]) -> list[tuple[int, list[Comparison]]]:
-    """Groups of two or more comparisons of one prompt that hang together by common responses."""
-    parent = list(range(len(comparisons)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    prompts: dict[str, int] = {}
-    seen: dict[tuple[int, str], int] = {}
-    of: list[int] = []
-    for i, c in enumerate(comparisons):
-        of.append(prompts.setdefault(prompt_key(c.prompt), len(prompts)))
-        for text in c.responses:
-            parent[root(i)] = root(seen.setdefault((of[i], text.strip()), i))
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(comparisons)):
-        groups[root(i)].append(i)
-    return [(of[g[0]], [comparisons[i] for i in g]) for g in groups.values() if len(g) > 1]

@@ -16,18 +16,6 @@ _GROUPS = (  # key of the accuracy, title, how to read it
         "By the length of the preferred response against the other one (about equal: within 10% in words). A "
         "model that follows length is good in the first row and bad in the last.",
     ),
-    ("by_total_length", "both together", "By the length of the pair, in thirds."),
-    (
-        "by_confidence",
-        "confidence",
-        "By the annotator's confidence: where people are sure a good model should be right more often.",
-    ),
-    (
-        "by_score_level",
-        "mean score",
-        "By the mean score of the pair (0 = the file's mean), in thirds. Preference models tend to get worse "
-        "among responses that they score high (Bai 2022), which is where PPO takes the policy.",
-    ),
 )
 
 
@@ -42,9 +30,8 @@ def as_markdown(card: dict[str, Any]) -> str:
         _accuracy(card),
         _calibration(card),
         _length(card["length"]),
-        _near_ties(card),
+        _near_ties(card["near_ties"]),
         _scores(card),
-        _order(card["order"]),
     ]
     if card.get("against"):
         sections.append(_against(card))
@@ -236,30 +223,20 @@ def _length(length: dict[str, Any]) -> str:
     )
 
 
-def _near_ties(card: dict[str, Any]) -> str:
-    near, tied = card["near_ties"], card["tied_labels"]
-    threshold = near["threshold"]
+def _near_ties(near: dict[str, Any]) -> str:
     rows = [
         ["share of pairs", *_counted(near["share"])],
         ["accuracy on near-ties", *_counted(near["accuracy"])],
         ["accuracy on the others", *_counted(near["accuracy_of_others"])],
     ]
-    parts = [
-        "## Near-ties\n",
-        f"Pairs whose scores differ by less than {threshold:.3f} ({near['near_tie']:g} of the {near['of']}): "
-        "the model has no opinion, and its accuracy there should be near 50%.\n",
-        table(["figure", "value", "95% interval", "pairs", "prompts"], rows),
-    ]
-    if tied["tied"]["pairs"]:
-        line = (
-            f"The annotators tied {tied['tied']['pairs']:,} pairs. Mean absolute gap of the scores on them "
-            f"{plain(tied['tied'], '.3f')}, on ordered pairs {plain(tied['ordered'], '.3f')}, difference "
-            f"{plain(tied['tied_minus_ordered'], '.3f')}: below 0 = the model, too, sees less of a "
-            "difference there.\n"
-        )
-    else:
-        line = "No two responses are tied by the annotators.\n"
-    return "\n".join([*parts, line])
+    return "\n".join(
+        [
+            "## Near-ties\n",
+            f"Pairs whose scores differ by less than {near['threshold']:.3f} ({near['near_tie']:g} of the "
+            f"{near['of']}): the model has no opinion, and its accuracy there should be near 50%.\n",
+            table(["figure", "value", "95% interval", "pairs", "prompts"], rows),
+        ]
+    )
 
 
 def _scores(card: dict[str, Any]) -> str:
@@ -281,24 +258,6 @@ def _scores(card: dict[str, Any]) -> str:
             f"{percent(cut)} of the responses.\n"
         )
     return "\n".join(lines)
-
-
-def _order(order: dict[str, Any]) -> str:
-    scalar = (
-        "A model that gives each response one number cannot prefer A to B, B to C and C to A: where the "
-        "labels do, or where they contradict each other, no such model can be right on all of them."
-    )
-    if not order["comparisons"]:
-        seen = "No two comparisons of this file share a prompt and a response, so neither can be seen."
-    else:
-        seen = (
-            f"{order['comparisons']:,} comparisons share prompt and responses with others. Of "
-            f"{_count(order['contradicted']['pairs'], 'pair')} ordered more than once "
-            f"{order['contradicted_pairs']:,} are contradicted ({percent(order['contradicted'])}); of "
-            f"{_count(order['cyclic']['triples'], 'triple')} {order['cyclic_triples']:,} go in a circle "
-            f"({percent(order['cyclic'])}; 25% for coin flips)."
-        )
-    return f"## Order\n\n{scalar} {seen}\n"
 
 
 def _against(card: dict[str, Any]) -> str:

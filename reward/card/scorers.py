@@ -28,10 +28,9 @@ from rlhf.models.base import best_device
 from rlhf.models.masks import right_pad
 from rlhf.models.token_batches import token_batches
 from rlhf.recipe.load import Recipe, is_path
+from rlhf.runs.artifacts import SETTINGS, WEIGHTS
 from rlhf.tokenization.dialogue import load_tokenizer
 
-ADAPTER = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENS_AT_ONCE = 4096  # tokens, padding included, of one forward pass
 _NO_LIMIT = 10**9  # a tokenizer without a limit says more than this
 
@@ -261,8 +260,8 @@ def _load(path: str, recipe: Recipe, key: str) -> tuple[Any, str, bool]:
             )
         return model, path, True
     base, local = str(adapter.base_model_name_or_path), Path(path).is_dir()
-    if local and not (Path(path) / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{key}: {path}/{ADAPTER_WEIGHTS} is not there; only safetensors are read")
+    if local and not (Path(path) / WEIGHTS).is_file():
+        raise UserError(f"{key}: {path}/{WEIGHTS} is not there; only safetensors are read")
     if is_path(base) and not Path(base).is_dir():
         raise UserError(f"{key}: the base of {path} is not there: no folder {base}; run where it is")
     model, missing = _classifier(base, recipe, f"{key}: the base of {path}", num_labels=1)
@@ -277,13 +276,13 @@ def _load(path: str, recipe: Recipe, key: str) -> tuple[Any, str, bool]:
 
 def _adapter_of(path: str, key: str) -> PeftConfig | None:
     """The configuration of a peft adapter for a sequence classifier, None where the path is no adapter."""
-    if Path(path).is_dir() and not (Path(path) / ADAPTER).is_file():
+    if Path(path).is_dir() and not (Path(path) / SETTINGS).is_file():
         return None
     try:
         adapter = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
         if Path(path).is_dir():
-            raise UserError(f"{key}: {path}/{ADAPTER} cannot be read ({_line(error)})") from None
+            raise UserError(f"{key}: {path}/{SETTINGS} cannot be read ({_line(error)})") from None
         return None
     task = getattr(adapter.task_type, "value", adapter.task_type)
     if task != "SEQ_CLS":

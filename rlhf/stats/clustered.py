@@ -1,4 +1,4 @@
-"""Means, shares, differences and correlations of items that come in dependent clusters, with 95% intervals.
+"""Means, shares and correlations of items that come in dependent clusters, with 95% intervals.
 
 The items of a cluster (pairs of one prompt, say) may depend on each other, clusters are independent. Plain
 numpy in, :class:`Estimate` out, whose ``n`` is the number of clusters. Suffixes: ``_N`` item, ``_G`` cluster.
@@ -58,32 +58,6 @@ def share(values: ArrayLike, clusters: ArrayLike) -> Estimate:
         error = (plain.high - plain.low) / (2 * Z95)
         trials = float(items) if error == 0 else min(p * (1 - p) / error**2, float(items))
     return wilson(p, trials, number)
-
-
-def difference(
-    first: ArrayLike, first_clusters: ArrayLike, second: ArrayLike, second_clusters: ArrayLike
-) -> Estimate:
-    """Mean of the first items minus mean of the second ones, whose clusters may be the same.
-
-    Linearised: cluster g enters with (a_g - R n_g) / sum n of the first minus that of the second;
-    se^2 = G / (G - 1) * the sum of their squares.
-    """
-    names = np.concatenate([np.asarray(first_clusters).ravel(), np.asarray(second_clusters).ravel()])
-    values = [np.asarray(x, dtype=np.float64).ravel() for x in (first, second)]
-    if not values[0].size or not values[1].size:
-        return UNKNOWN
-    _, owner = np.unique(names, return_inverse=True)
-    number = int(owner.max()) + 1
-    influence_G = np.zeros(number)
-    means = [float(x.mean()) for x in values]
-    split = np.split(owner, [values[0].size])
-    for x, own, centre, sign in zip(values, split, means, (1, -1), strict=True):
-        influence_G += sign * np.bincount(own, weights=x - centre, minlength=number) / x.size
-    gap = means[0] - means[1]
-    if number == 1:
-        return Estimate(gap, math.nan, math.nan, 1)
-    error = math.sqrt(number / (number - 1) * float(np.square(influence_G).sum()))
-    return Estimate(gap, gap - Z95 * error, gap + Z95 * error, number)
 
 
 def jackknife(
