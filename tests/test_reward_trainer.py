@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from reward.model.batch import micro_batches, rows_of, width
 from reward.model.model import new_reward_model, vocabulary_head
 from reward.model.trunk_cache import build_trunk
-from reward.training.trainer import PreferenceTrainer, learning_rate, training_arguments
+from reward.training.trainer import PreferenceTrainer, learning_rate, plan_forward, training_arguments
 from rlhf.runs.artifacts import Checkpoints
 
 MIXED = [
@@ -218,6 +218,14 @@ def test_the_trainings_of_an_ensemble_share_one_log_and_differ_in_their_seed(tmp
     assert both[2]["reward/loss"] != first[0]["reward/loss"]  # the same start, and another order
     taught(tmp_path / "alone", rows, "reward.batch_size=4")
     assert log_of(tmp_path / "alone") == first  # the first member is the model that would have been alone
+
+
+@pytest.mark.parametrize("layers", ["all", "top_1"])
+def test_a_memory_limit_without_a_trunk_is_named_as_without_effect(layers, capsys):
+    recipe, dialogue = tiny(f"lora.layers={layers}")
+    plan = plan_forward(recipe, recipe.reward, new_reward_model(recipe, dialogue), MIXED, dialogue)
+    assert (plan.trunk is None) == (layers == "all")
+    assert ("trunk_gigabytes has no effect" in capsys.readouterr().out) == (layers == "all")
 
 
 # --- the options -----------------------------------------------------------------------------------------

@@ -169,6 +169,8 @@ def plan_forward(
     if share and (warning := check_packing(model, rows[:32], dialogue.pad_id)):
         print(f"warning: {warning}", flush=True)
         share = False
+    if recipe.lora.top_k is None and section.trunk_gigabytes and rank() == 0:
+        print("trunk: none with lora.layers: all, so trunk_gigabytes has no effect", flush=True)
     trunk = build_trunk(recipe, model, rows, dialogue.pad_id, share=share, gigabytes=section.trunk_gigabytes)
     return ForwardPlan(share, trunk)
 

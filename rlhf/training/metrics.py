@@ -45,6 +45,7 @@ class Metrics:
         self.file = folder / "metrics.jsonl"
         if not active:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         _keep_steps(self.file, done)
         if trackers is None:
             trackers = recipe_of(folder).get("trackers", ()) if (folder / "recipe.yaml").is_file() else ()
