@@ -79,12 +79,12 @@ def missing(row: Row, field: str, kind: str) -> BadRow:
     return BadRow(f'no "{field}"', f"the fields are {', '.join(map(str, row)) or 'none'}")
 
 
-def choices_of(value: object, field: str, *, least: int = 2) -> list[str]:
+def choices_of(value: object, field: str) -> list[str]:
     """Answers to choose from: texts, none of them empty, no two of them equal; raises BadRow."""
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
         raise BadRow(f'"{field}" is no list of texts', f"it is {value!r}"[:60])
-    if len(value) < least:
-        raise BadRow(f'fewer than {least} answers in "{field}"')
+    if len(value) < 2:
+        raise BadRow(f'fewer than 2 answers in "{field}"')
     for number, choice in enumerate(value):
         if not choice.strip():
             raise BadRow(f'an empty answer in "{field}"', f"number {number}, counted from 0")

@@ -62,10 +62,10 @@ class Outcome:
         """
         return _estimate(self.values[metric or self.metric])
 
-    def by_group(self, metric: str | None = None) -> dict[str, Estimate]:
+    def by_group(self) -> dict[str, Estimate]:
         """The mean of every category, in the order they come up; empty where the task has none."""
         found: dict[str, list[float]] = {}
-        for group, value in zip(self.groups, self.values[metric or self.metric], strict=True):
+        for group, value in zip(self.groups, self.values[self.metric], strict=True):
             found.setdefault(group, []).append(value)
         return {} if set(found) <= {""} else {group: _estimate(values) for group, values in found.items()}
 

@@ -30,8 +30,6 @@ class TaskSpec:
     """Where its ``read`` and ``run`` are."""
     limit: int | None
     """Items by default; None = all of the published set, which is small."""
-    about: str
-    """What it measures, in a few words."""
     needs: frozenset[str] = frozenset()
     """What it needs beside a language model that scores: ``generation`` (it writes, so it takes a seed),
     ``judge``, ``sandbox``."""
@@ -62,9 +60,6 @@ def _inverse_scaling() -> dict[str, TaskSpec]:
         f"inverse_scaling/{name}": TaskSpec(
             "rlhf.evals.tasks.inverse_scaling",
             200,
-            f"the Inverse Scaling Prize: {name}"
-            if name in formats
-            else f"your own rows of the format {name}",
             reading={"form": form},
             running={"form": form, "task": f"inverse_scaling/{name}"},
         )
@@ -73,23 +68,13 @@ def _inverse_scaling() -> dict[str, TaskSpec]:
 
 
 TASKS: dict[str, TaskSpec] = {
-    "hhh": TaskSpec("rlhf.evals.tasks.hhh", None, "helpful, honest, harmless: the better of two answers"),
-    "truthfulqa": TaskSpec("rlhf.evals.tasks.truthfulqa", 200, "questions that people answer wrongly"),
-    "lambada": TaskSpec("rlhf.evals.tasks.lambada", 500, "the last word of a passage"),
-    "lm_loss": TaskSpec("rlhf.evals.tasks.lm_loss", 100, "plain text, nats a byte and a token"),
+    "hhh": TaskSpec("rlhf.evals.tasks.hhh", None),
+    "truthfulqa": TaskSpec("rlhf.evals.tasks.truthfulqa", 200),
+    "lambada": TaskSpec("rlhf.evals.tasks.lambada", 500),
+    "lm_loss": TaskSpec("rlhf.evals.tasks.lm_loss", 100),
     **_inverse_scaling(),
-    "humaneval": TaskSpec(
-        "rlhf.evals.tasks.humaneval",
-        20,
-        "small Python programs that pass their tests",
-        needs=frozenset({"generation", "sandbox"}),
-    ),
-    "toxicity": TaskSpec(
-        "rlhf.evals.tasks.toxicity",
-        100,
-        "what a model writes after a prompt, judged",
-        needs=frozenset({"generation", "judge"}),
-    ),
+    "humaneval": TaskSpec("rlhf.evals.tasks.humaneval", 20, frozenset({"generation", "sandbox"})),
+    "toxicity": TaskSpec("rlhf.evals.tasks.toxicity", 100, frozenset({"generation", "judge"})),
 }
 """All evaluations by name."""
 

@@ -1,4 +1,4 @@
-"""Runs one program inside the sandbox; started by ``sandbox.py`` as a script of its own, never imported.
+"""Runs one program inside the sandbox; started by ``run.py`` as a script of its own, never imported.
 
 Up to three processes. The *outer* one asks the kernel for namespaces and forks the *guard*, process 1 of the
 new process namespace; bubblewrap does the same in its place. The guard builds the file system (bubblewrap has
@@ -21,7 +21,7 @@ import time
 import types
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import sandbox_jail as jail
+import jail
 
 del sys.path[0]
 
@@ -113,7 +113,7 @@ def guard(source: bytes, args: dict[str, str], views: list[str]) -> None:
     Args:
         source: the program's text.
         args: of :func:`main`.
-        views: of :func:`sandbox_jail.build_root`.
+        views: of :func:`jail.build_root`.
     """
     if os.getpid() != 1:  # the signal to everybody, below, would go to everybody
         raise OSError("there is no process namespace")

@@ -1,6 +1,6 @@
 """What the kernel is asked for on the way into the sandbox: namespaces, a root, no rights, a filter, limits.
 
-Used by ``sandbox_child.py`` alone, in a process that holds nothing else. Only the standard library.
+Used by ``child.py`` alone, in a process that holds nothing else. Only the standard library.
 Linux 5.12 or newer on x86_64 or aarch64. See the man pages of the calls: unshare(2), user_namespaces(7),
 pivot_root(2), mount_setattr(2), capset(2), prctl(2), seccomp(2), setrlimit(2).
 """

@@ -42,8 +42,8 @@ RUNGS = {
     "root": "namespaces by the right of root, with a user of their own",
     "users": "user namespaces",
 }
-_CHILD = Path(__file__).with_name("sandbox_child.py")
-_JAIL = Path(__file__).with_name("sandbox_jail.py")
+_CHILD = Path(__file__).with_name("child.py")
+_JAIL = Path(__file__).with_name("jail.py")
 _GRACE = 60.0  # seconds that the sandbox may take beside the program's
 _FIRST_USER = 0x70000000  # far from users that exist; each sandbox takes one of the next 2^24
 # where the interpreter's libraries are; most of these are links to one folder
@@ -205,7 +205,7 @@ def _interpreter() -> str:
 
 @functools.cache
 def _views() -> tuple[str, ...]:
-    """What the sandbox sees of this machine, in the words of ``sandbox_jail.build_root``."""
+    """What the sandbox sees of this machine, in the words of ``jail.build_root``."""
     wanted = {os.path.realpath(path) for path in (sys.base_prefix, sys.base_exec_prefix, _interpreter())}
     links = {}
     for path in (*_LIBRARIES, *_FURTHER):

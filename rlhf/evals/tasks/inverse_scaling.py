@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from rlhf.data.readers.rows import BadRow, Origin, Row
 from rlhf.evals.items import choices_of, index_of, missing, read_items, text_of
 from rlhf.evals.outcome import Outcome
-from rlhf.evals.tasks.truthfulqa import log_sum_exp
 
 if TYPE_CHECKING:
     from rlhf.evals.model import LanguageModel
@@ -150,7 +149,9 @@ def _listed(row: Row) -> object:
 
 def classification(log_probs: Sequence[float], answer: int) -> dict[str, float]:
     """Accuracy (a tie is 0), loss and total log-probability of one example."""
-    total = log_sum_exp(log_probs)
+    from scipy.special import logsumexp
+
+    total = float(logsumexp(log_probs))
     others = [x for index, x in enumerate(log_probs) if index != answer]
     return {
         "acc": float(log_probs[answer] > max(others)),
@@ -164,13 +165,15 @@ def log_odds(here: Sequence[float], there: Sequence[float], answer: int) -> dict
 
     here: l of the two classes behind ``prompt``. there: behind ``other_prompt``. answer: 0 or 1.
     """
+    from scipy.special import logsumexp
+
     difference = (here[0] - here[1]) - (there[0] - there[1])
     difference = -difference if answer == 1 else difference
     return {
         "logodds_difference": difference,
         "absolute_logodds_difference": abs(difference),
         "acc": float(there[answer] > there[1 - answer]),
-        "total_logprob": log_sum_exp([log_sum_exp(here), log_sum_exp(there)]) - math.log(2),
+        "total_logprob": float(logsumexp([*here, *there])) - math.log(2),
     }
 
 

@@ -97,8 +97,10 @@ def mc1(log_probs: Sequence[float], labels: Sequence[bool]) -> float:
 
 def mc2(log_probs: Sequence[float], labels: Sequence[bool]) -> float:
     """Probability mass of the true answers among all answers."""
+    from scipy.special import logsumexp
+
     true = [x for x, label in zip(log_probs, labels, strict=True) if label]
-    return math.exp(log_sum_exp(true) - log_sum_exp(log_probs))
+    return math.exp(logsumexp(true) - logsumexp(log_probs))
 
 
 def mc3(log_probs: Sequence[float], labels: Sequence[bool]) -> float:
@@ -115,12 +117,6 @@ def best_of(log_probs: Sequence[float], labels: Sequence[bool]) -> float:
 
 def _best_false(log_probs: Sequence[float], labels: Sequence[bool]) -> float:
     return max(x for x, label in zip(log_probs, labels, strict=True) if not label)
-
-
-def log_sum_exp(values: Sequence[float]) -> float:
-    """log sum exp(x), without overflow or underflow."""
-    top = max(values)
-    return top + math.log(sum(math.exp(x - top) for x in values))
 
 
 # ---------------------------------------------------------------- the run

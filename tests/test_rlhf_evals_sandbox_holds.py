@@ -47,7 +47,7 @@ def test_a_sandbox_with_a_hole_is_not_used(left_out, tmp_path, monkeypatch):
         before = '    called("umount /.old", LIBC.umount2(b"/.old", MNT_DETACH))\n' + before
     for name, text in texts.items():
         (tmp_path / name).write_text(text.replace(before, after), encoding="utf-8")
-    monkeypatch.setattr(sandbox, "_CHILD", tmp_path / "sandbox_child.py")
+    monkeypatch.setattr(sandbox, "_CHILD", tmp_path / "child.py")
     assert sandbox._fault(rung) is not None
 
 
@@ -76,7 +76,7 @@ def test_a_machine_without_any_way_is_told_why(monkeypatch):
 def test_a_sandbox_that_cannot_start_is_an_error_and_no_verdict(rung, monkeypatch):
     if sandbox._fault(rung):
         pytest.skip(f"{sandbox.RUNGS[rung]}: {sandbox._fault(rung)}")
-    monkeypatch.setattr(sandbox, "_CHILD", Path("/not/there/sandbox_child.py"))
+    monkeypatch.setattr(sandbox, "_CHILD", Path("/not/there/child.py"))
     with pytest.raises(UserError, match="cannot be built"):
         sandbox._run(rung, "x = 1", Limits())
 

@@ -235,7 +235,7 @@ def test_what_a_program_leaves_behind_dies_with_it(rung):
 
 def test_the_sandbox_dies_with_the_process_that_waits_for_it(rung):
     source = f"""
-        from rlhf.evals import sandbox
+        from rlhf.evals.sandbox import run as sandbox
         limits = sandbox.Limits(wall_seconds=300, output_bytes=777003)
         sandbox._run({rung!r}, "import time; time.sleep(300)", limits)
         """
