@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from policy.distillation.loss import Coarse, Words, coarse, coarse_kl, distil_kl, full_kl, measure, teach
+from policy.distillation.loss import (
+    TeacherTargets,
+    TopKLogProbs,
+    distil_kl,
+    full_kl,
+    measure,
+    teach,
+    top_k_kl,
+    top_k_log_probs,
+)
 
 V, K, D, N = 40, 6, 12, 30
 
@@ -47,7 +56,7 @@ def head_of(seed=9, *, learns=False, bias=False, scale=1.0):
 
 def words_of(teacher_NV, k=K):
     indices_NK = top(teacher_NV, k)
-    return Words(indices_NK, coarse(teacher_NV, indices_NK))
+    return TeacherTargets(indices_NK, top_k_log_probs(teacher_NV, indices_NK))
 
 
 # ---- the value
@@ -58,7 +67,7 @@ def words_of(teacher_NV, k=K):
 def test_it_is_torchs_own_divergence_of_the_joined_classes(seed, scale, k):
     teacher, student = random(seed, 5, V, scale=scale), random(seed + 1, 5, V, scale=scale)
     indices = top(teacher, k)
-    found = coarse_kl(coarse(teacher.double(), indices), coarse(student.double(), indices))
+    found = top_k_kl(top_k_log_probs(teacher.double(), indices), top_k_log_probs(student.double(), indices))
     torch.testing.assert_close(found, naive(teacher, student, indices), rtol=1e-6, atol=1e-9)
 
 
@@ -67,7 +76,7 @@ def test_it_is_torchs_own_divergence_of_the_joined_classes(seed, scale, k):
 def test_joining_classes_never_raises_it_and_it_is_never_negative(seed, scales, k):
     teacher, student = (random(seed + n, 5, V, scale=scale) for n, scale in enumerate(scales))
     indices = top(teacher, k)
-    joined = coarse_kl(coarse(teacher, indices), coarse(student, indices))
+    joined = top_k_kl(top_k_log_probs(teacher, indices), top_k_log_probs(student, indices))
     whole = full_kl(teacher, student)
     assert (joined <= whole + 1e-5 * (1 + whole)).all()
     assert (joined >= -1e-5).all()
@@ -76,7 +85,7 @@ def test_joining_classes_never_raises_it_and_it_is_never_negative(seed, scales, 
 def test_with_one_token_in_the_rest_nothing_is_lost():
     teacher, student = random(0, N, V), random(1, N, V)
     indices = top(teacher, V - 1)
-    joined = coarse_kl(coarse(teacher, indices), coarse(student, indices))
+    joined = top_k_kl(top_k_log_probs(teacher, indices), top_k_log_probs(student, indices))
     torch.testing.assert_close(joined, full_kl(teacher, student), rtol=1e-4, atol=1e-5)
 
 
@@ -93,7 +102,7 @@ def test_the_teacher_comes_first():
     forward = sum(a * math.log(a / b) for a, b in joined)
     backward = sum(b * math.log(b / a) for a, b in joined)
     words = words_of(teacher, 2)
-    found = float(coarse_kl(words.coarse, coarse(student, words.indices_NK)))
+    found = float(top_k_kl(words.top_k, top_k_log_probs(student, words.indices_NK)))
     assert found == pytest.approx(forward, rel=1e-5)
     assert found != pytest.approx(backward, rel=1e-2)
 
@@ -140,7 +149,7 @@ def test_at_the_extremes_value_and_gradient_are_finite_and_right(kind, learns):
     with torch.no_grad():
         head.weight.copy_(torch.eye(V))
     head.requires_grad_(learns)
-    found = distil_kl(hidden, head, Words(indices, coarse(teacher, indices)), chunk=2)
+    found = distil_kl(hidden, head, TeacherTargets(indices, top_k_log_probs(teacher, indices)), chunk=2)
     found.sum().backward()
     assert found.isfinite().all()
     assert hidden.grad.isfinite().all()
@@ -175,7 +184,7 @@ def test_gradients_are_those_of_a_naive_float64_version(seed, scale, chunk):
 def test_any_head_will_do():
     hidden, words = random(0, N, D), words_of(random(1, N, V))
     head = head_of(bias=True)
-    expected = coarse_kl(words.coarse, coarse(head(hidden), words.indices_NK))
+    expected = top_k_kl(words.top_k, top_k_log_probs(head(hidden), words.indices_NK))
     for chunk in (1, 8, N):
         torch.testing.assert_close(distil_kl(hidden, head, words, chunk=chunk), expected)
 
@@ -198,12 +207,12 @@ def test_the_teachers_words_are_its_most_likely_tokens(chunk):
     words, taught = teach(hidden, head, targets, k=K, chunk=chunk, vocabulary=V)
     log_p = head(hidden).double().log_softmax(-1)
     expected = np.sort(log_p.numpy(), axis=-1)[:, ::-1]
-    np.testing.assert_allclose(words.coarse.log_probs_NK, expected[:, :K], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(words.top_k.log_probs_NK, expected[:, :K], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
-        words.coarse.log_rest_N.exp(), np.exp(expected[:, K:]).sum(-1), rtol=1e-4, atol=1e-6
+        words.top_k.log_rest_N.exp(), np.exp(expected[:, K:]).sum(-1), rtol=1e-4, atol=1e-6
     )
     mine = log_p.gather(-1, words.indices_NK)
-    torch.testing.assert_close(words.coarse.log_probs_NK.double(), mine, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(words.top_k.log_probs_NK.double(), mine, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(taught.double(), log_p[torch.arange(N), targets], rtol=1e-5, atol=1e-5)
 
 
@@ -234,4 +243,4 @@ def test_no_places_are_no_error():
     words, taught = teach(none, head, torch.zeros(0, dtype=torch.long), k=K, chunk=4, vocabulary=V)
     assert words.indices_NK.shape == (0, K)
     assert len(taught) == len(distil_kl(none, head, words, chunk=4)) == 0
-    assert isinstance(words.coarse, Coarse)
+    assert isinstance(words.top_k, TopKLogProbs)

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from tiny_distill import overrides, results, run, steps, write_lab
 from transformers import AutoModelForCausalLM
 
-from policy.distillation import teacher as teaching
+from policy.distillation import teacher
 from policy.distillation.data import Frame, passages
 from policy.distillation.loss import chunk_of, distil_kl
 from policy.distillation.prompted_model import PromptedModel, shard_records
 from policy.distillation.student import Student, collate, width
-from policy.distillation.teacher_cache import TeacherFile
+from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
 from rlhf.models.base import load_base
 from rlhf.models.tiny import write_tiny_model
@@ -105,7 +105,7 @@ def test_with_an_empty_prompt_the_loss_is_exactly_0(method, layers, prompted, la
         context.prefix_ids,
         student.as_teacher if student.backbone else lambda: None,
     )
-    file = TeacherFile(
+    file = TeacherCache(
         lab / "words", {}, [len(p.ids) for p in some], k=20, vocabulary=student.vocabulary, shard=99
     )
     file.write(0, shard_records(teacher, some, file, 10**6, student.vocabulary))
@@ -118,7 +118,7 @@ def test_with_an_empty_prompt_the_loss_is_exactly_0(method, layers, prompted, la
                 hidden = student.states(batch)
         else:
             hidden = student.states(batch)
-        losses.append(distil_kl(hidden, student.head, batch.words, chunk=chunk_of(student.vocabulary)))
+        losses.append(distil_kl(hidden, student.head, batch.teacher, chunk=chunk_of(student.vocabulary)))
     for kl in losses:
         assert len(kl) == sum(len(p.ids) - p.first for p in some)
         if prompted:
@@ -138,7 +138,7 @@ def test_the_words_are_used_again_and_never_computed_twice(lab, monkeypatch, cap
     def silent(*_, **__):
         raise AssertionError("the teacher was asked again")
 
-    monkeypatch.setattr(teaching, "shard_records", silent)
+    monkeypatch.setattr(teacher, "shard_records", silent)
     other = run(name="other", teacher_cache="words", learning_rate=5e-3)
     assert "(3 of 3 were there)" in capsys.readouterr().out
     assert results(other)["teacher"] == results(folder)["teacher"]

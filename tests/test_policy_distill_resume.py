@@ -8,11 +8,10 @@ import pytest
 import torch
 from tiny_distill import results, run, steps, write_lab
 
-from policy.distillation import held_out
-from policy.distillation import teacher as teaching
+from policy.distillation import held_out, teacher
 from policy.distillation import trainer as distill_train
 from policy.distillation.student import Student
-from policy.distillation.teacher_cache import TeacherFile
+from policy.distillation.teacher_cache import TeacherCache
 from policy.distillation.trainer import DistillTrainer
 from rlhf.errors import UserError
 from rlhf.runs.artifacts import sha256_of
@@ -76,7 +75,7 @@ def wholes(tmp_path_factory):
 @pytest.mark.parametrize(
     ("method", "where", "name", "number"),
     [
-        ("lora", TeacherFile, "write", 3),
+        ("lora", TeacherCache, "write", 3),
         ("lora", held_out, "measure", 1),
         ("lora", DistillTrainer, "_step", 4),
         ("lora", DistillTrainer, "_checkpoint", 3),
@@ -95,10 +94,10 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(
     gc.collect()
     said = []
     with monkeypatch.context() as patch:
-        real = teaching.shard_records
-        patch.setattr(teaching, "shard_records", lambda *a: (said.append(1), real(*a))[1])
+        real = teacher.shard_records
+        patch.setattr(teacher, "shard_records", lambda *a: (said.append(1), real(*a))[1])
         folder = run(method=method, learning_rate=rate)
-    assert len(said) == (1 if where is TeacherFile else 0)
+    assert len(said) == (1 if where is TeacherCache else 0)
     same(folder, whole)
 
 
@@ -126,14 +125,14 @@ def test_a_polite_stop_saves_and_the_same_command_goes_on(lab, monkeypatch, caps
 
 def test_a_stop_while_the_teacher_speaks_keeps_its_words(lab, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        real = TeacherFile.write
+        real = TeacherCache.write
 
         def asked(self, number, records):
             real(self, number, records)
             if number == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        patch.setattr(TeacherFile, "write", asked)
+        patch.setattr(TeacherCache, "write", asked)
         with pytest.raises(SystemExit):
             run()
     gc.collect()

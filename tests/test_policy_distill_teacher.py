@@ -11,7 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from policy.distillation.data import content_hash
 from policy.distillation.prompted_model import PromptedModel, check_head, shard_records
-from policy.distillation.teacher_cache import TeacherFile, record_type
+from policy.distillation.teacher_cache import TeacherCache, record_type
 from rlhf.errors import UserError
 from rlhf.models.tiny import tiny_model, tiny_tokenizer
 from rlhf.tokenization.prompt_prefix import Context
@@ -111,7 +111,7 @@ def test_a_model_whose_logits_are_not_its_heads_is_refused():
 
 
 def file_of(folder, passages, *, shard=2, key=None, k=K, vocabulary=VOCABULARY):
-    return TeacherFile(
+    return TeacherCache(
         folder, key or {"sequences": content_hash(passages)}, [len(p.ids) for p in passages],
         k=k, vocabulary=vocabulary, shard=shard,
     )  # fmt: skip

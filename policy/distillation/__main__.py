@@ -1,8 +1,8 @@
 """The `distill` stage: what a model says under a prompt, taught to the model without it.
 
 ``python -m policy.distillation RECIPE [section.key=value ...]`` writes ``runs/<name>/distill/policy`` (an
-adapter) or ``runs/<name>/distill/model`` (all weights, ``distill.method=full``), and the teacher's words in
-``runs/<name>/distill/teacher`` unless ``distill.teacher_cache`` names another folder. A recipe without a
+adapter) or ``runs/<name>/distill/model`` (all weights, ``distill.method=full``), and the teacher's log-probs
+in ``runs/<name>/distill/teacher`` unless ``distill.teacher_cache`` names another folder. A recipe without a
 ``distill`` section has no such stage (Askell 2021, arXiv 2112.00861).
 """
 

@@ -17,7 +17,7 @@ from policy.distillation.loss import chunk_of, full_kl, measure
 from policy.distillation.prompted_model import PromptedModel
 from policy.distillation.report import Measured
 from policy.distillation.student import Student, Trunk, collate, width
-from policy.distillation.teacher_cache import TeacherFile
+from policy.distillation.teacher_cache import TeacherCache
 from rlhf.models.token_batches import token_batches
 from rlhf.training.progress import progress
 from rlhf.training.runtime import Runtime
@@ -28,7 +28,7 @@ def measured(
     student: Student,
     runtime: Runtime,
     teacher: Callable[[], PromptedModel],
-    file: TeacherFile,
+    file: TeacherCache,
     passages: Sequence[Passage],
     rows: Sequence[int],
     trunk: Trunk | None,
@@ -36,13 +36,13 @@ def measured(
     budget: int,
     full: int,
 ) -> Measured:
-    """What the student says of held-out sequences, beside the teacher's words.
+    """The student's KL and loss on held-out sequences.
 
     Args:
         student: the model.
         runtime: the processes; all of them call this, and all get the figures.
         teacher: gives the teacher; not called where ``full`` is 0.
-        file: the teacher's words on ``passages``.
+        file: the teacher's log-probs on ``passages``.
         passages: all sequences.
         rows: the held-out ones.
         trunk: its states below the first layer that learns, where they are kept.
@@ -61,7 +61,7 @@ def measured(
         for part in progress("held out", mine(token_batches([width(passages[row]) for row in rows], budget))):
             batch = collate([rows[n] for n in part], passages, file, device)
             hidden_ND = student.states(batch, trunk)
-            kl_N, log_prob_N = measure(hidden_ND, student.head, batch.words, batch.targets_N, chunk=chunk)
+            kl_N, log_prob_N = measure(hidden_ND, student.head, batch.teacher, batch.targets_N, chunk=chunk)
             of, spoken = batch.row_N.cpu().numpy(), batch.spoken_N.cpu().numpy()
             for name, values_N, counted in (
                 ("kl", kl_N, np.ones_like(spoken)),
@@ -90,7 +90,7 @@ def _full(
     teacher: PromptedModel,
     row: int,
     passages: Sequence[Passage],
-    file: TeacherFile,
+    file: TeacherCache,
     trunk: Trunk | None,
 ) -> float:
     """Sum over a sequence's places of the KL over the whole vocabulary."""

@@ -28,7 +28,7 @@ from rlhf.models.onednn import linear
 LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
 
 
-class Coarse(NamedTuple):
+class TopKLogProbs(NamedTuple):
     """A distribution over k tokens and the rest."""
 
     log_probs_NK: Tensor
@@ -37,12 +37,12 @@ class Coarse(NamedTuple):
     """Of all other tokens together."""
 
 
-class Words(NamedTuple):
+class TeacherTargets(NamedTuple):
     """What a teacher says at N places."""
 
     indices_NK: Tensor
     """Its k most likely tokens, long."""
-    coarse: Coarse
+    top_k: TopKLogProbs
     """Their log-probs and the rest's."""
 
 
@@ -51,13 +51,13 @@ def chunk_of(vocabulary: int) -> int:
     return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
-def coarse(logits_NV: Tensor, indices_NK: Tensor) -> Coarse:
+def top_k_log_probs(logits_NV: Tensor, indices_NK: Tensor) -> TopKLogProbs:
     """Join all tokens but the indexed ones into one class.
 
     logits_NV: finite, any dtype, computed in float32 or better. indices_NK: different ones, K < V.
     """
     chosen_NK, rest_N, total_N = _masses(logits_NV, indices_NK)
-    return Coarse(chosen_NK - total_N[:, None], rest_N - total_N)
+    return TopKLogProbs(chosen_NK - total_N[:, None], rest_N - total_N)
 
 
 def _masses(logits_NV: Tensor, indices_NK: Tensor, *, spoil: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +70,7 @@ def _masses(logits_NV: Tensor, indices_NK: Tensor, *, spoil: bool = False) -> tu
     return chosen_NK, rest_N, torch.logaddexp(chosen_NK.logsumexp(-1), rest_N)
 
 
-def coarse_kl(teacher: Coarse, student: Coarse) -> Tensor:
+def top_k_kl(teacher: TopKLogProbs, student: TopKLogProbs) -> Tensor:
     """KL(teacher || student) in nats at each place [N], no reduction; the formula above."""
     p_NK, p_N = teacher.log_probs_NK.exp(), teacher.log_rest_N.exp()
     tokens_N = (p_NK * (teacher.log_probs_NK - student.log_probs_NK)).sum(-1)
@@ -83,24 +83,26 @@ def full_kl(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
     return (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)
 
 
-def distil_kl(hidden_ND: Tensor, head: Callable[[Tensor], Tensor], words: Words, *, chunk: int) -> Tensor:
+def distil_kl(
+    hidden_ND: Tensor, head: Callable[[Tensor], Tensor], targets: TeacherTargets, *, chunk: int
+) -> Tensor:
     """KL(teacher || student) of states that a vocabulary head maps to the student's logits, [N], nats.
 
-    hidden_ND: the student's states at the places of ``words``. head: called on at most ``chunk`` states.
+    hidden_ND: the student's states at the places of ``targets``. head: called on at most ``chunk`` states.
     No reduction. Gradients flow to the states, and to the head if it learns. Nothing of width V outlives its
     chunk: with a frozen linear head the gradient is worked out beside the value; any other head runs a second
     time in the backward pass.
     """
     if _is_constant(head):
-        return _Distil.apply(hidden_ND, head.weight, words.indices_NK, *words.coarse, chunk)  # type: ignore[attr-defined]
+        return _Distil.apply(hidden_ND, head.weight, targets.indices_NK, *targets.top_k, chunk)  # type: ignore[attr-defined]
 
     def part(hidden_CD: Tensor, indices_CK: Tensor, log_probs_CK: Tensor, log_rest_C: Tensor) -> Tensor:
-        return coarse_kl(Coarse(log_probs_CK, log_rest_C), coarse(head(hidden_CD), indices_CK))
+        return top_k_kl(TopKLogProbs(log_probs_CK, log_rest_C), top_k_log_probs(head(hidden_CD), indices_CK))
 
     pieces = []
     for start in range(0, len(hidden_ND), chunk):
         some = slice(start, start + chunk)
-        inputs = (hidden_ND[some], words.indices_NK[some], *(x[some] for x in words.coarse))
+        inputs = (hidden_ND[some], targets.indices_NK[some], *(x[some] for x in targets.top_k))
         several = torch.is_grad_enabled() and len(hidden_ND) > chunk
         pieces.append(checkpoint(part, *inputs, use_reentrant=False) if several else part(*inputs))
     return torch.cat(pieces) if pieces else hidden_ND.float().sum(-1)
@@ -139,11 +141,11 @@ class _Distil(torch.autograd.Function):
         slope_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
-            indices_CK, teacher = indices_NK[part], Coarse(log_probs_NK[part], log_rest_N[part])
+            indices_CK, teacher = indices_NK[part], TopKLogProbs(log_probs_NK[part], log_rest_N[part])
             logits_CV = linear(hidden_ND[part], weight_VD).float()  # as _logits
             chosen_CK, rest_C, total_C = _masses(logits_CV, indices_CK, spoil=True)
-            student = Coarse(chosen_CK - total_C[:, None], rest_C - total_C)
-            kl_N[part] = coarse_kl(teacher, student)
+            student = TopKLogProbs(chosen_CK - total_C[:, None], rest_C - total_C)
+            kl_N[part] = top_k_kl(teacher, student)
             if slope_ND is not None:
                 p_CK, p_C = teacher.log_probs_NK.exp(), teacher.log_rest_N.exp()
                 mass_C = p_CK.sum(-1) + p_C
@@ -171,11 +173,11 @@ def teach(
     k: int,
     chunk: int,
     vocabulary: int,
-) -> tuple[Words, Tensor]:
+) -> tuple[TeacherTargets, Tensor]:
     """What a teacher says where it has these states, and the log-prob that it gives the token that follows.
 
     hidden_ND, head, chunk as in :func:`distil_kl`. targets_N: the tokens that follow. vocabulary: logits
-    beyond it, which some models have for padding, are cut off. Returns words of k < V tokens, and float32
+    beyond it, which some models have for padding, are cut off. Returns targets of k < V tokens, and float32
     log-probs [N].
     """
     found: list[tuple[Tensor, ...]] = []
@@ -188,24 +190,29 @@ def teach(
         found.append((indices_CK, chosen_CK - total_C[:, None], rest_C - total_C, target_C - total_C))
     if not found:
         none = hidden_ND.new_zeros(0, dtype=torch.float32)
-        nothing = torch.zeros(0, k, dtype=torch.long), Coarse(none.view(0, 1).expand(0, k), none)
-        return Words(*nothing), none
+        nothing = torch.zeros(0, k, dtype=torch.long), TopKLogProbs(none.view(0, 1).expand(0, k), none)
+        return TeacherTargets(*nothing), none
     indices_NK, log_probs_NK, rest_N, target_N = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Words(indices_NK, Coarse(log_probs_NK, rest_N)), target_N
+    return TeacherTargets(indices_NK, TopKLogProbs(log_probs_NK, rest_N)), target_N
 
 
 @torch.no_grad()
 def measure(
-    hidden_ND: Tensor, head: Callable[[Tensor], Tensor], words: Words, targets_N: Tensor, *, chunk: int
+    hidden_ND: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: TeacherTargets,
+    targets_N: Tensor,
+    *,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """The KL of :func:`distil_kl`, and the student's log-prob of the token that follows, [N] each."""
     kl_N, target_N = (torch.empty(len(hidden_ND), device=hidden_ND.device) for _ in range(2))
     for start in range(0, len(hidden_ND), chunk):
         part = slice(start, start + chunk)
-        logits_CV, indices_CK = _logits(head, hidden_ND[part]), words.indices_NK[part]
+        logits_CV, indices_CK = _logits(head, hidden_ND[part]), targets.indices_NK[part]
         target_C = logits_CV.gather(-1, targets_N[part, None])[:, 0]
         chosen_CK, rest_C, total_C = _masses(logits_CV, indices_CK, spoil=True)
-        teacher = Coarse(*(x[part] for x in words.coarse))
-        kl_N[part] = coarse_kl(teacher, Coarse(chosen_CK - total_C[:, None], rest_C - total_C))
+        teacher = TopKLogProbs(*(x[part] for x in targets.top_k))
+        kl_N[part] = top_k_kl(teacher, TopKLogProbs(chosen_CK - total_C[:, None], rest_C - total_C))
         target_N[part] = target_C - total_C
     return kl_N, target_N

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from policy.distillation.data import Passage
 from policy.distillation.loss import chunk_of, teach
-from policy.distillation.teacher_cache import TeacherFile
+from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
 from rlhf.models.masks import positions_from_mask, right_pad
 from rlhf.models.token_batches import token_batches
@@ -149,7 +149,7 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def shard_records(
-    teacher: PromptedModel, passages: Sequence[Passage], file: TeacherFile, budget: int, vocabulary: int
+    teacher: PromptedModel, passages: Sequence[Passage], file: TeacherCache, budget: int, vocabulary: int
 ) -> NDArray[Any]:
     """The records of passages, one after the other; a token that nothing stands before has an empty one.
 
@@ -175,8 +175,8 @@ def shard_records(
         )
         found = {
             "index": words.indices_NK,
-            "log_prob": words.coarse.log_probs_NK,
-            "log_rest": words.coarse.log_rest_N,
+            "log_prob": words.top_k.log_probs_NK,
+            "log_rest": words.top_k.log_rest_N,
             "log_prob_of_token": taught_N,
         }
         places = np.concatenate(

@@ -1,4 +1,5 @@
-"""The work of the distill stage: let the teacher speak once, train the student on it, measure, save.
+"""The work of the distill stage: compute the teacher's log-probs once, train the student on it, measure,
+save.
 
 The teacher runs under the prompt, the student without; the loss is the mean over the tokens of a batch of
 KL(teacher || student) (Askell 2021; Bai 2022, A.1). Several processes share all of it.
@@ -15,8 +16,8 @@ from policy.distillation.held_out import measured
 from policy.distillation.prompted_model import PromptedModel
 from policy.distillation.report import Measured, figures, lines
 from policy.distillation.student import Student, trunk_of, width
-from policy.distillation.teacher import Teaching, key_of, speak
-from policy.distillation.teacher_cache import TeacherFile
+from policy.distillation.teacher import Teacher, fill_cache, key_of
+from policy.distillation.teacher_cache import TeacherCache
 from policy.distillation.trainer import DistillTrainer, steps_of
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
@@ -42,7 +43,7 @@ def fit(recipe: Recipe, section: Distill, run: StageRun) -> dict[str, Any]:
     stop = StopRequest()
     with stop.listening():
         work = _Distillation(recipe, section, run, stop)
-        spoken = work.hear_the_teacher()
+        spoken = work.compute_teacher_log_probs()
         before, at_start = work.before()
         trainer = work.train()
         with gathered(work.student.module.parameters(), changed=False):
@@ -64,35 +65,35 @@ class _Distillation:
             recipe.distributed, seed=recipe.seed, max_grad_norm=section.max_grad_norm, micro_batch_size=1
         )
         self.dialogue = load_dialogue(recipe)
-        self.teaching = Teaching(recipe, section, self.dialogue)
-        self.context = Context.read(recipe.hhh_prompt, self.dialogue, window=self.teaching.window)
+        self.teacher = Teacher(recipe, section, self.dialogue)
+        self.context = Context.read(recipe.hhh_prompt, self.dialogue, window=self.teacher.window)
         frame = Frame(self.context, Context.none(self.dialogue), self.dialogue, section.max_tokens)
         train, held_out, self.counts = passages(recipe, section, run, frame)
         steps_of(section, len(train))
         self.number, self.passages = len(train), [*train, *held_out]
         self.halves, self.groups = [p.half for p in held_out], [p.group for p in held_out]
         longest = max(len(p.opening) + len(p.ids) for p in self.passages)
-        self.context.check_window(self.teaching.window, more=longest)
+        self.context.check_window(self.teacher.window, more=longest)
         self.start = start_folder(recipe, run, "distill")
         self.student = Student(recipe, section, self.start, run.say)
-        _check_student(self.student, self.teaching, section, max(map(width, self.passages)))
+        _check_student(self.student, self.teacher, section, max(map(width, self.passages)))
         self.student.to(self.runtime.device)
         prompt = f"{self.context.name!r}, {len(self.context.prefix_ids)} tokens"
-        run.say(f"teacher:   {self.teaching.origin} under {prompt}")
+        run.say(f"teacher:   {self.teacher.origin} under {prompt}")
         run.say(f"student:   {self.student.origin}")
         folder = run.folder / "teacher"
-        self.file = TeacherFile(
+        self.file = TeacherCache(
             Path(section.teacher_cache).expanduser() if section.teacher_cache else folder,
-            key_of(recipe, section, self.teaching, self.context, self.dialogue, self.passages),
+            key_of(recipe, section, self.teacher, self.context, self.dialogue, self.passages),
             [len(p.ids) for p in self.passages],
             k=section.top_k,
             vocabulary=self.student.vocabulary,
             shard=section.shard_sequences,
         )
 
-    def hear_the_teacher(self) -> dict[str, Any]:
-        """Have all of the teacher's words in the file; returns what to say of them."""
-        spoken = speak(
+    def compute_teacher_log_probs(self) -> dict[str, Any]:
+        """Fill the teacher cache; returns its facts for the manifest."""
+        spoken = fill_cache(
             self._teacher,
             self.file,
             self.passages,
@@ -102,12 +103,12 @@ class _Distillation:
             between=lambda: self._leave_if_asked("the shards so far are kept"),
         )
         there = f"{self.file.shards - spoken} of {self.file.shards} were there"
-        self.run.say(f"distill: the teacher's words are in {self.file.folder} ({there})")
+        self.run.say(f"distill: the teacher's log-probs are in {self.file.folder} ({there})")
         if self.runtime.shards_weights:
             self.student.before_sharding()
         self.trunk = trunk_of(self.student, self.passages, self.section.trunk_gigabytes, self.run.say)
         words = {"identity": self.file.identity, "shards": self.file.shards}
-        return {"teacher": {"origin": self.teaching.origin, **words}}
+        return {"teacher": {"origin": self.teacher.origin, **words}}
 
     def before(self) -> tuple[Measured, Measured | None]:
         """What the base says without the prompt, and the student where it does not start as the base."""
@@ -131,8 +132,9 @@ class _Distillation:
             section=self.section,
             seed=self.recipe.seed,
             rate=self.rate,
-            run=self.run,
             contract=self.dialogue.fingerprint(),
+            folder=self.run.folder,
+            on_checkpoint=self.run.note_clock,
         )
         trainer.train(
             lambda save: self._leave_if_asked(f"saved after step {trainer.done} of {trainer.steps}", save)
@@ -147,7 +149,7 @@ class _Distillation:
         found = measured(
             some,
             self.runtime,
-            lambda: self.teaching.open(some, self.context),
+            lambda: self.teacher.open(some, self.context),
             self.file,
             self.passages,
             range(self.number, len(self.passages)),
@@ -155,7 +157,7 @@ class _Distillation:
             budget=self.section.tokens_per_micro_batch,
             full=self.section.full_kl_sequences,
         )
-        self.teaching.release()
+        self.teacher.release()
         return found
 
     def save(self) -> None:
@@ -178,7 +180,7 @@ class _Distillation:
         }
 
     def _teacher(self) -> PromptedModel:
-        return self.teaching.open(self.student, self.context)
+        return self.teacher.open(self.student, self.context)
 
     def _look_at_base(self) -> Measured:
         if self.student.backbone is None:  # the adapter that it started from is one with its weights
@@ -203,7 +205,7 @@ class _Distillation:
             raise SystemExit(0)
 
 
-def _check_student(student: Student, teaching: Teaching, section: Distill, longest: int) -> None:
+def _check_student(student: Student, teacher: Teacher, section: Distill, longest: int) -> None:
     """What can only be said when the model is there: its window, and its vocabulary."""
     window = window_of(student.base.config)
     if window is not None and longest > window:
@@ -211,7 +213,7 @@ def _check_student(student: Student, teaching: Teaching, section: Distill, longe
             f"distill.max_tokens: the longest sequence has {longest} tokens with what is before it, and the "
             f"model reads {window}; lower it"
         )
-    tokens = min(student.vocabulary, teaching.vocabulary)
+    tokens = min(student.vocabulary, teacher.vocabulary)
     if section.top_k >= tokens:
         raise UserError(
             f"distill.top_k: {section.top_k} of a vocabulary of {tokens} leave no rest; use {tokens - 1} or "

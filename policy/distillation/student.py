@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from policy.distillation.data import Passage
-from policy.distillation.loss import Coarse, Words
+from policy.distillation.loss import TeacherTargets, TopKLogProbs
 from policy.distillation.prompted_model import check_head
-from policy.distillation.teacher_cache import TeacherFile
+from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
 from rlhf.models.backbone import REFERENCE, Backbone, layers_of
 from rlhf.models.base import load_base
@@ -48,7 +48,7 @@ class Batch:
     """True = a real token."""
     before_BT: Tensor
     """True = a token whose successor is predicted; N of them."""
-    words: Words
+    teacher: TeacherTargets
     targets_N: Tensor
     """The successors."""
     taught_N: Tensor
@@ -60,7 +60,7 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[int], passages: Sequence[Passage], file: TeacherFile, device: torch.device
+    rows: Sequence[int], passages: Sequence[Passage], file: TeacherCache, device: torch.device
 ) -> Batch:
     """The batch of these rows."""
     some = [passages[row] for row in rows]
@@ -70,7 +70,7 @@ def collate(
     for index, (row, p) in enumerate(zip(rows, some, strict=True)):
         own = file.records(row)
         if not np.array_equal(own["token"], p.ids):
-            raise RuntimeError(f"the teacher's words of sequence {row} are about other tokens")
+            raise RuntimeError(f"the teacher's log-probs of sequence {row} are about other tokens")
         before_BT[index, len(p.lead) + p.first - 1 : len(p.lead) + len(p.ids) - 1] = True
         records.append(own[p.first :])
         places = np.arange(p.first, len(p.ids))
@@ -87,7 +87,9 @@ def collate(
         ids_BT.to(device),
         mask_BT.to(device),
         before_BT.to(device),
-        Words(tensor(found["index"]), Coarse(tensor(found["log_prob"]), tensor(found["log_rest"]))),
+        TeacherTargets(
+            tensor(found["index"]), TopKLogProbs(tensor(found["log_prob"]), tensor(found["log_rest"]))
+        ),
         tensor(found["token"]),
         tensor(found["log_prob_of_token"]),
         tensor(np.concatenate(row_N)),

@@ -1,4 +1,4 @@
-"""Who teaches: the base itself or another model of the same tokenizer, and what its words depend on."""
+"""Who teaches: the base itself or another model of the same tokenizer, and what its log-probs depend on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from policy.distillation.data import Passage, content_hash
 from policy.distillation.prompted_model import PromptedModel, check_head, shard_records
 from policy.distillation.student import Student
-from policy.distillation.teacher_cache import TeacherFile
+from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
 from rlhf.models.base import best_device, load_base
 from rlhf.recipe.load import Recipe
@@ -24,8 +24,8 @@ from rlhf.training.runtime import Runtime
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 
 
-class Teaching:
-    """The teacher, loaded only when it has to speak.
+class Teacher:
+    """The teacher, loaded only when it is needed.
 
     Args:
         recipe: the whole recipe.
@@ -115,14 +115,14 @@ def check_tokenizer(teacher: Model, student: Model, dialogue: Dialogue) -> None:
 def key_of(
     recipe: Recipe,
     section: Distill,
-    teaching: Teaching,
+    teacher: Teacher,
     context: Context,
     dialogue: Dialogue,
     passages: Sequence[Passage],
 ) -> dict[str, Any]:
-    """All that the teacher's words depend on."""
+    """All that the teacher's log-probs depend on."""
     return {
-        "teacher": teaching.weights(),
+        "teacher": teacher.weights(),
         "tokenizer": dialogue.fingerprint(),
         "prompt": {"sha256": context.sha256, "ids": hash_of(context.prefix_ids)},
         "sequences": {"sha256": content_hash(passages), "number": len(passages)},
@@ -133,9 +133,9 @@ def key_of(
     }
 
 
-def speak(
+def fill_cache(
     teacher: Callable[[], PromptedModel],
-    file: TeacherFile,
+    file: TeacherCache,
     passages: Sequence[Passage],
     runtime: Runtime,
     *,
@@ -149,7 +149,7 @@ def speak(
 
     Args:
         teacher: gives the model; not called where nothing is missing.
-        file: where the words are kept.
+        file: where the log-probs are kept.
         passages: all sequences, in the file's order.
         runtime: the processes; all of them call this.
         budget: tokens of the passages in memory at once.

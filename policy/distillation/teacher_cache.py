@@ -1,8 +1,8 @@
-"""The teacher's words in files: computed once, read by every student, checked, shared between runs.
+"""The teacher's log-probs in files: computed once, read by every student, checked, shared between runs.
 
 A folder holds ``index.json`` and one numpy file a shard of sequences, an array of one record a token. The
-index says what the words depend on (the key) and the content hash of every shard. A shard is written before
-the index names it, so a kill loses one at most; a damaged one is named and computed again. Files are
+index says what the log-probs depend on (the key) and the content hash of every shard. A shard is written
+before the index names it, so a kill loses one at most; a damaged one is named and computed again. Files are
 memory-mapped.
 
 One record: ``token`` (id), ``log_prob_of_token`` (that the teacher gives it), ``index`` [k] and ``log_prob``
@@ -41,8 +41,8 @@ def record_type(k: int, vocabulary: int) -> np.dtype[Any]:
     )
 
 
-class TeacherFile:
-    """The words of one teacher on one list of sequences.
+class TeacherCache:
+    """The log-probs of one teacher on one list of sequences.
 
     Args:
         folder: where they are or will be.
@@ -53,7 +53,8 @@ class TeacherFile:
         shard: sequences in a file.
 
     Raises:
-        UserError: the folder holds the words of another teacher, or on other sequences; says what differs.
+        UserError: the folder holds the log-probs of another teacher, or on other sequences; says what
+        differs.
     """
 
     def __init__(
@@ -74,11 +75,11 @@ class TeacherFile:
         if (folder / INDEX).is_file():
             found = read_json(folder / INDEX)
             if not isinstance(found, dict) or not {"key", "identity", "shards"} <= found.keys():
-                raise UserError(f"{folder / INDEX}: not the index of a teacher's words; remove {folder}")
+                raise UserError(f"{folder / INDEX}: not the index of a teacher's log-probs; remove {folder}")
             if found["identity"] != self._index["identity"]:
                 changes = differences(found["key"], key) or ["the index itself"]
                 raise UserError(
-                    f"{folder} holds the words of another teacher or on other sequences "
+                    f"{folder} holds the log-probs of another teacher or on other sequences "
                     f"({'; '.join(changes[:3])}): name another folder with "
                     "distill.teacher_cache, or remove it"
                 )
@@ -86,7 +87,7 @@ class TeacherFile:
 
     @property
     def identity(self) -> str:
-        """Hash of all that the words depend on."""
+        """Hash of all that the log-probs depend on."""
         return str(self._index["identity"])
 
     @property

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from policy.distillation.data import HALVES, Passage
 from policy.distillation.loss import chunk_of, distil_kl
 from policy.distillation.student import Batch, Student, Trunk, collate, width
-from policy.distillation.teacher_cache import TeacherFile
+from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
 from rlhf.models.token_batches import token_batches
 from rlhf.recipe.schema import Distill
-from rlhf.runs.artifacts import read_json, step_of, write_atomically
-from rlhf.runs.stage import StageRun
+from rlhf.runs.artifacts import Checkpoints, read_json, step_of, write_atomically
 from rlhf.training.metrics import Metrics
 from rlhf.training.runtime import Runtime, all_max
 from rlhf.training.schedule import learning_rate_factor
@@ -42,7 +41,7 @@ def batch_rows(seed: int, step: int, batch_size: int, number: int) -> list[int]:
     return [int(row) for row in order[index * batch_size : (index + 1) * batch_size]]
 
 
-class _Lesson(nn.Module):
+class DistillStep(nn.Module):
     """The forward pass of a step as one module, as DeepSpeed wants it."""
 
     def __init__(self, student: Student, trunk: Trunk | None) -> None:
@@ -54,24 +53,25 @@ class _Lesson(nn.Module):
         """KL(teacher || student) at each place of a batch, [N], nats."""
         hidden_ND = self._student.states(batch, self._trunk)
         chunk = chunk_of(self._student.vocabulary)
-        return distil_kl(hidden_ND, self._student.head, batch.words, chunk=chunk)
+        return distil_kl(hidden_ND, self._student.head, batch.teacher, chunk=chunk)
 
 
 class DistillTrainer:
-    """Trains a student on a teacher's words.
+    """Trains a student on a teacher's log-probs.
 
     Args:
         student: at its start, on its device.
         runtime: the optimiser is made in it.
-        file: the teacher's words on ``passages``.
+        file: the teacher's log-probs on ``passages``.
         passages: all sequences; the first ``number`` are trained on.
         number: how many.
         trunk: states of all sequences below the first layer that learns, where they are kept.
         section: the recipe's ``distill`` section.
         seed: the recipe's seed.
         rate: learning rate of the first step.
-        run: the open stage, for checkpoints.
         contract: fingerprint of tokenizer and template.
+        folder: where checkpoints and ``metrics.jsonl`` go.
+        on_checkpoint: called behind every checkpoint, on the main process.
     """
 
     def __init__(
@@ -79,28 +79,31 @@ class DistillTrainer:
         *,
         student: Student,
         runtime: Runtime,
-        file: TeacherFile,
+        file: TeacherCache,
         passages: Sequence[Passage],
         number: int,
         trunk: Trunk | None,
         section: Distill,
         seed: int,
         rate: float,
-        run: StageRun,
         contract: str,
+        folder: Path,
+        on_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         self.student, self.runtime, self.file, self.trunk = student, runtime, file, trunk
         self.passages, self.number, self.section = passages, number, section
-        self.seed, self.rate, self.run = seed, rate, run
+        self.seed, self.rate, self.folder, self.on_checkpoint = seed, rate, folder, on_checkpoint
+        self.is_main = runtime.rank == 0
+        self.checkpoints = Checkpoints(folder / "checkpoints")
         self.steps = steps_of(section, number)
         self._anchors = {"words": file.identity, "contract": contract}
-        checkpoint = run.checkpoints.newest()
+        checkpoint = self.checkpoints.newest()
         self.done = self.saved = step_of(checkpoint)
         if checkpoint:
             student.load(checkpoint / "student")
         named = student.parameters()
         groups = [{"params": [*named.values()], "lr": rate}]
-        runtime.prepare(_Lesson(student, trunk), groups, named, epsilon=_EPSILON)
+        runtime.prepare(DistillStep(student, trunk), groups, named, epsilon=_EPSILON)
         if checkpoint:
             self._restore(checkpoint)
 
@@ -114,12 +117,12 @@ class DistillTrainer:
             UserError: the loss or its gradient is not finite.
         """
         metrics = Metrics(
-            self.run.folder,
+            self.folder,
             total=self.steps,
             done=self.done,
             shown=SHOWN,
             description="distill",
-            active=self.run.is_main,
+            active=self.is_main,
         )
         with contextlib.closing(metrics):
             for step in range(self.done, self.steps):
@@ -197,14 +200,14 @@ class DistillTrainer:
         """Write everything that the next step depends on."""
         weights = self.runtime.gather_state() if self.runtime.shards_weights else None
         moments = self.runtime.optimizer_tensors()
-        if self.run.is_main:
-            self.run.checkpoints.clean()
-            with self.run.checkpoints.writing(self.done) as folder:
+        if self.is_main:
+            self.checkpoints.clean()
+            with self.checkpoints.writing(self.done) as folder:
                 (folder / "student").mkdir()
                 self.student.save(folder / "student", weights)
                 write_atomically(folder / "optimizer.safetensors", save(moments))
                 write_atomically(folder / "state.json", json.dumps({"step": self.done, **self._anchors}))
-            self.run.note_clock()
+            self.on_checkpoint()
         self.runtime.barrier()
         self.saved = self.done
 
@@ -212,14 +215,15 @@ class DistillTrainer:
         """Put the optimiser back; the weights were read before it was made.
 
         Raises:
-            UserError: the optimiser's state is missing, or the teacher's words or the tokenizer are others.
+            UserError: the optimiser's state is missing, or the teacher's log-probs or the tokenizer are
+            others.
         """
         state = read_json(checkpoint / "state.json")
-        for anchor, what in (("words", "the teacher's words have"), ("contract", "the tokenizer has")):
+        for anchor, what in (("words", "the teacher's log-probs have"), ("contract", "the tokenizer has")):
             if state[anchor] != self._anchors[anchor]:
                 raise UserError(
                     f"{checkpoint}: {what} changed since it was written, so the run cannot go on; put the "
-                    f"old back, or remove {self.run.folder} to start again"
+                    f"old back, or remove {self.folder} to start again"
                 )
         try:
             self.runtime.load_optimizer_tensors(load_file(checkpoint / "optimizer.safetensors"))
@@ -228,7 +232,8 @@ class DistillTrainer:
                 f"{checkpoint}: the optimizer state is incomplete ({error}); "
                 f"remove {checkpoint} to go on from the one before"
             ) from None
-        self.run.say(f"distill: going on after step {self.done} of {self.steps}")
+        if self.is_main:
+            print(f"distill: going on after step {self.done} of {self.steps}", flush=True)
 
 
 def steps_of(section: Distill, number: int) -> int:

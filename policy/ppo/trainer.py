@@ -309,7 +309,7 @@ class PpoTrainer:
                     f"{checkpoint}: {what} since it was written, so the run cannot go on; "
                     f"put the old one back, or remove {self.folder} to start again"
                 )
-        self.nonfinite.count = int(state["nonfinite_updates"])
+        self.nonfinite.count = int(state.get("nonfinite_updates", state.get("bad_updates", 0)))
         self.ended_early = state["ended_early"]
         if "value" in self.backbone.offsets:
             self.backbone.set_offset("value", float(state["value_offset"]))

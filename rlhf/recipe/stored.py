@@ -27,6 +27,9 @@ def modernized(stored: dict[str, Any]) -> dict[str, Any]:
             value = section.pop(key)
             if former in RENAMED:
                 section[RENAMED[former].rpartition(".")[2]] = value
+    pmp = recipe.get("pmp")
+    if isinstance(pmp, dict) and pmp.get("form") == "binarised":
+        pmp["form"] = "binarized"
     for name, value in recipe.items():
         if name in Recipe.model_fields:
             annotation: Any = Recipe.model_fields[name].annotation

@@ -15,7 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from policy.distillation.data import TEXTS, Passage
-from policy.distillation.loss import Coarse, Words, chunk_of, distil_kl, full_kl, measure, teach
+from policy.distillation.loss import (
+    TeacherTargets,
+    TopKLogProbs,
+    chunk_of,
+    distil_kl,
+    full_kl,
+    measure,
+    teach,
+)
 from policy.distillation.prompted_model import PromptedModel
 from policy.distillation.report import Measured, figures
 from rlhf.models.backbone import REFERENCE, Backbone
@@ -37,7 +45,7 @@ class Taught(NamedTuple):
     """A passage, and what the teacher says at each of its places."""
 
     passage: Passage
-    words: Words
+    words: TeacherTargets
     log_prob_N: Tensor
     """Of the token that follows."""
 
@@ -70,8 +78,8 @@ def taught(teacher: PromptedModel, some: Sequence[Passage], k: int, vocabulary: 
         for n, passage in zip(batch, rows, strict=True):
             here = slice(start, start + len(passage.ids))
             start = here.stop
-            coarse = Coarse(*(x[here] for x in words.coarse))
-            made[n] = Taught(passage, Words(words.indices_NK[here], coarse), log_prob_N[here])
+            coarse = TopKLogProbs(*(x[here] for x in words.top_k))
+            made[n] = Taught(passage, TeacherTargets(words.indices_NK[here], coarse), log_prob_N[here])
     return [made[n] for n in range(len(some))]
 
 
@@ -92,10 +100,10 @@ def student_states(backbone: Backbone, some: Sequence[Passage]) -> Tensor:
     return hidden_BTD[wanted_BT]
 
 
-def joined(some: Sequence[Taught]) -> Words:
+def joined(some: Sequence[Taught]) -> TeacherTargets:
     """The words of several passages, one after the other."""
-    coarse = Coarse(*(torch.cat(x) for x in zip(*(t.words.coarse for t in some), strict=True)))
-    return Words(torch.cat([t.words.indices_NK for t in some]), coarse)
+    coarse = TopKLogProbs(*(torch.cat(x) for x in zip(*(t.words.top_k for t in some), strict=True)))
+    return TeacherTargets(torch.cat([t.words.indices_NK for t in some]), coarse)
 
 
 def distil(
