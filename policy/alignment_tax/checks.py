@@ -12,7 +12,7 @@ from typing import Any
 from policy.alignment_tax.models import arm_names, arm_stages, base_of, check_others, model_files
 from rlhf.collect.judges import JUDGES
 from rlhf.errors import UserError
-from rlhf.evals.registry import TASKS, canonical, draw
+from rlhf.evals.registry import canonical, draw, task_spec
 from rlhf.recipe.load import Recipe, is_path
 from rlhf.recipe.tax import Tax
 from rlhf.runs.artifacts import SETTINGS
@@ -67,7 +67,7 @@ def read_items(recipe: Recipe, section: Tax) -> dict[str, tuple[list[Any], int]]
     """
     found = {}
     for name, task in section.tasks.items():
-        spec = TASKS[canonical(name)]
+        spec = task_spec(name, task.num_fewshot)
         items = spec.read(task.files, key=f"tax.tasks.{name}.files")
         limit = spec.limit if task.limit is None else task.limit
         found[name] = (draw(items, limit, recipe.seed), len(items))

@@ -158,6 +158,7 @@ class Work:
             "arm": arm_hash(arm, self.recipe),
             "files": self._files.get(name),
             "limit": None if task is None else task.limit,
+            **({"num_fewshot": task.num_fewshot} if task and task.num_fewshot is not None else {}),
             "items": len(self.items[name][0]) if name in self.items else None,
             "seed": self.recipe.seed,
         }

@@ -15,8 +15,10 @@ import importlib.resources
 import importlib.util
 import io
 import logging
+import numbers
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
@@ -71,6 +73,62 @@ def through_lm_eval(lm: LanguageModel, files: Sequence[TaskFile]) -> list[list[A
         samples = sorted(found["samples"][file.name], key=lambda sample: sample["doc_id"])
         answers.append([[(float(lp), bool(best)) for lp, best in s["filtered_resps"]] for s in samples])
     return answers
+
+
+def evaluate_stock(lm: LanguageModel, task: Any, ids: dict[int, str], seed: int) -> list[dict[str, float]]:
+    """Metrics of one of lm-eval's own tasks, an entry an item; those of further filters as ``metric,filter``.
+
+    task: as :func:`stock_task` gives it. ids: number of each document that is wanted, ascending, and its name
+    in messages. seed: of the few-shot examples and of sampling.
+    """
+    name = str(task.config.task)
+    with _quiet():
+        from lm_eval.evaluator import evaluate
+
+        task.set_fewshot_seed(seed)
+        found = evaluate(
+            lm=_bridge_class()(lm, {name: list(ids.values())}, seed),
+            task_dict={"tasks": {name: task}},
+            samples={name: list(ids)},
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    assert found is not None, "one process"
+    samples = found["samples"][name]
+    values: dict[int, dict[str, float]] = {number: {} for number in ids}
+    for sample in samples:
+        further = sample["filter"] != samples[0]["filter"]
+        for metric in sample["metrics"]:
+            value = _value_of(sample[metric])
+            if value is not None:
+                label = f"{metric},{sample['filter']}" if further else metric
+                values[sample["doc_id"]][label] = value
+    return list(values.values())
+
+
+def stock_config(path: Path) -> dict[str, Any]:
+    """The fields of one of lm-eval's task files, with what it includes, its functions resolved."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config: dict[str, Any] = load_yaml(path)
+    return {field: value for field, value in config.items() if field not in ("tag", "group", "task_list")}
+
+
+def stock_task(config: dict[str, Any]) -> Any:
+    """lm-eval's task object of such fields, its data set loaded."""
+    with _quiet():
+        return _task_class()(config)
+
+
+def _value_of(found: Any) -> float | None:
+    """A metric of one item as a number: shares of lists, nats a unit of (log-likelihood, units)."""
+    if isinstance(found, numbers.Real):
+        return float(found)
+    if isinstance(found, tuple) and len(found) == 2 and all(isinstance(x, numbers.Real) for x in found):
+        return -float(found[0]) / float(found[1])
+    if isinstance(found, list) and found and all(isinstance(x, numbers.Real) for x in found):
+        return sum(map(float, found)) / len(found)
+    return None
 
 
 def stock_field(file: str, field: str) -> Any:
@@ -149,11 +207,12 @@ def _bridge_class() -> Any:
     class Bridge(TemplateLM):
         """A language model of ours as lm-eval wants it: it divides context and continuation, we score."""
 
-        def __init__(self, lm: LanguageModel, names: dict[str, list[str]]) -> None:
+        def __init__(self, lm: LanguageModel, names: dict[str, list[str]], seed: int = 0) -> None:
             super().__init__()
             self._lm = lm
             self._names = names
             self._asked: list[str] = []
+            self._seed = seed
 
         @property
         def eot_token_id(self) -> Any:
@@ -171,9 +230,35 @@ def _bridge_class() -> Any:
             return [(s.log_prob, s.greedy) for s in self._lm.score(pairs, names=self._asked)]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            raise NotImplementedError("held-out loss has a task of its own")
+            found = []
+            for request in requests:
+                name = self._names[request.task_name][request.doc_id]
+                ids = self._lm.encode(request.args[0])
+                size = len(ids) if self._lm.window is None else self._lm.window - len(self._lm.prefix_ids) - 1
+                pieces = [(ids[max(s - 1, 0) : s], ids[s : s + size]) for s in range(0, len(ids), size)]
+                found.append(sum(s.log_prob for s in self._lm.score(pieces, names=[name] * len(pieces))))
+            return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            raise NotImplementedError("tasks that write use LanguageModel.generate")
+            texts = [""] * len(requests)
+            by_options: dict[str, list[int]] = {}
+            for i, request in enumerate(requests):
+                by_options.setdefault(repr(request.args[1]), []).append(i)
+            for group in by_options.values():
+                options = requests[group[0]].args[1]
+                until = options.get("until") or []
+                sampled = options.get("do_sample", False)
+                said = self._lm.generate(
+                    [self._lm.encode(requests[i].args[0]) for i in group],
+                    max_new_tokens=int(options.get("max_gen_toks", 256)),
+                    temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
+                    top_p=float(options.get("top_p", 1.0)),
+                    stop=[until] if isinstance(until, str) else [stop for stop in until if stop],
+                    seed=self._seed,
+                    names=[self._names[requests[i].task_name][requests[i].doc_id] for i in group],
+                )
+                for i, text in zip(group, said, strict=True):
+                    texts[i] = text
+            return texts
 
     return Bridge

@@ -5,7 +5,6 @@ Light: a task's module is imported when it is used, so that a wrong name is told
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import random
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf.errors import UserError
+from rlhf.evals.tasks import stock
 from rlhf.evals.tasks.inverse_scaling import FIELDS, PRIZE_TASKS
 
 if TYPE_CHECKING:
@@ -95,9 +95,22 @@ def canonical(name: str) -> str:
     found = f"{family}{slash}{_FORMER.get(task, task)}"
     if found in TASKS:
         return found
-    near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
-    remedy = f"did you mean {near[0]}?" if near else f"known: {', '.join(TASKS)}"
-    raise UserError(f"unknown evaluation {name!r}; {remedy}")
+    stock.check_name(name, list(TASKS))
+    return name
+
+
+def task_spec(name: str, num_fewshot: int | None = None) -> TaskSpec | stock.StockTask:
+    """A task of this project, or any other of lm-eval's own; num_fewshot: examples, for lm-eval's.
+
+    Raises:
+        UserError: there is no such task, or it takes no examples.
+    """
+    known = canonical(name)
+    if known not in TASKS:
+        return stock.StockTask(known, num_fewshot)
+    if num_fewshot is not None:
+        raise UserError(f"tax.tasks.{name}.num_fewshot: {name} takes no examples; remove it")
+    return TASKS[known]
 
 
 def draw(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
@@ -116,14 +129,14 @@ def read_task(name: str, files: Sequence[str], *, limit: int | None = None, seed
     Raises:
         UserError: an unknown task, or files that cannot be used.
     """
-    spec = TASKS[canonical(name)]
+    spec = task_spec(name)
     items = spec.read(files, key=f"tax.tasks.{name}.files")
     return draw(items, spec.limit if limit is None else limit, seed)
 
 
 def run_task(name: str, lm: LanguageModel, items: Sequence[Any], *, seed: int = 0, **options: Any) -> Outcome:
     """What a model does on the items of a task; options: further arguments of the task's own ``run``."""
-    return TASKS[canonical(name)].run(lm, items, seed=seed, **options)
+    return task_spec(name).run(lm, items, seed=seed, **options)
 
 
 def evaluate_task(
@@ -142,7 +155,7 @@ def evaluate_task(
     Raises:
         UserError: an unknown task, files that cannot be used, or an item too long for the model's window.
     """
-    spec = TASKS[canonical(name)]
+    spec = task_spec(name)
     items = spec.read(files, key=f"tax.tasks.{name}.files")
     drawn = draw(items, spec.limit if limit is None else limit, seed)
     outcome = spec.run(lm, drawn, seed=seed, **options)

@@ -31,10 +31,13 @@ def interpolated(weight: float) -> str:
 class TaxTask(Section):
     """The items of one task; a bare path, or a list of paths, stands for its `files`."""
 
-    files: list[str] = Field(min_length=1)
-    """Files, globs or `hub:NAME[:CONFIG][@SPLIT]`."""
+    files: list[str] = []
+    """Files, globs or `hub:NAME[:CONFIG][@SPLIT]`; none = the data set that lm-eval's task names (hub)."""
     limit: Positive | None = None
     """Items, drawn by the recipe's seed, the same for every arm; null = the task's own small default."""
+    num_fewshot: Natural | None = None
+    """Examples before each item of a task of lm-eval's; null = as the task has it. With local files they come
+    from the same file, without the item."""
 
     @model_validator(mode="before")
     @classmethod
@@ -110,7 +113,7 @@ class Tax(Section):
     """The arm that the others are compared with."""
     tasks: dict[str, TaxTask] = {}
     """What is measured, by task: hhh, truthfulqa, lambada, lm_loss, inverse_scaling/<name>, humaneval,
-    toxicity."""
+    toxicity, or any task of lm-eval by its name (gsm8k, ifeval, mmlu_astronomy, ...)."""
     toxicity: Toxicity = Toxicity()
     """Options of the task `toxicity`."""
     humaneval: Humaneval = Humaneval()

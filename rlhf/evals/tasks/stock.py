@@ -1,0 +1,226 @@
+"""Any task of lm-eval's own library as an evaluation of ours, on the hub's rows or on local files.
+
+The task's file (prompt template, answer choices, filters, metrics) is taken as it stands; with local files
+their rows take the place of the split that it evaluates on, and few-shot examples come from the same rows
+without the item itself. lm-eval is imported on first use; names are found by scanning its folder of tasks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rlhf.data.readers.rows import BadRow
+from rlhf.errors import UserError
+from rlhf.evals.items import named_rows
+from rlhf.evals.outcome import Outcome
+
+if TYPE_CHECKING:
+    from rlhf.evals.model import LanguageModel
+
+_ENTRY = re.compile(r"""^["']?(task|group)["']?[ \t]*:[ \t]*["']?([\w./+-]+)""", re.MULTILINE)
+_INCLUDE = re.compile(r"""^["']?include["']?[ \t]*:[ \t]*["']?([\w./+-]+)""", re.MULTILINE)
+_TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
+
+
+class Item(NamedTuple):
+    """One document of a task."""
+
+    id: str
+    """Label of the file and line or row, or the name of the task and the number of the document."""
+    number: int
+    """Number of the document in the task, counted from 0."""
+    task: Any
+    """lm-eval's task object, shared by all its items."""
+
+
+@functools.cache
+def index() -> dict[str, tuple[str, Path]]:
+    """Of every name in lm-eval's folder of tasks: ("task" or "group", its file); empty without lm-eval."""
+    spec = importlib.util.find_spec("lm_eval")
+    found: dict[str, tuple[str, Path]] = {}
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        for folder, _, files in os.walk(Path(place) / "tasks"):
+            for file in sorted(files):
+                if file.endswith((".yaml", ".yml")):
+                    path = Path(folder) / file
+                    entries = _ENTRY.findall(path.read_text(encoding="utf-8"))
+                    group = any(kind == "group" for kind, _ in entries)
+                    for kind, name in entries:
+                        if kind == "group" or not group:
+                            found.setdefault(name, (kind, path))
+    return found
+
+
+def check_name(name: str, own: Sequence[str]) -> None:
+    """Whether a name is that of a task that can be run; no import of lm-eval.
+
+    own: names of this project's tasks, for the suggestion.
+
+    Raises:
+        UserError: there is no such task, it is a group, or it runs generated code outside the sandbox.
+    """
+    if name not in index():
+        near = difflib.get_close_matches(name, [*own, *index()], n=3, cutoff=0.6)
+        remedy = (
+            f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(own)}, or any of lm-eval"
+        )
+        raise UserError(f"unknown evaluation {name!r}; {remedy}")
+    kind, path = index()[name]
+    if kind == "group":
+        near = [task for task, (k, _) in index().items() if k == "task" and task.startswith(f"{name}_")][:3]
+        raise UserError(f"{name} is a group of lm-eval: name its tasks one by one ({', '.join(near)}, ...)")
+    if "unsafe_code: true" in _text(path):
+        raise UserError(
+            f"{name} of lm-eval runs generated code without a sandbox; use humaneval, which has one"
+        )
+
+
+def _text(path: Path) -> str:
+    """A task file and what it includes."""
+    text = path.read_text(encoding="utf-8")
+    included = (path.parent / name for name in _INCLUDE.findall(text))
+    return text + "".join(_text(file) for file in included if file.is_file())
+
+
+@dataclass(frozen=True)
+class StockTask:
+    """A task of lm-eval by its name; the same interface as :class:`rlhf.evals.registry.TaskSpec`."""
+
+    name: str
+    """As lm-eval has it."""
+    num_fewshot: int | None = None
+    """Examples before each item; None = as the task's file has it, and 0 there where it says nothing."""
+    limit: int | None = None
+    """Items by default: all."""
+    needs: frozenset[str] = frozenset()
+    """What else it needs: nothing."""
+
+    def read(self, files: Sequence[str], *, key: str) -> list[Item]:
+        """The task's documents, of local files or, without any, of the data set that the task names.
+
+        Raises:
+            UserError: a file cannot be used (file and line, and the fields expected), or the hub cannot be
+                reached.
+        """
+        from rlhf.evals.harness import stock_config, stock_task
+
+        config = stock_config(index()[self.name][1])
+        if "class" in config:
+            raise UserError(f"{key}: {self.name} is a Python class in lm-eval, not a task file; leave it out")
+        if self.num_fewshot is not None:
+            config["num_fewshot"] = self.num_fewshot
+        if files:
+            return self._local(files, config, key)
+        try:
+            task = stock_task(config)
+        except Exception as error:
+            raise UserError(
+                f"{key}: the data set of {self.name} cannot be loaded from the hub "
+                f"({_line(error)}); give local rows with `files`"
+            ) from None
+        return [Item(f"{self.name}:{i + 1}", i, task) for i in range(len(task.eval_docs))]
+
+    def _local(self, files: Sequence[str], config: dict[str, Any], key: str) -> list[Item]:
+        import datasets
+
+        from rlhf.evals.harness import stock_task
+
+        split = config.get("test_split") or config.get("validation_split") or "test"
+        expected = "" if config.get("process_docs") else _fields(config)
+        note = (
+            f"; expected fields {', '.join(expected)}"
+            if expected
+            else f"; expected the fields of {self.name}"
+        )
+        ids, places, rows = [], [], []
+        for _, name, where, row in named_rows(files, key=key):
+            if isinstance(row, BadRow) or not isinstance(row, dict):
+                raise UserError(
+                    f"{where}: {row if isinstance(row, BadRow) else 'not a row with fields'}{note}"
+                )
+            lacking = [field for field in expected if field not in row]
+            if lacking:
+                raise UserError(f"{where}: no field {lacking[0]} ({', '.join(map(str, row))}){note}")
+            ids.append(name)
+            places.append(where)
+            rows.append(dict(row))
+        if not rows:
+            raise UserError(f"{key}: no row in {', '.join(files)}{note}")
+        try:
+            table = datasets.Dataset.from_list(rows)
+        except Exception as error:
+            raise UserError(
+                f"{key}: the rows have fields of different kinds ({_line(error)}){note}"
+            ) from None
+        config |= {"custom_dataset": lambda **_: {split: table}, "test_split": split}
+        config |= {"training_split": None, "validation_split": None, "fewshot_split": None}
+        shots = config.get("num_fewshot") or 0
+        if shots >= len(rows):
+            raise UserError(
+                f"{key}: {shots} few-shot examples need more than {len(rows)} rows; set num_fewshot"
+            )
+        if shots and "samples" not in (config.get("fewshot_config") or {}):
+            config["fewshot_split"] = split
+        try:
+            task = stock_task(config)
+        except Exception as error:
+            raise UserError(f"{places[0]}: the task cannot read it ({_line(error)}){note}") from None
+        docs = task.eval_docs
+        same = len(docs) == len(rows)
+        for i, doc in enumerate(docs):
+            try:
+                task.doc_to_text(doc)
+                task.doc_to_target(doc)
+                _ = task.doc_to_choice(doc) if task.config.doc_to_choice else None
+            except Exception as error:
+                where = places[i] if same else files[0]
+                raise UserError(f"{where}: the task cannot read it ({_line(error)}){note}") from None
+        return [Item(ids[i] if same else f"{self.name}:{i + 1}", i, task) for i in range(len(docs))]
+
+    def run(self, lm: LanguageModel, items: Sequence[Item], *, seed: int = 0) -> Outcome:
+        """What a model does on the items: every numeric metric of the task, item by item.
+
+        The first metric of which more is better stands for the task, else its first.
+        """
+        from rlhf.evals.harness import evaluate_stock
+
+        task = items[0].task
+        by_item = evaluate_stock(lm, task, {item.number: item.id for item in items}, seed)
+        better = task.higher_is_better()
+        names = [name for name in by_item[0] if all(name in values for values in by_item)]
+        metric = next((name for name in names if better.get(name.partition(",")[0])), names[0])
+        return Outcome(
+            task=self.name,
+            metric=metric,
+            higher_is_better=bool(better.get(metric.partition(",")[0])),
+            ids=[item.id for item in items],
+            groups=[""] * len(items),
+            values={name: [values[name] for values in by_item] for name in names},
+            notes=[f"lm-eval's task {self.name}, {task.config.num_fewshot or 0} few-shot examples"],
+        )
+
+
+def _fields(config: dict[str, Any]) -> list[str]:
+    """The fields that the task's templates read."""
+    import jinja2
+    from jinja2 import meta
+
+    found: set[str] = set()
+    for template in (config.get(name) for name in _TEMPLATES):
+        if isinstance(template, str) and template.isidentifier():
+            found.add(template)
+        elif isinstance(template, str):
+            found |= meta.find_undeclared_variables(jinja2.Environment().parse(template))
+    return sorted(found)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
