@@ -169,7 +169,7 @@ def test_the_value_starts_from_the_first_member_and_every_part_says_where_it_is_
 
 
 def test_without_a_trunk_its_memory_limit_is_named_as_without_effect(world, capsys):
-    for layers, line in (("all", "none: ppo.trunk_gigabytes has no effect"), ("top_1", "frozen layers")):
+    for layers, line in (("all", "none: no layers are frozen"), ("top_1", "frozen layers")):
         recipe = tiny_recipe(f"lora.layers={layers}", "ppo.retokenize=true")
         assemble(recipe, opened(world, recipe), load_dialogue(recipe))
         assert line in capsys.readouterr().out.partition("trunk: ")[2]

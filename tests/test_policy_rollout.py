@@ -329,7 +329,7 @@ def test_weights_in_pieces_have_no_trunk_from_sampling(monkeypatch):
     assert asked == [False, False, True]
 
 
-def test_a_trunk_beyond_its_memory_is_computed_anew_in_every_pass(capsys):
+def test_a_trunk_beyond_its_memory_is_computed_anew_in_every_pass(capsys, monkeypatch):
     whole, _ = collected()
     size = whole.hidden_BTD.numel() * 4
     assert collected(trunk_gigabytes=size / 1e9)[0].hidden_BTD is not None
@@ -339,7 +339,9 @@ def test_a_trunk_beyond_its_memory_is_computed_anew_in_every_pass(capsys):
         assert rollout.hidden_BTD is None
         assert_same(rows_of(rollout), rows_of(collected(reward_fn=blind)[0]))
     assert capsys.readouterr().out.count("ppo.trunk_gigabytes") == 1
-    assert collected(trunk_gigabytes=0, rank=1, world=2)[0].hidden_BTD is None
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")
+        assert collected(trunk_gigabytes=0, rank=1, world=2)[0].hidden_BTD is None
     assert capsys.readouterr().out == ""
     assert collected(layers="all")[0].hidden_BTD is None
     assert capsys.readouterr().out == ""

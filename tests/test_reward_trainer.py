@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from reward.model.batch import micro_batches, rows_of, width
 from reward.model.model import new_reward_model, vocabulary_head
 from reward.model.trunk_cache import build_trunk
-from reward.training.trainer import PreferenceTrainer, learning_rate, plan_forward, training_arguments
+from reward.training.trainer import PreferenceTrainer, learning_rate, training_arguments
 from rlhf.runs.artifacts import Checkpoints
 
 MIXED = [
@@ -100,7 +100,7 @@ def expected_of(lm_coef):
 def test_any_budget_gives_the_gradient_of_one_batch(share, cached, lm_coef, tmp_path):
     loss, wanted = expected_of(lm_coef)
     model = awake(recipe := tiny()[0], tiny()[1])
-    trunk = build_trunk(recipe, model, MIXED, 0, share=share, gigabytes=1.0) if cached else None
+    trunk = build_trunk(recipe, recipe.reward, model, MIXED, 0, share=share) if cached else None
     for budget in BUDGETS:
         options = (f"reward.tokens_per_micro_batch={budget}", f"reward.lm_coef={lm_coef}")
         trainer = trainer_of(tmp_path, model, *options, share=share, trunk=trunk)
@@ -220,14 +220,6 @@ def test_the_trainings_of_an_ensemble_share_one_log_and_differ_in_their_seed(tmp
     assert log_of(tmp_path / "alone") == first  # the first member is the model that would have been alone
 
 
-@pytest.mark.parametrize("layers", ["all", "top_1"])
-def test_a_memory_limit_without_a_trunk_is_named_as_without_effect(layers, capsys):
-    recipe, dialogue = tiny(f"lora.layers={layers}")
-    plan = plan_forward(recipe, recipe.reward, new_reward_model(recipe, dialogue), MIXED, dialogue)
-    assert (plan.trunk is None) == (layers == "all")
-    assert ("trunk_gigabytes has no effect" in capsys.readouterr().out) == (layers == "all")
-
-
 # --- the options -----------------------------------------------------------------------------------------
 
 OF_THE_LOSS = [
@@ -290,7 +282,7 @@ def test_an_option_of_the_work_does_not_change_what_is_learned(option, base, tmp
     options = {"share": option != "share"}
     if option == "trunk":
         fresh = new_reward_model(recipe, dialogue).eval()
-        options["trunk"] = build_trunk(recipe, fresh, encoded(8), 0, share=True, gigabytes=1.0)
+        options["trunk"] = build_trunk(recipe, recipe.reward, fresh, encoded(8), 0, share=True)
     overrides = [option] if "=" in option else []
     found = weights_of(tmp_path, *overrides, **options)
     torch.testing.assert_close(

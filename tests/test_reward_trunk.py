@@ -30,8 +30,8 @@ def model():
 
 
 def trunk_of(model, examples=MIXED, *overrides, share=True, gigabytes=1.0):
-    recipe, dialogue = tiny(*overrides)
-    return build_trunk(recipe, model, examples, dialogue.pad_id, share=share, gigabytes=gigabytes)
+    recipe, dialogue = tiny(*overrides, f"reward.trunk_gigabytes={gigabytes!r}")
+    return build_trunk(recipe, recipe.reward, model, examples, dialogue.pad_id, share=share)
 
 
 def calls(model, layer):
@@ -100,7 +100,7 @@ def test_the_states_are_those_that_enter_the_first_adapted_layer(model, share):
         assert [len(row) for row in rows] == lengths
         for row, states, length in zip(rows, seen.pop(), lengths, strict=True):
             torch.testing.assert_close(row, states[:length], rtol=1e-4, atol=1e-5)
-        states_NTD = trunk.states(packed)
+        states_NTD = trunk.states(packed.index_N.tolist(), packed.ids_NT)
         assert states_NTD.shape[:2] == packed.ids_NT.shape
         assert not states_NTD[packed.segments_NT == 0].any()
 
@@ -141,14 +141,17 @@ def test_a_trunk_over_the_memory_limit_is_left_alone(model, capsys):
     assert trunk_of(model, gigabytes=needed * 1.001) is not None
     assert capsys.readouterr().out == ""
     assert trunk_of(model, gigabytes=needed * 0.999) is None
-    assert "over the limit" in capsys.readouterr().out
+    assert "reward.trunk_gigabytes: the hidden states" in capsys.readouterr().out
     assert trunk_of(model, gigabytes=0.0) is None
 
 
 def test_there_is_no_trunk_where_all_layers_are_adapted(capsys):
     for layers in ("lora.layers=all", "lora.layers=top_3"):
         assert trunk_of(awake(*tiny(layers)), MIXED, layers) is None
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out.count("reward.trunk_gigabytes has no effect") == 1
+    recipe, dialogue = tiny("lora.layers=all")
+    assert build_trunk(recipe, recipe.reward, awake(recipe, dialogue), MIXED, 0, share=True) is None
+    assert capsys.readouterr().out == ""  # it was not set
 
 
 def test_there_is_no_trunk_where_weights_are_sharded(model, monkeypatch):

@@ -16,9 +16,10 @@ from policy.distillation.data import Passage
 from policy.distillation.loss import chunk_of, full_kl, measure
 from policy.distillation.prompted_model import PromptedModel
 from policy.distillation.report import Measured
-from policy.distillation.student import Student, Trunk, collate, width
+from policy.distillation.student import Student, collate, width
 from policy.distillation.teacher_cache import TeacherCache
 from rlhf.models.token_batches import token_batches
+from rlhf.models.trunk_cache import TrunkCache
 from rlhf.training.progress import progress
 from rlhf.training.runtime import Runtime
 
@@ -31,7 +32,7 @@ def measured(
     file: TeacherCache,
     passages: Sequence[Passage],
     rows: Sequence[int],
-    trunk: Trunk | None,
+    trunk: TrunkCache | None,
     *,
     budget: int,
     full: int,
@@ -91,7 +92,7 @@ def _full(
     row: int,
     passages: Sequence[Passage],
     file: TeacherCache,
-    trunk: Trunk | None,
+    trunk: TrunkCache | None,
 ) -> float:
     """Sum over a sequence's places of the KL over the whole vocabulary."""
     passage = passages[row]

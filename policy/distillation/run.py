@@ -106,7 +106,8 @@ class _Distillation:
         self.run.say(f"distill: the teacher's log-probs are in {self.file.folder} ({there})")
         if self.runtime.shards_weights:
             self.student.before_sharding()
-        self.trunk = trunk_of(self.student, self.passages, self.section.trunk_gigabytes, self.run.say)
+        sharded = self.runtime.shards_weights
+        self.trunk = None if sharded else trunk_of(self.student, self.passages, self.section)
         words = {"identity": self.file.identity, "shards": self.file.shards}
         return {"teacher": {"origin": self.teacher.origin, **words}}
 

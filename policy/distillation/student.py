@@ -27,6 +27,7 @@ from rlhf.models.backbone import REFERENCE, Backbone, layers_of
 from rlhf.models.base import load_base
 from rlhf.models.masks import positions_from_mask, right_pad
 from rlhf.models.token_batches import token_batches
+from rlhf.models.trunk_cache import TrunkCache, keeps_trunk, trunk_bytes
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Distill
 from rlhf.runs.artifacts import write_atomically
@@ -200,14 +201,14 @@ class Student:
         with adapted.folded(ADAPTER) if adapted else contextlib.nullcontext():
             yield
 
-    def states(self, batch: Batch, trunk: Trunk | None = None) -> Tensor:
+    def states(self, batch: Batch, trunk: TrunkCache | None = None) -> Tensor:
         """The last hidden states at the batch's places, [N, D]."""
         if self.backbone:
             self.backbone.activate(ADAPTER if self._adapted else REFERENCE)
         cut_at = self.frozen_layers
         inputs: dict[str, Any] = {"input_ids": batch.ids_BT}
         if cut_at:
-            kept = trunk.states(batch) if trunk else None
+            kept = trunk.states(batch.rows, batch.ids_BT) if trunk else None
             if kept is None:
                 assert self.backbone
                 kept = self.backbone.trunk(batch.ids_BT, batch.mask_BT)
@@ -253,46 +254,20 @@ class Student:
         return folder / MODEL
 
 
-class Trunk:
-    """Hidden states of all rows below the first layer that learns, on the CPU.
+def trunk_of(student: Student, passages: Sequence[Passage], section: Distill) -> TrunkCache | None:
+    """Hidden states of all rows below the first layer that learns; None where there are none to keep.
 
     They are computed in batches that depend on the rows alone, so that a resumed run has the same ones.
-
-    Args:
-        student: whose trunk.
-        passages: all rows.
     """
-
-    def __init__(self, student: Student, passages: Sequence[Passage]) -> None:
-        assert student.backbone
-        self._rows: list[Tensor] = [torch.empty(0)] * len(passages)
-        for some in progress("trunk", token_batches([width(p) for p in passages], _TRUNK_TOKENS)):
-            rows = [[*passages[n].lead.tolist(), *passages[n].ids.tolist()] for n in some]
-            ids_BT, mask_BT = (t.to(student.backbone.device) for t in right_pad(rows, 0))
-            hidden_BTD = student.backbone.trunk(ids_BT, mask_BT)
-            assert hidden_BTD is not None
-            for n, row, states in zip(some, rows, hidden_BTD, strict=True):
-                self._rows[n] = states[: len(row)].cpu().clone()
-
-    def states(self, batch: Batch) -> Tensor:
-        """Those of a batch, [B, T, D], 0 at padding."""
-        first = self._rows[batch.rows[0]]
-        out_BTD = first.new_zeros(*batch.ids_BT.shape, first.shape[-1])
-        for index, row in enumerate(batch.rows):
-            out_BTD[index, : len(self._rows[row])] = self._rows[row]
-        return out_BTD.to(batch.ids_BT.device)
-
-
-def trunk_of(
-    student: Student, passages: Sequence[Passage], gigabytes: float, say: Callable[[str], None] = print
-) -> Trunk | None:
-    """The trunk of all rows; None where all layers learn, or where it needs more memory than that."""
-    if not student.frozen_layers:
+    backbone, widths = student.backbone, list(map(width, passages))
+    needed = trunk_bytes(student.base, sum(widths))
+    if not backbone or not keeps_trunk(section, student.frozen_layers, needed):
         return None
-    tokens = sum(map(width, passages))
-    width_D = int(student.base.config.get_text_config().hidden_size)
-    needed = tokens * width_D * student.base.dtype.itemsize / 1e9
-    if needed > gigabytes:
-        say(f"trunk: {needed:.1f} GB of states are over the limit; computed anew at every pass")
-        return None
-    return Trunk(student, passages)
+    trunk = TrunkCache(student.frozen_layers)
+    for some in progress("trunk", token_batches(widths, _TRUNK_TOKENS)):
+        rows = [[*passages[n].lead.tolist(), *passages[n].ids.tolist()] for n in some]
+        ids_BT, mask_BT = (t.to(backbone.device) for t in right_pad(rows, 0))
+        hidden_BTD = backbone.trunk(ids_BT, mask_BT)
+        assert hidden_BTD is not None
+        trunk.add(some, hidden_BTD, mask_BT)
+    return trunk

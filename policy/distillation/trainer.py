@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from policy.distillation.data import HALVES, Passage
 from policy.distillation.loss import chunk_of, distil_kl
-from policy.distillation.student import Batch, Student, Trunk, collate, width
+from policy.distillation.student import Batch, Student, collate, width
 from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
 from rlhf.models.token_batches import token_batches
+from rlhf.models.trunk_cache import TrunkCache
 from rlhf.recipe.schema import Distill
 from rlhf.runs.artifacts import Checkpoints, read_json, step_of, write_atomically
 from rlhf.training.metrics import Metrics
@@ -44,7 +45,7 @@ def batch_rows(seed: int, step: int, batch_size: int, number: int) -> list[int]:
 class DistillStep(nn.Module):
     """The forward pass of a step as one module, as DeepSpeed wants it."""
 
-    def __init__(self, student: Student, trunk: Trunk | None) -> None:
+    def __init__(self, student: Student, trunk: TrunkCache | None) -> None:
         super().__init__()
         self.inside = student.module
         self._student, self._trunk = student, trunk
@@ -82,7 +83,7 @@ class DistillTrainer:
         file: TeacherCache,
         passages: Sequence[Passage],
         number: int,
-        trunk: Trunk | None,
+        trunk: TrunkCache | None,
         section: Distill,
         seed: int,
         rate: float,

@@ -20,6 +20,7 @@ from rlhf.data.comparisons import Prompt
 from rlhf.generation.sampling import Sampled, sample, uniforms
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.masks import action_mask, ended
+from rlhf.models.trunk_cache import keeps_trunk, trunk_bytes
 from rlhf.recipe.schema import Ppo
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.runtime import Runtime, gathered
@@ -128,7 +129,9 @@ def collect(
     rows = own_rows(section.batch_size, runtime.rank, runtime.world)
     chosen = [prompts[indices[prompt_B[row]]] for row in rows]
     encoded = [dialogue.encode_prompt(prompt) for prompt in chosen]
-    keep = _keeps_trunk(backbone, runtime, dialogue, encoded, section)
+    tokens = len(rows) * (max(map(len, encoded)) + dialogue.max_response_tokens + 1)
+    needed = trunk_bytes(backbone.base, tokens)
+    keep = keeps_trunk(section, backbone.frozen_layers, needed, runtime.any_process)
     ids_BT, mask_BT, actions_BR, sampled_BR, hidden_BTD = _sampled(
         backbone, runtime, dialogue, encoded, section, seed=seed, step=step, rows=rows, keep_trunk=keep
     )
@@ -205,36 +208,6 @@ def _in_order(parts: Sequence[Tensor], order: Sequence[Tensor]) -> Tensor:
     """Tensors of micro-batches as one, the rows back where they were."""
     whole = torch.cat(list(parts))
     return whole[torch.argsort(torch.cat(list(order))).to(whole.device)]
-
-
-def _keeps_trunk(
-    backbone: Backbone,
-    runtime: Runtime,
-    dialogue: Dialogue,
-    prompts: Sequence[Sequence[int]],
-    section: Ppo,
-) -> bool:
-    """Whether there is a frozen trunk whose hidden states fit in memory, on every process."""
-    if not backbone.frozen_layers:
-        if runtime.rank == 0 and section.trunk_gigabytes != Ppo.model_fields["trunk_gigabytes"].default:
-            _print_once("ppo.trunk_gigabytes has no effect: no layers are frozen (lora.layers is all)")
-        return False
-    base = backbone.base
-    tokens = len(prompts) * (max(map(len, prompts)) + dialogue.max_response_tokens + 1)
-    size = tokens * int(base.config.get_text_config().hidden_size) * base.dtype.itemsize
-    if not runtime.any_process(size > section.trunk_gigabytes * 1e9):
-        return True
-    if runtime.rank == 0:
-        _print_once(
-            f"ppo.trunk_gigabytes: the frozen trunk's hidden states of a rollout need more than "
-            f"{section.trunk_gigabytes:g} GB a process, so every pass computes them anew"
-        )
-    return False
-
-
-@functools.cache
-def _print_once(text: str) -> None:
-    print(text, flush=True)
 
 
 def _sampled(

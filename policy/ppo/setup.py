@@ -151,8 +151,7 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
         if len(folders) > 1:
             print(f"score:     {_in_words(recipe)} of the {len(folders)} reward models")
         cut = backbone.frozen_layers
-        none = "none: ppo.trunk_gigabytes has no effect"
-        trunk = f"{cut} frozen layers, computed once a rollout" if cut else none
+        trunk = f"{cut} frozen layers, computed once a rollout" if cut else "none: no layers are frozen"
         print(f"trunk:     {trunk}", flush=True)
     return backbone
 

@@ -172,31 +172,3 @@ def pack(examples: Sequence[Example], pad_id: int, *, share: bool = True, wanted
 def as_example(row: Sequence[int]) -> Example:
     """A closed sequence that stands for itself, to be scored."""
     return {"prompt": [], "responses": [list(row)], "spoken": [len(row)], "ranks": [0], "index": -1}
-
-
-class Trunk:
-    """Hidden states of every example below the first adapted layer, on the CPU (reward/model/trunk_cache.py
-    makes them).
-
-    Args:
-        cut: index of the first adapted layer.
-        rows: each example's rows [T, D], by its index.
-    """
-
-    def __init__(self, cut: int, rows: dict[int, list[Tensor]]) -> None:
-        self.cut = cut
-        self.rows = rows
-
-    def states(self, packed: Packed) -> Tensor:
-        """The states of a packed batch, [N, T, D], 0 at padding."""
-        out: Tensor | None = None
-        before, row = None, 0
-        for n, index in enumerate(packed.index_N.tolist()):
-            row = row + 1 if index == before else 0
-            before = index
-            kept = self.rows[index][row % len(self.rows[index])]
-            if out is None:
-                out = kept.new_zeros(*packed.ids_NT.shape, kept.shape[1])
-            out[n, : len(kept)] = kept
-        assert out is not None, "a packed batch has rows"
-        return out.to(packed.ids_NT.device)

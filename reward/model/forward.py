@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reward.model.batch import Example, Packed, Trunk, as_example, micro_batches, pack
+from reward.model.batch import Example, Packed, as_example, micro_batches, pack
 from rlhf.models.log_probs import token_log_probs
 from rlhf.models.packing import attention_mask
+from rlhf.models.trunk_cache import TrunkCache
 from rlhf.training.progress import progress
 
 TOKENS_AT_ONCE = 4096  # tokens, padding included, of one scoring batch
@@ -22,10 +23,13 @@ _LOGITS_AT_ONCE = 2048  # positions whose vocabulary logits are in memory at onc
 _PACKING_TOLERANCE = 1e-3  # between packed and separate scores, in units of their size
 
 
-def forward_packed(model: Any, packed: Packed, trunk: Trunk | None = None) -> tuple[Tensor, Tensor]:
+def forward_packed(model: Any, packed: Packed, trunk: TrunkCache | None = None) -> tuple[Tensor, Tensor]:
     """Hidden states [N, T, D] and one score a response [B, K]; 0 where there is no response."""
     mask_BK = packed.mask_BK
-    hidden = {} if trunk is None else {"cut": trunk.cut, "hidden_NTD": trunk.states(packed)}
+    hidden: dict[str, Any] = {}
+    if trunk is not None:
+        states_NTD = trunk.states(packed.index_N.tolist(), packed.ids_NT)
+        hidden = {"cut": trunk.cut, "hidden_NTD": states_NTD}
     hidden_NTD, scores_S = model(
         **inputs_of(model, packed),
         **hidden,
@@ -76,7 +80,7 @@ def score_examples(
     share: bool = True,
     tokens: int = TOKENS_AT_ONCE,
     vocabulary: nn.Module | None = None,
-    trunk: Trunk | None = None,
+    trunk: TrunkCache | None = None,
 ) -> tuple[Tensor, ...]:
     """Raw head output of every response, flat and in order, [sum of K], float32 on the CPU.
 

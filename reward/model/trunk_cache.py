@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from reward.model.batch import Example, Packed, Trunk, micro_batches, pack, rows_of, width
+from reward.model.batch import Example, Packed, micro_batches, pack, rows_of, width
 from reward.model.forward import dtype_of, forward_packed, inputs_of
+from rlhf.models.trunk_cache import TrunkCache, keeps_trunk, trunk_bytes
 from rlhf.recipe.load import Recipe
+from rlhf.recipe.schema import PreferenceTraining
 from rlhf.runs.stage import processes
 from rlhf.training.progress import progress
 
@@ -25,28 +27,22 @@ _TOLERANCE = 1e-3  # between the scores of trunk + top and of the whole, in unit
 
 @torch.no_grad()
 def build_trunk(
-    recipe: Recipe, model: Any, examples: Sequence[Example], pad_id: int, *, share: bool, gigabytes: float
-) -> Trunk | None:
-    """Compute the trunk of all examples, or say why not.
+    recipe: Recipe, section: PreferenceTraining, model: Any, rows: Sequence[Example], pad_id: int, share: bool
+) -> TrunkCache | None:
+    """Compute the hidden states of all rows, or print why not.
 
-    None where all layers are adapted, where the states would need more than ``gigabytes`` of memory, where
-    ZeRO-3 makes a forward pass a collective call, or where the architecture cannot be split.
+    None where :func:`keeps_trunk` is false, where ZeRO-3 makes a forward pass a collective call, or where the
+    architecture cannot be split.
     """
-    config = model.base_model.model.config.get_text_config()
-    if recipe.lora.top_k is None or (processes() > 1 and recipe.distributed.zero_stage == 3):
+    base, top_k = model.base_model.model, recipe.lora.top_k
+    if top_k is not None and processes() > 1 and recipe.distributed.zero_stage == 3:
         return None
-    cut = config.num_hidden_layers - recipe.lora.top_k
-    tokens = sum(width(e, share) * rows_of(e, share) for e in examples)
-    needed = tokens * config.hidden_size * dtype_of(model).itemsize / 1e9
-    if not cut or needed > gigabytes:
-        if cut:
-            print(
-                f"trunk: {needed:.1f} GB of states are over the limit; computed anew at every pass",
-                flush=True,
-            )
+    cut = 0 if top_k is None else base.config.get_text_config().num_hidden_layers - top_k
+    tokens = sum(width(e, share) * rows_of(e, share) for e in rows)
+    if not keeps_trunk(section, cut, trunk_bytes(base, tokens)):
         return None
-    trunk = Trunk(cut, {})
-    few = sorted(examples, key=lambda e: width(e, share) * rows_of(e, share))[:_PROBED]  # cheap to read twice
+    trunk = TrunkCache(cut)
+    few = sorted(rows, key=lambda e: width(e, share) * rows_of(e, share))[:_PROBED]  # cheap to read twice
     try:
         gap = _gap(model, few, trunk, pad_id, share=share)
     except (AttributeError, TypeError, RuntimeError) as error:
@@ -55,23 +51,21 @@ def build_trunk(
     if gap > _TOLERANCE:
         print(f"warning: trunk and top differ from the whole (by {gap:.2g}): no trunk cache", flush=True)
         return None
-    batches = micro_batches(examples, _TOKENS_AT_ONCE, share=share)
+    batches = micro_batches(rows, _TOKENS_AT_ONCE, share=share)
     for batch in progress("trunk", batches):
-        _read(model, [examples[i] for i in batch], trunk, pad_id, share=share)
+        _read(model, [rows[i] for i in batch], trunk, pad_id, share=share)
     return trunk
 
 
-def _read(model: Any, some: Sequence[Example], trunk: Trunk, pad_id: int, *, share: bool) -> Packed:
+def _read(model: Any, some: Sequence[Example], trunk: TrunkCache, pad_id: int, *, share: bool) -> Packed:
     """Compute the states of some examples into a trunk; returns them as they were packed."""
     packed = pack(some, pad_id, share=share).to(next(model.parameters()).device)
     states_NTD = model(**inputs_of(model, packed), cut=trunk.cut)
-    lengths = (packed.segments_NT > 0).sum(-1).tolist()
-    rows = iter(s[:n].cpu().clone() for s, n in zip(states_NTD, lengths, strict=True))
-    trunk.rows.update({e["index"]: [next(rows) for _ in range(rows_of(e, share))] for e in some})
+    trunk.add(packed.index_N.tolist(), states_NTD, packed.segments_NT > 0)
     return packed
 
 
-def _gap(model: Any, few: Sequence[Example], trunk: Trunk, pad_id: int, *, share: bool) -> float:
+def _gap(model: Any, few: Sequence[Example], trunk: TrunkCache, pad_id: int, *, share: bool) -> float:
     """How far the scores by trunk and top are from those of the whole, in units of their size."""
     packed = _read(model, few, trunk, pad_id, share=share)
     whole, split = forward_packed(model, packed)[1], forward_packed(model, packed, trunk)[1]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from reward.loss import pair_accuracy, ranked_loss
-from reward.model.batch import Example, Trunk, layout, micro_batches, pack
+from reward.model.batch import Example, layout, micro_batches, pack
 from reward.model.forward import forward_packed
+from rlhf.models.trunk_cache import TrunkCache
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.training.progress import progress
 
@@ -35,7 +36,7 @@ def features(
     pad_id: int,
     *,
     share: bool = False,
-    trunk: Trunk | None = None,
+    trunk: TrunkCache | None = None,
 ) -> Tensor:
     """Last hidden state at the closing token of each response, flat and in order, [sum of K, D] float32."""
     device = next(model.parameters()).device
@@ -90,7 +91,7 @@ def fit_probe(
     pad_id: int,
     *,
     share: bool = False,
-    trunk: Trunk | None = None,
+    trunk: TrunkCache | None = None,
 ) -> Probe:
     """Fit the linear probe and judge it.
 

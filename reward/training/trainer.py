@@ -13,12 +13,13 @@ from transformers import PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
 from reward.loss import Signals, needs_language, objective_loss
-from reward.model.batch import Example, Trunk, Wanted, micro_batches, pack
+from reward.model.batch import Example, Wanted, micro_batches, pack
 from reward.model.forward import check_packing, forward_packed, response_log_probs
 from reward.model.model import vocabulary_head
 from reward.model.trunk_cache import build_trunk
 from rlhf.models.base import best_device
 from rlhf.models.folding import Folding
+from rlhf.models.trunk_cache import TrunkCache
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import PreferenceTraining
 from rlhf.runs.artifacts import Checkpoints, step_of
@@ -63,7 +64,7 @@ class PreferenceTrainer(Checkpointing, RewardTrainer):
         section: PreferenceTraining,
         pad_id: int,
         share: bool,
-        trunk: Trunk | None,
+        trunk: TrunkCache | None,
         vocabulary: nn.Module | None,
         steps_before: int = 0,
         **options: Any,
@@ -156,7 +157,7 @@ class ForwardPlan(NamedTuple):
 
     share: bool
     """Prompts stand once for all their responses."""
-    trunk: Trunk | None
+    trunk: TrunkCache | None
     """States below the first adapted layer, where they are kept."""
 
 
@@ -169,10 +170,7 @@ def plan_forward(
     if share and (warning := check_packing(model, rows[:32], dialogue.pad_id)):
         print(f"warning: {warning}", flush=True)
         share = False
-    if recipe.lora.top_k is None and section.trunk_gigabytes and rank() == 0:
-        print("trunk: none with lora.layers: all, so trunk_gigabytes has no effect", flush=True)
-    trunk = build_trunk(recipe, model, rows, dialogue.pad_id, share=share, gigabytes=section.trunk_gigabytes)
-    return ForwardPlan(share, trunk)
+    return ForwardPlan(share, build_trunk(recipe, section, model, rows, dialogue.pad_id, share=share))
 
 
 def train_preference_model(
