@@ -102,7 +102,8 @@ def test_every_closed_sequence_ends_in_one_eos_and_every_sampled_token_is_an_act
     wide = max(map(len, prompts))
     ids_BP = torch.tensor([[PAD] * (wide - len(p)) + p for p in prompts])
     mask_BP = torch.tensor([[False] * (wide - len(p)) + [True] * len(p) for p in prompts])
-    sampled = Sampled(ids_BP, mask_BP, torch.tensor(responses), torch.zeros(len(responses), 3))
+    lengths_B = torch.full((len(responses),), 3)
+    sampled = Sampled(ids_BP, mask_BP, torch.tensor(responses), torch.zeros(len(responses), 3), lengths_B)
     start = wide + more
     ids_BT, mask_BT, actions_BR = close(sampled, start, eos_id=EOS, pad_id=PAD)
     assert ids_BT.shape == mask_BT.shape == (len(responses), start + 3 + 1)

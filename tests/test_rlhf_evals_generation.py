@@ -5,8 +5,8 @@ import torch
 from tiny_evaluate import ARCHITECTURES, TOKENIZER, ids_of, language_model
 from transformers import AutoModelForCausalLM
 
-from rlhf.evals.generation import cut, nucleus
 from rlhf.evals.model import LanguageModel
+from rlhf.generation.sampling import top_p_logits, truncate
 
 PREFIX = ids_of("Below is a talk. ")
 CONTEXTS = [ids_of(text) for text in ("one", "two and three", "one", "a rather longer thing to go on with")]
@@ -63,7 +63,7 @@ def test_a_stop_ends_a_row_and_is_cut_off():
     whole = lm.generate(CONTEXTS, max_new_tokens=20, temperature=0)
     stop = whole[1][6:8]
     said = lm.generate(CONTEXTS, max_new_tokens=20, temperature=0, stop=[stop, "never said"])
-    assert said == [cut(text, [stop]) for text in whole]
+    assert said == [truncate(text, [stop]) for text in whole]
     assert len(said[1]) <= 6
 
 
@@ -81,12 +81,12 @@ def test_every_end_of_the_generation_settings_ends_a_row():
     lm = language_model()
     (whole,) = lm.generate(CONTEXTS[:1], max_new_tokens=12, temperature=0)
     lm.model.generation_config.eos_token_id = [TOKENIZER.eos_token_id, *ids_of(whole[2])]
-    assert lm.generate(CONTEXTS[:1], max_new_tokens=12, temperature=0) == [cut(whole, [whole[2]])]
+    assert lm.generate(CONTEXTS[:1], max_new_tokens=12, temperature=0) == [truncate(whole, [whole[2]])]
 
 
-def test_the_nucleus_is_the_smallest_set_with_the_mass():
+def test_top_p_keeps_the_smallest_set_with_the_mass():
     logits = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]]).log()
-    kept = lambda p: [row.isfinite().nonzero().flatten().tolist() for row in nucleus(logits, p)]  # noqa: E731
+    kept = lambda p: [row.isfinite().nonzero().flatten().tolist() for row in top_p_logits(logits, p)]  # noqa: E731
     assert kept(0.5) == [[1, 3], [0]]
     assert kept(0.69) == [[1, 3], [0]]
     assert kept(0.71) == [[1, 2, 3], [0]]
@@ -95,14 +95,14 @@ def test_the_nucleus_is_the_smallest_set_with_the_mass():
     assert kept(1.0) == [[0, 1, 2, 3], [0, 1, 2, 3]]
 
 
-def test_samples_follow_temperature_and_nucleus():
+def test_samples_follow_temperature_and_top_p():
     lm = language_model()
     context = CONTEXTS[0]
     with torch.no_grad():
         logits = lm.model(input_ids=torch.tensor([context])).logits[0, -1].float()
     n = 4000
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.6)):
-        wanted = nucleus(logits[None] / temperature, top_p)[0].softmax(-1)
+        wanted = top_p_logits(logits[None] / temperature, top_p)[0].softmax(-1)
         said = lm.generate([context] * n, max_new_tokens=1, temperature=temperature, top_p=top_p)
         for token in [t for t in wanted.topk(6).indices.tolist() if t > 2][:3]:  # not the special tokens
             p = float(wanted[token])
@@ -110,7 +110,7 @@ def test_samples_follow_temperature_and_nucleus():
             assert abs(share - p) < 5 * (p * (1 - p) / n) ** 0.5 + 1e-9, (temperature, top_p, token)
 
 
-def test_cut_takes_the_first_stop():
-    assert cut("a\nb\ndef", ["\ndef", "\nb"]) == "a"
-    assert cut("abc", ["x"]) == "abc"
-    assert cut("abc", []) == "abc"
+def test_truncation_takes_the_first_stop():
+    assert truncate("a\nb\ndef", ["\ndef", "\nb"]) == "a"
+    assert truncate("abc", ["x"]) == "abc"
+    assert truncate("abc", []) == "abc"

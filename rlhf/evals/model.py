@@ -1,4 +1,4 @@
-"""A causal language model that scores continuations and writes them, behind an optional fixed text.
+"""A causal language model that scores and generates continuations, behind an optional fixed text.
 
 The fixed text (the HHH prompt of a prompted model) is read once: its key-value states serve every item, and
 so do those of whatever all items of a call begin with. Items that begin alike (the answers to one question)
@@ -15,12 +15,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.evals.generation import Parts, Rules, write
 from rlhf.evals.scoring import Job, Scorer
+from rlhf.generation.sampling import (
+    ModelParts,
+    SamplingParams,
+    StopStrings,
+    generate,
+    truncate,
+    uniforms,
+)
 from rlhf.models.token_batches import token_batches
 from rlhf.training.progress import progress
 
-_WRITTEN_AT_ONCE = 8  # cached tokens while writing, in units of tokens_at_once
+_GENERATED_AT_ONCE = 8  # cached tokens while generating, in units of tokens_at_once
 
 
 class Scored(NamedTuple):
@@ -81,7 +88,7 @@ class LanguageModel:
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of a context and of what continues it, divided as lm-eval does.
 
-        The two are tokenised as one text; the context keeps as many tokens as it has alone, and white space
+        The two are tokenized as one text; the context keeps as many tokens as it has alone, and white space
         at its end belongs to the continuation.
         """
         if not context:
@@ -145,7 +152,7 @@ class LanguageModel:
             )
         return int(token)
 
-    # ---------------------------------------------------------------- writing
+    # ---------------------------------------------------------------- generation
 
     def generate(
         self,
@@ -158,16 +165,16 @@ class LanguageModel:
         stop: Sequence[str] = (),
         names: Sequence[str] | None = None,
     ) -> list[str]:
-        """Continue every context behind the fixed text, up to EOS, a stop or the limit.
+        """Continue every context behind the fixed text, up to EOS, a stop string or the limit.
 
         Args:
-            contexts: token ids of each; equal ones are read once and say different things, each row having
+            contexts: token ids of each; equal ones are read once and continued differently, each row having
                 random numbers of its own, drawn from (seed, number of the row).
             max_new_tokens: longest continuation, tokens.
             temperature: divides the logits; 0 = always the most probable token.
             top_p: sample from the most probable tokens of this mass.
             seed: of the random numbers.
-            stop: texts that end a row; they are cut off.
+            stop: strings that end a row; they are cut off with all that follows.
             names: of the contexts, for messages.
 
         Raises:
@@ -180,22 +187,26 @@ class LanguageModel:
         kept = self.prefix_ids[:-1] if trees else []
         lead = self.prefix_ids[len(kept) :]
         rows = [[*lead, *context] or [self._first_token()] for context in contexts]
-        rules = Rules(max_new_tokens, temperature, top_p, seed, self._ends(), tuple(stop))
-        parts = Parts.of(self.model, in_one_piece=not trees)
+        stop_strings = StopStrings(tuple(stop), self.decode) if stop else None
+        params = SamplingParams(temperature, self._ends(), top_p, stop_strings)
+        parts = ModelParts.of(self.model, whole=not trees)
         states = self._scorer.states_of(kept)
         room = [len(kept) + len(row) + max_new_tokens for row in rows]
-        budget = _WRITTEN_AT_ONCE * self.tokens_at_once
-        said = [""] * len(rows)
-        with progress("write", total=len(rows)) as bar:
+        texts = [""] * len(rows)
+        with progress("generate", total=len(rows)) as bar:
+            budget = _GENERATED_AT_ONCE * self.tokens_at_once
             for batch in token_batches(room, budget, longest_first=True, ties=rows):
-                texts = write(parts, [rows[i] for i in batch], batch, rules, self.decode, states)
-                for i, text in zip(batch, texts, strict=True):
-                    said[i] = text
+                uniform_BR = uniforms(seed, "evaluate", 0, batch, max_new_tokens)
+                sampled = generate(parts, [rows[i] for i in batch], uniform_BR, params, prefix=states)
+                responses = zip(sampled.response_ids_BR.tolist(), sampled.lengths_B.tolist(), strict=True)
+                for i, (ids, length) in zip(batch, responses, strict=True):
+                    tokens = [token for token in ids[:length] if token not in params.eos_ids]
+                    texts[i] = truncate(self.decode(tokens), stop)
                 bar.update(len(batch))
-        return said
+        return texts
 
     def _ends(self) -> frozenset[int]:
-        """Tokens that end what the model says: the tokenizer's EOS and those of the generation settings."""
+        """Tokens that end a response: the tokenizer's EOS and those of the generation settings."""
         settings: Any = getattr(self.model, "generation_config", None)
         more = getattr(settings, "eos_token_id", None)
         ids = [self.tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]

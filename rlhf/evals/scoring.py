@@ -15,11 +15,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rlhf.evals.prefix_tree import Tree, common_start, fold, lay_out, target_log_probs
+from rlhf.generation.kv_cache import PrefixStates
 from rlhf.models.masks import right_pad
 from rlhf.models.token_batches import token_batches
 from rlhf.training.progress import progress
-
-States = list[tuple[Tensor, Tensor]]  # keys and values of every layer, [1, head, T, D] each
 
 _LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
 _FILLED_UP_TO = 256  # nodes of a tree: with more of them attention is dearer, with fewer less is shared
@@ -50,7 +49,7 @@ class Scorer:
         self.tokens_at_once = tokens_at_once
         self.config = model.config.get_text_config()
         self.device = next(model.parameters()).device
-        self._states: tuple[list[int], States] = ([], [])  # of the last text that was kept
+        self._states: tuple[list[int], PrefixStates] = ([], [])  # of the last text that was kept
         self._trees: bool | None = None  # not known before the first call
 
     @torch.no_grad()
@@ -87,7 +86,7 @@ class Scorer:
         return log_probs.tolist(), greedy.tolist()
 
     def _read(
-        self, trees: Sequence[Tree], kept: int, states: States, node_S: Tensor, target_S: Tensor
+        self, trees: Sequence[Tree], kept: int, states: PrefixStates, node_S: Tensor, target_S: Tensor
     ) -> tuple[Tensor, Tensor]:
         ids_RW, positions_RW, mask = lay_out(trees, kept, self.model.dtype, self.device)
         cache: Any = None
@@ -114,7 +113,7 @@ class Scorer:
         )
 
     @torch.no_grad()
-    def states_of(self, ids: list[int]) -> States:
+    def states_of(self, ids: list[int]) -> PrefixStates:
         """Keys and values of a text that begins a sequence; those of the last such text are kept."""
         if not ids:
             return []

@@ -17,6 +17,9 @@ from transformers.cache_utils import DynamicLayer
 
 from rlhf.models.masks import positions_from_mask
 
+PrefixStates = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values of every layer for a text before the prompts, [1, head, T, D] each."""
+
 _READY_MADE = ("sdpa", "eager")  # attention that takes an additive mask
 
 
@@ -84,18 +87,35 @@ class Decoding:
         decoder: the model without its vocabulary head.
         config: the configuration of the text model.
         room: tokens of a row, prompt included, that will be fed at most.
+        prefix: keys and values of a text before every prompt; empty = none.
+        additive_mask: whether the decoder takes an attention mask that is added to the scores, where its
+            attention does.
     """
 
-    def __init__(self, decoder: nn.Module, config: Any, room: int) -> None:
-        self._decoder = decoder
-        self._cache = new_cache(config, room)
+    def __init__(
+        self,
+        decoder: nn.Module,
+        config: Any,
+        room: int,
+        prefix: PrefixStates = (),
+        *,
+        additive_mask: bool = True,
+    ) -> None:
+        self._decoder, self._prefix = decoder, prefix
+        self._length = prefix[0][0].shape[2] if prefix else 0
+        self._cache = new_cache(config, self._length + room)
         self.plain = all(type(layer) is RoomyLayer for layer in self._cache.layers)
-        self._ready_made = self.plain and config._attn_implementation in _READY_MADE
+        self._ready_made = self.plain and additive_mask and config._attn_implementation in _READY_MADE
 
     def start(self, ids_BP: Tensor, mask_BP: Tensor) -> Tensor:
         """Feed left-padded prompts (mask: True = a real token); returns hidden states [B, P, D]."""
-        self._mask_BT, self._position_B = mask_BP, mask_BP.sum(-1)
-        return self._run(ids_BP, mask_BP.long(), positions_from_mask(mask_BP))
+        rows = len(ids_BP)
+        if self._prefix:
+            for layer, (keys, values) in zip(self._cache.layers, self._prefix, strict=True):
+                layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
+        self._mask_BT = torch.cat([mask_BP.new_ones(rows, self._length), mask_BP], dim=1)
+        self._position_B = self._length + mask_BP.sum(-1)
+        return self._run(ids_BP, self._mask_BT.long(), self._length + positions_from_mask(mask_BP))
 
     def step(self, token_B: Tensor) -> Tensor:
         """Feed one more token a row; returns its hidden states [B, D]."""
