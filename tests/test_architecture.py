@@ -21,6 +21,7 @@ FILES = python_files(PACKAGES)
 MAX_LINES = 400
 
 STAGES = (  # a stage is a package; its command line is the package's __main__
+    "rlhf.collect",
     "reward.pretraining",
     "reward.training",
     "reward.card",
@@ -36,7 +37,6 @@ LIGHT = (
     *(
         f"rlhf/{name}.py"
         for name in (
-            "collect/__main__",
             "collect/judges",
             "models/prepare",
             "training/kernel_lock",

@@ -17,9 +17,9 @@ from policy.ppo.metrics import distinct_n
 from reward.card.scorers import load_scorer
 from reward.model.ensemble import combine, member_folders
 from reward.model.model import TextRewardModel
-from rlhf.collect.__main__ import stored_prompts
 from rlhf.collect.judges import JUDGES
 from rlhf.data.comparisons import Message, Prompt, prompt_key
+from rlhf.data.stored import stored_prompts
 from rlhf.errors import UserError
 from rlhf.evals.model import LanguageModel
 from rlhf.evals.outcome import Outcome

@@ -32,7 +32,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     """Do the stage's work; returns the summary."""
     from policy.evaluate.before_after import compare, sample_pairs, say
     from policy.ppo.setup import reward_adapters, reward_folders
-    from rlhf.collect.__main__ import stored_prompts
+    from rlhf.data.stored import stored_prompts
     from rlhf.models.backbone import REFERENCE, Backbone
     from rlhf.models.base import best_device, load_base
     from rlhf.tokenization.dialogue import load_dialogue

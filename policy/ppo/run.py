@@ -6,7 +6,7 @@ from typing import Any
 
 from policy.ppo.setup import assemble, score_function
 from policy.ppo.trainer import PpoTrainer
-from rlhf.collect.__main__ import stored_prompts
+from rlhf.data.stored import stored_prompts
 from rlhf.recipe.load import Recipe
 from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import load_dialogue

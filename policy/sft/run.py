@@ -15,10 +15,10 @@ from torch import Tensor
 from policy.sft.data import encode
 from policy.sft.loss import check_packing, gives_states, losses, vocabulary_head
 from policy.sft.trainer import ADAPTER, SftTrainer, training_arguments
-from rlhf.collect.__main__ import fitting
 from rlhf.data.comparisons import Counts, drawn, split_by_prompt
 from rlhf.data.demonstrations import Demonstration, best_of, read_demonstrations
 from rlhf.data.readers.native import read_native
+from rlhf.data.stored import within_prompt_limit
 from rlhf.errors import UserError
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import best_device, load_base
@@ -90,7 +90,7 @@ def demonstrations(
         )
     else:
         found, counts = read_demonstrations(section.data, on_bad_rows=recipe.data.on_bad_rows)
-        found = fitting(found, lambda shown: shown.prompt, recipe, dialogue, counts)
+        found = within_prompt_limit(found, lambda shown: shown.prompt, recipe, dialogue, counts)
         if not found:
             raise UserError(f"sft.data: nothing usable in {', '.join(section.data)}: {counts}")
         run.say(f"sft: {counts}")

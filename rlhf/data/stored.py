@@ -1,0 +1,65 @@
+"""Prompts that the comparisons stage has written, for the stages that start from them.
+
+No torch before a prompt is tokenized.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rlhf.data.comparisons import Counts, Message, Prompt
+from rlhf.errors import UserError
+from rlhf.recipe.load import Recipe
+from rlhf.runs.artifacts import write_atomically
+from rlhf.runs.stage import StageRun
+
+if TYPE_CHECKING:
+    from rlhf.tokenization.dialogue import Dialogue
+
+T = TypeVar("T")
+
+
+def write_prompts(file: Path, prompts: Sequence[Prompt]) -> None:
+    """Write prompts as JSON lines {"messages": [{"role", "content"}, ...]}."""
+    lines = [
+        json.dumps({"messages": [{"role": m.role, "content": m.content} for m in p]}, ensure_ascii=False)
+        for p in prompts
+    ]
+    write_atomically(file, "".join(line + "\n" for line in lines))
+
+
+def stored_prompts(run: StageRun, name: str) -> list[Prompt]:
+    """Prompts that the comparisons stage of the same run has written, in their order."""
+    text = (run.parent("comparisons") / name).read_text(encoding="utf-8")
+    rows = [json.loads(line)["messages"] for line in text.splitlines()]
+    return [tuple(Message(m["role"], m["content"]) for m in row) for row in rows]
+
+
+def within_prompt_limit(
+    items: Sequence[T], prompt_of: Callable[[T], Prompt], recipe: Recipe, dialogue: Dialogue, counts: Counts
+) -> list[T]:
+    """Items whose prompt has at most ``dialogue.max_prompt_tokens``; others are counted, or refused.
+
+    Raises:
+        UserError: a prompt is longer, and ``dialogue.on_long_prompts`` is ``error``.
+    """
+    from rlhf.tokenization.dialogue import PromptTooLongError
+
+    kept = []
+    for item in items:
+        try:
+            dialogue.encode_prompt(prompt_of(item))
+        except PromptTooLongError as error:
+            if recipe.dialogue.on_long_prompts != "skip":
+                start = prompt_of(item)[-1].content[:60]
+                raise UserError(
+                    f"{error} (it ends in the turn {start!r}...): raise the limit, or set "
+                    "dialogue.on_long_prompts=skip or truncate"
+                ) from None
+            counts.drop("prompt longer than dialogue.max_prompt_tokens")
+            continue
+        kept.append(item)
+    return kept
