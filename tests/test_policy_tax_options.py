@@ -255,7 +255,7 @@ LOSS = TASKS["lm_loss"]
         ),
         (["tax.tasks.lm_loss.files=nowhere.jsonl"], r"tax\.tasks\.lm_loss\.files: no file matches nowhere"),
         (["tax.tasks.lm_loss.files=[]"], r"tax\.tasks\.lm_loss\.files"),
-        (["tax.tasks.lm_loss.file=texts.jsonl"], r"tax\.tasks\.lm_loss\.files is missing"),
+        (["tax.tasks.lm_loss.file=texts.jsonl"], r"unknown key tax\.tasks\.lm_loss\.file;"),
         (["tax.tasks.lm_loss={files: texts.jsonl, limit: 0}"], r"tax\.tasks\.lm_loss\.limit"),
         (["tax.tasks.humaneval=texts.jsonl"], "set allow_generated_code: true"),
         (["tax.reward_model_hhh=true", LOSS], r"reward_model_hhh needs the items of tasks\.hhh"),

@@ -12,7 +12,7 @@ from typing import Any
 from policy.alignment_tax.models import arm_names, arm_stages, base_of, check_others, model_files
 from rlhf.collect.judges import JUDGES
 from rlhf.errors import UserError
-from rlhf.evals.registry import canonical, draw, task_spec
+from rlhf.evals.registry import TASKS, canonical, draw, task_spec
 from rlhf.recipe.load import Recipe, is_path
 from rlhf.recipe.tax import Tax
 from rlhf.runs.artifacts import SETTINGS
@@ -44,6 +44,8 @@ def check(recipe: Recipe, section: Tax, *, planned: bool = False) -> list[str]:
             same = known.setdefault(canonical(name), name)
         except UserError as error:
             raise UserError(f"tax.tasks: {error}") from None
+        if canonical(name) in TASKS and not section.tasks[name].files:
+            raise UserError(f"tax.tasks.{name}.files names no file: give a path, a glob or hub:NAME")
         if same != name:
             raise UserError(f"tax.tasks: {name} and {same} are one task; give its files once")
     judge = section.toxicity.judge
