@@ -43,7 +43,7 @@ def sampled_comparisons(
     """
     section = recipe.collect
     parts = run.folder / "parts"
-    chosen = [prompts[i % len(prompts)] for i in range(section.comparisons)]
+    chosen = [prompts[i % len(prompts)] for i in range(section.prompts)]
     batches = range(0, len(chosen), section.prompts_per_batch)
     backbone: Backbone | None = None
     counts = Counts()

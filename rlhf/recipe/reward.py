@@ -23,7 +23,7 @@ from rlhf.recipe.types import (
 class Collect(Section):
     """The lab: sampled responses, ranked by a gold judge with noise (Ziegler 2019, Gao 2022)."""
 
-    comparisons: Positive = 512
+    prompts: Positive = 512
     """Number of prompts that get a comparison."""
     responses: Annotated[int, Field(ge=2)] = 4
     """Responses K a prompt."""
