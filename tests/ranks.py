@@ -14,7 +14,7 @@ from pathlib import Path
 
 from conftest import PROMPTS, ROOT, TINY
 
-from benchmarks.victims import MODULES, Start
+from benchmarks.faults.killed_process import MODULES, Start
 
 RANKS = 2
 SECONDS = 240.0
@@ -62,9 +62,9 @@ class Forked:
         wrong = [code for code in found if code]
         return wrong[0] if wrong else None if None in found else 0
 
-    def said(self):
+    def output(self):
         """What they printed."""
-        return "".join(start.said() for start in self.starts)
+        return "".join(start.output() for start in self.starts)
 
     def kill(self):
         """SIGKILL to all of them."""
@@ -104,7 +104,7 @@ class Launched:
         """As that of :class:`Forked`."""
         return self.process.poll()
 
-    def said(self):
+    def output(self):
         """What the launcher and its processes printed."""
         return self.log.read_text()
 
@@ -122,8 +122,8 @@ def finish(folder, name, *overrides, start=Forked):
         time.sleep(0.02)
     status = run.status()
     run.kill()
-    assert status == 0, (status, run.said()[-4000:])
-    return run.said()
+    assert status == 0, (status, run.output()[-4000:])
+    return run.output()
 
 
 def interrupt(folder, name, wanted, finished, *overrides):
@@ -133,7 +133,7 @@ def interrupt(folder, name, wanted, finished, *overrides):
         while run.status() is None and not wanted():
             assert time.monotonic() < deadline, "it never came so far"
             time.sleep(0.005)
-        assert run.status() is None, run.said()[-4000:]
+        assert run.status() is None, run.output()[-4000:]
     finally:
         run.kill()
     assert not finished.exists(), "the kill came too late"

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.victims import FULL_DISK, STATEFUL, STEPS, Plan, Start, beginning, outcome
+from benchmarks.faults.killed_process import FULL_DISK, STATEFUL, STEPS, Plan, Start, link_stages, outcome
 from rlhf.training.metrics import Metrics
 
 
 @pytest.fixture(scope="module")
 def alone(road, tmp_path_factory):
     """What a run left alone leaves."""
-    folder = beginning(road, tmp_path_factory.mktemp("alone") / "run")
+    folder = link_stages(road, tmp_path_factory.mktemp("alone") / "run")
     start = Start(folder)
-    assert start.wait() == 0, start.said()
+    assert start.wait() == 0, start.output()
     return outcome(folder)
 
 
 @pytest.fixture(scope="module")
 def stopped(road, tmp_path_factory):
     """A run killed after its last checkpoint, with two of them."""
-    folder = beginning(road, tmp_path_factory.mktemp("stopped") / "run")
+    folder = link_stages(road, tmp_path_factory.mktemp("stopped") / "run")
     assert Start(folder, STATEFUL, Plan("finish")).wait() == -signal.SIGKILL
     assert len(checkpoints(folder)) == 2
     return folder
@@ -42,15 +42,15 @@ def contents(checkpoint):
 def goes_on(folder, alone, step):
     """Start again; it goes on after a step and ends as if nothing had happened."""
     again = Start(folder)
-    assert again.wait() == 0, again.said()
-    assert f"ppo: going on after step {step} of {STEPS}" in again.said()
+    assert again.wait() == 0, again.output()
+    assert f"ppo: going on after step {step} of {STEPS}" in again.output()
     assert outcome(folder) == alone
-    return again.said()
+    return again.output()
 
 
 def assert_told(start):
     """One line about a full disk, and nothing else that looks like an error."""
-    assert start.wait() == 2, start.said()
+    assert start.wait() == 2, start.output()
     (line,) = start.errors()
     assert line.startswith("error: the disk is full")
     assert line.endswith("run the same command again; the last complete checkpoint is untouched")
@@ -70,7 +70,7 @@ def assert_told(start):
 def test_a_disk_that_is_full_at_any_write_costs_only_the_steps_since(
     phase, visit, step, road, alone, tmp_path
 ):
-    here = beginning(road, tmp_path / "here")
+    here = link_stages(road, tmp_path / "here")
     assert_told(Start(here, STATEFUL, Plan(phase, visit, 0.0, FULL_DISK)))
     assert [p.name for p in checkpoints(here)] == [f"step-{n:07d}" for n in (step - 1, step)]
     goes_on(here, alone, step)
@@ -109,7 +109,7 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_really_fills_up(road, alone, tmp_path, small_disk):
-    here = beginning(road, tmp_path / "here")
+    here = link_stages(road, tmp_path / "here")
     disk = small_disk()
     first = Start(here, STATEFUL, Plan("checkpoint", 2))
     assert first.wait() == -signal.SIGKILL
@@ -160,7 +160,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(stopped, tmp
         flip(checkpoint / "optimizer.safetensors")
     before = {p.name: contents(p) for p in checkpoints(here)}
     start = Start(here)
-    assert start.wait() == 2, start.said()
+    assert start.wait() == 2, start.output()
     (line,) = start.errors()
     assert line.startswith("error: no checkpoint can be used: runs/tiny/ppo/checkpoints/step-")
     assert line.endswith("remove runs/tiny/ppo/checkpoints to start again")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from ranks import pair
 
-from benchmarks.victims import Plan, Start, beginning
+from benchmarks.faults.killed_process import Plan, Start, link_stages
 from rlhf.errors import exit_on_user_error, lost_process
 
 COMPILING = 600.0  # seconds until the first rollout at most
@@ -25,7 +25,7 @@ def launch(folder, overrides, plans):
     starts = pair(folder, "ppo", overrides, plans)
     deadline = time.monotonic() + COMPILING
     while not all(any(name == "rollout" for name, _ in start.visits()) for start in starts):
-        ended = [start.said()[-3000:] for start in starts if not start.process.is_alive()]
+        ended = [start.output()[-3000:] for start in starts if not start.process.is_alive()]
         assert not ended, ended
         assert time.monotonic() < deadline, "no rollout"
         time.sleep(0.05)
@@ -35,9 +35,9 @@ def launch(folder, overrides, plans):
 def assert_ends_with_one_line(survivor, within, reason):
     began = time.monotonic()
     status = survivor.wait(within + 60)
-    assert status == 2, survivor.said()[-3000:]
+    assert status == 2, survivor.output()[-3000:]
     assert time.monotonic() - began < within, "it waited too long"
-    said = survivor.said()
+    said = survivor.output()
     (line,) = survivor.errors()
     assert line.startswith("error: ppo: another process of this run ended or hangs (")
     assert reason in line
@@ -54,18 +54,18 @@ def assert_ends_with_one_line(survivor, within, reason):
     ],
 )
 def test_a_process_whose_partner_is_killed_ends_with_one_line(zero, plans, road, tmp_path):
-    here = beginning(road, tmp_path / "here")
+    here = link_stages(road, tmp_path / "here")
     starts = launch(here, (*SHORT, f"distributed.zero_stage={zero}"), plans)
     (dead,) = plans
     assert starts[dead].wait() == -signal.SIGKILL
     assert_ends_with_one_line(starts[1 - dead], within=10, reason="by peer")
     alone = Start(here, SHORT)
-    assert alone.wait() == 0, alone.said()
-    assert "ppo: going on after step 1 of 3" in alone.said()
+    assert alone.wait() == 0, alone.output()
+    assert "ppo: going on after step 1 of 3" in alone.output()
 
 
 def test_a_process_whose_partner_hangs_ends_after_the_time_limit(road, tmp_path):
-    here = beginning(road, tmp_path / "here")
+    here = link_stages(road, tmp_path / "here")
     starts = launch(here, SHORT, {1: Plan("update", 1, 0.0, signal.SIGSTOP)})
     try:
         assert_ends_with_one_line(starts[0], within=TIMEOUT + 20, reason="Timed out waiting")
@@ -74,12 +74,12 @@ def test_a_process_whose_partner_hangs_ends_after_the_time_limit(road, tmp_path)
 
 
 def test_one_process_asked_to_stop_stops_both(road, tmp_path):
-    here = beginning(road, tmp_path / "here")
+    here = link_stages(road, tmp_path / "here")
     starts = launch(here, SHORT, {1: Plan("rollout", 1, 0.0, signal.SIGTERM)})
     for start in starts:
-        assert start.wait() == 0, start.said()[-3000:]
-    assert "ppo: asked to stop (SIGTERM); saved after step 1 of 3" in starts[0].said()
-    assert "asked to stop" not in starts[1].said()
+        assert start.wait() == 0, start.output()[-3000:]
+    assert "ppo: asked to stop (SIGTERM); saved after step 1 of 3" in starts[0].output()
+    assert "asked to stop" not in starts[1].output()
     assert [p.name for p in starts[0].folder.glob("checkpoints/*")] == ["step-0000001"]
 
 

@@ -5,7 +5,7 @@ import shutil
 
 from sft_cases import FAST, begun
 
-from benchmarks.victims import Start
+from benchmarks.faults.killed_process import Start
 from rlhf.runs.artifacts import sha256_of
 
 
@@ -25,15 +25,15 @@ def test_a_stage_that_was_killed_twice_ends_bit_for_bit_as_if_it_had_not_been(tm
     lab = begun(tmp_path / "here")
     alone = shutil.copytree(lab, tmp_path / "alone")
     whole = start(alone)
-    assert whole.wait() == 0, whole.said()
+    assert whole.wait() == 0, whole.output()
     steps = len(left(alone)[0])
     for number, goal in enumerate((2, steps - 2)):
         killed = start(lab)
         assert killed.kill_when((lab / f"runs/tiny/sft/checkpoints/step-{goal:07d}").exists)
-        assert ("sft: going on after step" in killed.said()) == bool(number)
+        assert ("sft: going on after step" in killed.output()) == bool(number)
         assert not (lab / "runs/tiny/sft/manifest.json").exists()
     last = start(lab)
-    assert last.wait() == 0, last.said()
-    assert f"sft: going on after step {steps - 2}" in last.said()
+    assert last.wait() == 0, last.output()
+    assert f"sft: going on after step {steps - 2}" in last.output()
     assert left(lab) == left(alone)
     assert not (lab / "runs/tiny/sft/checkpoints").exists()

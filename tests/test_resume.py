@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from benchmarks import victims
+from benchmarks.faults import killed_process
 from rlhf.runs.artifacts import MANIFEST, sha256_of, write_manifest
 
 BATCHES = ("collect.prompts_per_batch=4",)
@@ -28,7 +28,7 @@ ENSEMBLE = (*BATCHES, "reward.checkpoint_every=1", "reward.members=2", "reward.l
 PARENTS = {"comparisons": (), "reward": ("comparisons",), "ppo": ("comparisons", "reward")}
 
 
-class Start(victims.Start):
+class Start(killed_process.Start):
     """One start of a stage, in its own process."""
 
     def __init__(self, name, folder, overrides=()):
@@ -36,8 +36,8 @@ class Start(victims.Start):
 
     def finish(self):
         """Wait for the end; what the process printed."""
-        assert self.wait() == 0, self.said()
-        return self.said()
+        assert self.wait() == 0, self.output()
+        return self.output()
 
     def progress(self):
         """Finished batches or saved steps, of all members together."""
@@ -70,7 +70,7 @@ def whole(road, tmp_path_factory):
     return folder
 
 
-def beginning(whole, name, to):
+def link_stages(whole, name, to):
     """A folder in which everything before a stage is done."""
     to.mkdir()
     shutil.copytree(whole / "models", to / "models")
@@ -108,7 +108,7 @@ def assert_same(folder, whole, name):
 
 @pytest.mark.parametrize("name", ["comparisons", "reward"])  # PPO: test_faults_kill.py
 def test_a_stage_killed_at_random_moments_ends_as_if_it_had_never_been_killed(name, whole, tmp_path):
-    here = beginning(whole, name, tmp_path / "here")
+    here = link_stages(whole, name, tmp_path / "here")
     units = 12 if name == "comparisons" else len(results(whole, name)["steps"])
     rng = random.Random(f"seed 7, {name}")
     kills = 0
@@ -126,15 +126,15 @@ def test_a_stage_killed_at_random_moments_ends_as_if_it_had_never_been_killed(na
 
 def test_an_ensemble_killed_in_every_member_ends_as_if_it_had_never_been_killed(whole, tmp_path):
     """With a language-model term: the second member begins anew where the first has not been finished."""
-    alone = beginning(whole, "reward", tmp_path / "alone")
+    alone = link_stages(whole, "reward", tmp_path / "alone")
     Start("reward", alone, ENSEMBLE).finish()
-    here = beginning(whole, "reward", tmp_path / "here")
+    here = link_stages(whole, "reward", tmp_path / "here")
     kills, said = [], ""
     for goal in (3, 5, 8):  # a member has 5 steps
         start = Start("reward", here, ENSEMBLE)
         if start.kill_when(lambda start=start, goal=goal: start.progress() >= goal):
             kills.append((start.folder / "parts" / "member-0.json").exists())
-        said += start.said()
+        said += start.output()
     said += Start("reward", here, ENSEMBLE).finish()
     assert kills[0] is False, "the first kill came too late"
     assert kills[-1] is True, "the last kill did not meet the second member"
@@ -148,7 +148,7 @@ def test_an_ensemble_killed_in_every_member_ends_as_if_it_had_never_been_killed(
 
 def test_a_stage_killed_while_it_writes_checkpoints_ends_the_same(whole, tmp_path):
     name = "reward"  # PPO: test_faults_kill.py
-    here = beginning(whole, name, tmp_path / "here")
+    here = link_stages(whole, name, tmp_path / "here")
     torn = 0
     for more in (1, 2, 1):
         start = Start(name, here)
@@ -170,7 +170,7 @@ def stopped(whole, tmp_path_factory):
     """The reward and PPO stages, each killed after its last checkpoint and before its manifest."""
     parent = tmp_path_factory.mktemp("stopped")
     for name in ("reward", "ppo"):
-        here = beginning(whole, name, parent / name)
+        here = link_stages(whole, name, parent / name)
         last = f"checkpoints/step-{len(results(whole, name)['steps']):07d}"
         start = Start(name, here)
         assert start.kill_when((start.folder / last).exists)
@@ -218,8 +218,8 @@ def test_a_checkpoint_without_optimiser_state_is_an_error_and_never_a_fresh_adam
     next(newest.rglob(file)).unlink()
     write_manifest(newest, {})  # as if it had been written so
     start = Start(name, here)
-    assert start.wait() == 2, start.said()
-    said = start.said()
+    assert start.wait() == 2, start.output()
+    said = start.output()
     assert "error:" in said
     assert "optimizer state is incomplete" in said
     assert "Traceback" not in said
@@ -234,5 +234,5 @@ def test_one_missing_moment_is_an_error_too(stopped, tmp_path):
     save_file(moments, file)
     write_manifest(newest, {})
     start = Start("ppo", here)
-    assert start.wait() == 2, start.said()
-    assert "optimizer state is incomplete" in start.said()
+    assert start.wait() == 2, start.output()
+    assert "optimizer state is incomplete" in start.output()

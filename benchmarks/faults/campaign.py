@@ -1,25 +1,20 @@
-"""Kill the PPO stage at random moments, start it again until it ends, and compare with a run left alone.
+"""Many kills of the PPO stage: where they fell, and whether the finished run differs from an undisturbed one.
 
-``python -m benchmarks.faults --kills 100`` makes a tiny model, its comparisons and its reward model in a
-scratch folder, runs PPO once uninterrupted, and then again and again under kills. Everything that a finished
-run leaves must be the same, bit for bit. The kills go to the phases of :data:`benchmarks.victims.PHASES` in
-turn; where within a phase is drawn.
+The kills go to the phases of :data:`benchmarks.faults.killed_process.PHASES` in turn; where within a phase is
+drawn.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import random
 import signal
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.victims import (
+from benchmarks.faults.killed_process import (
     BETWEEN,
     BRIEF,
     LAST,
@@ -28,15 +23,13 @@ from benchmarks.victims import (
     STEPS,
     Plan,
     Start,
-    beginning,
+    link_stages,
     outcome,
-    prepare,
 )
-from rlhf.runs.artifacts import write_atomically
 
 
-def usual(alone: Start) -> dict[str, tuple[float, float]]:
-    """Visits a step and seconds a visit of every phase, in a run left alone."""
+def phase_times(alone: Start) -> dict[str, tuple[float, float]]:
+    """Visits a step and seconds a visit of every phase, in an undisturbed run."""
     seconds = collections.defaultdict(list)
     for name, duration in alone.visits():
         seconds[name].append(duration)
@@ -53,7 +46,7 @@ def draw(phase: str, known: Mapping[str, tuple[float, float]], rng: random.Rando
 
 @dataclasses.dataclass
 class Report:
-    """What a campaign saw."""
+    """Kills, starts and differences of a campaign."""
 
     kills: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     """By what the process was doing."""
@@ -62,7 +55,7 @@ class Report:
     runs: int = 0
     starts: int = 0
     faults: list[str] = dataclasses.field(default_factory=list)
-    """What was not as it should be."""
+    """Differences from the undisturbed run, and starts that failed."""
 
     @property
     def killed(self) -> int:
@@ -70,8 +63,8 @@ class Report:
         return sum(self.kills.values())
 
 
-def torment(folder: Path, wanted: Mapping[str, Any], phases: Iterator[str], known: Mapping[str, Any],
-            rng: random.Random, report: Report, kills: int) -> None:  # fmt: skip
+def kill_repeatedly(folder: Path, wanted: Mapping[str, Any], phases: Iterator[str], known: Mapping[str, Any],
+                    rng: random.Random, report: Report, kills: int) -> None:  # fmt: skip
     """Kill one run up to so many times, let it end, and compare it with what is wanted."""
     report.runs += 1
     every = rng.choice((1, 2))  # the distance of checkpoints does not change the result
@@ -83,12 +76,12 @@ def torment(folder: Path, wanted: Mapping[str, Any], phases: Iterator[str], know
         report.starts += 1
         status = start.wait()
         if status == -signal.SIGKILL:
-            within = start.died_in()
+            within = start.killed_in()
             report.kills[within[-1] if within else BETWEEN] += 1
             report.reached.update(within)
             continue
         if status != 0:
-            report.faults.append(f"run {report.runs}, {plan}: status {status}: {start.said()[-500:]}")
+            report.faults.append(f"run {report.runs}, {plan}: status {status}: {start.output()[-500:]}")
             return
         break
     found = outcome(folder)
@@ -99,17 +92,17 @@ def campaign(source: Path, scratch: Path, kills: int, seed: int) -> Report:
     """Kill runs until there have been so many kills.
 
     Args:
-        source: a folder that :func:`prepare` made, or one with the same stages.
+        source: a folder that :func:`prepare` made.
         scratch: where the runs go.
         kills: how many at least.
         seed: of the moments.
     """
     rng, report = random.Random(f"faults, seed {seed}"), Report()
-    whole = beginning(source, scratch / "whole")
+    whole = link_stages(source, scratch / "whole")
     alone = Start(whole)
     if alone.wait() != 0:
-        raise RuntimeError(alone.said()[-2000:])
-    wanted, known = outcome(whole), usual(alone)
+        raise RuntimeError(alone.output()[-2000:])
+    wanted, known = outcome(whole), phase_times(alone)
 
     early = [phase for phase in PHASES if phase not in LAST]
 
@@ -119,8 +112,8 @@ def campaign(source: Path, scratch: Path, kills: int, seed: int) -> Report:
 
     phases = in_turn()
     while report.killed < kills and not report.faults:
-        folder = beginning(source, scratch / f"run-{report.runs}")
-        torment(folder, wanted, phases, known, rng, report, kills - report.killed)
+        folder = link_stages(source, scratch / f"run-{report.runs}")
+        kill_repeatedly(folder, wanted, phases, known, rng, report, kills - report.killed)
     return report
 
 
@@ -128,10 +121,7 @@ def table(report: Report) -> str:
     """The report in Markdown."""
     rows = [
         f"| {phase}: {what} | {report.kills[phase]} |"
-        for phase, what in (
-            *PHASES.items(),
-            (BETWEEN, "everything else"),
-        )
+        for phase, what in (*PHASES.items(), (BETWEEN, "everything else"))
     ]
     wrong = "none" if not report.faults else "; ".join(report.faults)
     return "\n".join(
@@ -143,28 +133,3 @@ def table(report: Report) -> str:
             *rows,
         ]
     )
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=100, help="how many at least (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
-    parser.add_argument("--write", type=Path, help="a page with two `<!-- kills -->` marks around the place")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        prepare(Path(scratch) / "source")
-        report = campaign(Path(scratch) / "source", Path(scratch), arguments.kills, arguments.seed)
-    shown = table(report)
-    print(shown)
-    if arguments.write:
-        mark = "<!-- kills -->"
-        before, _, after = arguments.write.read_text(encoding="utf-8").split(mark)
-        command = f"python -m benchmarks.faults --kills {arguments.kills} --seed {arguments.seed}"
-        text = f"{before}{mark}\n`{command}`: {shown}\n{mark}{after}"
-        write_atomically(arguments.write, text)
-    sys.exit(1 if report.faults else 0)
-
-
-if __name__ == "__main__":
-    main()

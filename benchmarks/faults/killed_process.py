@@ -1,8 +1,7 @@
-"""Processes of the tiny recipe that are hit at a chosen moment of a chosen phase.
+"""A stage of the tiny recipe in a process that gets a signal, or a full disk, at a chosen moment of a phase.
 
-Every start is a process of its own, forked from a server that has imported torch but computed nothing, so
-that it begins in a tenth of a second and can be killed like any other. While it runs it notes in a file which
-phase it enters and leaves: what it was doing when it died is read there.
+Every start is forked from a server that has imported torch but computed nothing, so it begins in a tenth of a
+second. It writes to a file which phase it enters and leaves, so the phase of its death is known.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 from rlhf.errors import exit_on_user_error
 from rlhf.runs.artifacts import MANIFEST, sha256_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "tiny.yaml"
 DATA = tuple(
     f"data.{name}={ROOT}/recipes/prompts/sentiment_{file}.jsonl"
@@ -60,7 +59,7 @@ PHASES = {
     "rollout": "sampling and the passes over the responses",
     "scoring": "the score function",
     "update": "forward and backward passes",
-    "optimiser": "the optimiser's step",
+    "optimizer": "the optimizer's step",
     "log": "writing a line of metrics",
     "checkpoint": "gathering and writing a checkpoint",
     "sync": "a file of a checkpoint is being synced",
@@ -70,8 +69,8 @@ PHASES = {
     "tidy": "its checkpoints are being removed",
 }
 LAST = ("finish", "tidy")
-FULL_DISK = 0  # in the place of a signal: the call says that no space is left
-BRIEF = ("optimiser", "log", "sync", "rename", "remove", "tidy")  # over before a timer could hit them
+FULL_DISK = 0  # instead of a signal: the call fails with ENOSPC
+BRIEF = ("optimizer", "log", "sync", "rename", "remove", "tidy")  # over before a timer could fire
 BETWEEN = "between"
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
@@ -88,58 +87,58 @@ _SERVER.set_forkserver_preload(
 
 
 class Plan(NamedTuple):
-    """When a process is to be hit."""
+    """When a process gets its signal."""
 
     phase: str
     visit: int = 0
     """Which visit to the phase, counted from 0 in this process."""
     delay: float = 0.0
-    """Seconds after the visit's beginning; at its end where it is over sooner, so that it is always hit."""
+    """Seconds after the visit's beginning; at its end where it is over sooner."""
     signal: int = signal.SIGKILL
     """Or :data:`FULL_DISK`."""
 
 
-# ---------------------------------------------------------------- in the process that is hit
+# ---------------------------------------------------------------- in the killed process
 
 
 class Marks:
-    """Notes in a file which phase a process is in, and hits it when its plan says so."""
+    """Writes to a file which phase a process is in, and sends the signal at the moment of its plan."""
 
     def __init__(self, file: Path, plan: Plan | None) -> None:
         self.descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self.plan = plan
         self.visits: collections.Counter[str] = collections.Counter()
-        self.was_hit = False
+        self.fired = False
 
-    def _hit(self) -> None:
+    def _fire(self) -> None:
         assert self.plan is not None
-        self.was_hit = True
+        self.fired = True
         if self.plan.signal == FULL_DISK:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.kill(os.getpid(), self.plan.signal)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens inside belongs to a phase."""
+        """The body of the ``with`` is one visit to a phase."""
         visit = self.visits[name]
         self.visits[name] += 1
         os.write(self.descriptor, f"+{name} {time.monotonic()}\n".encode())
         timer = None
         if self.plan is not None and self.plan[:2] == (name, visit):
-            timer = threading.Timer(min(self.plan.delay, threading.TIMEOUT_MAX), self._hit)
+            timer = threading.Timer(min(self.plan.delay, threading.TIMEOUT_MAX), self._fire)
             timer.daemon = True
             if self.plan.delay == 0:
-                self._hit()
+                self._fire()
             else:
                 timer.start()
         try:
             yield
         finally:
-            if timer is not None and not self.was_hit:
+            if timer is not None and not self.fired:
                 timer.cancel()
                 timer.join()
-                if not self.was_hit:
-                    self._hit()
+                if not self.fired:
+                    self._fire()
             os.write(self.descriptor, f"-{name} {time.monotonic()}\n".encode())
 
     def wrap(self, owner: Any, name: str, phase: str) -> None:
@@ -169,7 +168,7 @@ def _mark_everything(marks: Marks) -> None:
     marks.wrap(loop, "collect", "rollout")
     marks.wrap(GuardedScore, "__call__", "scoring")
     marks.wrap(Updater, "__call__", "update")
-    marks.wrap(Runtime, "step", "optimiser")
+    marks.wrap(Runtime, "step", "optimizer")
     marks.wrap(Metrics, "log", "log")
     marks.wrap(StageRun, "finish", "finish")
     marks.wrap(stage, "_drop_work", "tidy")
@@ -187,7 +186,7 @@ def _mark_everything(marks: Marks) -> None:
     loop.PpoTrainer._checkpoint = checkpoint  # type: ignore[method-assign]
 
 
-def work(
+def run_stage(
     name: str,
     folder: str,
     log: str,
@@ -197,7 +196,7 @@ def work(
     environment: Mapping[str, str] | None = None,
     before: Callable[[], None] | None = None,
 ) -> None:
-    """What a process does: one stage in one folder, like the command line."""
+    """Run one stage in one folder, as its command line does."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -215,7 +214,7 @@ def work(
     exit_on_user_error(main)
 
 
-# ---------------------------------------------------------------- in the process that watches
+# ---------------------------------------------------------------- in the watching process
 
 
 class Start:
@@ -224,7 +223,7 @@ class Start:
     Args:
         folder: where its ``models`` and ``runs`` are.
         overrides: of the recipe.
-        plan: when it is to be hit.
+        plan: when it gets a signal.
         name: of the stage.
         rank: its number among several processes; each has a log of its own.
         environment: added to its own.
@@ -248,7 +247,7 @@ class Start:
         self.marks = folder / f"{name}-{rank}.marks"
         marks = str(self.marks) if name == "ppo" else None
         self.process: BaseProcess = _SERVER.Process(
-            target=work,
+            target=run_stage,
             args=(name, str(folder), str(self.log), tuple(overrides), plan, marks, environment, before),
         )
         self.process.start()
@@ -271,19 +270,19 @@ class Start:
         self.process.join()
         return self.process.exitcode == -signal.SIGKILL
 
-    def said(self) -> str:
-        """What it printed."""
+    def output(self) -> str:
+        """Everything that it printed."""
         return self.log.read_text(encoding="utf-8") if self.log.is_file() else ""
 
     def errors(self) -> list[str]:
-        """What a user reads as errors; a traceback is one."""
-        return re.findall(r"(?:error: |Traceback).*", self.said())
+        """Error lines and tracebacks that it printed."""
+        return re.findall(r"(?:error: |Traceback).*", self.output())
 
     def visits(self) -> list[tuple[str, float]]:
         """Every finished visit to a phase, with its seconds."""
         return [(name, after - before) for name, before, after in _visits(self.marks) if after is not None]
 
-    def died_in(self) -> list[str]:
+    def killed_in(self) -> list[str]:
         """The phases that were not left, the innermost last."""
         return [name for name, _, after in _visits(self.marks) if after is None]
 
@@ -301,7 +300,7 @@ def _visits(marks: Path) -> list[tuple[str, float, float | None]]:
 
 
 def prepare(folder: Path) -> None:
-    """Make everything that PPO needs.
+    """Run the stages before PPO.
 
     Raises:
         RuntimeError: a stage failed.
@@ -310,11 +309,11 @@ def prepare(folder: Path) -> None:
     for name in ("model", "comparisons", "reward"):
         start = Start(folder, (), name=name)
         if start.wait() != 0:
-            raise RuntimeError(f"{name}: {start.said()[-2000:]}")
+            raise RuntimeError(f"{name}: {start.output()[-2000:]}")
 
 
-def beginning(source: Path, to: Path) -> Path:
-    """A folder in which everything before PPO is done, as links to another one."""
+def link_stages(source: Path, to: Path) -> Path:
+    """Link the stages before PPO of one folder into a new one."""
     (to / "runs" / "tiny").mkdir(parents=True)
     (to / "models").symlink_to(source / "models")
     for name in ("comparisons", "reward"):
@@ -323,7 +322,7 @@ def beginning(source: Path, to: Path) -> Path:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Everything of a finished run that must not depend on interruptions."""
+    """Hashes, metrics and results of a finished run, which must not depend on interruptions."""
     done = folder / "runs" / "tiny" / "ppo"
     manifest = json.loads((done / MANIFEST).read_text(encoding="utf-8"))
     files = {
