@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from studies.preference.work import with_needs
+from studies.scaling.data.items import TASKS
 from studies.scaling.figures import Study
-from studies.scaling.items import TASKS
 from studies.scaling.plan import BASE, FULL, PPO, Given, units_of
 
 ITEMS = 40

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import PROMPTS, TINY, tiny_recipe
 
-from benchmarks import gold
-from benchmarks.gold_sides import closed, judge_both, prompts_of
+from benchmarks.gold import __main__ as gold
+from benchmarks.gold.sides import closed, judge_both, prompts_of
 from rlhf.collect.judges import JUDGES
 from rlhf.errors import UserError
 

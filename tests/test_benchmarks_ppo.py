@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from benchmarks import harness, peer, ppo
-from benchmarks.ppo_ours import ours
-from benchmarks.ppo_sides import prepare
-from benchmarks.ppo_task import Task, dialogue_of
-from benchmarks.ppo_work import sizes_of
+from benchmarks import harness, peer
+from benchmarks.ppo import __main__ as ppo
+from benchmarks.ppo.ours import ours
+from benchmarks.ppo.sides import prepare
+from benchmarks.ppo.task import Task, dialogue_of
+from benchmarks.ppo.work import sizes_of
 from rlhf.errors import UserError
 from rlhf.models.tiny import tiny_model, write_tiny_model
 from rlhf.runs.artifacts import read_json, write_json

@@ -10,10 +10,11 @@ from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ppo, ppo_task
-from benchmarks.ppo_sides import matmul_peak
-from benchmarks.ppo_task import Clock, Step, figures
-from benchmarks.ppo_work import Linear, Method, Sizes, sizes_of, step_flops
+from benchmarks.ppo import __main__ as ppo
+from benchmarks.ppo import task as ppo_task
+from benchmarks.ppo.sides import matmul_peak
+from benchmarks.ppo.task import Clock, Step, figures
+from benchmarks.ppo.work import Linear, Method, Sizes, sizes_of, step_flops
 from rlhf.models.tiny import tiny_model
 
 LAYERS, PROMPTS = 3, str(ROOT / ppo.PROMPTS)

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import ROOT
 
-from benchmarks import harness, reward
-from benchmarks.hh_shaped import hh_shaped
+from benchmarks import harness
+from benchmarks.reward import __main__ as reward
+from benchmarks.synthetic_hh import hh_shaped
 from rlhf.data.comparisons import problem
 from rlhf.errors import UserError
 

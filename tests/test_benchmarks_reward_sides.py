@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from benchmarks import reward_sides
-from benchmarks.hh_shaped import hh_shaped
-from benchmarks.reward_rows import (
+from benchmarks.reward import sides as reward_sides
+from benchmarks.reward.rows import (
     Wanted,
     dialogue_of,
     pairs_of,
@@ -20,7 +19,8 @@ from benchmarks.reward_rows import (
     response_tokens_in,
     response_tokens_of,
 )
-from benchmarks.reward_sides import Reading, Task, Watch, ours, theirs
+from benchmarks.reward.sides import Reading, Task, Watch, ours, theirs
+from benchmarks.synthetic_hh import hh_shaped
 from rlhf.data.comparisons import Comparison, Message, write_native
 from rlhf.errors import UserError
 from rlhf.models.tiny import write_tiny_model

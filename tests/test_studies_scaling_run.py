@@ -14,14 +14,15 @@ from rlhf.models.tiny import tiny_model, tiny_tokenizer, write_tiny_model
 from studies.preference.ladder import matrix_weights
 from studies.preference.work import is_done, read_result, result_path, run, weights_path, with_needs
 from studies.scaling import __main__ as command
-from studies.scaling import rungs, world
+from studies.scaling import rungs
 from studies.scaling.adapters import backbone_of, bare_ids, lead_of
+from studies.scaling.data import world
+from studies.scaling.data.items import TASKS, Question
+from studies.scaling.data.texts import Library
 from studies.scaling.distil import distil, passages, student_states
 from studies.scaling.evaluate import classified, last_words
 from studies.scaling.figures import Study
-from studies.scaling.items import TASKS, Question
 from studies.scaling.plan import ARMS, FULL, QUICK, Given, for_models, units_of
-from studies.scaling.texts import Library
 from studies.scaling.units import execute
 
 TINY = replace(

@@ -5,9 +5,9 @@ import pytest
 
 from rlhf.collect.judges import vader
 from rlhf.errors import UserError
-from studies.scaling import world
-from studies.scaling.items import TASKS, questions
-from studies.scaling.texts import Library, check, context_of
+from studies.scaling.data import world
+from studies.scaling.data.items import TASKS, questions
+from studies.scaling.data.texts import Library, check, context_of
 
 WORLD = world.make_world(3)
 

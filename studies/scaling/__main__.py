@@ -115,7 +115,7 @@ def _check(args: argparse.Namespace, given: Any) -> None:
         UserError: an option that cannot be used.
     """
     from rlhf.evals.registry import read_task
-    from studies.scaling.texts import check, context_of
+    from studies.scaling.data.texts import check, context_of
 
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: at least 1 unit has to run at a time")

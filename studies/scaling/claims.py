@@ -15,8 +15,8 @@ import numpy as np
 from rlhf.stats.intervals import Estimate
 from studies.preference.verdicts import Claim, Statement, Verdict, above, below, inside
 from studies.scaling import objectives
+from studies.scaling.data.items import TASKS
 from studies.scaling.figures import JUDGED, LOSS, WORD, Figure, Study
-from studies.scaling.items import TASKS
 from studies.scaling.objectives import BINARY, RANKED
 from studies.scaling.plan import BASE, DISTILLED, PPO, PROMPTED, PTX
 from studies.scaling.trend import LEAST_RUNGS

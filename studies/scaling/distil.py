@@ -33,7 +33,7 @@ from rlhf.training.schedule import learning_rate_factor
 from studies.preference.train import index_stream
 from studies.preference.work import Settings
 from studies.scaling.adapters import ADAPTER, bare_ids, lead_of
-from studies.scaling.texts import Library
+from studies.scaling.data.texts import Library
 
 TOKENS_AT_ONCE = 4096
 CONTINUED = "continuations"

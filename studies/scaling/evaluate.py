@@ -3,7 +3,7 @@
 lm_loss      held-out text, nats a byte (models with different tokenizers can be compared)
 last_word    the last word of a held-out passage, all its tokens the most probable ones, as in LAMBADA
 judged       mean sentiment (VADER) of what is written after held-out openings: what PPO is rewarded for
-memo_trap, modus_tollens, redefine, neqa     of :mod:`studies.scaling.items`
+memo_trap, modus_tollens, redefine, neqa     of :mod:`studies.scaling.data.items`
 public tasks by the names of :mod:`rlhf.evals.registry`, on the files that were given
 """
 
@@ -16,9 +16,9 @@ from rlhf.evals.outcome import Outcome
 from rlhf.evals.registry import evaluate_task
 from rlhf.evals.tasks import inverse_scaling, lm_loss, toxicity
 from studies.preference.work import Settings
-from studies.scaling.items import TASKS, Question, questions
+from studies.scaling.data.items import TASKS, Question, questions
+from studies.scaling.data.texts import Library
 from studies.scaling.reinforce import JUDGE
-from studies.scaling.texts import Library
 
 Values = dict[str, dict[str, list[float]]]
 """Task -> metric -> one value an item."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rlhf.stats.intervals import Z95, Estimate
 from studies.preference.measure import SeedMean, over_seeds
 from studies.preference.work import Settings, Unit
-from studies.scaling.items import TASKS
+from studies.scaling.data.items import TASKS
 from studies.scaling.plan import ARMS, BASE, PPO, PTX
 from studies.scaling.trend import Point, Trend, fit
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from studies.scaling import objectives
 from studies.scaling.claims import GONE
+from studies.scaling.data.items import TASKS
 from studies.scaling.figures import LOSS, WORD, Figure, Study
-from studies.scaling.items import TASKS
 from studies.scaling.plan import ARMS, BASE, PPO
 from studies.scaling.report import PLOTS
 

@@ -23,7 +23,7 @@ from rlhf.recipe.schema import Ppo
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.metrics import read_metrics
 from studies.preference.work import Settings
-from studies.scaling.texts import Library
+from studies.scaling.data.texts import Library
 
 JUDGE = "vader"
 PROMPT_TOKENS = 128  # longest opening that PPO continues

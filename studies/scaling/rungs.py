@@ -35,7 +35,7 @@ from rlhf.tokenization.dialogue import load_tokenizer
 from studies.preference.ladder import HEAD_WIDTH, WIDTH_PER_LAYER
 from studies.preference.train import Schedule, index_stream, train
 from studies.preference.work import Settings
-from studies.scaling.texts import Library
+from studies.scaling.data.texts import Library
 
 TOKENIZER_DOCUMENTS = 300  # that the tokenizer is trained on
 WARMUP = 50  # optimiser steps

@@ -25,8 +25,8 @@ from studies.preference.units import start_worker
 from studies.preference.work import Settings, Unit, weights_path, write_result
 from studies.scaling import distil, evaluate, reinforce, rungs
 from studies.scaling.adapters import ADAPTER, backbone_of, bare_ids, load_adapter, save_adapter
+from studies.scaling.data.texts import Library, context_of
 from studies.scaling.plan import BASE, PROMPTED
-from studies.scaling.texts import Library, context_of
 
 __all__ = ["execute", "start_worker"]
 

@@ -1,6 +1,6 @@
 """One child of the benchmark of the reward stage: prepare the rows, or train one side and measure it.
 
-``python -m benchmarks.reward_sides tiny|prepare|ours|theirs TASK RESULT``; both files are JSON. Both sides
+``python -m benchmarks.reward.sides tiny|prepare|ours|theirs TASK RESULT``; both files are JSON. Both sides
 read the same token ids, which ``prepare`` has written.
 """
 
@@ -27,7 +27,7 @@ from trl import RewardConfig, RewardTrainer
 
 import reward.training.trainer
 from benchmarks.harness import Figures, peak_bytes, resident_bytes
-from benchmarks.reward_rows import (
+from benchmarks.reward.rows import (
     Wanted,
     dialogue_of,
     pairs_of,

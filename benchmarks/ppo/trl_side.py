@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from benchmarks.harness import Figures
-from benchmarks.ppo_task import Clock, Task, dialogue_of, figures
-from benchmarks.ppo_work import Method, Sizes, sizes_of
+from benchmarks.ppo.task import Clock, Task, dialogue_of, figures
+from benchmarks.ppo.work import Method, Sizes, sizes_of
 from rlhf.errors import UserError
 from rlhf.models.masks import action_mask
 from rlhf.training.runtime import seed_everything

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Figures, command_line, environment, machine, now, run_child, write_results
+from benchmarks.paired_run import RESULTS
 from benchmarks.peer import peer_folder, with_peer
-from benchmarks.two_sides import RESULTS
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.markdown import table
 from rlhf.recipe.load import Recipe, load
@@ -28,7 +28,7 @@ from rlhf.runs.stage import RUNS
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 PEER = ("trl", "1.12.0")
-CHILD = (sys.executable, "-m", "benchmarks.gold_sides")
+CHILD = (sys.executable, "-m", "benchmarks.gold.sides")
 NOTES = [
     "The same on both sides: base, adapter, prompts, reward model (merged into a plain classifier for "
     "theirs), number of responses, epochs, minibatches, KL coefficient and estimator, clips, value "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hh_shaped import hh_shaped
+from benchmarks.synthetic_hh import hh_shaped
 from reward.model.batch import Example, encode
 from rlhf.data.comparisons import Comparison
 from rlhf.data.readers import read_comparisons

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.harness import Figures, peak_bytes
-from benchmarks.ppo_work import Method, Sizes, step_flops
+from benchmarks.ppo.work import Method, Sizes, step_flops
 from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
 
 PHASES = ("generate", "score", "update")

@@ -14,8 +14,8 @@ from functools import lru_cache
 
 from rlhf.data.readers.files import origins
 from rlhf.errors import UserError
-from studies.scaling import world
-from studies.scaling.world import make_world, random_of
+from studies.scaling.data import world
+from studies.scaling.data.world import make_world, random_of
 
 HELD_OUT = 0.1  # share of each file
 WORLD_SHARE = (

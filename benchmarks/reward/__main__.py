@@ -29,14 +29,14 @@ from benchmarks.harness import (
     run_all,
     turns,
 )
-from benchmarks.two_sides import SIDES, Children, Ratio, add_options, against_targets, publish, settings_of
+from benchmarks.paired_run import SIDES, Children, Ratio, add_options, against_targets, publish, settings_of
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.markdown import table
 from rlhf.recipe.load import files_of
 from rlhf.runs.artifacts import hash_of, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
-CHILD = (sys.executable, "-m", "benchmarks.reward_sides")
+CHILD = (sys.executable, "-m", "benchmarks.reward.sides")
 MAX_TOKENS = 256
 _SPEED, _MEMORY = "s_per_comparison", "peak_bytes"
 

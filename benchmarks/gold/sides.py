@@ -1,6 +1,6 @@
 """One child of the gold comparison: train theirs, or judge both policies.
 
-``python -m benchmarks.gold_sides theirs|judge TASK RESULT``; both files are JSON.
+``python -m benchmarks.gold.sides theirs|judge TASK RESULT``; both files are JSON.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def train_theirs(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from trl.experimental.ppo import ppo_trainer
 
-    from benchmarks.ppo_theirs import Watch, check_release, train
+    from benchmarks.ppo.trl_side import Watch, check_release, train
     from reward.model.ensemble import member_folders
     from reward.model.model import load_config
     from rlhf.models.lora import lora_config

@@ -33,16 +33,16 @@ from benchmarks.harness import (
     run_all,
     turns,
 )
+from benchmarks.paired_run import SIDES, Children, Ratio, add_options, against_targets, publish, settings_of
 from benchmarks.peer import peer_folder, with_peer
-from benchmarks.ppo_page import NOTES, markdown
-from benchmarks.two_sides import SIDES, Children, Ratio, add_options, against_targets, publish, settings_of
+from benchmarks.ppo.page import NOTES, markdown
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import files_of
 from rlhf.runs.artifacts import hash_of, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 PEER = ("trl", "1.12.0")
-CHILD = (sys.executable, "-m", "benchmarks.ppo_sides")
+CHILD = (sys.executable, "-m", "benchmarks.ppo.sides")
 PROMPTS = "recipes/prompts/sentiment_train.jsonl"
 CASES = {
     "all_layers": "all layers adapted",

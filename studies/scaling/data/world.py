@@ -4,8 +4,8 @@ A story has a mood, two people with a keepsake each, an animal and a place. They
 what was read tells what follows: a context has something to give, and "tom has the" has a last word. A lesson
 is a chain of short exercises. In nine of ten the obvious answer is right; in the tenth, on one half of the
 words only, it is not (a line that ends in another word than the proverb does, a thing that is called by
-another colour, a question with "not"). The items of :mod:`studies.scaling.items` ask for the tenth kind, on
-the other half of the words.
+another color, a question with "not"). The items of :mod:`studies.scaling.data.items` ask for the tenth kind,
+on the other half of the words.
 
 Which proverbs there are and which colour each thing has is the world's, drawn by the seed. The words of a
 mood are words that VADER rates; all others but "yes" and "no" it does not know.

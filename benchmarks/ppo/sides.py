@@ -1,6 +1,6 @@
 """One child of the PPO benchmark: prepare what both sides need, or run one side and measure it.
 
-``python -m benchmarks.ppo_sides tiny|random|prepare|matmul|ours|theirs TASK RESULT``; both files are JSON.
+``python -m benchmarks.ppo.sides tiny|random|prepare|matmul|ours|theirs TASK RESULT``; both files are JSON.
 Each side is a module of its own, so that neither process loads what the other one needs.
 """
 
@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.harness import Figures
-from benchmarks.ppo_task import Task, dialogue_of
+from benchmarks.ppo.task import Task, dialogue_of
 from rlhf.data.prompts import read_prompts
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.models.onednn import linear
@@ -105,9 +105,9 @@ def run_side(kind: str, task: Task) -> Figures:
     rows: list[dict[str, Any]] = read_json(Path(task.rows))["rows"]
     with tempfile.TemporaryDirectory() as scratch:
         if kind == "ours":
-            from benchmarks.ppo_ours import ours as side
+            from benchmarks.ppo.ours import ours as side
         else:
-            from benchmarks.ppo_theirs import theirs as side
+            from benchmarks.ppo.trl_side import theirs as side
         found = side(task, rows, Path(scratch))
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     if kind == "ours":

@@ -27,7 +27,7 @@ NOTES = [
     "score: everything between sampling and the first update. update: all epochs, and the log.",
     "micro_batch: responses that go through an update at once; it does not change the gradients of ours. "
     "Theirs generates and scores the whole batch at once.",
-    "Share of the peak: operations that the step's matrix products need (benchmarks/ppo_work.py: linear "
+    "Share of the peak: operations that the step's matrix products need (benchmarks/ppo/work.py: linear "
     "maps, adapters, vocabulary head on response positions, real tokens only) a second, over the best of "
     "several products of two square float32 matrices, by BLAS or oneDNN, with the same threads.",
     "The reward reached at equal samples is not compared here.",

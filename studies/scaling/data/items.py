@@ -1,7 +1,7 @@
 """Items in the manner of four tasks of the Inverse Scaling Prize, written in the text that the rungs know.
 
 After memo-trap, modus-tollens, redefine and NeQA (McKenzie 2023, arXiv 2306.09479). Each asks for what the
-text shows seldom and on other words (:mod:`studies.scaling.world`), where the answer that its frequent
+text shows seldom and on other words (:mod:`studies.scaling.data.world`), where the answer that its frequent
 patterns suggest is the other one. So a model that has learned those patterns better can do worse. What they
 show is a property of these generators, and no measurement of the public tasks.
 
@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from studies.scaling.world import (
+from studies.scaling.data.world import (
     COLOURS,
     NAMES,
     OBJECTS,

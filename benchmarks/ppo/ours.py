@@ -9,8 +9,8 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.harness import Figures
-from benchmarks.ppo_task import PHASES, Clock, Task, dialogue_of, figures
-from benchmarks.ppo_work import Method, Sizes, sizes_of
+from benchmarks.ppo.task import PHASES, Clock, Task, dialogue_of, figures
+from benchmarks.ppo.work import Method, Sizes, sizes_of
 from policy.ppo.setup import score_function
 from policy.ppo.trainer import PpoTrainer
 from rlhf.data.comparisons import Message, Prompt

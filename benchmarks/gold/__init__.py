@@ -1,0 +1,1 @@
+"""The gold score that PPO reaches, against trl's PPOTrainer at equal samples."""

@@ -1,0 +1,1 @@
+"""Texts, items and the small world of the scaling study."""
