@@ -178,6 +178,23 @@ def test_the_reference_and_the_parts_of_the_way_are_chosen(here):
     assert task_of(found, "lm_loss")["differences"]["policy"]["gain"] == pytest.approx(gain)
 
 
+def test_tasks_of_lm_eval_are_rows_of_the_table_paired_item_by_item(here):
+    letters = {"text": ["one", "a cat"], "label": ["A", "B"]}
+    rows = [{"question": f"Which, {n}?", "choices": letters, "answerKey": "AB"[n % 2]} for n in range(6)]
+    sums = [{"question": f"{n} and one?", "answer": f"More.\n#### {n + 1}"} for n in range(3)]
+    for name, lines_of in (("arc", rows), ("gsm", sums)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines_of))
+    found = again(
+        "tax.arms=[base,sft]",
+        "tax.tasks.arc_easy={files: arc.jsonl, limit: 4}",
+        "tax.tasks.gsm8k={files: gsm.jsonl, num_fewshot: 1}",
+        tasks=[],
+    )
+    arc, gsm = task_of(found, "arc_easy"), task_of(found, "gsm8k")
+    assert (arc["metric"], arc["items"]) == ("acc", 4)
+    assert (gsm["metric"], gsm["items"]) == ("exact_match", 3)
+
+
 def test_groups_are_shown_up_to_a_number(here):
     again(ALONE, tasks=["hhh"])
     assert "## By group of items" in Path("runs/tiny/tax/tax.md").read_text()
