@@ -13,7 +13,7 @@ from recipe_cases import TEXT, refusal, writer
 
 from rlhf.errors import UserError
 from rlhf.recipe.load import check_batch_sizes, dump, from_command_line, known_keys, load
-from rlhf.recipe.renamed import FORMER
+from rlhf.recipe.renamed import FORMER, RENAMED
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.y*ml"))
@@ -289,3 +289,9 @@ def test_checking_a_recipe_imports_no_torch(recipe):
 def test_a_former_key_names_the_present_one(recipe, former):
     with pytest.raises(UserError, match=rf"^override '{former}=1': unknown key {former}; .*{FORMER[former]}"):
         load(recipe(), [f"{former}=1"])
+
+
+def test_a_former_key_leads_to_a_present_one():
+    known = set(known_keys())
+    assert {old for old in FORMER if old in known} == set()
+    assert {new for new in RENAMED.values() if new not in known} == set()
