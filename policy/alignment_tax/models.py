@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rlhf.tokenization.dialogue import Dialogue
     from rlhf.tokenization.prompt_prefix import Context
 
-"""peft's files of an adapter."""
 STAGES = {"sft": "sft", "distilled": "distill", "policy": "ppo", "policy_prompted": "ppo"}
 """The stage that makes an arm of the run."""
 

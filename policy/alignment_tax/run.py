@@ -42,7 +42,7 @@ def measure(recipe: Recipe, section: Tax, run: StageRun, items: Items) -> dict[s
         recipe: the whole recipe.
         section: its section `tax`.
         run: the open stage; finished pieces lie in its ``parts`` folder.
-        items: what :func:`policy.alignment_tax.read_items` has read.
+        items: what :func:`policy.alignment_tax.checks.read_items` has read.
 
     Returns:
         Figures for the manifest.
