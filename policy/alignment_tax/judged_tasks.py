@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from policy.alignment_tax.models import Arm, dialogue_of, model_hash, prompt_of
+from policy.alignment_tax.models import Arm, model_hash, prompt_of
 from policy.ppo.metrics import distinct_n
 from reward.card.scorers import load_scorer
 from reward.model.ensemble import combine, member_folders
@@ -29,7 +29,7 @@ from rlhf.models.base import best_device
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.tax import Tax
 from rlhf.runs.stage import StageRun
-from rlhf.tokenization.dialogue import PromptTooLongError
+from rlhf.tokenization.dialogue import PromptTooLongError, dialogue_of
 
 Responses = list[list[str]]
 """Of each prompt, its samples."""

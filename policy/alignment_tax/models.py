@@ -25,7 +25,6 @@ from rlhf.runs.stage import RUNS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rlhf.tokenization.dialogue import Dialogue
     from rlhf.tokenization.prompt_prefix import Context
 
 STAGES = {"sft": "sft", "distilled": "distill", "policy": "ppo", "policy_prompted": "ppo"}
@@ -270,28 +269,13 @@ def tokenizer_of(arm: Arm, recipe: Recipe) -> PreTrainedTokenizerBase:
         raise _blamed(error, arm, own) from None
 
 
-def dialogue_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dialogue:
-    """The recipe's token contract with an arm's own tokenizer."""
-    from rlhf.tokenization.dialogue import Dialogue
-
-    section = recipe.dialogue
-    return Dialogue(
-        tokenizer,
-        template=section.template,
-        max_prompt_tokens=section.max_prompt_tokens,
-        max_response_tokens=section.max_response_tokens,
-        truncate_prompts=section.on_long_prompts == "truncate",
-        pad_token=section.pad_token,
-        end_of_context=section.end_of_context,
-    )
-
-
 def prompt_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Context:
     """The prompt `hhh_prompt` in the tokens of an arm.
 
     Raises:
         UserError: there is no such file, or it cannot be read as a prompt.
     """
+    from rlhf.tokenization.dialogue import dialogue_of
     from rlhf.tokenization.prompt_prefix import Context
 
     return Context.read(recipe.hhh_prompt, dialogue_of(recipe, tokenizer))

@@ -202,7 +202,6 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
 
 def load_dialogue(recipe: Recipe) -> Dialogue:
     """The recipe's tokenizer with the recipe's contract."""
-    section = recipe.dialogue
     if recipe.model.source != "hub" and not Path(recipe.model.path).is_dir():  # do not ask the hub for it
         raise UserError(f"model.path: {recipe.model.path} is not there; run `make model RECIPE=...` first")
     tokenizer = load_tokenizer(
@@ -210,6 +209,12 @@ def load_dialogue(recipe: Recipe) -> Dialogue:
         revision=recipe.model.revision,
         trust_remote_code=recipe.model.trust_remote_code,
     )
+    return dialogue_of(recipe, tokenizer)
+
+
+def dialogue_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dialogue:
+    """The recipe's template and lengths with a tokenizer that is loaded already."""
+    section = recipe.dialogue
     return Dialogue(
         tokenizer,
         template=section.template,
