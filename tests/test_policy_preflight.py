@@ -28,10 +28,10 @@ def look(*overrides):
     stage(preflight.main, "hhh_prompt=hhh.txt", *overrides)
 
 
-def test_the_arms_are_those_that_the_stages_will_make(capsys):
+def test_the_variants_are_those_that_the_stages_will_make(capsys):
     look(LOSS, "tax.interpolate=[0.5]")
     said = capsys.readouterr().out
-    assert "arms of the tax table: base, prompted, policy_0.5, policy; items: lm_loss 3\n" in said
+    assert "variants of the tax table: base, prompted, policy_0.5, policy; items: lm_loss 3\n" in said
     look(LOSS, "tax.interpolate=[]", DISTILL, "sft.data=chosen")
     assert "base, prompted, sft, distilled, policy; items" in capsys.readouterr().out
     assert not RUNS.exists(), "it writes nothing"
@@ -41,7 +41,10 @@ def test_the_arms_are_those_that_the_stages_will_make(capsys):
     ("overrides", "message"),
     [
         ([LOSS, "tax.tasks.lambda.files=texts.jsonl"], r"tax\.tasks: unknown evaluation 'lambda'; did you"),
-        ([LOSS, "tax.reference=distilled"], r"tax\.reference: 'distilled' is not among the arms \(base, "),
+        (
+            [LOSS, "tax.reference=distilled"],
+            r"tax\.reference: 'distilled' is not among the variants \(base, ",
+        ),
         (["tax.tasks.hhh.files=texts.jsonl"], r"texts\.jsonl:1: .*target_scores"),
         ([LOSS, "tax.tasks.toxicity.files=empty.jsonl"], r"empty\.jsonl"),
     ],

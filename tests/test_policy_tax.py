@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from policy.alignment_tax import __main__ as tax
-from policy.alignment_tax import models as arms
+from policy.alignment_tax import models as variants
 from policy.alignment_tax import run as tax_work
 from reward.model.model import TextRewardModel
 from rlhf.collect.judges import vader
@@ -27,8 +27,8 @@ from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.models.tiny import tiny_model, write_tiny_model
 
-ARMS = ["base", "prompted", "sft", "policy_0.5", "policy"]
-WHOLE = ("tax.arms=[base,prompted,sft,policy]", "tax.score=true", "tax.reward_model_hhh=true")
+VARIANTS = ["base", "prompted", "sft", "policy_0.5", "policy"]
+WHOLE = ("tax.variants=[base,prompted,sft,policy]", "tax.score=true", "tax.reward_model_hhh=true")
 
 
 @pytest.fixture(scope="module")
@@ -76,18 +76,18 @@ def no_picture(monkeypatch):
 # --- numbers ---------------------------------------------------------------------------------------------
 
 
-def model_of(arm):
-    """An arm's model by peft's own merging, and what stands before every text."""
+def model_of(variant):
+    """A variant's model by peft's own merging, and what stands before every text."""
     base = AutoModelForCausalLM.from_pretrained("models/tiny").eval()
     tokenizer = AutoTokenizer.from_pretrained("models/tiny")
-    before = tokenizer(f"{PROMPT.strip()}\n\n-----\n\n")["input_ids"] if arm == "prompted" else []
-    stage_of = {"sft": "sft", "policy": "ppo", "policy_0.5": "ppo"}.get(arm)
+    before = tokenizer(f"{PROMPT.strip()}\n\n-----\n\n")["input_ids"] if variant == "prompted" else []
+    stage_of = {"sft": "sft", "policy": "ppo", "policy_0.5": "ppo"}.get(variant)
     if stage_of is None:
         return base, before
     with torch.no_grad():
         start = {name: weight.clone() for name, weight in base.state_dict().items()}
         merged = PeftModel.from_pretrained(base, f"runs/tiny/{stage_of}/policy").merge_and_unload().eval()
-        if arm == "policy_0.5":
+        if variant == "policy_0.5":
             for name, weight in merged.state_dict().items():
                 if name != "lm_head.weight":  # it is the embedding
                     weight.copy_((weight + start[name]) / 2)
@@ -103,20 +103,20 @@ def nats(model, before, text):
     return -float(log_probs.gather(-1, whole[0, 1:, None])[-len(ids) :].sum()), len(ids)
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_s_loss_is_that_of_a_direct_computation(arm, at):
-    model, before = model_of(arm)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_s_loss_is_that_of_a_direct_computation(variant, at):
+    model, before = model_of(variant)
     rows = [row for row in items() if row["task"] == "lm_loss"]
     assert len(rows) == len(TEXTS)
     for row, text in zip(rows, TEXTS, strict=True):
         loss, tokens = nats(model, before, text)
-        assert row["values"]["nats_per_byte"][arm] == pytest.approx(loss / len(text.encode()), abs=1e-4)
-        assert row["values"]["nats_per_token"][arm] == pytest.approx(loss / tokens, abs=1e-4)
+        assert row["values"]["nats_per_byte"][variant] == pytest.approx(loss / len(text.encode()), abs=1e-4)
+        assert row["values"]["nats_per_token"][variant] == pytest.approx(loss / tokens, abs=1e-4)
 
 
-@pytest.mark.parametrize("arm", ["base", "prompted", "policy"])
-def test_every_arm_s_preferences_are_those_of_a_direct_computation(arm, at):
-    model, before = model_of(arm)
+@pytest.mark.parametrize("variant", ["base", "prompted", "policy"])
+def test_every_variant_s_preferences_are_those_of_a_direct_computation(variant, at):
+    model, before = model_of(variant)
     rows = {row["id"]: row for row in items() if row["task"] == "hhh"}
     assert len(rows) == 5
     for name, examples in HHH.items():
@@ -127,25 +127,25 @@ def test_every_arm_s_preferences_are_those_of_a_direct_computation(arm, at):
             alone = [-nats(model, before, f" {answer}")[0] for answer in answers]
             row = rows[f"hhh_{name}:{number}"]
             assert row["group"] == name
-            assert row["values"]["acc_sum"][arm] == float(sums[0] > sums[1])
-            assert row["values"]["acc_mi"][arm] == float(sums[0] - alone[0] > sums[1] - alone[1])
+            assert row["values"]["acc_sum"][variant] == float(sums[0] > sums[1])
+            assert row["values"]["acc_mi"][variant] == float(sums[0] - alone[0] > sums[1] - alone[1])
 
 
 def test_the_table_is_made_of_the_items(at):
     found = table()
-    assert [arm["name"] for arm in found["arms"]] == ARMS
+    assert [variant["name"] for variant in found["variants"]] == VARIANTS
     assert [task["task"] for task in found["tasks"]] == ["hhh", "lm_loss", "toxicity", "score"]
     for task in found["tasks"]:
         values = [r["values"][task["metric"]] for r in items() if r["task"] == task["task"]]
         assert task["items"] == len(values)
-        assert {arm for row in values for arm in row} == set(ARMS)  # the same items for all
-        for arm in ARMS:
-            mean = statistics.fmean(row[arm] for row in values)
-            assert task["arms"][arm]["mean"] == pytest.approx(mean)
-        for arm in ARMS[1:]:
-            change = [row[arm] - row["base"] for row in values]
+        assert {variant for row in values for variant in row} == set(VARIANTS)  # the same items for all
+        for variant in VARIANTS:
+            mean = statistics.fmean(row[variant] for row in values)
+            assert task["variants"][variant]["mean"] == pytest.approx(mean)
+        for variant in VARIANTS[1:]:
+            change = [row[variant] - row["base"] for row in values]
             sign = 1 if task["higher_is_better"] else -1
-            got = task["differences"][arm]
+            got = task["differences"][variant]
             assert got["gain"] == pytest.approx(sign * statistics.fmean(change))
             assert got["wins"] == sum(sign * c > 0 for c in change)
             assert got["losses"] == sum(sign * c < 0 for c in change)
@@ -153,21 +153,21 @@ def test_the_table_is_made_of_the_items(at):
     assert not task_of(found, "lm_loss")["higher_is_better"]
 
 
-def test_arms_differ_from_each_other(at):
-    found = task_of(table(), "lm_loss")["arms"]
-    assert len({figures["mean"] for figures in found.values()}) == len(ARMS)
+def test_variants_differ_from_each_other(at):
+    found = task_of(table(), "lm_loss")["variants"]
+    assert len({figures["mean"] for figures in found.values()}) == len(VARIANTS)
 
 
 def test_what_was_written_is_kept_with_the_judge_s_scores(at):
     said = responses()
     assert {row["task"] for row in said} == {"toxicity", "score"}
     for row in said:
-        assert set(row["arms"]) == set(ARMS)
-        for found in row["arms"].values():
+        assert set(row["variants"]) == set(VARIANTS)
+        for found in row["variants"].values():
             assert found["score"] == pytest.approx(vader(found["responses"])[0])
-    values = [r["arms"]["policy"]["score"] for r in said if r["task"] == "score"]
+    values = [r["variants"]["policy"]["score"] for r in said if r["task"] == "score"]
     assert len(values) == 5
-    assert task_of(table(), "score")["arms"]["policy"]["mean"] == pytest.approx(statistics.fmean(values))
+    assert task_of(table(), "score")["variants"]["policy"]["mean"] == pytest.approx(statistics.fmean(values))
 
 
 def test_the_reward_model_judges_the_items_too(at):
@@ -192,7 +192,7 @@ def test_the_page_is_printed_and_the_picture_is_there(at, capsys):
     assert Path("runs/tiny/tax/tax.png").stat().st_size > 1000
     assert not Path("runs/tiny/tax/parts").exists()
     results = json.loads(Path("runs/tiny/tax/manifest.json").read_text())["results"]
-    assert set(results["verdicts"]) == set(ARMS[1:])
+    assert set(results["verdicts"]) == set(VARIANTS[1:])
 
 
 # --- resuming --------------------------------------------------------------------------------------------
@@ -224,14 +224,14 @@ class Counting:
 
 
 def test_what_was_done_before_a_kill_is_not_done_again(here, monkeypatch, no_picture):
-    run, write, judge = tax_work.run_task, tax_work.Toxic.respond, tax_work.Toxic.outcome
-    options = (*SHORT, *TASKS.values(), "tax.arms=[base,sft]", "tax.score=true")
+    run, write, judge = tax_work.run_task, tax_work.ToxicityTask.respond, tax_work.ToxicityTask.outcome
+    options = (*SHORT, *TASKS.values(), "tax.variants=[base,sft]", "tax.score=true")
     stage(tax.main, *options)
     whole = {name: Path("runs/tiny/tax", name).read_text() for name in ("items.jsonl", "responses.jsonl")}
     expected = table()
     shutil.rmtree("runs/tiny/tax")
     calls = {"run": 0, "write": 0, "judge": 0}
-    # 2 arms x 2 tasks without a judge, then twice what is written, then judged
+    # 2 variants x 2 tasks without a judge, then twice what is written, then judged
     for limit in ({"run": 1}, {"write": 1}, {"judge": 1}, {}):
         counting = {
             "run": Counting(run, limit.get("run")),
@@ -239,8 +239,8 @@ def test_what_was_done_before_a_kill_is_not_done_again(here, monkeypatch, no_pic
             "judge": Counting(judge, limit.get("judge")),
         }
         monkeypatch.setattr(tax_work, "run_task", counting["run"])
-        monkeypatch.setattr(tax_work.Toxic, "respond", counting["write"])
-        monkeypatch.setattr(tax_work.Toxic, "outcome", counting["judge"])
+        monkeypatch.setattr(tax_work.ToxicityTask, "respond", counting["write"])
+        monkeypatch.setattr(tax_work.ToxicityTask, "outcome", counting["judge"])
         try:
             stage(tax.main, *options)
             assert not limit
@@ -255,8 +255,8 @@ def test_what_was_done_before_a_kill_is_not_done_again(here, monkeypatch, no_pic
 
 
 def test_pieces_that_are_kept_cost_nothing_in_the_next_table(here, monkeypatch, no_picture):
-    options = ("tax.pieces=kept", "tax.score=true", "evaluate.judge=reward")
-    again("tax.arms=[base]", *options)
+    options = ("tax.cache=kept", "tax.score=true", "evaluate.judge=reward")
+    again("tax.variants=[base]", *options)
     done = {
         "run": Counting(tax_work.run_task),
         "write": Counting(tax_work.HeldOutScore.respond),
@@ -272,22 +272,22 @@ def test_pieces_that_are_kept_cost_nothing_in_the_next_table(here, monkeypatch, 
             counting.calls.clear()
         return found
 
-    together = again("tax.arms=[base,sft]", *options)
+    together = again("tax.variants=[base,sft]", *options)
     assert counts() == {"run": 2, "write": 1, "judge": 1}  # sft alone
-    assert together | {"cost": 0} == again("tax.arms=[base,sft]", *options) | {"cost": 0}
+    assert together | {"cost": 0} == again("tax.variants=[base,sft]", *options) | {"cost": 0}
     assert counts() == {"run": 0, "write": 0, "judge": 0}
     stirred(Path("runs/tiny/reward/model/adapter_model.safetensors"))  # another judge of the same name
-    again("tax.arms=[base,sft]", *options)
+    again("tax.variants=[base,sft]", *options)
     assert counts() == {"run": 0, "write": 0, "judge": 2}
     stirred(Path("runs/tiny/sft/policy/adapter_model.safetensors"))
-    again("tax.arms=[base,sft]", *options)
+    again("tax.variants=[base,sft]", *options)
     assert counts() == {"run": 2, "write": 1, "judge": 1}
 
 
 def test_a_changed_prompt_is_refused_where_there_is_work_to_lose(here, monkeypatch):
     counting = Counting(tax_work.run_task, last=2)
     monkeypatch.setattr(tax_work, "run_task", counting)
-    options = (*SHORT, TASKS["lm_loss"], "tax.arms=[base,prompted,sft]")
+    options = (*SHORT, TASKS["lm_loss"], "tax.variants=[base,prompted,sft]")
     with pytest.raises(Killed):
         stage(tax.main, *options)
     Path("hhh.txt").write_text(PROMPT.replace("Hello", "Good day"))
@@ -297,11 +297,11 @@ def test_a_changed_prompt_is_refused_where_there_is_work_to_lose(here, monkeypat
 
 def test_one_model_is_in_memory_at_a_time_and_the_judge_comes_last(here, monkeypatch, no_picture):
     alive, order = [], []
-    load, judge = tax_work.load_arm, tax_work.Toxic.judge
+    load, judge = tax_work.load_variant, tax_work.ToxicityTask.judge
 
-    def loading(arm, recipe, same):
-        order.append((arm.name, [ref() for ref in alive if ref() is not None]))
-        loaded = load(arm, recipe, same=same)
+    def loading(variant, recipe, same):
+        order.append((variant.name, [ref() for ref in alive if ref() is not None]))
+        loaded = load(variant, recipe, same=same)
         alive.append(weakref.ref(loaded.model))
         return loaded
 
@@ -309,17 +309,19 @@ def test_one_model_is_in_memory_at_a_time_and_the_judge_comes_last(here, monkeyp
         order.append(("judge", [ref() for ref in alive if ref() is not None]))
         return judge(self)
 
-    monkeypatch.setattr(tax_work, "load_arm", loading)
-    monkeypatch.setattr(tax_work.Toxic, "judge", judging)
-    again("tax.arms=[base,sft]", tasks=["lm_loss", "toxicity"])
+    monkeypatch.setattr(tax_work, "load_variant", loading)
+    monkeypatch.setattr(tax_work.ToxicityTask, "judge", judging)
+    again("tax.variants=[base,sft]", tasks=["lm_loss", "toxicity"])
     assert order == [("base", []), ("sft", []), ("judge", [])]
 
 
 def test_a_prompt_needs_no_second_loading(here, monkeypatch, no_picture):
     loaded = []
-    load = arms._load
-    monkeypatch.setattr(arms, "_load", lambda arm, recipe: loaded.append(arm.name) or load(arm, recipe))
-    again("tax.arms=[base,prompted,policy,policy_prompted]", "tax.interpolate=[]", tasks=["lm_loss"])
+    load = variants._load
+    monkeypatch.setattr(
+        variants, "_load", lambda variant, recipe: loaded.append(variant.name) or load(variant, recipe)
+    )
+    again("tax.variants=[base,prompted,policy,policy_prompted]", "tax.interpolate=[]", tasks=["lm_loss"])
     assert loaded == ["base", "policy"]
 
 
@@ -347,28 +349,30 @@ def test_before_and_after_are_any_two_models_without_any_stage(inside, capsys, n
         tax.main,
         TASKS["lm_loss"],
         TASKS["toxicity"],
-        "tax.arms=[]",
-        "tax.others.before=one",
-        "tax.others.after=two",
+        "tax.variants=[]",
+        "tax.models.before=one",
+        "tax.models.after=two",
         "tax.reference=before",
         "model.path=nowhere",
     )
     found = table()
-    assert [arm["name"] for arm in found["arms"]] == ["before", "after"]
+    assert [variant["name"] for variant in found["variants"]] == ["before", "after"]
     assert list(task_of(found, "lm_loss")["differences"]) == ["after"]
     assert task_of(found, "lm_loss")["differences"]["after"]["n"] == len(TEXTS)
     assert any(
         note.startswith("after: another tokenizer than before; figures per token") for note in found["notes"]
     )
-    tokens = {arm: f["aggregate"]["tokens"] for arm, f in task_of(found, "lm_loss")["arms"].items()}
+    tokens = {
+        variant: f["aggregate"]["tokens"] for variant, f in task_of(found, "lm_loss")["variants"].items()
+    }
     assert tokens["after"] < tokens["before"] == sum(len(t.encode()) for t in TEXTS)
     assert os.listdir("runs/tiny") == ["tax"]
     assert "## Difference to before" in capsys.readouterr().out
 
 
-def test_an_adapter_of_another_run_is_an_arm_and_can_be_the_reference(here, no_picture):
+def test_an_adapter_of_another_run_is_a_variant_and_can_be_the_reference(here, no_picture):
     shutil.copytree("runs/tiny/sft/policy", "elsewhere")
-    found = again("tax.arms=[sft]", "tax.others.copy=elsewhere", "tax.reference=copy", tasks=["lm_loss"])
+    found = again("tax.variants=[sft]", "tax.models.copy=elsewhere", "tax.reference=copy", tasks=["lm_loss"])
     difference = task_of(found, "lm_loss")["differences"]["sft"]
     assert (difference["gain"], difference["ties"], difference["verdict"]) == (0.0, len(TEXTS), "open")
     assert not any("another tokenizer" in note for note in found["notes"])
@@ -383,8 +387,8 @@ def test_the_way_starts_where_ppo_started(here, no_picture):
     run = tax.open_stage(started, "ppo", section="ppo", inputs=["start/adapter_model.safetensors"])
     tiny_tax.adapter(started, run.folder / "policy", 3)
     run.finish({})
-    found = again("ppo.start=start", "tax.arms=[policy]", "tax.reference=policy", tasks=["lm_loss"])
-    assert found["arms"][0]["adapters"] == [["start", 0.5], ["runs/tiny/ppo/policy", 0.5]]
+    found = again("ppo.start=start", "tax.variants=[policy]", "tax.reference=policy", tasks=["lm_loss"])
+    assert found["variants"][0]["adapters"] == [["start", 0.5], ["runs/tiny/ppo/policy", 0.5]]
     tiny_tax.adapter(recipe, Path("start"), 10)
     with pytest.raises(UserError, match="was trained from another start"):
-        again("ppo.start=start", "tax.arms=[policy]", "tax.reference=policy", tasks=["lm_loss"])
+        again("ppo.start=start", "tax.variants=[policy]", "tax.reference=policy", tasks=["lm_loss"])

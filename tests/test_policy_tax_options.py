@@ -16,9 +16,10 @@ from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.evals.outcome import Outcome
 from rlhf.evals.sandbox import run as sandbox
+from rlhf.recipe.renamed import RENAMED
 from rlhf.runs.stage import input_hashes
 
-ALONE = "tax.arms=[base]"
+ALONE = "tax.variants=[base]"
 REWARD = "runs/tiny/reward/model"
 
 
@@ -57,8 +58,8 @@ def plain(lab, tmp_path_factory):
         return found, said_by("base")
 
 
-def said_by(arm):
-    return [row["arms"][arm]["responses"] for row in responses()]
+def said_by(variant):
+    return [row["variants"][variant]["responses"] for row in responses()]
 
 
 # --- toxicity --------------------------------------------------------------------------------------------
@@ -76,8 +77,17 @@ def test_what_is_written_follows_the_options(option, here, plain):
         assert max(len(texts[0]) for texts in said) <= 3 < max(len(texts[0]) for texts in plain[1])
 
 
+def test_results_are_kept_under_the_keys_of_earlier_versions(here):
+    again(ALONE, "tax.cache=kept", tasks=["toxicity"])
+    written = json.loads(next(Path("kept").glob("base--toxicity--written--*")).read_text())["key"]
+    assert written.keys() == {"arm", "files", "limit", "items", "seed", "asked"}
+    assert written["asked"].keys() == {"samples", "max_new_tokens", "temperature", "top_p", "items"}
+
+
 def test_several_samples_are_taken_and_the_worst_is_known(here):
-    found = again(ALONE, "tax.toxicity.samples=3", f"tax.toxicity.judge={REWARD}", tasks=["toxicity"])
+    found = again(
+        ALONE, "tax.toxicity.samples_per_prompt=3", f"tax.toxicity.judge={REWARD}", tasks=["toxicity"]
+    )
     assert [len(texts) for texts in said_by("base")] == [3] * len(tiny_tax.TOXIC)
     for row in items():
         assert row["values"]["worst"]["base"] < row["values"]["score"]["base"]
@@ -103,33 +113,50 @@ def test_a_reward_model_judges_prompt_and_response(here, plain):
         )
         task = task_of(found, "toxicity")
         assert task["higher_is_better"] == (higher == "true")
-        assert task["arms"]["base"]["metrics"]["flagged"]["mean"] == pytest.approx(flagged / 5, abs=0.21)
+        assert task["variants"]["base"]["metrics"]["flagged"]["mean"] == pytest.approx(flagged / 5, abs=0.21)
 
 
 # --- score -----------------------------------------------------------------------------------------------
 
 
 def test_the_score_is_that_of_the_reward_model_where_that_is_the_judge(here):
-    found = again("tax.arms=[base,sft]", "tax.score=true", "evaluate.judge=reward", tasks=[])
+    found = again("tax.variants=[base,sft]", "tax.score=true", "evaluate.judge=reward", tasks=[])
     task = task_of(found, "score")
     model = TextRewardModel(Path(REWARD))
     prompts = [(Message("user", row["prompt"]),) for row in responses()]
     assert [p[0].content for p in prompts] == tiny_tax.HELD_OUT[:5]
-    for arm in ("base", "sft"):
-        expected = model.score(prompts, [texts[0] for texts in said_by(arm)])
-        assert task["arms"][arm]["mean"] == pytest.approx(float(expected.mean()), abs=1e-5)
+    for variant in ("base", "sft"):
+        expected = model.score(prompts, [texts[0] for texts in said_by(variant)])
+        assert task["variants"][variant]["mean"] == pytest.approx(float(expected.mean()), abs=1e-5)
     assert "judged by a reward model" in task["notes"][0]
 
 
 def test_the_score_takes_its_settings_from_evaluate_and_a_finished_one_knows_them(here):
-    options = (ALONE, "tax.score=true", "evaluate.samples=2", "evaluate.temperature=0.5")
+    options = (ALONE, "tax.score=true", "evaluate.samples_per_prompt=2", "evaluate.temperature=0.5")
     again(*options, "evaluate.prompts=3", tasks=[])
     assert [len(texts) for texts in said_by("base")] == [2, 2, 2]
     with pytest.raises(UserError, match="finished with other settings of the section `evaluate`"):
         stage(tax.main, *SHORT, *options, "evaluate.prompts=4")
 
 
-def test_a_prompted_arm_reads_a_held_out_prompt_as_a_new_turn(here, monkeypatch):
+def test_a_table_of_an_earlier_version_stays_finished(here):
+    options = (ALONE, "tax.score=true", "evaluate.samples_per_prompt=2", "evaluate.prompts=3")
+    again(*options, tasks=[])
+    for file, place in (("manifest", ("fingerprint", "recipe", "tax")), ("tax", ("evaluate",))):
+        path = Path(f"runs/tiny/tax/{file}.json")
+        written = section = json.loads(path.read_text())
+        for name in place:
+            section = section[name]
+        for former, present in RENAMED.items():
+            if former.rpartition(".")[0] == place[-1]:
+                section[former.rpartition(".")[2]] = section.pop(present.rpartition(".")[2])
+        path.write_text(json.dumps(written))
+    stage(tax.main, *SHORT, *options)
+    with pytest.raises(UserError, match="finished with other settings of the section `evaluate`"):
+        stage(tax.main, *SHORT, *options, "evaluate.prompts=4")
+
+
+def test_a_prompted_variant_reads_a_held_out_prompt_as_a_new_turn(here, monkeypatch):
     asked = {}
 
     def generate(lm, contexts, **options):
@@ -137,19 +164,19 @@ def test_a_prompted_arm_reads_a_held_out_prompt_as_a_new_turn(here, monkeypatch)
         return [""] * len(contexts)
 
     monkeypatch.setattr(tax_work.LanguageModel, "generate", generate)
-    again("tax.arms=[base,prompted]", "tax.score=true", "evaluate.prompts=1", tasks=[])
+    again("tax.variants=[base,prompted]", "tax.score=true", "evaluate.prompts=1", tasks=[])
     assert asked == {False: ["My soup was"], True: ["Human: My soup was\n\nAssistant:"]}
 
 
 # --- the rest --------------------------------------------------------------------------------------------
 
 
-def test_a_limit_draws_the_same_items_for_every_arm_by_the_seed(here):
+def test_a_limit_draws_the_same_items_for_every_variant_by_the_seed(here):
     drawn = set()
     for seed in (0, 1, 2, 3):
         found = again(
-            "tax.arms=[]",
-            "tax.others={x: models/tiny, y: models/tiny}",
+            "tax.variants=[]",
+            "tax.models={x: models/tiny, y: models/tiny}",
             "tax.reference=x",
             "tax.tasks.lm_loss.limit=2",
             f"seed={seed}",
@@ -162,16 +189,16 @@ def test_a_limit_draws_the_same_items_for_every_arm_by_the_seed(here):
 
 
 def test_how_much_is_read_at_once_changes_no_figure(here):
-    whole, one_by_one = (again(ALONE, f"tax.tokens_at_once={n}", tasks=["lm_loss"]) for n in (2048, 1))
-    x, y = (task_of(found, "lm_loss")["arms"]["base"]["mean"] for found in (whole, one_by_one))
+    whole, one_by_one = (again(ALONE, f"tax.tokens_per_batch={n}", tasks=["lm_loss"]) for n in (2048, 1))
+    x, y = (task_of(found, "lm_loss")["variants"]["base"]["mean"] for found in (whole, one_by_one))
     assert x == pytest.approx(y, abs=1e-5)
 
 
 def test_the_reference_and_the_parts_of_the_way_are_chosen(here):
     found = again(
-        "tax.arms=[policy]", "tax.interpolate=[0.9,0.1]", "tax.reference=policy_0.1", tasks=["lm_loss"]
+        "tax.variants=[policy]", "tax.interpolate=[0.9,0.1]", "tax.reference=policy_0.1", tasks=["lm_loss"]
     )
-    assert [arm["name"] for arm in found["arms"]] == ["policy_0.1", "policy_0.9", "policy"]
+    assert [variant["name"] for variant in found["variants"]] == ["policy_0.1", "policy_0.9", "policy"]
     assert list(task_of(found, "lm_loss")["differences"]) == ["policy_0.9", "policy"]
     values = [row["values"]["nats_per_byte"] for row in items()]
     gain = sum(v["policy_0.1"] - v["policy"] for v in values) / len(values)
@@ -185,7 +212,7 @@ def test_tasks_of_lm_eval_are_rows_of_the_table_paired_item_by_item(here):
     for name, lines_of in (("arc", rows), ("gsm", sums)):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines_of))
     found = again(
-        "tax.arms=[base,sft]",
+        "tax.variants=[base,sft]",
         "tax.tasks.arc_easy={files: arc.jsonl, limit: 4}",
         "tax.tasks.gsm8k={files: gsm.jsonl, num_fewshot: 1}",
         tasks=[],
@@ -223,7 +250,8 @@ def test_humaneval_gets_its_options_and_leave_to_run(here, monkeypatch):
         ALONE,
         "tax.tasks.humaneval.files=code.jsonl",
         "tax.allow_generated_code=true",
-        "tax.humaneval={samples: 4, pass_at: [1, 2], temperature: 0.3, top_p: 0.9, max_new_tokens: 7}",
+        "tax.humaneval={samples_per_prompt: 4, pass_at: [1, 2], temperature: 0.3, top_p: 0.9}",
+        "tax.humaneval.max_new_tokens=7",
         tasks=[],
     )
     options = {"samples": 4, "ks": [1, 2], "temperature": 0.3, "top_p": 0.9, "max_new_tokens": 7}
@@ -231,7 +259,12 @@ def test_humaneval_gets_its_options_and_leave_to_run(here, monkeypatch):
 
 
 def test_what_the_stage_reads_is_part_of_its_fingerprint(here):
-    again("tax.arms=[prompted]", "tax.reference=prompted", f"tax.toxicity.judge={REWARD}", tasks=["toxicity"])
+    again(
+        "tax.variants=[prompted]",
+        "tax.reference=prompted",
+        f"tax.toxicity.judge={REWARD}",
+        tasks=["toxicity"],
+    )
     noted = json.loads(Path("runs/tiny/tax/fingerprint.json").read_text())["inputs"]
     for file in ("toxic.jsonl", "hhh.txt", "models/tiny/model.safetensors", f"{REWARD}/reward_model.json"):
         assert next(iter(input_hashes([file]).values())) in noted.values(), file
@@ -251,19 +284,19 @@ LOSS = TASKS["lm_loss"]
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["tax.arms=[distiled]", LOSS], r"unknown arm 'distiled'; did you mean distilled\?"),
-        (["tax.arms=[zzz]", LOSS], r"unknown arm 'zzz'; arms of a run: base, prompted"),
-        (["tax.arms=[base,base]", LOSS], "an arm stands twice"),
-        (["tax.arms=[]", LOSS], "no arm is left"),
+        (["tax.variants=[distiled]", LOSS], r"unknown variant 'distiled'; did you mean distilled\?"),
+        (["tax.variants=[zzz]", LOSS], r"unknown variant 'zzz'; variants of a run: base, prompted"),
+        (["tax.variants=[base,base]", LOSS], "a variant stands twice"),
+        (["tax.variants=[]", LOSS], "no variant is left"),
         (["tax.interpolate=[0.5,0.5]", LOSS], "a part stands twice"),
         (["tax.interpolate=[1.0]", LOSS], "less than 1"),
-        (["tax.others.base=models/tiny", LOSS], "base is the name of an arm of the run"),
-        (["tax.others={policy_0.5: models/tiny}", LOSS], r"policy_0\.5 is the name of an arm"),
-        (["tax.others={a b: models/tiny}", LOSS], "'a b' is no name of an arm"),
-        (["tax.others.x=", LOSS], r"tax\.others\.x"),
-        (["tax.others.x=./nowhere", LOSS], r"tax\.others\.x: \./nowhere is not a folder"),
-        (["tax.reference=sfd", LOSS], r"tax\.reference: 'sfd' is not among the arms \(base, prompted, sft"),
-        (["tax.arms=[sft]", LOSS], r"tax\.reference: 'base' is not among the arms \(sft\)"),
+        (["tax.models.base=models/tiny", LOSS], "base is the name of a variant of the run"),
+        (["tax.models={policy_0.5: models/tiny}", LOSS], r"policy_0\.5 is the name of a variant"),
+        (["tax.models={a b: models/tiny}", LOSS], "'a b' is no name of a variant"),
+        (["tax.models.x=", LOSS], r"tax\.models\.x"),
+        (["tax.models.x=./nowhere", LOSS], r"tax\.models\.x: \./nowhere is not a folder"),
+        (["tax.reference=sfd", LOSS], r"tax\.reference: 'sfd' is not among the variants \(base, prompted"),
+        (["tax.variants=[sft]", LOSS], r"tax\.reference: 'base' is not among the variants \(sft\)"),
         (["tax.score=false"], "nothing to measure: name a task"),
         (["tax.tasks.hhhh.files=texts.jsonl"], r"tax\.tasks: unknown evaluation 'hhhh'; did you mean hhh\?"),
         (
@@ -280,8 +313,8 @@ LOSS = TASKS["lm_loss"]
         ([LOSS, "tax.toxicity.top_p=0"], r"tax\.toxicity\.top_p"),
         ([LOSS, "tax.toxicity.threshold=.nan"], r"tax\.toxicity\.threshold"),
         ([LOSS, "tax.humaneval.pass_at=[5]"], "pass@5 cannot be had from 1 samples"),
-        ([LOSS, "tax.arms=[base,prompted]", "hhh_prompt=no.txt"], r"hhh_prompt: no\.txt is not there"),
-        ([LOSS, "tax.arm=base"], r"unknown key tax\.arm; did you mean tax\.arms\?"),
+        ([LOSS, "tax.variants=[base,prompted]", "hhh_prompt=no.txt"], r"hhh_prompt: no\.txt is not there"),
+        ([LOSS, "tax.variant=base"], r"unknown key tax\.variant; did you mean tax\.variants\?"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_before_anything_is_done(overrides, message, here):
@@ -292,12 +325,12 @@ def test_a_mistake_is_told_before_anything_is_done(overrides, message, here):
 
 
 @pytest.mark.parametrize(
-    ("arm", "missing"), [("sft", "sft"), ("distilled", "distill"), ("policy", "ppo")]
+    ("variant", "missing"), [("sft", "sft"), ("distilled", "distill"), ("policy", "ppo")]
 )  # fmt: skip
-def test_a_missing_stage_is_told_with_its_target(arm, missing, here):
+def test_a_missing_stage_is_told_with_its_target(variant, missing, here):
     shutil.rmtree(f"runs/tiny/{missing}")
     with pytest.raises(UserError, match=f"tax needs the {missing} stage, .* run `make {missing} RECIPE"):
-        again(f"tax.arms=[base,{arm}]", tasks=["lm_loss"])
+        again(f"tax.variants=[base,{variant}]", tasks=["lm_loss"])
 
 
 def test_stages_behind_score_and_reward_model_are_needed_too(here):
@@ -320,12 +353,14 @@ def test_a_bad_row_is_told_with_file_and_line_and_costs_nothing(here):
     assert task_of(table(), "lm_loss")["items"] == 2
 
 
-def test_an_item_too_long_for_the_window_is_told_with_arm_and_task(here):
+def test_an_item_too_long_for_the_window_is_told_with_variant_and_task(here):
     lines("texts.jsonl", [{"text": "fine"}, {"text": "x" * 600}])
-    with pytest.raises(UserError, match=r"^arm base, task lm_loss: texts:2:1: 600 tokens, .*window has 512"):
+    with pytest.raises(
+        UserError, match=r"^variant base, task lm_loss: texts:2:1: 600 tokens, .*window has 512"
+    ):
         again(ALONE, tasks=["lm_loss"])
 
 
-def test_a_reward_model_is_no_arm(here):
-    with pytest.raises(UserError, match=r"arm x, task lm_loss: .*of kind LORA for SEQ_CLS"):
-        again("tax.arms=[]", f"tax.others.x={REWARD}", "tax.reference=x", tasks=["lm_loss"])
+def test_a_reward_model_is_no_variant(here):
+    with pytest.raises(UserError, match=r"variant x, task lm_loss: .*of kind LORA for SEQ_CLS"):
+        again("tax.variants=[]", f"tax.models.x={REWARD}", "tax.reference=x", tasks=["lm_loss"])

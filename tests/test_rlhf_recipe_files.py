@@ -66,7 +66,7 @@ TAX = "tax={tasks: {lm_loss: c.jsonl}}"
         ("card.model", "./gone", []),
         ("card.against", "a/b/c", []),
         ("distill.teacher", "/gone", [DISTILL]),
-        ("tax.others.x", "~/gone", [TAX]),
+        ("tax.models.x", "~/gone", [TAX]),
         ("tax.toxicity.judge", "./gone", [TAX]),
     ],
 )
@@ -94,10 +94,10 @@ def test_a_folder_below_the_home_is_found(recipe, inside, monkeypatch):
 
 
 def test_what_is_no_path_is_a_model_of_the_hub_or_a_judge(recipe):
-    for key in ("card.model", "tax.others.x", "tax.toxicity.judge"):
+    for key in ("card.model", "tax.models.x", "tax.toxicity.judge"):
         for place in ("owner/name", "name"):
             load(recipe(), [TAX, f"{key}={place}"])
-    assert "tax.others.x" in refusal(recipe(), TAX, "tax.others.x=")
+    assert "tax.models.x" in refusal(recipe(), TAX, "tax.models.x=")
 
 
 def test_files_are_found_as_the_readers_find_them(inside):

@@ -134,7 +134,7 @@ def judge_both(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     backbone.load_adapter("policy", run / "ppo" / "policy")
     backbone.load_adapter("theirs", adapter)
     prompts = prompts_of(run, "held_out_prompts.jsonl")[: section.prompts]
-    rows = [prompt for prompt in prompts for _ in range(section.samples)]
+    rows = [prompt for prompt in prompts for _ in range(section.samples_per_prompt)]
     sides = {
         role: say(
             backbone,
@@ -151,17 +151,19 @@ def judge_both(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     reference, theirs, ours = sides.values()
 
     def mean(values: Any) -> float:
-        return float(per_prompt(values, section.samples).mean())
+        return float(per_prompt(values, section.samples_per_prompt).mean())
 
     def paired(theirs: Any, ours: Any) -> Figures:
-        return paired_difference(per_prompt(theirs, section.samples), per_prompt(ours, section.samples))
+        return paired_difference(
+            per_prompt(theirs, section.samples_per_prompt), per_prompt(ours, section.samples_per_prompt)
+        )
 
     return {
         "reference": {"gold": mean(reference.scores["gold"]), "length": mean(reference.length)},
         "gold": paired(theirs.scores["gold"], ours.scores["gold"]),
         "response_length": paired(theirs.length, ours.length),
         "kl": {"theirs": mean(theirs.kl), "ours": mean(ours.kl)},
-        "scores": {name: per_prompt(side.scores["gold"], section.samples).tolist()
+        "scores": {name: per_prompt(side.scores["gold"], section.samples_per_prompt).tolist()
                    for name, side in sides.items()},
     }  # fmt: skip
 

@@ -1,17 +1,17 @@
-"""The `tax` stage: what alignment cost, several models (arms) side by side on the same items.
+"""The `tax` stage: what alignment cost, several models (variants) side by side on the same items.
 
 ``python -m policy.alignment_tax RECIPE [section.key=value ...]`` writes ``runs/<name>/tax/tax.json``,
-``tax.md``, ``tax.png``, ``items.jsonl`` and, where arms wrote something, ``responses.jsonl``, and prints the
-page.
+``tax.md``, ``tax.png``, ``items.jsonl`` and, where a judge scores responses, ``responses.jsonl``, and prints
+the page.
 """
 
 from __future__ import annotations
 
 from policy.alignment_tax.checks import check, inputs_of, parents_of, read_items
-from policy.alignment_tax.table import score_settings
+from policy.alignment_tax.table import same_score_settings
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import from_command_line
-from rlhf.recipe.tax import DEFAULT_ARMS
+from rlhf.recipe.tax import DEFAULT_VARIANTS
 from rlhf.runs.artifacts import read_json
 from rlhf.runs.initial_adapter import check_same_start
 from rlhf.runs.stage import RUNS, open_stage
@@ -37,16 +37,16 @@ def main() -> None:
         if "policy" in names and section.interpolate:
             check_same_start(recipe, run, "ppo")
         items = read_items(recipe, section)
-        absent = [name for name in DEFAULT_ARMS if name not in names] if section.arms is None else []
+        absent = [name for name in DEFAULT_VARIANTS if name not in names] if section.variants is None else []
         print(
-            f"tax: {len(names)} arms ({', '.join(names)}) against {section.reference}"
+            f"tax: {len(names)} variants ({', '.join(names)}) against {section.reference}"
             + (f"; not there: {', '.join(absent)}" if absent else ""),
             flush=True,
         )
         from policy.alignment_tax.run import measure
 
         run.finish(measure(recipe, section, run, items))
-    elif section.score and read_json(folder / "tax.json")["evaluate"] != score_settings(recipe):
+    elif section.score and not same_score_settings(read_json(folder / "tax.json")["evaluate"], recipe):
         raise UserError(
             f"{folder} was finished with other settings of the section `evaluate`, which tax.score uses: "
             f'give the new run a name of its own (SET="name=..."), or remove {folder} to make it anew'

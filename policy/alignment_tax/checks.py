@@ -1,4 +1,4 @@
-"""What the tax stage needs: arms, stages, files and items, looked at before anything is loaded.
+"""What the tax stage needs: variants, stages, files and items, looked at before anything is loaded.
 
 No torch here.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from policy.alignment_tax.models import arm_names, arm_stages, base_of, check_others, model_files
+from policy.alignment_tax.models import base_of, check_models, model_files, variant_names, variant_stages
 from rlhf.collect.judges import JUDGES
 from rlhf.errors import UserError
 from rlhf.evals.registry import TASKS, canonical, draw, task_spec
@@ -20,24 +20,26 @@ from rlhf.runs.initial_adapter import start_inputs
 
 
 def check(recipe: Recipe, section: Tax, *, planned: bool = False) -> list[str]:
-    """What can be said against the section before anything is loaded; returns the names of the arms.
+    """What can be said against the section before anything is loaded; returns the names of the variants.
 
-    planned: no stage has to have finished; the arms are those that the recipe's stages will make.
+    planned: no stage has to have finished; the variants are those that the recipe's stages will make.
 
     Raises:
         UserError: a model, a task, a file or the reference is not there.
     """
-    check_others(section)
-    names = arm_names(recipe, section, planned=planned)
+    check_models(section)
+    names = variant_names(recipe, section, planned=planned)
     if section.reference not in names:
         raise UserError(
-            f"tax.reference: {section.reference!r} is not among the arms ({', '.join(names)}); "
+            f"tax.reference: {section.reference!r} is not among the variants ({', '.join(names)}); "
             "name one of them, or add it"
         )
-    if any(name.endswith("prompted") for name in names if name not in section.others):
+    if any(name.endswith("prompted") for name in names if name not in section.models):
         prompt = Path(recipe.hhh_prompt).expanduser()
         if not prompt.is_file():
-            raise UserError(f"hhh_prompt: {prompt} is not there; the prompted arms need it: check the path")
+            raise UserError(
+                f"hhh_prompt: {prompt} is not there; the prompted variants need it: check the path"
+            )
     known: dict[str, str] = {}
     for name in section.tasks:
         try:
@@ -62,7 +64,7 @@ def check(recipe: Recipe, section: Tax, *, planned: bool = False) -> list[str]:
 
 
 def read_items(recipe: Recipe, section: Tax) -> dict[str, tuple[list[Any], int]]:
-    """By task: the items that every arm does, drawn by the recipe's seed, and how many there were.
+    """By task: the items that every variant does, drawn by the recipe's seed, and how many there were.
 
     Raises:
         UserError: a file cannot be used (file and line).
@@ -78,7 +80,7 @@ def read_items(recipe: Recipe, section: Tax) -> dict[str, tuple[list[Any], int]]
 
 def parents_of(recipe: Recipe, section: Tax, names: Sequence[str]) -> list[str]:
     """Stages of the run that must have finished."""
-    parents = arm_stages(names)
+    parents = variant_stages(names)
     if section.score:
         parents.append("comparisons")
     evaluate = recipe.evaluate
@@ -92,17 +94,17 @@ def inputs_of(recipe: Recipe, section: Tax, names: Sequence[str]) -> list[str]:
     """Files that the stage reads, by their specs; what the parents made is known by their manifests."""
     specs = [spec for task in section.tasks.values() for spec in task.files]
     places: list[str] = []
-    for place in section.others.values():
+    for place in section.models.values():
         adapter = (Path(place).expanduser() / SETTINGS).is_file()
         places += [place, base_of(place, recipe)] if adapter else [place]
-    if any(name not in section.others for name in names):
+    if any(name not in section.models for name in names):
         places.append(recipe.model.path)
     if "toxicity" in section.tasks and section.toxicity.judge not in JUDGES:
         places.append(section.toxicity.judge)
     if section.score and recipe.evaluate.judge == "reward":
         places += [recipe.evaluate.reward_model] if recipe.evaluate.reward_model else recipe.ppo.reward_model
     specs += [str(file) for place in places for file in model_files(place)]
-    if any(name.endswith("prompted") for name in names if name not in section.others):
+    if any(name.endswith("prompted") for name in names if name not in section.models):
         specs.append(recipe.hhh_prompt)
     if "policy" in names and section.interpolate:
         specs += start_inputs(recipe, "ppo")

@@ -1,6 +1,6 @@
-"""The figures of the tax table: every arm on every task, each against the reference on the same items.
+"""The figures of the tax table: every variant on every task, each against the reference on the same items.
 
-A difference is arm less reference, item by item, so its interval is that of paired items. A gain is that
+A difference is variant less reference, item by item, so its interval is that of paired items. A gain is that
 difference with the sign turned where lower is better: positive is better than the reference in every task.
 """
 
@@ -24,12 +24,12 @@ def task_figures(outcomes: Mapping[str, Outcome], reference: str) -> Figures:
     """One task's part of the table.
 
     Args:
-        outcomes: by arm, the reference among them, all of one task.
-        reference: the arm that the others are compared with.
+        outcomes: by variant, the reference among them, all of one task.
+        reference: the variant that the others are compared with.
 
     Returns:
-        The task's settings, ``arms`` with each arm's figures, ``differences`` with each other arm's, all of
-        it fit for JSON.
+        The task's settings, ``variants`` with each variant's figures, ``differences`` with each other
+        variant's, all of it fit for JSON.
     """
     base = outcomes[reference]
     return {
@@ -40,15 +40,17 @@ def task_figures(outcomes: Mapping[str, Outcome], reference: str) -> Figures:
         "items": len(base.ids),
         "groups": {group: base.groups.count(group) for group in dict.fromkeys(base.groups) if group},
         "notes": list(dict.fromkeys(note for o in outcomes.values() for note in o.notes)),
-        "arms": {arm: arm_figures(outcome) for arm, outcome in outcomes.items()},
+        "variants": {variant: variant_figures(outcome) for variant, outcome in outcomes.items()},
         "differences": {
-            arm: difference(base, outcome) for arm, outcome in outcomes.items() if arm != reference
+            variant: difference(base, outcome)
+            for variant, outcome in outcomes.items()
+            if variant != reference
         },
     }
 
 
-def arm_figures(outcome: Outcome) -> Figures:
-    """One arm on one task: its headline with interval, every other metric, every group, the aggregates."""
+def variant_figures(outcome: Outcome) -> Figures:
+    """One variant on one task: its headline with interval, all metrics, groups and aggregates."""
     return {
         **outcome.mean().as_dict(),
         "metrics": {metric: outcome.mean(metric).as_dict() for metric in outcome.values},
@@ -58,11 +60,11 @@ def arm_figures(outcome: Outcome) -> Figures:
 
 
 def difference(reference: Outcome, other: Outcome) -> Figures:
-    """An arm against the reference, on the items that both have.
+    """A variant against the reference, on the items that both have.
 
     Returns:
-        ``diff`` and ``ci95`` in units of the metric, arm less reference; ``gain`` and ``gain_ci95``, positive
-        = better; ``verdict``, one of :data:`VERDICTS`; ``wins``, ``ties`` and ``losses`` of the arm, item by
+        ``diff`` and ``ci95`` in units of the metric, variant less reference; ``gain`` and ``gain_ci95``,
+        positive = better; ``verdict``, one of :data:`VERDICTS`; ``wins``, ``ties`` and ``losses``, item by
         item, and ``p_sign``, the sign test of wins against losses; ``unpaired``, items of one of the two
         only; the differences of the other metrics (without a direction) and of the groups.
     """
@@ -149,23 +151,23 @@ def intervals(tasks: Sequence[Figures]) -> int:
     return sum(len(task["differences"]) for task in tasks)
 
 
-def verdicts(tasks: Sequence[Figures], arm: str) -> dict[str, list[str]]:
-    """The tasks on which an arm is better or worse than the reference, or neither can be said."""
+def verdicts(tasks: Sequence[Figures], variant: str) -> dict[str, list[str]]:
+    """The tasks on which a variant is better or worse than the reference, or neither can be said."""
     found: dict[str, list[str]] = {name: [] for name in VERDICTS}
     for task in tasks:
-        if arm in task["differences"]:
-            found[task["differences"][arm]["verdict"]].append(task["task"])
+        if variant in task["differences"]:
+            found[task["differences"][variant]["verdict"]].append(task["task"])
     return found
 
 
 def item_rows(outcomes: Mapping[str, Outcome]) -> list[Figures]:
-    """One entry an item: task, id, group, and every metric's value by arm."""
+    """One entry an item: task, id, group, and every metric's value by variant."""
     rows: dict[str, Figures] = {}
-    for arm, outcome in outcomes.items():
+    for variant, outcome in outcomes.items():
         for index, name in enumerate(outcome.ids):
             row = rows.setdefault(
                 name, {"task": outcome.task, "id": name, "group": outcome.groups[index], "values": {}}
             )
             for metric, values in outcome.values.items():
-                row["values"].setdefault(metric, {})[arm] = values[index]
+                row["values"].setdefault(metric, {})[variant] = values[index]
     return list(rows.values())

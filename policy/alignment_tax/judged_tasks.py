@@ -1,6 +1,6 @@
-"""Tasks in which an arm writes and a judge scores: what is asked, and who judges.
+"""Tasks in which a variant writes and a judge scores: what is asked, and who judges.
 
-The arms write first, one model in memory at a time; the judge is loaded when all of them are gone.
+The variants write first, one model in memory at a time; the judge is loaded when all of them are gone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from policy.alignment_tax.models import Arm, model_hash, prompt_of
+from policy.alignment_tax.models import ModelVariant, model_hash, prompt_of
 from policy.ppo.metrics import distinct_n
 from reward.card.scorers import load_scorer
 from reward.model.ensemble import combine, member_folders
@@ -35,7 +35,7 @@ Responses = list[list[str]]
 """Of each prompt, its samples."""
 
 
-class Toxic:
+class ToxicityTask:
     """The task `toxicity`.
 
     Args:
@@ -54,10 +54,8 @@ class Toxic:
         return [item.text for item in self.items]
 
     def asked(self) -> dict[str, Any]:
-        """What decides what the arms write."""
-        keys = ("samples", "max_new_tokens", "temperature", "top_p")
-        options = self.section.model_dump(mode="json")
-        return {**{key: options[key] for key in keys}, "items": [item.id for item in self.items]}
+        """What decides what the variants write."""
+        return {**self._sampling(), "items": [item.id for item in self.items]}
 
     def judged_by(self) -> dict[str, Any]:
         """What decides how it is scored."""
@@ -68,18 +66,18 @@ class Toxic:
             "threshold": toxic.threshold,
         }
 
-    def respond(self, arm: Arm, lm: LanguageModel) -> Responses:
-        """What an arm writes."""
+    def respond(self, variant: ModelVariant, lm: LanguageModel) -> Responses:
+        """What a variant writes."""
+        return toxicity.respond(lm, self.items, seed=self.recipe.seed, **self._sampling())
+
+    def _sampling(self) -> dict[str, Any]:
         toxic = self.section
-        return toxicity.respond(
-            lm,
-            self.items,
-            samples=toxic.samples,
-            max_new_tokens=toxic.max_new_tokens,
-            temperature=toxic.temperature,
-            top_p=toxic.top_p,
-            seed=self.recipe.seed,
-        )
+        return {
+            "samples": toxic.samples_per_prompt,
+            "max_new_tokens": toxic.max_new_tokens,
+            "temperature": toxic.temperature,
+            "top_p": toxic.top_p,
+        }
 
     def judge(self) -> ResponseJudge:
         """Load the judge."""
@@ -92,7 +90,7 @@ class Toxic:
         ]
 
     def outcome(self, responses: Responses, judge: ResponseJudge) -> Outcome:
-        """The figures of an arm's responses."""
+        """The figures of a variant's responses."""
         return toxicity.outcome(
             self.items,
             judged([item.text for item in self.items], responses, judge),
@@ -123,10 +121,10 @@ class HeldOutScore:
         return [prompt[-1].content for prompt in self.prompts]
 
     def asked(self) -> dict[str, Any]:
-        """What decides what the arms write."""
+        """What decides what the variants write."""
         return {
             "prompts": [prompt_key(prompt) for prompt in self.prompts],
-            "samples": self.section.samples,
+            "samples": self.section.samples_per_prompt,
             "temperature": self.section.temperature,
         }
 
@@ -138,18 +136,18 @@ class HeldOutScore:
         folders = [] if by_text else [model_hash(str(folder)) for folder in self._folders()]
         return {"judge": self.section.judge, "reward_models": folders, **ensemble}
 
-    def respond(self, arm: Arm, lm: LanguageModel) -> Responses:
-        """What an arm writes: unprompted in the form that it was trained on, prompted as a new turn."""
-        samples = self.section.samples
+    def respond(self, variant: ModelVariant, lm: LanguageModel) -> Responses:
+        """What a variant writes: unprompted in the form that it was trained on, prompted as a new turn."""
+        samples = self.section.samples_per_prompt
         dialogue = dialogue_of(self.recipe, lm.tokenizer)
-        if arm.prompted:
+        if variant.prompted:
             behind = prompt_of(self.recipe, lm.tokenizer)
             ids = [behind.after_dialogue(prompt, reply=True) for prompt in self.prompts]
         else:  # the language model puts BOS itself
             try:
                 whole = [dialogue.encode_prompt(prompt) for prompt in self.prompts]
             except PromptTooLongError as error:  # which they are not in the recipe's own tokens
-                raise UserError(f"{error} in the tokens of this arm; raise that limit") from None
+                raise UserError(f"{error} in the tokens of this variant; raise that limit") from None
             lead = len(lm.prefix_ids)
             ids = [row[lead:] if row[:lead] == lm.prefix_ids else row for row in whole]
         texts = lm.generate(
@@ -175,7 +173,7 @@ class HeldOutScore:
         return reward_judge(self.recipe, self._folders())
 
     def outcome(self, responses: Responses, judge: ResponseJudge) -> Outcome:
-        """The figures of an arm's responses: score, words, and how varied they are as a set."""
+        """The figures of a variant's responses: score, words, and how varied they are as a set."""
         scores = judged(self.prompts, responses, judge)
         varied = distinct_n([text for said in responses for text in said], 2)
         by = "a reward model" if self.section.judge == "reward" else self.section.judge

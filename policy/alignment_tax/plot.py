@@ -1,4 +1,4 @@
-"""The picture of the tax table: what every arm gained or lost against the reference, task by task."""
+"""The picture of the tax table: what every variant gained or lost against the reference, task by task."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from rlhf.markdown import number
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_INCH_AN_ARM, _INCH_A_TASK = 0.22, 0.75
+_INCH_A_VARIANT, _INCH_A_TASK = 0.22, 0.75
 
 
 def draw(table: dict[str, Any], file: Path) -> None:
-    """Write a PNG: a panel a task with its own unit, a colour an arm, gains with their 95% intervals.
+    """Write a PNG: a panel a task with its own unit, a colour a variant, gains with their 95% intervals.
 
     Args:
         table: as written to ``tax.json``.
         file: where to.
     """
     tasks = [task for task in table["tasks"] if task["differences"]]
-    arms = list(dict.fromkeys(arm for task in tasks for arm in task["differences"]))
-    colours = dict(zip(arms, [f"C{number % 10}" for number in range(len(arms))], strict=True))
-    heights = [_INCH_A_TASK + _INCH_AN_ARM * len(task["differences"]) for task in tasks]
+    variants = list(dict.fromkeys(variant for task in tasks for variant in task["differences"]))
+    colours = dict(zip(variants, [f"C{number % 10}" for number in range(len(variants))], strict=True))
+    heights = [_INCH_A_TASK + _INCH_A_VARIANT * len(task["differences"]) for task in tasks]
     figure, axes = plt.subplots(
         len(tasks),
         1,
@@ -43,13 +43,13 @@ def draw(table: dict[str, Any], file: Path) -> None:
 
 def _panel(ax: Any, task: dict[str, Any], colours: dict[str, Any]) -> None:
     shown = task["differences"]
-    for row, (arm, found) in enumerate(shown.items()):
+    for row, (variant, found) in enumerate(shown.items()):
         gain, ends = found["gain"], found["gain_ci95"]
         if gain is None:
             continue
         if ends is not None:
-            ax.plot(ends, [row, row], color=colours[arm], linewidth=2)
-        ax.plot([gain], [row], "o", color=colours[arm], markersize=5)
+            ax.plot(ends, [row, row], color=colours[variant], linewidth=2)
+        ax.plot([gain], [row], "o", color=colours[variant], markersize=5)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(shown)), list(shown), fontsize=8)
     ax.set_ylim(len(shown) - 0.5, -0.5)

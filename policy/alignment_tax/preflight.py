@@ -20,10 +20,12 @@ def main() -> None:
     section = recipe.tax
     if section is None or (RUNS / recipe.name / "tax" / MANIFEST).is_file():
         return
-    arms = check(recipe, section, planned=True)
+    variants = check(recipe, section, planned=True)
     items = read_items(recipe, section)
     drawn = ", ".join(f"{name} {len(some)}" for name, (some, _) in items.items())
-    print(f"preflight: arms of the tax table: {', '.join(arms)}; items: {drawn or 'none'}", flush=True)
+    print(
+        f"preflight: variants of the tax table: {', '.join(variants)}; items: {drawn or 'none'}", flush=True
+    )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ def as_markdown(tax: dict[str, Any]) -> str:
         "![gains by task](tax.png)\n" if tax.get("plot") else "",
         "## What can be told\n",
         _findings(tax),
-        "## Arms\n",
-        table(["arm", "what it is"], [[arm["name"], arm["what"]] for arm in tax["arms"]]),
+        "## Variants\n",
+        table(["variant", "what it is"], [[variant["name"], variant["what"]] for variant in tax["variants"]]),
         "## Results\n",
         _results(tax),
         f"## Difference to {tax['reference']}: + is better, - is worse\n",
@@ -40,7 +40,7 @@ def as_markdown(tax: dict[str, Any]) -> str:
 
 
 def _others(tax: dict[str, Any]) -> list[str]:
-    return [arm["name"] for arm in tax["arms"] if arm["name"] != tax["reference"]]
+    return [variant["name"] for variant in tax["variants"] if variant["name"] != tax["reference"]]
 
 
 def _form(*figures: float | None) -> str:
@@ -50,14 +50,14 @@ def _form(*figures: float | None) -> str:
 
 
 def _task_form(task: dict[str, Any]) -> str:
-    return _form(*(found["mean"] for found in task["arms"].values()))
+    return _form(*(found["mean"] for found in task["variants"].values()))
 
 
 def _how_to_read(tax: dict[str, Any]) -> str:
     reference, number_of = tax["reference"], intervals(tax["tasks"])
     text = (
-        "An arm is one model, or one model behind a prompt. Every arm did the same items of every task, "
-        "drawn by the seed. Results come with 95% intervals. A difference is an arm less "
+        "A variant is one model, or one model behind a prompt. Every variant did the same items of every "
+        "task, drawn by the seed. Results come with 95% intervals. A difference is a variant less "
         f"`{reference}`, item by item (paired), its sign turned where a lower value is better: "
         f"**+ is always better than `{reference}`, - is always worse**. In bold: the interval leaves 0 out "
         "and, where items are right or wrong, the sign test of items won against items lost gives p < "
@@ -74,28 +74,30 @@ def _how_to_read(tax: dict[str, Any]) -> str:
 
 def _findings(tax: dict[str, Any]) -> str:
     lines = []
-    for arm in _others(tax):
-        found = verdicts(tax["tasks"], arm)
+    for variant in _others(tax):
+        found = verdicts(tax["tasks"], variant)
         said = [f"{word} on {', '.join(found[word])}" for word in ("better", "worse") if found[word]]
         if found["open"]:
             said.append(f"not told apart on {', '.join(found['open'])}")
-        lines.append(f"- `{arm}` against `{tax['reference']}`: {'; '.join(said) or 'nothing to compare'}.")
+        lines.append(
+            f"- `{variant}` against `{tax['reference']}`: {'; '.join(said) or 'nothing to compare'}."
+        )
     return "\n".join([*lines, ""]) if lines else f"- only `{tax['reference']}`: nothing to compare.\n"
 
 
 def _results(tax: dict[str, Any]) -> str:
-    names = [arm["name"] for arm in tax["arms"]]
+    names = [variant["name"] for variant in tax["variants"]]
     rows = []
     for task in tax["tasks"]:
         form = _task_form(task)
-        cells = [plain(task["arms"][n], form) if n in task["arms"] else "" for n in names]
+        cells = [plain(task["variants"][n], form) if n in task["variants"] else "" for n in names]
         rows.append([*_about(task, form), *cells])
     page = table(["task", "metric", "better", "items", "chance", *names], rows)
     scorer = tax.get("reward_model_hhh")
     if scorer:
         own = scorer["figures"]
         page += (
-            f"\nThe run's own reward model, which is no arm, ranks {plain(own, '.3f')} of the "
+            f"\nThe run's own reward model, which is no variant, ranks {plain(own, '.3f')} of the "
             f"{scorer['items']} HHH items right (metric {scorer['metric']}).\n"
         )
     return page
@@ -138,7 +140,7 @@ def _counts(tax: dict[str, Any]) -> str:
 
 def _groups(tax: dict[str, Any]) -> str:
     """A line for every group of items, where a task has few enough of them."""
-    names = [arm["name"] for arm in tax["arms"]]
+    names = [variant["name"] for variant in tax["variants"]]
     rows = []
     for task in tax["tasks"]:
         if not 1 < len(task["groups"]) <= tax["groups_shown"]:
@@ -153,12 +155,12 @@ def _groups(tax: dict[str, Any]) -> str:
     return "\n".join(["## By group of items\n", note, table(head, rows)])
 
 
-def _of_group(task: dict[str, Any], arm: str, group: str) -> str:
-    found = task["arms"].get(arm, {}).get("groups", {}).get(group)
+def _of_group(task: dict[str, Any], variant: str, group: str) -> str:
+    found = task["variants"].get(variant, {}).get("groups", {}).get(group)
     if found is None:
         return ""
     form = _task_form(task)
-    change = task["differences"].get(arm, {}).get("groups", {}).get(group)
+    change = task["differences"].get(variant, {}).get("groups", {}).get(group)
     text = number(found["mean"], form)
     if change is None or change["gain"] is None:
         return text
@@ -168,19 +170,21 @@ def _of_group(task: dict[str, Any], arm: str, group: str) -> str:
 
 def _metrics(tax: dict[str, Any]) -> str:
     """What else was measured: other metrics, and figures of a whole set that are no means of items."""
-    names = [arm["name"] for arm in tax["arms"]]
+    names = [variant["name"] for variant in tax["variants"]]
     rows = []
     for task in tax["tasks"]:
-        arms = task["arms"]
+        variants = task["variants"]
         kinds = {
             metric: {
-                n: found["metrics"][metric]["mean"] for n, found in arms.items() if metric in found["metrics"]
+                n: found["metrics"][metric]["mean"]
+                for n, found in variants.items()
+                if metric in found["metrics"]
             }
-            for metric in _names(found["metrics"] for found in arms.values())
+            for metric in _names(found["metrics"] for found in variants.values())
             if metric != task["metric"]
         }
-        for figure in _names(found["aggregate"] for found in arms.values()):
-            kinds[figure] = {n: found["aggregate"].get(figure) for n, found in arms.items()}
+        for figure in _names(found["aggregate"] for found in variants.values()):
+            kinds[figure] = {n: found["aggregate"].get(figure) for n, found in variants.items()}
         for kind, means in kinds.items():
             form = _form(*means.values())
             rows.append([task["task"], kind, *(number(means[n], form) if n in means else "" for n in names)])
@@ -197,10 +201,10 @@ def _notes(tax: dict[str, Any]) -> str:
     lines = [f"- {note}" for note in tax["notes"]]
     lines += [f"- {task['task']}: {note}" for task in tax["tasks"] for note in task["notes"]]
     for task in tax["tasks"]:
-        for arm, found in task["differences"].items():
+        for variant, found in task["differences"].items():
             if found["unpaired"]:
                 lines.append(
-                    f"- {task['task']}: {found['unpaired']} items were done by `{arm}` or by "
+                    f"- {task['task']}: {found['unpaired']} items were done by `{variant}` or by "
                     f"`{tax['reference']}` alone; the difference is over the {found['n']} that both did"
                 )
     lines += [f"- files of {name}: {_files(files)}" for name, files in tax["files"].items()]

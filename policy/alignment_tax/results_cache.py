@@ -14,7 +14,7 @@ _MADE_WITH = ("torch", "transformers", "peft", "lm_eval")  # another release may
 
 
 class Parts:
-    """Results of single (arm, task) pieces of work in a folder, each with the key of what made it.
+    """Results of single (variant, task) pieces of work in a folder, each with the key of what made it.
 
     A key holds everything that the result depends on; a piece with another key is not there. Pieces of
     several keys lie side by side, so that tables can share a folder.

@@ -1,4 +1,4 @@
-"""The work of the tax stage: every arm on every task, one model in memory at a time, then the table."""
+"""The work of the tax stage: every variant on every task, one model in memory at a time, then the table."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from policy.alignment_tax.comparison import item_rows, verdicts
-from policy.alignment_tax.judged_tasks import HeldOutScore, Toxic, hhh_by_reward_model
-from policy.alignment_tax.models import Arm, LoadedArm, arm_hash, arms_of, load_arm
+from policy.alignment_tax.judged_tasks import HeldOutScore, ToxicityTask, hhh_by_reward_model
+from policy.alignment_tax.models import LoadedVariant, ModelVariant, load_variant, variant_hash, variants_of
 from policy.alignment_tax.plot import draw
 from policy.alignment_tax.report import as_markdown
 from policy.alignment_tax.results_cache import Parts
@@ -32,7 +32,7 @@ from rlhf.runs.stage import StageRun, input_hashes
 from rlhf.training.progress import progress
 
 Items = Mapping[str, tuple[Sequence[Any], int]]
-"""By task: the items that every arm does, and how many there were to draw from."""
+"""By task: the items that every variant does, and how many there were to draw from."""
 
 
 def measure(recipe: Recipe, section: Tax, run: StageRun, items: Items) -> dict[str, Any]:
@@ -48,29 +48,35 @@ def measure(recipe: Recipe, section: Tax, run: StageRun, items: Items) -> dict[s
         Figures for the manifest.
 
     Raises:
-        UserError: an arm cannot be loaded, or an item does not fit in its window.
+        UserError: a variant cannot be loaded, or an item does not fit in its window.
     """
-    arms = arms_of(recipe, section)
-    work = Work(recipe, section, run, items)
-    outcomes, said = work.all(arms)
-    table = table_of(recipe, section, arms, outcomes)
+    variants = variants_of(recipe, section)
+    work = TaxRun(recipe, section, run, items)
+    outcomes, said = work.all(variants)
+    table = table_of(recipe, section, variants, outcomes)
     if section.reward_model_hhh:
         table["reward_model_hhh"] = work.reward_model()
     table["cost"] = run.clock()
-    table["plot"] = len(arms) > 1
+    table["plot"] = len(variants) > 1
     if table["plot"]:
         draw(table, run.folder / "tax.png")
     write_json(run.folder / "tax.json", table)
     write_atomically(run.folder / "tax.md", as_markdown(table))
-    _write_lines(run, "items.jsonl", [row for by_arm in outcomes.values() for row in item_rows(by_arm)])
+    _write_lines(
+        run, "items.jsonl", [row for by_variant in outcomes.values() for row in item_rows(by_variant)]
+    )
     if said:
         _write_lines(run, "responses.jsonl", said)
-    found = {arm.name: verdicts(table["tasks"], arm.name) for arm in arms if arm.name != section.reference}
+    found = {
+        variant.name: verdicts(table["tasks"], variant.name)
+        for variant in variants
+        if variant.name != section.reference
+    }
     return {"table": "tax.json", "reference": section.reference, "verdicts": found}
 
 
-class Work:
-    """Every arm on every task; what is done survives an interruption.
+class TaxRun:
+    """Every variant on every task; what is done survives an interruption.
 
     Args:
         recipe: the whole recipe.
@@ -81,81 +87,81 @@ class Work:
 
     def __init__(self, recipe: Recipe, section: Tax, run: StageRun, items: Items) -> None:
         self.recipe, self.section, self.run, self.items = recipe, section, run, items
-        self.parts = Parts(Path(section.pieces).expanduser() if section.pieces else run.folder / "parts")
-        self._loaded: tuple[Arm, LoadedArm, LanguageModel] | None = None
+        self.parts = Parts(Path(section.cache).expanduser() if section.cache else run.folder / "parts")
+        self._loaded: tuple[ModelVariant, LoadedVariant, LanguageModel] | None = None
         self._files = {
             name: input_hashes(task.files) for name, task in section.tasks.items() if name in items
         }
-        self.judged: list[Toxic | HeldOutScore] = []
+        self.judged: list[ToxicityTask | HeldOutScore] = []
         if TOXICITY in items:
-            self.judged.append(Toxic(recipe, section, items[TOXICITY][0]))
+            self.judged.append(ToxicityTask(recipe, section, items[TOXICITY][0]))
         if section.score:
             self.judged.append(HeldOutScore(recipe, run))
 
-    def all(self, arms: Sequence[Arm]) -> tuple[Outcomes, list[dict[str, Any]]]:
-        """The outcomes, and what the arms wrote for a judge, an entry a prompt."""
+    def all(self, variants: Sequence[ModelVariant]) -> tuple[Outcomes, list[dict[str, Any]]]:
+        """The outcomes, and what the variants wrote for a judge, an entry a prompt."""
         plain = [name for name in self.items if name != TOXICITY]
         outcomes: Outcomes = {name: {} for name in (*self.items, *(task.name for task in self.judged))}
         written: dict[tuple[str, str], list[list[str]]] = {}
-        pieces = len(arms) * (len(plain) + 2 * len(self.judged))
+        pieces = len(variants) * (len(plain) + 2 * len(self.judged))
         with progress("tax", total=pieces, leave=True) as bar:
-            for arm in arms:
+            for variant in variants:
                 for name in plain:
-                    bar.set_postfix_str(f"{arm.name}: {name}")
-                    outcomes[name][arm.name] = self._plain(arm, name)
+                    bar.set_postfix_str(f"{variant.name}: {name}")
+                    outcomes[name][variant.name] = self._plain(variant, name)
                     bar.update()
                 for task in self.judged:
-                    bar.set_postfix_str(f"{arm.name}: {task.name}")
-                    written[task.name, arm.name] = self._written(arm, task)
+                    bar.set_postfix_str(f"{variant.name}: {task.name}")
+                    written[task.name, variant.name] = self._written(variant, task)
                     bar.update()
             self._forget()
             for task in self.judged:
                 judge = None
-                for arm in arms:
+                for variant in variants:
                     bar.set_postfix_str(f"{task.name}: judge")
-                    responses = written[task.name, arm.name]
-                    key = {**self._asked(arm, task), **task.judged_by()}
-                    value = self.parts.get(f"{arm.name}--{task.name}", key)
+                    responses = written[task.name, variant.name]
+                    key = {**self._asked(variant, task), **task.judged_by()}
+                    value = self.parts.get(f"{variant.name}--{task.name}", key)
                     if value is None:
                         judge = judge or task.judge()
                         value = self._noted(task.name, task.outcome(responses, judge)).as_dict()
-                        self._keep(f"{arm.name}--{task.name}", key, value)
-                    outcomes[task.name][arm.name] = Outcome.from_dict(value)
+                        self._keep(f"{variant.name}--{task.name}", key, value)
+                    outcomes[task.name][variant.name] = Outcome.from_dict(value)
                     bar.update()
-        return outcomes, _said(self.judged, written, outcomes, [arm.name for arm in arms])
+        return outcomes, _said(self.judged, written, outcomes, [variant.name for variant in variants])
 
-    def _plain(self, arm: Arm, name: str) -> Outcome:
-        """An arm on a task that needs no judge."""
+    def _plain(self, variant: ModelVariant, name: str) -> Outcome:
+        """A variant on a task that needs no judge."""
         options = self._options(name)
-        key = {**self._key(arm, name), "options": options}
-        value = self.parts.get(f"{arm.name}--{name}", key)
+        key = {**self._key(variant, name), "options": options}
+        value = self.parts.get(f"{variant.name}--{name}", key)
         if value is None:
             items = self.items[name][0]
-            with _blaming(arm, name):
-                lm = self._language_model(arm)
+            with _blaming(variant, name):
+                lm = self._language_model(variant)
                 outcome = run_task(name, lm, items, seed=self.recipe.seed, **options)
             value = self._noted(name, outcome).as_dict()
-            self._keep(f"{arm.name}--{name}", key, value)
+            self._keep(f"{variant.name}--{name}", key, value)
         return Outcome.from_dict(value)
 
-    def _written(self, arm: Arm, task: Toxic | HeldOutScore) -> list[list[str]]:
-        """What an arm writes for a judge."""
-        key = self._asked(arm, task)
-        value = self.parts.get(f"{arm.name}--{task.name}--written", key)
+    def _written(self, variant: ModelVariant, task: ToxicityTask | HeldOutScore) -> list[list[str]]:
+        """What a variant writes for a judge."""
+        key = self._asked(variant, task)
+        value = self.parts.get(f"{variant.name}--{task.name}--written", key)
         if value is None:
-            with _blaming(arm, task.name):
-                value = task.respond(arm, self._language_model(arm))
-            self._keep(f"{arm.name}--{task.name}--written", key, value)
+            with _blaming(variant, task.name):
+                value = task.respond(variant, self._language_model(variant))
+            self._keep(f"{variant.name}--{task.name}--written", key, value)
         return [list(row) for row in value]
 
-    def _asked(self, arm: Arm, task: Toxic | HeldOutScore) -> dict[str, Any]:
-        return {**self._key(arm, task.name), "asked": task.asked()}
+    def _asked(self, variant: ModelVariant, task: ToxicityTask | HeldOutScore) -> dict[str, Any]:
+        return {**self._key(variant, task.name), "asked": task.asked()}
 
-    def _key(self, arm: Arm, name: str) -> dict[str, Any]:
-        """Everything that decides what an arm does on a task, its options apart."""
+    def _key(self, variant: ModelVariant, name: str) -> dict[str, Any]:
+        """What a variant's result on a task depends on, options apart; keys as in earlier caches."""
         task = self.section.tasks.get(name)
         return {
-            "arm": arm_hash(arm, self.recipe),
+            "arm": variant_hash(variant, self.recipe),
             "files": self._files.get(name),
             "limit": None if task is None else task.limit,
             **({"num_fewshot": task.num_fewshot} if task and task.num_fewshot is not None else {}),
@@ -170,30 +176,30 @@ class Work:
         humaneval = self.section.humaneval
         return {
             "allow_code": self.section.allow_generated_code,
-            "samples": humaneval.samples,
+            "samples": humaneval.samples_per_prompt,
             "ks": list(humaneval.pass_at),
             "temperature": humaneval.temperature,
             "top_p": humaneval.top_p,
             "max_new_tokens": humaneval.max_new_tokens,
         }
 
-    def _language_model(self, arm: Arm) -> LanguageModel:
-        """The arm in memory; another one leaves it before, and a prompt alone needs no other weights."""
-        if self._loaded is not None and self._loaded[0] == arm:
+    def _language_model(self, variant: ModelVariant) -> LanguageModel:
+        """The variant in memory; another one leaves it before, and a prompt alone needs no other weights."""
+        if self._loaded is not None and self._loaded[0] == variant:
             return self._loaded[2]
         same = None
-        if self._loaded is not None and self._loaded[0].weights == arm.weights:
+        if self._loaded is not None and self._loaded[0].weights == variant.weights:
             same = self._loaded[1]
         else:
             self._forget()
-        loaded = load_arm(arm, self.recipe, same=same)
+        loaded = load_variant(variant, self.recipe, same=same)
         lm = LanguageModel(
             loaded.model,
             loaded.tokenizer,
             prefix_ids=loaded.prefix_ids,
-            tokens_at_once=self.section.tokens_at_once,
+            tokens_at_once=self.section.tokens_per_batch,
         )
-        self._loaded = (arm, loaded, lm)
+        self._loaded = (variant, loaded, lm)
         return lm
 
     def _forget(self) -> None:
@@ -239,34 +245,34 @@ class Work:
 
 
 @contextlib.contextmanager
-def _blaming(arm: Arm, task: str) -> Iterator[None]:
-    """Say which arm and which task an error of the user's is about."""
+def _blaming(variant: ModelVariant, task: str) -> Iterator[None]:
+    """Say which variant and which task an error of the user's is about."""
     try:
         yield
     except UserError as error:
-        if str(error).startswith(f"arm {arm.name}"):
+        if str(error).startswith(f"variant {variant.name}"):
             raise
-        raise UserError(f"arm {arm.name}, task {task}: {error}") from None
+        raise UserError(f"variant {variant.name}, task {task}: {error}") from None
 
 
 def _said(
-    tasks: Sequence[Toxic | HeldOutScore],
+    tasks: Sequence[ToxicityTask | HeldOutScore],
     written: Mapping[tuple[str, str], list[list[str]]],
     outcomes: Outcomes,
-    arms: Sequence[str],
+    variants: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """What the arms wrote to each prompt, with its score."""
+    """What the variants wrote to each prompt, with its score."""
     rows = []
     for task in tasks:
         for index, prompt in enumerate(task.shown()):
-            by_arm = {
-                arm: {
-                    "responses": written[task.name, arm][index],
-                    "score": outcomes[task.name][arm].values["score"][index],
+            by_variant = {
+                variant: {
+                    "responses": written[task.name, variant][index],
+                    "score": outcomes[task.name][variant].values["score"][index],
                 }
-                for arm in arms
+                for variant in variants
             }
-            rows.append({"task": task.name, "prompt": prompt, "arms": by_arm})
+            rows.append({"task": task.name, "prompt": prompt, "variants": by_variant})
     return rows
 
 

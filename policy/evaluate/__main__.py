@@ -52,7 +52,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     prompts = stored_prompts(run, "held_out_prompts.jsonl")[: section.prompts]
     if len(prompts) < section.prompts:
         print(f"evaluate: {len(prompts)} held-out prompts, fewer than the {section.prompts} asked for")
-    rows = [prompt for prompt in prompts for _ in range(section.samples)]
+    rows = [prompt for prompt in prompts for _ in range(section.samples_per_prompt)]
     with progress("evaluate", total=2 * len(rows), leave=True) as bar:
         before, after = (
             say(
@@ -74,7 +74,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         "seed": recipe.seed,
         "model": recipe.model.path,
         "judged_by": section.judge,
-        **compare(before, after, samples=section.samples),
+        **compare(before, after, samples=section.samples_per_prompt),
         **best_of,
         "reward_model": _reward_figures(run),
         "samples": sample_pairs(rows, before, after, section.pairs_shown),
@@ -121,10 +121,10 @@ def _best_of_n(
         )
     first = slice(len(prompts))
     said_before, said_after = (
-        {name: per_prompt(values, section.samples)[first] for name, values in side.scores.items()}
+        {name: per_prompt(values, section.samples_per_prompt)[first] for name, values in side.scores.items()}
         for side in (before, after)
     )
-    kl_P = per_prompt(after.kl, section.samples)[first]
+    kl_P = per_prompt(after.kl, section.samples_per_prompt)[first]
     judge = next(iter(judges))
     figures = best_of_figures(scores, said_before, said_after, kl_P, proxy="reward", judge=judge)
     return {"best_of_n": figures}

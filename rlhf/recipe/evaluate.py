@@ -18,8 +18,8 @@ class Evaluate(Section):
     """Folder of the reward model that judges; null = this run's own (then the score is the trained proxy)."""
     prompts: Positive = 128
     """Held-out prompts."""
-    samples: Positive = 1
-    """Responses a prompt."""
+    samples_per_prompt: Positive = 1
+    """Responses to each prompt."""
     temperature: Rate = 1.0
     """Sampling temperature of both sides."""
     batch_size: Positive = 32

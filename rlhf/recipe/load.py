@@ -285,7 +285,7 @@ def _check_models(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
         ("card.model", card.model, hub),
         ("card.against", card.against, hub),
         ("distill.teacher", distill.teacher if distill else None, hub),
-        *((f"tax.others.{label}", place, hub) for label, place in (tax.others if tax else {}).items()),
+        *((f"tax.models.{label}", place, hub) for label, place in (tax.models if tax else {}).items()),
         ("tax.toxicity.judge", tax.toxicity.judge if tax else None, hub),
     ]
     wrong = [

@@ -4,6 +4,7 @@ RENAMED = {
     "collect.comparisons": "collect.prompts",
     "distill.teacher_file": "distill.teacher_cache",
     "distill.warmup": "distill.warmup_steps",
+    "evaluate.samples": "evaluate.samples_per_prompt",
     "pmp.centring": "pmp.center_rewards_coef",
     "pmp.comparisons": "pmp.limit",
     "pmp.warmup": "pmp.warmup_ratio",
@@ -23,6 +24,12 @@ RENAMED = {
     "reward.warmup": "reward.warmup_ratio",
     "sft.judged": "sft.eval_samples",
     "sft.warmup": "sft.warmup_ratio",
+    "tax.arms": "tax.variants",
+    "tax.humaneval.samples": "tax.humaneval.samples_per_prompt",
+    "tax.others": "tax.models",
+    "tax.pieces": "tax.cache",
+    "tax.tokens_at_once": "tax.tokens_per_batch",
+    "tax.toxicity.samples": "tax.toxicity.samples_per_prompt",
 }
 """Present name of every key that had another one, by its former path."""
 

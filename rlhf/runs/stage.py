@@ -38,7 +38,7 @@ _CHANGEABLE = {  # may change between two starts of an unfinished stage, because
     "pmp.checkpoint_every",
     "sft.checkpoint_every",
     "distill.checkpoint_every",
-    "tax.pieces",
+    "tax.cache",
 }
 FORMAT = 2  # of the checkpoints and other unfinished work in a folder; raised when they change
 _VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets")

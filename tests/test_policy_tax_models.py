@@ -1,4 +1,4 @@
-"""Arms: their weights against peft's own, the way between two of them, and every adapter that is refused."""
+"""Model variants: weights against peft's own, interpolation of two, and every adapter that is refused."""
 
 import json
 import shutil
@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from policy.alignment_tax.models import (
-    Arm,
-    arm_hash,
-    arm_names,
-    arm_stages,
-    arms_of,
-    check_others,
-    load_arm,
+    ModelVariant,
+    check_models,
+    load_variant,
     tokenizer_hash,
+    variant_hash,
+    variant_names,
+    variant_stages,
+    variants_of,
 )
 from rlhf.errors import UserError
 from rlhf.models.backbone import Backbone
@@ -61,7 +61,7 @@ def backbone(path):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with a base, two adapters on it, and a run whose PPO started from one of them."""
-    folder = tmp_path_factory.mktemp("arms")
+    folder = tmp_path_factory.mktemp("variants")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_tiny_model(Path("models/tiny"))
@@ -83,36 +83,36 @@ def recipe_of(*overrides):
     return tiny_recipe(f"tax.tasks.lm_loss.files={TINY}", "hhh_prompt=hhh.txt", *overrides)
 
 
-def arms(*overrides):
+def variants(*overrides):
     recipe = recipe_of(*overrides)
-    return recipe, {arm.name: arm for arm in arms_of(recipe, recipe.tax)}
+    return recipe, {variant.name: variant for variant in variants_of(recipe, recipe.tax)}
 
 
-def state(arm, recipe):
-    return load_arm(arm, recipe).model.state_dict()
+def state(variant, recipe):
+    return load_variant(variant, recipe).model.state_dict()
 
 
 # --- weights ---------------------------------------------------------------------------------------------
 
 
-def test_an_arm_is_what_peft_makes_of_base_and_adapter(here):
-    recipe, by_name = arms()
-    arm = load_arm(by_name["policy"], recipe)
+def test_a_variant_is_what_peft_makes_of_base_and_adapter(here):
+    recipe, by_name = variants()
+    variant = load_variant(by_name["policy"], recipe)
     base = AutoModelForCausalLM.from_pretrained("models/tiny")
     peft = PeftModel.from_pretrained(base, "runs/tiny/ppo/policy").eval()
-    torch.testing.assert_close(say(arm.model), say(peft), rtol=0, atol=2e-5)
+    torch.testing.assert_close(say(variant.model), say(peft), rtol=0, atol=2e-5)
     merged = peft.merge_and_unload().state_dict()
-    assert set(arm.model.state_dict()) == set(merged)
-    for name, weight in arm.model.state_dict().items():
+    assert set(variant.model.state_dict()) == set(merged)
+    for name, weight in variant.model.state_dict().items():
         torch.testing.assert_close(weight, merged[name], rtol=0, atol=1e-6, msg=name)
     moved = [n for n, w in load_base(recipe.model).state_dict().items() if not torch.equal(w, merged[n])]
     assert len(moved) == 2 * 7  # all linear maps of two layers
 
 
 @pytest.mark.parametrize("name", ["base", "policy"])
-def test_an_arm_is_what_the_backbone_says_in_that_role(name, here):
-    recipe, by_name = arms()
-    logits = say(load_arm(by_name[name], recipe).model)
+def test_a_variant_is_what_the_backbone_says_in_that_role(name, here):
+    recipe, by_name = variants()
+    logits = say(load_variant(by_name[name], recipe).model)
     expected = torch.log_softmax(logits, -1)[:, :-1].gather(-1, IDS[:, 1:, None])[..., 0]
     built = backbone("models/tiny")
     if name == "base":
@@ -130,8 +130,8 @@ def test_an_arm_is_what_the_backbone_says_in_that_role(name, here):
 
 @pytest.mark.parametrize("start", [None, "start"])
 def test_between_reference_and_policy_every_weight_is_on_the_line(start, here):
-    recipe, by_name = arms(
-        f"ppo.start={start or 'null'}", "tax.interpolate=[0.25,0.5]", "tax.others.start=start"
+    recipe, by_name = variants(
+        f"ppo.start={start or 'null'}", "tax.interpolate=[0.25,0.5]", "tax.models.start=start"
     )
     reference = state(by_name["start"] if start else by_name["base"], recipe)
     policy, quarter, half = (state(by_name[n], recipe) for n in ("policy", "policy_0.25", "policy_0.5"))
@@ -140,17 +140,17 @@ def test_between_reference_and_policy_every_weight_is_on_the_line(start, here):
         torch.testing.assert_close(quarter[name], line, rtol=0, atol=1e-6, msg=name)
         line = (reference[name] + policy[name]) / 2
         torch.testing.assert_close(half[name], line, rtol=0, atol=1e-6, msg=name)
-    assert not torch.equal(say(load_arm(by_name["policy_0.5"], recipe).model),
-                           say(load_arm(by_name["policy_0.25"], recipe).model))  # fmt: skip
+    assert not torch.equal(say(load_variant(by_name["policy_0.5"], recipe).model),
+                           say(load_variant(by_name["policy_0.25"], recipe).model))  # fmt: skip
 
 
 def test_the_ends_of_the_way_are_reference_and_policy_exactly(here):
     recipe = recipe_of()
     policy, start = "runs/tiny/ppo/policy", "start"
     for weight, only in ((0.0, start), (1.0, policy)):
-        end = state(Arm("end", "models/tiny", ((start, 1 - weight), (policy, weight))), recipe)
-        arm = state(Arm("arm", "models/tiny", ((only, 1.0),)), recipe)
-        assert all(torch.equal(end[name], arm[name]) for name in arm)
+        end = state(ModelVariant("end", "models/tiny", ((start, 1 - weight), (policy, weight))), recipe)
+        variant = state(ModelVariant("variant", "models/tiny", ((only, 1.0),)), recipe)
+        assert all(torch.equal(end[name], variant[name]) for name in variant)
 
 
 def adapted(base, folder, **options):
@@ -208,40 +208,40 @@ def test_half_an_adapter_twice_is_the_adapter(tmp_path):
 )
 def test_where_the_matrix_cannot_be_written_to_the_adapter_runs_beside_it(section, here):
     recipe = recipe_of(*(f"model.{key}={value}" for key, value in section.items()))
-    arm = load_arm(Arm("policy", "models/tiny", (("runs/tiny/ppo/policy", 1.0),)), recipe)
+    variant = load_variant(ModelVariant("policy", "models/tiny", (("runs/tiny/ppo/policy", 1.0),)), recipe)
     built = Backbone(load_base(recipe.model), LORA, adapters=["policy"])
     built.load_adapter("policy", Path("runs/tiny/ppo/policy"))
     built.activate("policy")
     expected = say(built.model)
-    torch.testing.assert_close(say(arm.model).float(), expected.float(), rtol=0, atol=1e-2)
+    torch.testing.assert_close(say(variant.model).float(), expected.float(), rtol=0, atol=1e-2)
     built.activate("reference")
     assert not torch.allclose(say(built.model).float(), expected.float(), atol=0.1)
 
 
-# --- which arms ------------------------------------------------------------------------------------------
+# --- which variants --------------------------------------------------------------------------------------
 
 
-def test_without_names_an_arm_is_there_when_its_stage_has_finished(here):
-    recipe = recipe_of("tax.interpolate=[0.5,0.25]", "tax.others={x: start}")
+def test_without_names_a_variant_is_there_when_its_stage_has_finished(here):
+    recipe = recipe_of("tax.interpolate=[0.5,0.25]", "tax.models={x: start}")
     names = ["base", "prompted", "policy_0.25", "policy_0.5", "policy", "x"]
-    assert arm_names(recipe, recipe.tax) == names
-    assert arm_stages(names) == ["ppo"]
+    assert variant_names(recipe, recipe.tax) == names
+    assert variant_stages(names) == ["ppo"]
     recipe = recipe_of("hhh_prompt=nowhere.txt", "name=other")
-    assert arm_names(recipe, recipe.tax) == ["base"]
+    assert variant_names(recipe, recipe.tax) == ["base"]
 
 
-def test_named_arms_are_those_alone_and_the_way_comes_with_the_policy(here):
-    recipe = recipe_of("tax.arms=[sft,distilled,policy_prompted]", "tax.interpolate=[0.5]")
-    assert arm_names(recipe, recipe.tax) == ["sft", "distilled", "policy_prompted"]
-    assert arm_stages(arm_names(recipe, recipe.tax)) == ["sft", "distill", "ppo"]
-    recipe = recipe_of("tax.arms=policy", "tax.interpolate=[0.5]")
-    assert arm_names(recipe, recipe.tax) == ["policy_0.5", "policy"]
+def test_named_variants_are_those_alone_and_the_way_comes_with_the_policy(here):
+    recipe = recipe_of("tax.variants=[sft,distilled,policy_prompted]", "tax.interpolate=[0.5]")
+    assert variant_names(recipe, recipe.tax) == ["sft", "distilled", "policy_prompted"]
+    assert variant_stages(variant_names(recipe, recipe.tax)) == ["sft", "distill", "ppo"]
+    recipe = recipe_of("tax.variants=policy", "tax.interpolate=[0.5]")
+    assert variant_names(recipe, recipe.tax) == ["policy_0.5", "policy"]
 
 
-def test_arms_know_their_base_their_adapters_and_their_prompt(here, tmp_path):
+def test_variants_know_their_base_their_adapters_and_their_prompt(here, tmp_path):
     hub = "someone/some-model"
-    _, by_name = arms(
-        f"tax.others={{adapter: start, whole: models/tiny, hub: {hub}}}", "tax.interpolate=[0.5]"
+    _, by_name = variants(
+        f"tax.models={{adapter: start, whole: models/tiny, hub: {hub}}}", "tax.interpolate=[0.5]"
     )
     adapter = "runs/tiny/ppo/policy"
     assert by_name["base"].adapters == ()
@@ -252,55 +252,59 @@ def test_arms_know_their_base_their_adapters_and_their_prompt(here, tmp_path):
     assert (by_name["adapter"].base, by_name["adapter"].adapters) == ("models/tiny", (("start", 1.0),))
     assert (by_name["whole"].base, by_name["whole"].adapters) == ("models/tiny", ())
     assert by_name["hub"].base == hub
-    assert all(arm.what for arm in by_name.values())
+    assert all(variant.what for variant in by_name.values())
 
 
 def test_a_stage_that_trained_all_weights_is_a_model_of_its_own(here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_tiny_model(Path("runs/tiny/distill/model"), seed=4)
-    _, by_name = arms("tax.arms=[distilled]")
+    _, by_name = variants("tax.variants=[distilled]")
     assert by_name["distilled"].base == "runs/tiny/distill/model"
     assert by_name["distilled"].adapters == ()
 
 
-def test_a_prompted_arm_needs_no_other_weights(here):
-    recipe, by_name = arms()
-    base = load_arm(by_name["base"], recipe)
+def test_a_prompted_variant_needs_no_other_weights(here):
+    recipe, by_name = variants()
+    base = load_variant(by_name["base"], recipe)
     assert base.prefix_ids == []
-    prompted = load_arm(by_name["prompted"], recipe, same=base)
+    prompted = load_variant(by_name["prompted"], recipe, same=base)
     assert prompted.model is base.model
     assert base.tokenizer.decode(prompted.prefix_ids).startswith("A kind assistant.")
 
 
 def test_a_prompt_longer_than_the_window_is_told(here, tmp_path):
     (tmp_path / "long.txt").write_text(PROMPT + "Human: x\n\nAssistant: " + "y" * 600 + "\n")
-    recipe, by_name = arms(f"hhh_prompt={tmp_path}/long.txt")
+    recipe, by_name = variants(f"hhh_prompt={tmp_path}/long.txt")
     with pytest.raises(UserError, match=r"the model reads 512"):
-        load_arm(by_name["prompted"], recipe)
+        load_variant(by_name["prompted"], recipe)
 
 
-def test_the_hash_knows_everything_that_decides_what_an_arm_says(here, tmp_path):
+def test_the_hash_knows_everything_that_decides_what_a_variant_says(here, tmp_path):
     recipe = recipe_of()
-    plain = Arm("a", "models/tiny", (("start", 1.0),))
-    assert arm_hash(plain, recipe) == arm_hash(Arm("b", "models/tiny", (("start", 1.0),), what="x"), recipe)
+    plain = ModelVariant("a", "models/tiny", (("start", 1.0),))
+    assert variant_hash(plain, recipe) == variant_hash(
+        ModelVariant("b", "models/tiny", (("start", 1.0),), what="x"), recipe
+    )
     shutil.copytree("models/tiny", tmp_path / "moved")
-    assert arm_hash(Arm("a", str(tmp_path / "moved"), (("start", 1.0),)), recipe) == arm_hash(plain, recipe)
+    assert variant_hash(
+        ModelVariant("a", str(tmp_path / "moved"), (("start", 1.0),)), recipe
+    ) == variant_hash(plain, recipe)
     write_tiny_model(tmp_path / "other", seed=7)
     others = [
-        (Arm("a", "models/tiny", (("start", 0.5),)), recipe),
-        (Arm("a", "models/tiny", (("runs/tiny/ppo/policy", 1.0),)), recipe),
-        (Arm("a", "models/tiny"), recipe),
-        (Arm("a", str(tmp_path / "other"), (("start", 1.0),)), recipe),
-        (Arm("a", "models/tiny", (("start", 1.0),), prompted=True), recipe),
+        (ModelVariant("a", "models/tiny", (("start", 0.5),)), recipe),
+        (ModelVariant("a", "models/tiny", (("runs/tiny/ppo/policy", 1.0),)), recipe),
+        (ModelVariant("a", "models/tiny"), recipe),
+        (ModelVariant("a", str(tmp_path / "other"), (("start", 1.0),)), recipe),
+        (ModelVariant("a", "models/tiny", (("start", 1.0),), prompted=True), recipe),
         (plain, recipe_of("model.dtype=bfloat16")),
         (plain, recipe_of("dialogue.template=chat")),
-        (Arm("a", "hub/one"), recipe),
-        (Arm("a", "hub/two"), recipe),
+        (ModelVariant("a", "hub/one"), recipe),
+        (ModelVariant("a", "hub/two"), recipe),
     ]
-    hashes = [arm_hash(arm, r) for arm, r in others]
-    assert len({*hashes, arm_hash(plain, recipe)}) == len(others) + 1
-    assert tokenizer_hash(plain) == tokenizer_hash(Arm("x", str(tmp_path / "other")))
-    assert tokenizer_hash(plain) != tokenizer_hash(Arm("x", "hub/one"))
+    hashes = [variant_hash(variant, r) for variant, r in others]
+    assert len({*hashes, variant_hash(plain, recipe)}) == len(others) + 1
+    assert tokenizer_hash(plain) == tokenizer_hash(ModelVariant("x", str(tmp_path / "other")))
+    assert tokenizer_hash(plain) != tokenizer_hash(ModelVariant("x", "hub/one"))
 
 
 # --- what is refused -------------------------------------------------------------------------------------
@@ -356,18 +360,18 @@ def test_other_models_must_be_there(here, tmp_path):
     (tmp_path / "empty").mkdir()
     for place, message in (
         (f"{tmp_path}/empty", "holds neither an adapter nor a model"),
-        ("runs/tiny/gone/policy", r"tax\.others\.x: runs/tiny/gone/policy is not a folder"),
+        ("runs/tiny/gone/policy", r"tax\.models\.x: runs/tiny/gone/policy is not a folder"),
     ):
-        recipe = recipe_of(f"tax.others.x={place}")
+        recipe = recipe_of(f"tax.models.x={place}")
         with pytest.raises(UserError, match=message):
-            check_others(recipe.tax)
+            check_models(recipe.tax)
     for place in ("start", "models/tiny", "owner/name", "gpt2"):
-        check_others(recipe_of(f"tax.others.x={place}").tax)
+        check_models(recipe_of(f"tax.models.x={place}").tax)
 
 
-def test_a_model_that_cannot_be_loaded_is_told_by_the_arm_s_name(here):
+def test_a_model_that_cannot_be_loaded_is_told_by_the_variant_s_name(here):
     write_json(Path("bare/config.json"), {"model_type": "llama"})
-    recipe, by_name = arms("tax.others.x=bare")
-    with pytest.raises(UserError, match=r"^arm x: no (model|tokenizer) at bare") as caught:
-        load_arm(by_name["x"], recipe)
+    recipe, by_name = variants("tax.models.x=bare")
+    with pytest.raises(UserError, match=r"^variant x: no (model|tokenizer) at bare") as caught:
+        load_variant(by_name["x"], recipe)
     assert "make model" not in str(caught.value)

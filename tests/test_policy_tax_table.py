@@ -7,12 +7,12 @@ import statistics
 import pytest
 
 from policy.alignment_tax.comparison import (
-    arm_figures,
     common,
     difference,
     intervals,
     item_rows,
     task_figures,
+    variant_figures,
     verdict,
     verdicts,
 )
@@ -127,9 +127,9 @@ def test_groups_and_other_metrics_are_paired_too():
     assert difference(outcome(BASE), outcome(ARM))["groups"] == {}
 
 
-def test_an_arm_has_its_mean_its_metrics_its_groups_and_its_aggregates():
+def test_a_variant_has_its_mean_its_metrics_its_groups_and_its_aggregates():
     groups = ["a", "b", "a", "b", "a", "b"]
-    found = arm_figures(
+    found = variant_figures(
         outcome(BASE, groups=groups, more={"words": [2.0] * 6}, aggregate={"perplexity": 9.0})
     )
     mean, ends = mean_and_ends(BASE)
@@ -141,7 +141,7 @@ def test_an_arm_has_its_mean_its_metrics_its_groups_and_its_aggregates():
 
 
 def table(**changes):
-    """A table of three arms and two tasks."""
+    """A table of three variants and two tasks."""
     groups = ["helpful", "honest"] * 3
     first = {
         "base": outcome(BASE, groups=groups, task="hhh", more={"acc_sum": BASE}),
@@ -157,7 +157,7 @@ def table(**changes):
         "name": "x",
         "seed": 3,
         "reference": "base",
-        "arms": [{"name": n, "what": f"the {n} | model"} for n in ("base", "sft", "policy")],
+        "variants": [{"name": n, "what": f"the {n} | model"} for n in ("base", "sft", "policy")],
         "tasks": [task_figures(first, "base"), task_figures(second, "base")],
         "reward_model_hhh": None,
         "groups_shown": 8,
@@ -239,10 +239,12 @@ def test_a_reward_model_has_a_line_of_its_own():
     assert "ranks 0.500 [0.100, 0.900] of the 6 HHH items right (metric acc)" in page
 
 
-def test_a_single_arm_has_nothing_to_be_compared_with():
+def test_a_single_variant_has_nothing_to_be_compared_with():
     tax = table()
     alone = {"base": outcome(BASE)}
-    page = as_markdown(tax | {"tasks": [task_figures(alone, "base")], "arms": tax["arms"][:1], "plot": False})
+    page = as_markdown(
+        tax | {"tasks": [task_figures(alone, "base")], "variants": tax["variants"][:1], "plot": False}
+    )
     assert "only `base`: nothing to compare" in page
     assert "such intervals" not in page
     assert "tax.png" not in page
@@ -263,7 +265,7 @@ def test_the_picture_is_one(tmp_path):
     assert (tmp_path / "gaps.png").stat().st_size > 1000
 
 
-def test_items_have_every_value_of_every_arm():
+def test_items_have_every_value_of_every_variant():
     found = item_rows({"base": outcome(BASE, more={"words": ARM}), "x": outcome(ARM[1:], ids=IDS[1:])})
     assert len(found) == 6
     assert found[0] == {
