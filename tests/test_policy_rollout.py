@@ -14,7 +14,6 @@ from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.generation.sampling import Sampled
 from rlhf.models.backbone import Backbone
-from rlhf.models.folding import folded_weights
 from rlhf.models.tiny import tiny_model, tiny_tokenizer
 from rlhf.recipe.schema import Lora, Ppo
 from rlhf.tokenization.dialogue import Dialogue
@@ -346,9 +345,15 @@ def test_a_trunk_beyond_its_memory_is_computed_anew_in_every_pass(capsys, monkey
     assert capsys.readouterr().out == ""
     assert collected(layers="all")[0].hidden_BTD is None
     assert capsys.readouterr().out == ""
-    for _ in range(2):
-        assert collected(trunk_gigabytes=0, layers="all")[0].hidden_BTD is None
-    assert capsys.readouterr().out.count("ppo.trunk_gigabytes has no effect") == 1
+    for why, drop in (("lora.layers adapts all", False), ("the model is odd", True)):
+        for _ in range(2):
+            made = stirred(layers="top_2" if drop else "all")
+            if drop:
+                made[0].drop_trunk(why)
+            assert collected(trunk_gigabytes=0, made=made)[0].hidden_BTD is None
+        out = capsys.readouterr().out
+        assert out.count("ppo.trunk_gigabytes has no effect") == 1
+        assert why in out
 
 
 def blind(said):
@@ -381,7 +386,8 @@ def test_policy_and_value_are_asked_with_their_adapters_folded_in():
 
     def look(_module, _args, given):
         if given.get("inputs_embeds") is not None:  # the layers above the trunk: a pass over the whole
-            folded.append((*layer.active_adapters, layer.disable_adapters, folded_weights(layer) is not None))
+            inside = "forward" in vars(layer) and layer.forward.weights() is not None
+            folded.append((*layer.active_adapters, layer.disable_adapters, inside))
 
     hook = made[0].decoder.register_forward_pre_hook(look, with_kwargs=True)
     rollout, _ = collected(made=made)

@@ -315,6 +315,7 @@ def test_an_architecture_that_cannot_be_split_loses_the_trunk_only():
     model = backbone(base=GPTNeoXForCausalLM(config))
     assert "no trunk cache" in model.check_architecture()
     assert model.frozen_layers == 0
+    assert "cannot be split" in model.no_trunk
     assert said(model, "policy").isfinite().all()
 
 

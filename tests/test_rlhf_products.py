@@ -7,7 +7,6 @@ from torch import nn
 
 from rlhf.models import onednn as products
 from rlhf.models.backbone import Backbone
-from rlhf.models.folding import folded_weights
 from rlhf.models.onednn import linear, packed_weights, use_onednn
 from rlhf.models.tiny import tiny_model
 from rlhf.recipe.schema import Lora
@@ -111,22 +110,22 @@ def test_a_map_that_learns_keeps_its_gradient(calls):
 @here
 @pytest.mark.parametrize("shape", [(24, 6), (6, 24)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_reordered_maps_are_the_maps_they_stand_for(shape, bias):
+def test_packed_maps_are_the_maps_they_stand_for(shape, bias):
     layer = nn.Linear(*shape, bias=bias).requires_grad_(False)
+    use_onednn(layer)
     for rows in (1, 2, 5, 64):
         x = torch.randn(rows, 1, shape[0])
         expected = F.linear(x, layer.weight, layer.bias)
         with torch.no_grad(), packed_weights(layer, 2):
-            assert "forward" in layer.__dict__
-            got = layer(x)
-        assert got.shape == expected.shape
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-    assert "forward" not in layer.__dict__
+            assert layer.forward.packed
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+    assert layer.forward.packed is None
 
 
 @here
-def test_reordered_maps_run_with_the_folded_adapter_and_leave_nothing_behind(monkeypatch):
+def test_packed_maps_run_with_the_folded_adapter_and_leave_nothing_behind():
     base = tiny_model(259).requires_grad_(False).eval()
+    use_onednn(base)
     model = Backbone(base, Lora(rank=4, layers="top_2"), adapters=["policy", "other"])
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -139,32 +138,28 @@ def test_reordered_maps_run_with_the_folded_adapter_and_leave_nothing_behind(mon
             model.activate(role)
             said[role] = adapted(x)
         with model.folded("policy"):
-            inside = adapted.__dict__["forward"]
             for role, expected in said.items():
                 model.activate(role)
-                assert (folded_weights(adapted) is not None) == (role == "policy")
-                with packed_weights(model.base, 2, folded_weights):
-                    assert (adapted.__dict__["forward"] is not inside) == (role == "policy")
+                folded = role == "policy"
+                assert (adapted.forward.weights() is not None) == folded
+                with packed_weights(model.base, 2):
+                    assert (adapted.forward.packed is not None) == folded
                     # what does not run while it is folded has no copy
-                    assert ("forward" in adapted.base_layer.__dict__) == (role != "policy")
+                    assert (adapted.base_layer.forward.packed is not None) != folded
                     torch.testing.assert_close(adapted(x), expected, rtol=0, atol=1e-5)
-                assert adapted.__dict__["forward"] is inside
+                assert adapted.forward.packed is None
         with pytest.raises(ZeroDivisionError), packed_weights(model.base, 2):
             raise ZeroDivisionError
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert "forward" not in vars(adapted)
+    assert not any(getattr(module.forward, "packed", None) for module in model.modules())
 
 
 @here
-def test_reordering_goes_over_maps_that_use_onednn_and_gives_them_back():
-    layer = nn.Linear(8, 5).requires_grad_(False)
-    use_onednn(layer)
-    before = layer.__dict__["forward"]
-    with packed_weights(layer, 2):
-        assert layer.__dict__["forward"] is not before
-    assert layer.__dict__["forward"] is before
-
-
-def test_maps_in_half_precision_are_left_alone():
-    layer = nn.Linear(4, 4, dtype=torch.bfloat16)
-    with packed_weights(layer, 2):
-        assert "forward" not in layer.__dict__
+def test_what_cannot_be_packed_is_left_alone():
+    half, learned, foreign = nn.Linear(4, 4, dtype=torch.bfloat16), nn.Linear(4, 4), nn.Linear(4, 4)
+    foreign.forward = lambda x: x
+    use_onednn(nn.ModuleList([half, learned, foreign]))
+    with packed_weights(nn.ModuleList([half, learned, foreign]), 2):
+        assert half.forward.packed is None
+        assert learned.forward.packed is not None
+        assert foreign(3) == 3

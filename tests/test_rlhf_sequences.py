@@ -11,7 +11,6 @@ from rlhf.models.masks import (
     left_pad,
     masked_mean,
     masked_sum,
-    masked_var,
     masked_whiten,
     positions_from_mask,
     right_pad,
@@ -99,7 +98,7 @@ def test_an_eos_as_first_token_is_one_action_and_a_pad_equal_to_eos_adds_none():
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 10_000), offset=st.sampled_from([0.0, 1000.0]))
-def test_masked_moments_are_those_of_the_selected_entries_whatever_stands_elsewhere(seed, offset):
+def test_masked_sums_and_means_are_those_of_the_selected_entries_whatever_stands_elsewhere(seed, offset):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4, 6, generator=generator) + offset
     mask = torch.rand(4, 6, generator=generator) < 0.5
@@ -108,21 +107,14 @@ def test_masked_moments_are_those_of_the_selected_entries_whatever_stands_elsewh
     x[~mask] = float("nan")
     torch.testing.assert_close(masked_sum(x, mask).double(), chosen.sum(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(masked_mean(x, mask).double(), chosen.mean(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        masked_var(x, mask).double(), torch.var(chosen, correction=0), rtol=1e-3, atol=1e-5
-    )
-    for row, (got_mean, got_var) in enumerate(
-        zip(masked_mean(x, mask, dim=-1), masked_var(x, mask, dim=-1), strict=True)
-    ):
+    for row, got_mean in enumerate(masked_mean(x, mask, dim=-1)):
         values = x[row][mask[row]]
-        if values.numel():
-            torch.testing.assert_close(got_mean, values.mean(), rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(got_var, torch.var(values, correction=0), rtol=1e-3, atol=1e-4)
-        else:
-            assert got_mean == got_var == 0
+        torch.testing.assert_close(
+            got_mean, values.mean() if len(values) else torch.tensor(0.0), rtol=1e-5, atol=1e-5
+        )
 
 
-@pytest.mark.parametrize("function", [masked_sum, masked_mean, masked_var])
+@pytest.mark.parametrize("function", [masked_sum, masked_mean])
 def test_what_stands_behind_the_mask_reaches_no_gradient(function):
     x = torch.tensor([1.0, 2.0, float("nan")], requires_grad=True)
     function(x, torch.tensor([True, True, False])).backward()

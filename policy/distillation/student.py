@@ -177,7 +177,7 @@ class Student:
         """
         assert self.backbone, "refused before"
         self.head = copy.deepcopy(self.head).requires_grad_(False)
-        self.backbone.frozen_layers = 0
+        self.backbone.drop_trunk("ZeRO 3 gathers all layers in every pass")
 
     def as_teacher(self) -> None:
         """Switch the adapter off: the base, which teaches."""
@@ -261,7 +261,7 @@ def trunk_of(student: Student, passages: Sequence[Passage], section: Distill) ->
     """
     backbone, widths = student.backbone, list(map(width, passages))
     needed = trunk_bytes(student.base, sum(widths))
-    if not backbone or not keeps_trunk(section, student.frozen_layers, needed):
+    if not backbone or not keeps_trunk(section, backbone.frozen_layers, needed, no_trunk=backbone.no_trunk):
         return None
     trunk = TrunkCache(student.frozen_layers)
     for some in progress("trunk", token_batches(widths, _TRUNK_TOKENS)):

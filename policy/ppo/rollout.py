@@ -131,7 +131,9 @@ def collect(
     encoded = [dialogue.encode_prompt(prompt) for prompt in chosen]
     tokens = len(rows) * (max(map(len, encoded)) + dialogue.max_response_tokens + 1)
     needed = trunk_bytes(backbone.base, tokens)
-    keep = keeps_trunk(section, backbone.frozen_layers, needed, runtime.any_process)
+    keep = keeps_trunk(
+        section, backbone.frozen_layers, needed, runtime.any_process, no_trunk=backbone.no_trunk
+    )
     ids_BT, mask_BT, actions_BR, sampled_BR, hidden_BTD = _sampled(
         backbone, runtime, dialogue, encoded, section, seed=seed, step=step, rows=rows, keep_trunk=keep
     )

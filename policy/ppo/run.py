@@ -27,9 +27,7 @@ def build_trainer(recipe: Recipe, stage: StageRun) -> PpoTrainer:
         micro_batch_size=section.micro_batch_size,
     )
     dialogue = load_dialogue(recipe)
-    backbone = assemble(recipe, stage, dialogue)
-    if runtime.shards_weights:
-        backbone.frozen_layers = 0  # ZeRO-3 gathers whole layers anyway; the cache would save little
+    backbone = assemble(recipe, stage, dialogue, shards_weights=runtime.shards_weights)
     score = score_function(recipe, stage, backbone, dialogue)
     return PpoTrainer(
         backbone=backbone,

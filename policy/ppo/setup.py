@@ -104,7 +104,7 @@ def new_backbone(
     return backbone
 
 
-def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
+def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weights: bool = False) -> Backbone:
     """One base with policy, value and, where they fit, reward adapters; prints where every part comes from.
 
     A policy that starts from an adapter has a frozen copy of it as its reference; else that is the base. The
@@ -143,6 +143,8 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
     else:
         origins |= {n: f"{f}, on its own base, reads the text" for n, f in zip(names, folders, strict=True)}
     warning = backbone.check_architecture()
+    if shards_weights:
+        backbone.drop_trunk("ZeRO 3 gathers all layers in every pass")
     if run.is_main:
         if warning:
             print(f"warning: {warning}", flush=True)
@@ -151,7 +153,7 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
         if len(folders) > 1:
             print(f"score:     {_in_words(recipe)} of the {len(folders)} reward models")
         cut = backbone.frozen_layers
-        trunk = f"{cut} frozen layers, computed once a rollout" if cut else "none: no layers are frozen"
+        trunk = f"{cut} frozen layers, computed once a rollout" if cut else f"none: {backbone.no_trunk}"
         print(f"trunk:     {trunk}", flush=True)
     return backbone
 

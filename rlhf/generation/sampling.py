@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from rlhf.generation.kv_cache import Decoding, PrefixStates, TrunkRecord, distinct
 from rlhf.models.backbone import Backbone, layers_of
-from rlhf.models.folding import folded_weights
 from rlhf.models.masks import action_mask, ended, left_pad
 from rlhf.models.onednn import packed_weights
 
@@ -254,7 +253,7 @@ def generate(
             hidden_LD = hidden_LD[of_B]
         row_L = torch.arange(rows, device=device)
         going_L = torch.ones(rows, dtype=torch.bool, device=device)
-        with packed_weights(parts.model, rows, folded_weights):
+        with packed_weights(parts.model, rows):
             for t in range(limit):
                 picked_L, log_prob_L = pick(
                     parts.head(hidden_LD), uniform_BR[row_L, t], params.temperature, params.top_p

@@ -31,6 +31,7 @@ from rlhf.models.folding import Folding
 from rlhf.models.log_probs import token_log_probs
 from rlhf.models.lora import HEAD, lora_config, read_adapter, write_adapter
 from rlhf.models.masks import last_true_index, positions_from_mask
+from rlhf.models.trunk_cache import ALL_ADAPTED
 from rlhf.recipe.schema import Lora
 
 REFERENCE = "reference"  # the role of the base without adapters
@@ -91,6 +92,7 @@ class Backbone(nn.Module):
         self.trainable = tuple(trainable)
         self.shared = dict(shared or {})
         self.frozen_layers = 0 if lora.top_k is None else layers - lora.top_k
+        self.no_trunk = ALL_ADAPTED  # why there is no trunk, where there is none
         self._layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         self._folding = Folding(self.model)
         self._active: str | None = None
@@ -245,6 +247,11 @@ class Backbone(nn.Module):
     def _values(self, head: str, hidden_BRD: Tensor) -> Tensor:
         return self.heads[head](hidden_BRD.float()).squeeze(-1) + self.offsets[head]
 
+    def drop_trunk(self, why: str) -> None:
+        """Have every pass run through all layers; ``why`` is what a user is told about it."""
+        if self.frozen_layers:
+            self.frozen_layers, self.no_trunk = 0, why
+
     def trunk(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor | None:
         """Hidden states below the first adapted layer, or None where there is no such part."""
         if not self.frozen_layers:
@@ -298,8 +305,8 @@ class Backbone(nn.Module):
                     return None
             except (AttributeError, TypeError, RuntimeError) as error:
                 reason = str(error)
-            self.frozen_layers = 0
-            return f"this architecture cannot be split at the first adapted layer ({reason}): no trunk cache"
+            self.drop_trunk("this architecture cannot be split at the first adapted layer")
+            return f"{self.no_trunk} ({reason}): no trunk cache"
         return None
 
     # ---------------------------------------------------------------- saving and loading

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlhf.models.onednn import linear
+from rlhf.models.onednn import Forward, Weights, linear
 
 
 class _Folded(torch.autograd.Function):
@@ -83,7 +82,7 @@ class Folding:
         layers = [layer for layer in self._layers if _can_fold(layer, adapter)]
         try:
             for layer in layers:
-                self._fold(layer, adapter)
+                layer.__dict__["forward"] = self._fold(layer, adapter)
             yield
         finally:
             self._inside = None
@@ -91,38 +90,39 @@ class Folding:
                 layer.__dict__.pop("forward", None)
 
     @torch.no_grad()
-    def _fold(self, layer: LoraLinear, adapter: str) -> None:
-        base: Any = layer.base_layer
-        lora: Any = layer
-        a_rI, b_Or = (part[adapter].weight for part in (lora.lora_A, lora.lora_B))
-        scaling = float(layer.scaling[adapter])
+    def _fold(self, layer: LoraLinear, adapter: str) -> Forward:
+        weight: Any = layer.base_layer.weight
+        forward = _FoldedForward(layer, adapter)
         buffer = self._buffers.get(layer)
-        if buffer is None or buffer.device != base.weight.device:
-            buffer = self._buffers[layer] = torch.empty_like(base.weight)
-        torch.addmm(base.weight, b_Or, a_rI, alpha=scaling, out=buffer)
-        layer.__dict__["forward"] = partial(_forward, layer, adapter, buffer, base.bias, a_rI, b_Or, scaling)
-
-    def release(self) -> None:
-        """Give the memory of the buffers back."""
-        self._buffers.clear()
+        if buffer is None or buffer.device != weight.device:
+            buffer = self._buffers[layer] = torch.empty_like(weight)
+        torch.addmm(weight, forward.b_Or, forward.a_rI, alpha=forward.scaling, out=buffer)
+        forward.folded_OI = buffer
+        return forward
 
 
-def _forward(
-    layer: LoraLinear,
-    adapter: str,
-    folded_OI: Tensor,
-    bias_O: Tensor | None,
-    a_rI: Tensor,
-    b_Or: Tensor,
-    scaling: float,
-    x: Tensor,
-    *args: Any,
-    **options: Any,
-) -> Tensor:
-    """The layer's forward pass while an adapter is folded in."""
-    if args or options or layer.disable_adapters or layer.active_adapters != [adapter]:
-        return type(layer).forward(layer, x, *args, **options)
-    return _Folded.apply(x, folded_OI, bias_O, a_rI, b_Or, scaling)
+class _FoldedForward(Forward):
+    """The forward pass of a LoRA layer while an adapter is folded in."""
+
+    folded_OI: Tensor
+
+    def __init__(self, layer: LoraLinear, adapter: str) -> None:
+        self.layer, self.adapter = layer, adapter
+        lora: Any = layer
+        self.bias_O: Tensor | None = lora.base_layer.bias
+        self.a_rI, self.b_Or = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
+        self.scaling = float(lora.scaling[adapter])
+
+    def plain(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        if args or options or self.weights() is None:
+            return type(self.layer).forward(self.layer, x, *args, **options)
+        folded: Tensor = _Folded.apply(x, self.folded_OI, self.bias_O, self.a_rI, self.b_Or, self.scaling)
+        return folded
+
+    def weights(self) -> Weights | None:
+        lora: Any = self.layer
+        active = not lora.disable_adapters and lora.active_adapters == [self.adapter]
+        return (self.folded_OI, self.bias_O) if active else None
 
 
 def _can_fold(layer: LoraLinear, adapter: str) -> bool:
@@ -134,14 +134,3 @@ def _can_fold(layer: LoraLinear, adapter: str) -> bool:
     plain = plain and not layer.lora_bias.get(adapter, False)
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
     return plain and dropout == 0.0 and base.weight.dtype == torch.float32
-
-
-def folded_weights(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Weight [O, I] and bias that a LoRA layer runs with just now, where its active adapter is folded in."""
-    forward = layer.__dict__.get("forward")
-    if not isinstance(forward, partial) or forward.func is not _forward:
-        return None
-    _, adapter, folded_OI, bias_O, *_ = forward.args
-    lora: Any = layer
-    active = not lora.disable_adapters and lora.active_adapters == [adapter]
-    return (folded_OI, bias_O) if active else None

@@ -116,19 +116,8 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
     x and mask: one shape, mask True = counts. dim None reduces everything, else that axis.
     """
-    return masked_sum(x, mask, dim) / _count(mask, dim)
-
-
-def masked_var(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Population variance (division by the count, not the count less one) of the counted entries.
-
-    x and mask: one shape, mask True = counts. dim None reduces everything, else that axis; 0 where
-    nothing counts. Two passes, so a large mean costs no accuracy.
-    """
-    mean = masked_mean(x, mask, dim)
-    centre = mean if dim is None else mean.unsqueeze(dim)
-    deviation = torch.where(mask, _at_least_float32(x) - centre, 0.0)
-    return masked_sum(deviation.square(), mask, dim) / _count(mask, dim)
+    count = mask.sum() if dim is None else mask.sum(dim=dim)
+    return masked_sum(x, mask, dim) / count.clamp(min=1)
 
 
 def masked_whiten(
@@ -161,10 +150,6 @@ def masked_whiten(
 
 def _itself(x: Tensor) -> Tensor:
     return x
-
-
-def _count(mask: Tensor, dim: int | None) -> Tensor:
-    return (mask.sum() if dim is None else mask.sum(dim=dim)).clamp(min=1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -75,67 +74,83 @@ class _Constant(torch.autograd.Function):
         return linear(grad, weight_OI.T), None, None
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The forward pass of a linear map, by oneDNN as long as nothing but its input has a gradient."""
-    weight, bias = layer.weight, layer.bias
-    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not _suits(x, weight) or hasattr(weight, "ds_id"):
-        return F.linear(x, weight, bias)
-    if not (torch.is_grad_enabled() and (learns or x.requires_grad)):
-        return linear(x, weight, bias)
-    return F.linear(x, weight, bias) if learns else _Constant.apply(x, weight, bias)
+Weights = tuple[Tensor, Tensor | None]
+"""Weight [O, I] and bias of a linear map."""
+
+
+class Forward:
+    """What stands in the place of a linear map's own ``forward``; nothing else is ever put there."""
+
+    packed: Weights | None = None
+    """The weight in the order oneDNN likes, and the bias, inside :func:`packed_weights`."""
+
+    def __call__(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The output of the map."""
+        if self.packed is None:
+            return self.plain(x, *args, **options)
+        operators: Any = _operators()
+        product: Tensor = operators[0](x, *self.packed, "none", [], "")
+        return product
+
+    def plain(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The same without a packed copy."""
+        raise NotImplementedError
+
+    def weights(self) -> Weights | None:
+        """What the map runs with just now; None where that is more than one product with a whole matrix."""
+        raise NotImplementedError
+
+
+class _ByOneDnn(Forward):
+    """A plain linear map, by oneDNN as long as nothing but its input has a gradient."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+
+    def plain(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        weight, bias = self.layer.weight, self.layer.bias
+        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if not _suits(x, weight) or hasattr(weight, "ds_id"):
+            return F.linear(x, weight, bias)
+        if not (torch.is_grad_enabled() and (learns or x.requires_grad)):
+            return linear(x, weight, bias)
+        return F.linear(x, weight, bias) if learns else _Constant.apply(x, weight, bias)
+
+    def weights(self) -> Weights | None:
+        return None if hasattr(self.layer.weight, "ds_id") else (self.layer.weight, self.layer.bias)
 
 
 def use_onednn(module: nn.Module) -> None:
     """Have every plain linear map inside a module computed by :func:`linear` from now on."""
     for layer in module.modules():
         if type(layer) is nn.Linear and "forward" not in layer.__dict__:
-            layer.__dict__["forward"] = partial(_forward, layer)
-
-
-Weights = Callable[[nn.Module], tuple[Tensor, Tensor | None] | None]
+            layer.__dict__["forward"] = _ByOneDnn(layer)
 
 
 @contextlib.contextmanager
-def packed_weights(module: nn.Module, rows: int, folded: Weights = lambda _: None) -> Iterator[None]:
+def packed_weights(module: nn.Module, rows: int) -> Iterator[None]:
     """Have linear maps computed from copies of their weights that are in the order oneDNN likes.
 
     For many passes of few rows without gradient, such as decoding; the copies are as large as the weights.
 
     Args:
-        module: whose maps; plain ones with whole float32 weights on the CPU.
+        module: whose maps; those with a :class:`Forward` and whole float32 weights on the CPU.
         rows: rows of a pass, about; others work too.
-        folded: weight and bias that a layer of another kind runs with just now; None for any other layer.
     """
     found = _operators()
-    before: list[tuple[nn.Module, Any]] = []
+    packed: list[Forward] = []
+    inside = "-"  # names of the parts of the last packed layer, which do not run
     try:
-        inside = "-"  # names of the parts of the last folded layer, which do not run
         for name, layer in module.named_modules() if found else ():
-            of_folded = folded(layer)
-            if of_folded is not None:
+            forward = layer.__dict__.get("forward")
+            weights = None
+            if isinstance(forward, Forward) and not name.startswith(inside):
+                weights = forward.weights()
+            if found is not None and weights is not None and _suits(weights[0], weights[0]):
+                forward.packed = found[1](weights[0].detach(), rows), weights[1]
+                packed.append(forward)
                 inside = f"{name}."
-            weights = of_folded or (None if name.startswith(inside) else _plain(layer))
-            if found is None or weights is None or not _suits(weights[0], weights[0]):
-                continue
-            before.append((layer, layer.__dict__.get("forward")))
-            weight = found[1](weights[0].detach(), rows)
-            layer.__dict__["forward"] = partial(_reordered, found[0], weight, weights[1])
         yield
     finally:
-        for layer, forward in before:
-            del layer.__dict__["forward"]
-            if forward is not None:
-                layer.__dict__["forward"] = forward
-
-
-def _plain(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    if type(layer) is not nn.Linear or hasattr(layer.weight, "ds_id"):
-        return None
-    forward = layer.__dict__.get("forward")
-    ours = forward is None or (isinstance(forward, partial) and forward.func is _forward)
-    return (layer.weight, layer.bias) if ours else None
-
-
-def _reordered(operator: Any, weight: Tensor, bias_O: Tensor | None, x: Tensor) -> Tensor:
-    return operator(x, weight, bias_O, "none", [], "")
+        for forward in packed:
+            forward.packed = None

@@ -16,6 +16,9 @@ from rlhf.recipe.schema import Distill, Ppo, PreferenceTraining
 from rlhf.runs.stage import rank
 
 
+ALL_ADAPTED = "no layers are frozen (lora.layers adapts all of them)"
+
+
 def trunk_bytes(base: Any, tokens: int) -> int:
     """Memory of the hidden states of so many tokens, in the type of the base's weights."""
     return tokens * int(base.config.get_text_config().hidden_size) * int(base.dtype.itemsize)
@@ -32,9 +35,12 @@ def keeps_trunk(
     frozen_layers: int,
     needed: int,
     any_process: Callable[[bool], bool] = bool,
+    *,
+    no_trunk: str = ALL_ADAPTED,
 ) -> bool:
     """Whether there are frozen layers, and the ``needed`` bytes of their hidden states (:func:`trunk_bytes`)
-    fit into ``trunk_gigabytes`` on every process; where not, a line says so."""
+    fit into ``trunk_gigabytes`` on every process; where not, a line says so. ``no_trunk``: why there are
+    none."""
     key, limit = f"{type(section).__name__.lower()}.trunk_gigabytes", section.trunk_gigabytes
     if frozen_layers and not any_process(needed > limit * 1e9):
         return True
@@ -44,7 +50,7 @@ def keeps_trunk(
             "so every pass computes them anew"
         )
     elif "trunk_gigabytes" in section.model_fields_set:
-        _print_once(f"{key} has no effect: no layers are frozen (lora.layers is all)")
+        _print_once(f"{key} has no effect: {no_trunk}")
     return False
 
 
