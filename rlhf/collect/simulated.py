@@ -7,9 +7,9 @@ PPO reward.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from rlhf.generation.sampling import sample, uniforms
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
 from rlhf.recipe.load import Recipe
-from rlhf.runs.artifacts import write_atomically
 from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.progress import progress
@@ -42,21 +41,17 @@ def sampled_comparisons(
         The usable comparisons, and the counts of those that were not (fewer than two distinct responses).
     """
     section = recipe.collect
-    parts = run.folder / "parts"
     chosen = [prompts[i % len(prompts)] for i in range(section.prompts)]
     batches = range(0, len(chosen), section.prompts_per_batch)
-    backbone: Backbone | None = None
+    backbone = functools.cache(partial(_backbone, recipe))  # not loaded where all batches are there
     counts = Counts()
     comparisons: list[Comparison] = []
     for number, start in enumerate(progress("comparisons", batches, leave=True)):
-        file = parts / f"{number:05d}.json"
         batch = chosen[start : start + section.prompts_per_batch]
-        if not file.is_file():
-            backbone = backbone or _backbone(recipe)
-            responses = _responses(recipe, backbone, dialogue, batch, first=start)
-            write_atomically(file, json.dumps(responses, ensure_ascii=False))
-            run.note_clock()
-        for comparison in _ranked(recipe, file, batch, first=start):
+        responses = run.remember(
+            f"{number:05d}", partial(_responses, recipe, backbone, dialogue, batch, first=start)
+        )
+        for comparison in _ranked(recipe, responses, batch, first=start):
             counts.read += 1
             fault = problem(comparison)
             if fault:
@@ -73,14 +68,19 @@ def _backbone(recipe: Recipe) -> Backbone:
 
 
 def _responses(
-    recipe: Recipe, backbone: Backbone, dialogue: Dialogue, batch: Sequence[Prompt], *, first: int
+    recipe: Recipe,
+    backbone: Callable[[], Backbone],
+    dialogue: Dialogue,
+    batch: Sequence[Prompt],
+    *,
+    first: int,
 ) -> list[list[str]]:
     section = recipe.collect
     k = section.responses
     prompts = [dialogue.encode_prompt(p) for p in batch for _ in range(k)]
     rows = range(first * k, first * k + len(prompts))
     sampled = sample(
-        backbone,
+        backbone(),
         REFERENCE,
         prompts,
         uniforms(recipe.seed, "collect", 0, rows, dialogue.max_response_tokens),
@@ -92,11 +92,13 @@ def _responses(
     return [texts[i : i + k] for i in range(0, len(texts), k)]
 
 
-def _ranked(recipe: Recipe, file: Path, batch: Sequence[Prompt], *, first: int) -> Iterator[Comparison]:
+def _ranked(
+    recipe: Recipe, responses: Sequence[Sequence[str]], batch: Sequence[Prompt], *, first: int
+) -> Iterator[Comparison]:
     """Comparisons of one batch; texts that say nothing are left out before the ranking."""
     section = recipe.collect
     judge = JUDGES[section.judge]
-    for row, (prompt, texts) in enumerate(zip(batch, json.loads(file.read_text("utf-8")), strict=True)):
+    for row, (prompt, texts) in enumerate(zip(batch, responses, strict=True)):
         said = tuple(text for text in texts if text.strip())
         rng = np.random.default_rng([recipe.seed % 2**63, _LABEL, first + row])
         ranks = tuple(noisy_ranks(judge(said), noise=section.noise, rng=rng))

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from rlhf.errors import UserError
+from rlhf.runs.artifacts import write_jsonl
 
 ROLES = ("system", "user", "assistant")
 OnBadRows = Literal["stop", "skip"]
@@ -275,25 +275,13 @@ def write_native(path: str | Path, comparisons: Iterable[Comparison]) -> None:
 
     The file appears under its name only when it is complete.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-        for line in _native_lines(comparisons):
-            file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    write_jsonl(Path(path), map(asdict, comparisons))
 
 
 def fingerprint(comparisons: Iterable[Comparison]) -> str:
     """SHA-256 (hex) of the content in its order: a run resumes at a position, so order is content too."""
     digest = hashlib.sha256()
-    for line in _native_lines(comparisons):
+    for comparison in comparisons:
+        line = json.dumps(asdict(comparison), ensure_ascii=False)
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
-
-
-def _native_lines(comparisons: Iterable[Comparison]) -> Iterator[str]:
-    for comparison in comparisons:
-        yield json.dumps(asdict(comparison), ensure_ascii=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from rlhf.data.readers.files import HUB, paths_of
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.recipe.reward import PmpSource
+from rlhf.runs.artifacts import write_json
 
 NOT_DRAWN = "not drawn: the source holds more than its share"
 
@@ -213,13 +213,7 @@ def _cached(
     part, counts = _read(files, share, seed, on_bad_rows, key, fits)
     write_native(data, part)
     # written last: without it, or with another fingerprint in it, the part is drawn again
-    unfinished = note.with_name(note.name + ".unfinished")
-    content = {"identity": identity, "counts": counts.as_dict(), "fingerprint": fingerprint(part)}
-    with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(note)
+    write_json(note, {"identity": identity, "counts": counts.as_dict(), "fingerprint": fingerprint(part)})
     return part, counts
 
 

@@ -5,15 +5,15 @@ No torch before a prompt is tokenized.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rlhf.data.comparisons import Counts, Message, Prompt
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
-from rlhf.runs.artifacts import write_atomically
+from rlhf.runs.artifacts import read_jsonl, write_jsonl
 from rlhf.runs.stage import StageRun
 
 if TYPE_CHECKING:
@@ -24,18 +24,13 @@ T = TypeVar("T")
 
 def write_prompts(file: Path, prompts: Sequence[Prompt]) -> None:
     """Write prompts as JSON lines {"messages": [{"role", "content"}, ...]}."""
-    lines = [
-        json.dumps({"messages": [{"role": m.role, "content": m.content} for m in p]}, ensure_ascii=False)
-        for p in prompts
-    ]
-    write_atomically(file, "".join(line + "\n" for line in lines))
+    write_jsonl(file, ({"messages": [asdict(message) for message in prompt]} for prompt in prompts))
 
 
 def stored_prompts(run: StageRun, name: str) -> list[Prompt]:
     """Prompts that the comparisons stage of the same run has written, in their order."""
-    text = (run.parent("comparisons") / name).read_text(encoding="utf-8")
-    rows = [json.loads(line)["messages"] for line in text.splitlines()]
-    return [tuple(Message(m["role"], m["content"]) for m in row) for row in rows]
+    rows = read_jsonl(run.parent("comparisons") / name)
+    return [tuple(Message(**message) for message in row["messages"]) for row in rows]
 
 
 def within_prompt_limit(

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlhf.errors import UserError, is_full_disk
 
@@ -47,8 +47,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader finds the old content or the whole new one, never a part.
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill: a reader finds the old content or the whole new one, never a part.
 
     Raises:
         OSError: the disk is full or not writable; the old content is untouched and no scrap is left.
@@ -57,7 +58,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
@@ -67,9 +68,28 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     _sync(path.parent)
 
 
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file as :func:`atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[object]) -> None:
+    """Write JSON Lines atomically, a value a line; the rows are taken one at a time."""
+    with atomic_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The values of a file that :func:`write_jsonl` wrote."""
+    # not splitlines(): a text may hold a line separator of Unicode, which JSON leaves as it is
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def read_json(path: Path) -> Any:

@@ -15,7 +15,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +27,7 @@ from rlhf.recipe.load import Recipe, dump, files_of
 from rlhf.recipe.stored import modernized
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import MANIFEST, Checkpoints
+from rlhf.runs.cache import remember
 
 RUNS = Path("runs")
 CONTRACT = ("seed", "model", "lora", "dialogue", "data")  # what all stages share
@@ -97,6 +98,20 @@ class StageRun:
             clock = self.clock()
             artifacts.write_json(self.folder / "clock.json", clock)
             self.started = time.monotonic()
+
+    def remember(
+        self, name: str, compute: Callable[[], Any], *, key: object = None, folder: Path | None = None
+    ) -> Any:
+        """A value that is computed once in all sessions (:func:`rlhf.runs.cache.remember`).
+
+        Args:
+            name: of the value and of its file.
+            compute: gives the value, JSON-able; every process calls it, the main one writes.
+            key: what the value depends on beyond the stage's fingerprint.
+            folder: where it is kept, ``parts`` of the stage by default, which goes with the stage's end.
+        """
+        kept = folder or self.folder / "parts"
+        return remember(kept, name, key, compute, is_main=self.is_main, on_new=self.note_clock)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write the manifest, which makes the stage complete, and drop its checkpoints.
