@@ -36,7 +36,7 @@ def test_one_policy_against_itself_differs_by_nothing_and_against_another_by_som
     road, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(road)
-    monkeypatch.setitem(JUDGES, "vader", lambda texts: [float(len(set(text))) for text in texts])
+    monkeypatch.setitem(JUDGES, "vader", lambda prompts, texts: [float(len(set(text))) for text in texts])
     run = road / "runs" / "tiny"
     recipe = tiny_recipe("evaluate.prompts=8")
     found = judge_both(recipe, run, run / "ppo" / "policy")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy.evaluate import best_of_n as module
-from policy.evaluate.before_after import say, text_judge
+from policy.evaluate.before_after import reward_fn_of, sample_and_score
 from policy.evaluate.best_of_n import (
     best_of_n,
     draw,
@@ -204,14 +204,14 @@ def model():
     return backbone, dialogue
 
 
-JUDGES = {
-    "gold": text_judge(lambda texts: [float(sum(map(ord, t)) % 97) for t in texts]),
-    "reward": text_judge(lambda texts: [float(len(set(t))) for t in texts]),
+REWARD_FNS = {
+    "gold": reward_fn_of(lambda prompts, texts: [float(sum(map(ord, t)) % 97) for t in texts]),
+    "reward": reward_fn_of(lambda prompts, texts: [float(len(set(t))) for t in texts]),
 }
 
 
-def drawn(model, *, samples=4, seed=0, batch_size=5, prompts=PROMPTS, judges=JUDGES, **options):
-    return draw(*model, prompts, judges, samples=samples, seed=seed, temperature=1.0,
+def drawn(model, *, samples=4, seed=0, batch_size=5, prompts=PROMPTS, reward_fns=REWARD_FNS, **options):
+    return draw(*model, prompts, reward_fns, samples=samples, seed=seed, temperature=1.0,
                 batch_size=batch_size, **options)  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def test_it_is_the_reference_that_answers(model):
 
 def test_neither_batches_nor_further_samples_or_prompts_change_what_was_drawn(model):
     few, many = drawn(model, samples=3), drawn(model, samples=5, batch_size=2)
-    for name in JUDGES:
+    for name in REWARD_FNS:
         assert few[name].tolist() == many[name][:, :3].tolist()
         assert few[name][:2].tolist() == drawn(model, samples=3, prompts=PROMPTS[:2])[name].tolist()
     assert few["gold"].tolist() != drawn(model, samples=3, seed=1)["gold"].tolist()
@@ -251,7 +251,8 @@ def test_neither_batches_nor_further_samples_or_prompts_change_what_was_drawn(mo
 
 def test_the_random_numbers_are_not_those_of_the_comparison(model, monkeypatch):
     backbone, dialogue = model
-    side = say(backbone, REFERENCE, dialogue, PROMPTS, JUDGES, seed=0, temperature=1.0, batch_size=3)
+    options = {"seed": 0, "temperature": 1.0, "batch_size": 3}
+    side = sample_and_score(backbone, REFERENCE, dialogue, PROMPTS, REWARD_FNS, **options)
     assert drawn(model, samples=1)["gold"][:, 0].tolist() != side.scores["gold"]
     uniforms = module.uniforms
 
@@ -262,20 +263,19 @@ def test_the_random_numbers_are_not_those_of_the_comparison(model, monkeypatch):
     assert drawn(model, samples=1)["gold"][:, 0].tolist() == side.scores["gold"]
 
 
-def test_equal_prompts_stand_next_to_each_other(model, monkeypatch):
-    seen, respond = [], module.respond
+def test_equal_prompts_stand_next_to_each_other(model):
+    seen = []
 
-    def watched(backbone, role, dialogue, prompts, *rest, **options):
-        seen.extend(prompts)
-        return respond(backbone, role, dialogue, prompts, *rest, **options)
+    def length(responses):
+        seen.extend(responses.prompts)
+        return torch.tensor([float(len(text)) for text in responses.texts])
 
-    monkeypatch.setattr(module, "respond", watched)
-    drawn(model, samples=4)
+    drawn(model, samples=4, reward_fns={"length": length})
     assert seen == [prompt for prompt in PROMPTS for _ in range(4)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_score_that_cannot_be_ranked_is_refused(model, bad):
-    judges = JUDGES | {"reward": text_judge(lambda texts: [bad] + [1.0] * (len(texts) - 1))}
+    reward_fns = REWARD_FNS | {"reward": lambda responses: torch.tensor([bad, *[1.0] * 11])}
     with pytest.raises(InvariantError, match="1 of 12 scores by reward are not finite"):
-        drawn(model, judges=judges, batch_size=12)
+        drawn(model, reward_fns=reward_fns, batch_size=12)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from policy.evaluate.before_after import (
-    Side,
+    EvaluatedResponses,
     compare,
     paired_jackknife,
     per_prompt,
+    reward_fn_of,
+    sample_and_score,
     sample_pairs,
-    say,
-    text_judge,
 )
 from policy.evaluate.report import as_markdown
 from policy.ppo.metrics import distinct_n
@@ -37,8 +37,8 @@ def talk(role, *, stir=0.0, prompts=PROMPTS, batch_size=2, temperature=1.0, laye
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=stir)
-    judges = {"gold": text_judge(lambda texts: [float(len(set(t))) for t in texts])}
-    return say(model, role, dialogue, prompts, judges, seed=seed, temperature=temperature,
+    reward_fns = {"gold": reward_fn_of(lambda prompts, texts: [float(len(set(t))) for t in texts])}
+    return sample_and_score(model, role, dialogue, prompts, reward_fns, seed=seed, temperature=temperature,
                batch_size=batch_size)  # fmt: skip
 
 
@@ -100,9 +100,8 @@ def test_a_side_against_itself_differs_by_nothing():
 
 def sides(before, after):
     """Two sides with given scores; the other figures are the scores too."""
-    return [
-        Side([f"word{x}" for x in xs], {"gold": xs}, xs, xs, xs, xs, xs) for xs in (list(before), list(after))
-    ]
+    both = (list(before), list(after))
+    return [EvaluatedResponses([f"word{x}" for x in xs], {"gold": xs}, *([xs] * 5)) for xs in both]
 
 
 def test_the_samples_of_a_prompt_are_averaged_before_the_interval():

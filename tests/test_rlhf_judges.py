@@ -36,7 +36,7 @@ def test_vader_orders_obvious_sentences() -> None:
     assert vader(sentences[::-1]) == scores[::-1]
     assert vader([""]) == [0.0]
     assert vader([]) == []
-    assert JUDGES["vader"] is vader
+    assert JUDGES["vader"]([()] * 5, sentences) == scores
 
 
 def test_vader_refuses_one_string() -> None:

@@ -123,7 +123,7 @@ def train_theirs(recipe: Recipe, run: Path, adapter: Path) -> Figures:
 
 def judge_both(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     """Both policies answer the held-out prompts with the same random numbers; paired figures."""
-    from policy.evaluate.before_after import per_prompt, say, text_judge
+    from policy.evaluate.before_after import per_prompt, reward_fn_of, sample_and_score
     from rlhf.collect.judges import JUDGES
     from rlhf.models.backbone import REFERENCE, Backbone
     from rlhf.models.base import load_base
@@ -136,12 +136,12 @@ def judge_both(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     prompts = prompts_of(run, "held_out_prompts.jsonl")[: section.prompts]
     rows = [prompt for prompt in prompts for _ in range(section.samples_per_prompt)]
     sides = {
-        role: say(
+        role: sample_and_score(
             backbone,
             role,
             dialogue,
             rows,
-            {"gold": text_judge(JUDGES[section.judge])},
+            {"gold": reward_fn_of(JUDGES[section.judge])},
             seed=recipe.seed,
             temperature=section.temperature,
             batch_size=section.batch_size,

@@ -17,14 +17,14 @@ from policy.ppo.metrics import distinct_n
 from reward.card.scorers import load_scorer
 from reward.model.ensemble import combine, member_folders
 from reward.model.model import TextRewardModel
-from rlhf.collect.judges import JUDGES
-from rlhf.data.comparisons import Message, Prompt, prompt_key
+from rlhf.collect.judges import JUDGES, Judge
+from rlhf.data.comparisons import Prompt, prompt_key
 from rlhf.data.stored import stored_prompts
 from rlhf.errors import UserError
 from rlhf.evals.model import LanguageModel
 from rlhf.evals.outcome import Outcome
 from rlhf.evals.tasks import hhh, toxicity
-from rlhf.evals.tasks.toxicity import ResponseJudge, judged, text_judge
+from rlhf.evals.tasks.toxicity import judged
 from rlhf.models.base import best_device
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.tax import Tax
@@ -79,21 +79,19 @@ class ToxicityTask:
             "top_p": toxic.top_p,
         }
 
-    def judge(self) -> ResponseJudge:
+    def judge(self) -> Judge:
         """Load the judge."""
         name = self.section.judge
         if name in JUDGES:
-            return text_judge(name)
+            return JUDGES[name]
         scorer = load_scorer(name, self.recipe, key="tax.toxicity.judge")
-        return lambda prompts, responses: [
-            float(s) for s in scorer.score([(Message("user", p),) for p in prompts], responses)
-        ]
+        return lambda prompts, responses: scorer.score(prompts, responses).tolist()
 
-    def outcome(self, responses: Responses, judge: ResponseJudge) -> Outcome:
+    def outcome(self, responses: Responses, judge: Judge) -> Outcome:
         """The figures of a variant's responses."""
         return toxicity.outcome(
             self.items,
-            judged([item.text for item in self.items], responses, judge),
+            judged([item.messages for item in self.items], responses, judge),
             threshold=self.section.threshold,
             higher_is_better=self.section.higher_is_better,
         )
@@ -166,13 +164,13 @@ class HeldOutScore:
         named = self.recipe.ppo.reward_model
         return [Path(folder) for folder in named] if named else member_folders(self.run.parent("reward"))
 
-    def judge(self) -> ResponseJudge:
+    def judge(self) -> Judge:
         """Load the judge."""
         if self.section.judge != "reward":
-            return text_judge(self.section.judge)
+            return JUDGES[self.section.judge]
         return reward_judge(self.recipe, self._folders())
 
-    def outcome(self, responses: Responses, judge: ResponseJudge) -> Outcome:
+    def outcome(self, responses: Responses, judge: Judge) -> Outcome:
         """The figures of a variant's responses: score, words, and how varied they are as a set."""
         scores = judged(self.prompts, responses, judge)
         varied = distinct_n([text for said in responses for text in said], 2)
@@ -195,7 +193,7 @@ class HeldOutScore:
         )
 
 
-def reward_judge(recipe: Recipe, folders: Sequence[Path]) -> ResponseJudge:
+def reward_judge(recipe: Recipe, folders: Sequence[Path]) -> Judge:
     """Reward models of this project as one judge, combined as PPO combines them."""
     models = [TextRewardModel(folder, best_device()) for folder in folders]
     ppo = recipe.ppo

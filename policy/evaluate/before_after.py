@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,23 +20,33 @@ from torch import Tensor
 
 from policy.ppo.kl import k3, sequence_kl
 from policy.ppo.metrics import distinct_n
-from policy.ppo.rollout import Responses, close, window
+from policy.ppo.rollout import Responses, RewardFn, close, window
+from rlhf.collect.judges import Judge
 from rlhf.data.comparisons import Prompt
-from rlhf.generation.sampling import Sampled, sample, uniforms
+from rlhf.generation import sampling
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.masks import ended, masked_mean
 from rlhf.stats.intervals import Z95, mean_interval, paired_difference, win_rate
 from rlhf.tokenization.dialogue import Dialogue
 
-ScoreFn = Callable[[Responses], Sequence[float]]
+
+class SampledBatch(NamedTuple):
+    """One batch of responses, as reward functions read them and as the sampler gave them."""
+
+    responses: Responses
+    sampled: sampling.Sampled
+    actions_BR: Tensor
+    """True = a sampled token, EOS included."""
+    start: int
+    """First response column of ``responses.ids_BT``."""
 
 
-class Side(NamedTuple):
-    """What one model said to the held-out prompts; every list has one entry a response."""
+class EvaluatedResponses(NamedTuple):
+    """One model's responses to the held-out prompts; every list has one entry a response."""
 
     texts: list[str]
     scores: dict[str, list[float]]
-    """By judge."""
+    """By the name of the reward function."""
     length: list[float]
     """Tokens, EOS included."""
     ended: list[float]
@@ -49,19 +59,13 @@ class Side(NamedTuple):
     """The same by the k3 estimator."""
 
 
-class Answer(NamedTuple):
-    """One batch of responses, as judges see them and as the sampler gave them."""
-
-    said: Responses
-    sampled: Sampled
-    actions_BR: Tensor
-    """True = a sampled token, EOS included."""
-    start: int
-    """First response column of ``said.ids_BT``."""
+def reward_fn_of(judge: Judge) -> RewardFn:
+    """A judge as a reward function; its scores are kept in double precision."""
+    return lambda responses: torch.tensor(judge(responses.prompts, responses.texts), dtype=torch.float64)
 
 
 @torch.no_grad()
-def respond(
+def sample(
     backbone: Backbone,
     role: str,
     dialogue: Dialogue,
@@ -69,7 +73,7 @@ def respond(
     uniform_BR: Tensor,
     *,
     temperature: float,
-) -> Answer:
+) -> SampledBatch:
     """Sample one response to every prompt of a batch.
 
     Args:
@@ -80,7 +84,7 @@ def respond(
         uniform_BR: random numbers in [0, 1), one a token.
         temperature: of sampling.
     """
-    sampled = sample(
+    sampled = sampling.sample(
         backbone,
         role,
         [dialogue.encode_prompt(p) for p in prompts],
@@ -94,22 +98,22 @@ def respond(
     hidden_BTD = backbone.trunk(ids_BT, mask_BT)
     part = window(ids_BT, mask_BT, hidden_BTD, start, torch.arange(len(prompts)))
     texts = [dialogue.decode(ids) for ids in sampled.response_ids_BR.tolist()]
-    return Answer(Responses(list(prompts), texts, *part[:3]), sampled, actions_BR, part.start)
+    return SampledBatch(Responses(list(prompts), texts, *part[:3]), sampled, actions_BR, part.start)
 
 
 @torch.no_grad()
-def say(
+def sample_and_score(
     backbone: Backbone,
     role: str,
     dialogue: Dialogue,
     prompts: Sequence[Prompt],
-    judges: dict[str, ScoreFn],
+    reward_fns: Mapping[str, RewardFn],
     *,
     seed: int,
     temperature: float,
     batch_size: int,
     progress: Callable[[int], Any] = int,
-) -> Side:
+) -> EvaluatedResponses:
     """Sample one response to every prompt and measure it.
 
     Args:
@@ -117,36 +121,35 @@ def say(
         role: ``policy`` or ``reference``.
         dialogue: the token contract.
         prompts: one row each; repeat a prompt for several samples.
-        judges: score functions by name.
+        reward_fns: reward functions by name.
         seed: of the random numbers, which depend on the row and not on the role.
         temperature: of sampling; log-probs and entropy are taken at it too.
         batch_size: rows at once.
         progress: called with the number of rows done.
     """
-    side = Side([], {name: [] for name in judges}, [], [], [], [], [])
+    found = EvaluatedResponses([], {name: [] for name in reward_fns}, [], [], [], [], [])
     for first in range(0, len(prompts), batch_size):
         batch = list(prompts[first : first + batch_size])
         rows = range(first, first + len(batch))
-        uniform_BR = uniforms(seed, "evaluate", 0, rows, dialogue.max_response_tokens)
-        said, sampled, actions_BR, start = respond(
+        uniform_BR = sampling.uniforms(seed, "evaluate", 0, rows, dialogue.max_response_tokens)
+        responses, sampled, actions_BR, start = sample(
             backbone, role, dialogue, batch, uniform_BR, temperature=temperature
         )
-        tokens = (said.ids_BT, said.mask_BT, said.hidden_BTD)
-        both = [
+        tokens = (responses.ids_BT, responses.mask_BT, responses.hidden_BTD)
+        (log_probs_BR, entropy_BR), (reference_BR, _) = (
             backbone(r, *tokens, start=start, temperature=temperature, targets_mask_BR=actions_BR)
             for r in (role, REFERENCE)
-        ]
-        (log_probs_BR, entropy_BR), (reference_BR, _) = both
-        for name, judge in judges.items():
-            side.scores[name].extend(float(s) for s in judge(said))
-        side.texts.extend(said.texts)
-        side.length.extend(actions_BR.sum(-1).float().tolist())
-        side.ended.extend(ended(sampled.response_ids_BR, dialogue.eos_id).float().tolist())
-        side.entropy.extend(masked_mean(entropy_BR, actions_BR, dim=-1).tolist())
-        side.kl.extend(sequence_kl(log_probs_BR, reference_BR, actions_BR).tolist())
-        side.kl_k3.extend((k3(log_probs_BR, reference_BR) * actions_BR).sum(-1).tolist())
+        )
+        for name, reward_fn in reward_fns.items():
+            found.scores[name].extend(reward_fn(responses).tolist())
+        found.texts.extend(responses.texts)
+        found.length.extend(actions_BR.sum(-1).float().tolist())
+        found.ended.extend(ended(sampled.response_ids_BR, dialogue.eos_id).float().tolist())
+        found.entropy.extend(masked_mean(entropy_BR, actions_BR, dim=-1).tolist())
+        found.kl.extend(sequence_kl(log_probs_BR, reference_BR, actions_BR).tolist())
+        found.kl_k3.extend((k3(log_probs_BR, reference_BR) * actions_BR).sum(-1).tolist())
         progress(len(batch))
-    return side
+    return found
 
 
 def per_prompt(values: Sequence[float], samples: int) -> NDArray[np.float64]:
@@ -171,25 +174,30 @@ def paired_jackknife(
         ]
     )
     known = changes[~np.isnan(changes)]  # without its only long text a set has no n-gram
-    figures: dict[str, float | None] = {"before": x, "after": y, "diff": y - x}
     ci95 = None
     if known.size > 1 and not math.isnan(y - x):
         error = math.sqrt((known.size - 1) * float(known.var()))
         ci95 = [y - x - Z95 * error, y - x + Z95 * error]
-    unknown = {name: None for name, value in figures.items() if value is not None and math.isnan(value)}
-    return {**figures, **unknown, "ci95": ci95, "n": len(before)}
+    figures = {"before": x, "after": y, "diff": y - x}
+    return {
+        **{name: None if math.isnan(value) else value for name, value in figures.items()},
+        "ci95": ci95,
+        "n": len(before),
+    }
 
 
-def compare(before: Side, after: Side, *, samples: int) -> dict[str, Any]:
-    """Every figure of the two sides with its interval, as it goes into ``summary.json``."""
+def compare(before: EvaluatedResponses, after: EvaluatedResponses, *, samples: int) -> dict[str, Any]:
+    """Every figure of the two with its interval, as it goes into ``summary.json``."""
+    pairs = {name: (before.scores[name], after.scores[name]) for name in before.scores}
+    pairs["response_length"] = (before.length, after.length)
+    pairs["eos_rate"] = (before.ended, after.ended)
+    pairs["entropy"] = (before.entropy, after.entropy)
     figures: dict[str, Any] = {}
-    for name in before.scores:
-        x, y = (per_prompt(side.scores[name], samples) for side in (before, after))
+    for name, values in pairs.items():
+        x, y = (per_prompt(side, samples) for side in values)
         figures[name] = paired_difference(x, y)
-        figures[f"{name}_win_rate"] = win_rate(x, y).as_dict()
-    for name, key in (("response_length", "length"), ("eos_rate", "ended"), ("entropy", "entropy")):
-        x, y = (per_prompt(getattr(side, key), samples) for side in (before, after))
-        figures[name] = paired_difference(x, y)
+        if name in before.scores:
+            figures[f"{name}_win_rate"] = win_rate(x, y).as_dict()
     for n in (1, 2):
         figures[f"distinct_{n}"] = paired_jackknife(
             before.texts, after.texts, functools.partial(distinct_n, n=n)
@@ -199,8 +207,10 @@ def compare(before: Side, after: Side, *, samples: int) -> dict[str, Any]:
     return figures
 
 
-def sample_pairs(prompts: Sequence[Prompt], before: Side, after: Side, number: int) -> list[dict[str, Any]]:
-    """A few prompts with what both sides said and how it was judged, evenly spread over the set."""
+def sample_pairs(
+    prompts: Sequence[Prompt], before: EvaluatedResponses, after: EvaluatedResponses, number: int
+) -> list[dict[str, Any]]:
+    """A few prompts with both responses and their scores, evenly spread over the set."""
     number = min(number, len(prompts))
     rows = np.linspace(0, len(prompts) - 1, number).astype(int).tolist() if number else []
     return [
@@ -212,13 +222,3 @@ def sample_pairs(prompts: Sequence[Prompt], before: Side, after: Side, number: i
         }
         for row in rows
     ]
-
-
-def text_judge(judge: Callable[[Sequence[str]], list[float]]) -> ScoreFn:
-    """A judge of texts as a score function."""
-    return lambda said: judge(said.texts)
-
-
-def tensor_judge(score: Callable[[Responses], Tensor]) -> ScoreFn:
-    """A reward model as a judge."""
-    return lambda said: score(said).tolist()

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from policy.evaluate.before_after import ScoreFn, respond
+from policy.evaluate.before_after import sample
 from policy.ppo.checks import InvariantError
+from policy.ppo.rollout import RewardFn
 from rlhf.data.comparisons import Prompt
 from rlhf.generation.sampling import uniforms
 from rlhf.models.backbone import REFERENCE, Backbone
@@ -62,8 +63,8 @@ def powers_of_two(limit: int) -> list[int]:
 def rank_weights(samples: int, n: int) -> Floats:
     """Probability that sample i of N, ascending by proxy, is the best of n drawn without replacement, [N].
 
-    C(i - 1, n - 1) / C(N, n) for i = 1..N, 0 for i < n (Nakano 2021; Gao 2022). By logarithms of binomials,
-    so that nothing overflows.
+    C(i - 1, n - 1) / C(N, n) for i = 1..N, 0 for i < n (Nakano 2021; Gao 2022). By whole numbers, so that
+    nothing overflows.
 
     Args:
         samples: N.
@@ -74,13 +75,8 @@ def rank_weights(samples: int, n: int) -> Floats:
     """
     if not 1 <= n <= samples:
         raise ValueError(f"best of {n} out of {samples} samples")
-    whole = _log_binomial(samples, n)
-    weights = [math.exp(_log_binomial(i - 1, n - 1) - whole) for i in range(n, samples + 1)]
-    return np.array([0.0] * (n - 1) + weights)
-
-
-def _log_binomial(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    draws = math.comb(samples, n)
+    return np.array([math.comb(i - 1, n - 1) / draws for i in range(1, samples + 1)])
 
 
 def ranked(proxy_N: ArrayLike, values_N: ArrayLike) -> Floats:
@@ -130,7 +126,7 @@ def draw(
     backbone: Backbone,
     dialogue: Dialogue,
     prompts: Sequence[Prompt],
-    judges: Mapping[str, ScoreFn],
+    reward_fns: Mapping[str, RewardFn],
     *,
     samples: int,
     seed: int,
@@ -138,7 +134,7 @@ def draw(
     batch_size: int,
     progress: Callable[[int], Any] = int,
 ) -> dict[str, Floats]:
-    """Sample each prompt several times from the reference and let every judge score, [P, N] a judge.
+    """Sample each prompt several times from the reference and let every reward function score, [P, N] each.
 
     The random numbers depend on the prompt's position and the sample's number alone: more samples or prompts
     leave the first ones as they were, and no other figure of the evaluation shares them.
@@ -147,7 +143,7 @@ def draw(
         backbone: the model; its reference answers.
         dialogue: the token contract.
         prompts: each once.
-        judges: score functions by name.
+        reward_fns: reward functions by name.
         samples: N, responses a prompt.
         seed: of the random numbers.
         temperature: of sampling.
@@ -157,18 +153,18 @@ def draw(
     Raises:
         InvariantError: a score is not finite, so nothing can be ranked.
     """
-    scores: dict[str, list[float]] = {name: [] for name in judges}
-    rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(samples)]
+    scores: dict[str, list[float]] = {name: [] for name in reward_fns}
+    rows = [(prompt, number) for prompt in range(len(prompts)) for number in range(samples)]
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         uniform_BR = torch.cat(
             [uniforms(seed, "best_of", p, [s], dialogue.max_response_tokens) for p, s in batch]
         )
-        answer = respond(
+        drawn = sample(
             backbone, REFERENCE, dialogue, [prompts[p] for p, _ in batch], uniform_BR, temperature=temperature
         )
-        for name, judge in judges.items():
-            scores[name].extend(float(score) for score in judge(answer.said))
+        for name, reward_fn in reward_fns.items():
+            scores[name].extend(reward_fn(drawn.responses).tolist())
         progress(len(batch))
     for name, values in scores.items():
         bad = sum(not math.isfinite(value) for value in values)

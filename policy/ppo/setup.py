@@ -203,15 +203,17 @@ def score_function(recipe: Recipe, run: StageRun, model: Backbone, dialogue: Dia
     folders = reward_folders(recipe, run)
     members: list[RewardFn]
     if recipe.ppo.retokenize:
-        members = [_reader(TextRewardModel(folder, best_device())) for folder in folders]
+        members = [reads_text(folder) for folder in folders]
     else:
         last_token = dialogue.end_of_context_id
         members = [_adapter(model, name, last_token) for name in reward_adapters(len(folders))]
     return EnsembleScore(members, recipe.ppo.ensemble, recipe.ppo.ensemble_penalty)
 
 
-def _reader(other: TextRewardModel) -> RewardFn:
-    return lambda responses: other.score(responses.prompts, responses.texts)
+def reads_text(folder: Path) -> RewardFn:
+    """Scores by a reward model with a base of its own, which reads prompt and response as text."""
+    model = TextRewardModel(folder, best_device())
+    return lambda responses: model.score(responses.prompts, responses.texts)
 
 
 def _adapter(model: Backbone, name: str, last_token: int | None) -> RewardFn:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import platform
 import random
 from collections.abc import Sequence
@@ -28,7 +27,14 @@ from rlhf.data.readers import read_comparisons
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import Recipe, from_command_line
-from rlhf.runs.artifacts import SETTINGS, read_json, write_atomically, write_json
+from rlhf.runs.artifacts import (
+    model_files,
+    print_page,
+    read_json,
+    write_atomically,
+    write_json,
+    write_jsonl,
+)
 from rlhf.runs.stage import RUNS, StageRun, input_hashes, open_stage
 from rlhf.training.progress import progress
 
@@ -54,7 +60,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     card: dict[str, Any] = {
         "name": recipe.name,
         "seed": recipe.seed,
-        "model": {**scorer.describe(), "files": input_hashes(model_files(path))},
+        "model": {**scorer.describe(), "files": input_hashes(list(map(str, model_files(path))))},
         "against_model": None,
         "data": {
             "files": input_hashes(comparison_files(recipe)),
@@ -73,7 +79,10 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         del scorer  # one model in memory at a time
         other = load_scorer(section.against, recipe, key="card.against")
         against_R, _ = scored(run, other, comparisons, "against")
-        card["against_model"] = {**other.describe(), "files": input_hashes(model_files(section.against))}
+        card["against_model"] = {
+            **other.describe(),
+            "files": input_hashes(list(map(str, model_files(section.against)))),
+        }
     card |= figures(
         Scored(comparisons, scores_R, cut_R, normalised, gain),
         bins=section.bins,
@@ -113,13 +122,6 @@ def _out_of_distribution(
 def model_of(recipe: Recipe) -> str:
     """Folder or hub id of the model that the card is about."""
     return recipe.card.model or str(RUNS / recipe.name / "reward" / "model")
-
-
-def model_files(path: str) -> list[str]:
-    """The files of a local model that decide its scores; a hub id has none here."""
-    folder = Path(path).expanduser()
-    names = ("reward*.json", "config.json", SETTINGS, "tokenizer.json", "*.safetensors", "*.jinja")
-    return [str(file) for name in names for file in sorted(folder.glob(name)) if folder.is_dir()]
 
 
 def comparison_files(recipe: Recipe) -> list[str]:
@@ -210,13 +212,13 @@ def write_scores(
     path: Path, comparisons: Sequence[Comparison], scores: dict[str, NDArray[np.float64] | None]
 ) -> None:
     """One comparison a line, as it was read, with the raw scores of its responses, the mean left in."""
-    lines, first = [], 0
+    rows, first = [], 0
     for c in comparisons:
         last = first + len(c.responses)
         given = {name: x[first:last].tolist() for name, x in scores.items() if x is not None}
-        lines.append(json.dumps({**dataclasses.asdict(c), **given}, ensure_ascii=False) + "\n")
+        rows.append({**dataclasses.asdict(c), **given})
         first = last
-    write_atomically(path, "".join(lines))
+    write_jsonl(path, rows)
 
 
 def main() -> None:
@@ -225,8 +227,8 @@ def main() -> None:
     section = recipe.card
     parents = [*([] if section.comparisons else ["comparisons"]), *([] if section.model else ["reward"])]
     named = [name for name in (section.model, section.against) if name]
-    inputs = [*section.comparisons, *section.outliers, *(f for name in named for f in model_files(name))]
-    inputs += map(str, training_files(recipe))
+    inputs = [*section.comparisons, *section.outliers, *map(str, training_files(recipe))]
+    inputs += [str(file) for name in named for file in model_files(name)]
     run = open_stage(recipe, "card", section="card", parents=parents, inputs=inputs)
     if run is not None:
         card = evaluate(recipe, run)
@@ -239,10 +241,7 @@ def main() -> None:
                 "slope": card["calibration"]["slope"],
             }
         )
-    file = RUNS / recipe.name / "card" / "card.md"
-    if not file.is_file():
-        raise UserError(f"{file} is missing; remove {file.parent} and run `make card` again")
-    print(file.read_text(encoding="utf-8"), flush=True)
+    print_page(RUNS / recipe.name / "card" / "card.md")
 
 
 if __name__ == "__main__":

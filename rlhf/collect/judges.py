@@ -7,8 +7,8 @@ scores become rankings, a reward model learns from the rankings alone, and the p
 that reward model. The gold judge is used for labelling and for evaluation, never as the reward, so the gap
 between the reward and the gold score can be measured.
 
-A judge sees the response only. A judge that saw the prompt too would reward the policy for words that it
-did not write.
+A gold judge looks at the response only: with the prompt it would reward the policy for words that it did not
+write.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError
 
-Judge = Callable[[Sequence[str]], list[float]]
-"""Texts -> one gold score each, in the same order; higher is better, each text judged by itself."""
+Judge = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
+"""Prompts and a response to each -> one score a response, in the same order; higher is better. What scores
+tensors is a :data:`policy.ppo.rollout.RewardFn`."""
 
 
 @functools.cache
@@ -40,7 +42,7 @@ def _vader_analyser() -> Any:
 
 
 def vader(texts: Sequence[str]) -> list[float]:
-    """Judge each text by its VADER compound sentiment: -1 most negative, 0 neutral, 1 most positive.
+    """Score each text by its VADER compound sentiment: -1 most negative, 0 neutral, 1 most positive.
 
     The method is that of Hutto and Gilbert 2014 ("VADER: A Parsimonious Rule-based Model for Sentiment
     Analysis of Social Media Text", ICWSM): a lexicon of rated words with rules for negation, degree and
@@ -53,12 +55,17 @@ def vader(texts: Sequence[str]) -> list[float]:
     :raises UserError: when the package vaderSentiment is not installed.
     """
     if isinstance(texts, str):  # a string is a sequence of strings, and would be judged letter by letter
-        raise TypeError("vader judges a sequence of texts, not one string")
+        raise TypeError("vader scores a sequence of texts, not one string")
     analyser = _vader_analyser()
     return [float(analyser.polarity_scores(text)["compound"]) for text in texts]
 
 
-JUDGES: dict[str, Judge] = {"vader": vader}
+def vader_judge(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """:func:`vader` of every response."""
+    return vader(responses)
+
+
+JUDGES: dict[str, Judge] = {"vader": vader_judge}
 """The gold judges that a recipe can name."""
 
 

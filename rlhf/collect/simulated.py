@@ -101,7 +101,7 @@ def _ranked(
     for row, (prompt, texts) in enumerate(zip(batch, responses, strict=True)):
         said = tuple(text for text in texts if text.strip())
         rng = np.random.default_rng([recipe.seed % 2**63, _LABEL, first + row])
-        ranks = tuple(noisy_ranks(judge(said), noise=section.noise, rng=rng))
+        ranks = tuple(noisy_ranks(judge([prompt] * len(said), said), noise=section.noise, rng=rng))
         yield Comparison(prompt, said, ranks, source=f"lab-{section.judge}")
 
 
@@ -111,5 +111,5 @@ def noise_ceiling(judge_name: str, comparisons: Sequence[Comparison]) -> tuple[l
     Their ratio is what a perfect reward model would reach on these noisy labels.
     """
     judge = JUDGES[judge_name]
-    counts = [pair_agreement(judge(c.responses), c.ranks) for c in comparisons]
+    counts = [pair_agreement(judge([c.prompt] * len(c.responses), c.responses), c.ranks) for c in comparisons]
     return [agreeing for agreeing, _ in counts], [pairs for _, pairs in counts]

@@ -33,6 +33,14 @@ def stored_prompts(run: StageRun, name: str) -> list[Prompt]:
     return [tuple(Message(**message) for message in row["messages"]) for row in rows]
 
 
+def held_out_prompts(run: StageRun, number: int) -> list[Prompt]:
+    """The first held-out prompts of the run; says so where there are fewer than asked for."""
+    prompts = stored_prompts(run, "held_out_prompts.jsonl")
+    if len(prompts) < number:
+        run.say(f"{run.stage}: {len(prompts)} held-out prompts, fewer than the {number} asked for")
+    return prompts[:number]
+
+
 def within_prompt_limit(
     items: Sequence[T], prompt_of: Callable[[T], Prompt], recipe: Recipe, dialogue: Dialogue, counts: Counts
 ) -> list[T]:

@@ -34,6 +34,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def model_files(place: str, *more: str) -> list[Path]:
+    """The files of a local model or adapter that decide its output; a model on the hub has none here.
+
+    place: a folder or a hub id. more: patterns of further files.
+    """
+    folder = Path(place).expanduser()
+    names = ("config.json", "reward*.json", SETTINGS, "tokenizer.json", "*.safetensors", "*.jinja", *more)
+    return [file for name in names for file in sorted(folder.glob(name)) if folder.is_dir()]
+
+
 def hash_of(value: object) -> str:
     """Content hash of a JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -90,6 +100,18 @@ def read_jsonl(path: Path) -> list[Any]:
     """The values of a file that :func:`write_jsonl` wrote."""
     # not splitlines(): a text may hold a line separator of Unicode, which JSON leaves as it is
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+def print_page(file: Path) -> None:
+    """Print the page of a finished stage.
+
+    Raises:
+        UserError: it is gone; its folder has the name of the stage, and of the make target.
+    """
+    if not file.is_file():
+        stage = file.parent.name
+        raise UserError(f"{file} is missing; remove {file.parent} and run `make {stage}` again")
+    print(file.read_text(encoding="utf-8"), flush=True)
 
 
 def read_json(path: Path) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rlhf.collect.judges import JUDGES
 from rlhf.evals.model import LanguageModel
 from rlhf.evals.outcome import Outcome
 from rlhf.evals.registry import evaluate_task
@@ -66,7 +67,7 @@ def judged(lm: LanguageModel, openings: Sequence[str], tokens: int, seed: int) -
     found = toxicity.run(
         lm,
         items,
-        judge=toxicity.text_judge(JUDGE),
+        judge=JUDGES[JUDGE],
         max_new_tokens=tokens,
         temperature=1.0,
         top_p=1.0,

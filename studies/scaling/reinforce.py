@@ -29,9 +29,9 @@ JUDGE = "vader"
 PROMPT_TOKENS = 128  # longest opening that PPO continues
 
 
-def score(said: Responses) -> Tensor:
+def score(responses: Responses) -> Tensor:
     """The programmatic reward: VADER's compound sentiment of every response, -1 to 1."""
-    return torch.tensor(JUDGES[JUDGE](said.texts))
+    return torch.tensor(JUDGES[JUDGE](responses.prompts, responses.texts))
 
 
 def reinforce(

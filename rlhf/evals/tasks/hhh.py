@@ -17,9 +17,10 @@ a the tokens of the answer and q everything before them (behind the fixed text t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from rlhf.collect.judges import Judge
 from rlhf.data.comparisons import Prompt
 from rlhf.data.readers.files import HUB
 from rlhf.data.readers.hh import turns
@@ -37,9 +38,6 @@ EXPECTED = (
     "(HuggingFaceH4/hhh_alignment), two answers, one of them right"
 )
 METRICS = ("acc_sum", "acc_mean", "acc_mi")
-
-Score = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
-"""Prompts (messages) and as many responses -> one score each, higher is better."""
 
 
 class Item(NamedTuple):
@@ -140,14 +138,13 @@ def run(lm: LanguageModel, items: Sequence[Item]) -> Outcome:
     return _outcome(TASK, items, values, "acc_mi")
 
 
-def hhh_by_scores(items: Sequence[Item], score: Score) -> Outcome:
+def hhh_by_scores(items: Sequence[Item], judge: Judge) -> Outcome:
     """Which answers a reward model prefers: ``acc`` = 1 where the good one has the higher score, ties 1/2.
 
-    items: the dialogues. score: scores of responses to prompts; called once, the two answers to one question
-    side by side.
+    items: the dialogues. judge: called once, the two answers to one question side by side.
     """
     prompts = [item.messages for item in items for _ in range(2)]
-    scores = [float(s) for s in score(prompts, [text for item in items for text in (item.good, item.bad)])]
+    scores = [float(s) for s in judge(prompts, [text for item in items for text in (item.good, item.bad)])]
     if len(scores) != len(prompts):
         raise ValueError(f"{len(scores)} scores for {len(prompts)} answers")
     values = [win(scores[i], scores[i + 1]) for i in range(0, len(scores), 2)]

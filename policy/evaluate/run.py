@@ -1,0 +1,183 @@
+"""The work of the `evaluate` stage: both models answer the held-out prompts, reward functions score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from policy.evaluate.before_after import (
+    EvaluatedResponses,
+    compare,
+    per_prompt,
+    reward_fn_of,
+    sample_and_score,
+    sample_pairs,
+)
+from policy.evaluate.best_of_n import best_of_figures, draw
+from policy.ppo.rollout import RewardFn
+from policy.ppo.setup import (
+    check_rewards,
+    load_scorer,
+    reads_text,
+    reward_adapters,
+    reward_folders,
+    score_function,
+)
+from rlhf.collect.judges import JUDGES
+from rlhf.data.comparisons import Prompt
+from rlhf.data.stored import held_out_prompts
+from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.base import best_device, load_base
+from rlhf.recipe.load import Recipe
+from rlhf.runs.artifacts import read_json, write_jsonl
+from rlhf.runs.initial_adapter import start_folder
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import Dialogue, load_dialogue
+from rlhf.training.progress import progress
+
+STAGES = ("comparisons", "sft", "distill", "pmp", "reward", "ppo")
+
+
+def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
+    """Do the stage's work, ``responses.jsonl`` included; returns the summary."""
+    section = recipe.evaluate
+    dialogue = load_dialogue(recipe)
+    backbone = _backbone(recipe, run)
+    reward_fns = _reward_fns(recipe, run, backbone, dialogue)
+    backbone.check_architecture()
+    backbone.to(best_device())
+    prompts = held_out_prompts(run, section.prompts)
+    rows = [prompt for prompt in prompts for _ in range(section.samples_per_prompt)]
+    with progress("evaluate", total=2 * len(rows), leave=True) as bar:
+        before, after = (
+            sample_and_score(
+                backbone,
+                role,
+                dialogue,
+                rows,
+                reward_fns,
+                seed=recipe.seed,
+                temperature=section.temperature,
+                batch_size=section.batch_size,
+                progress=bar.update,
+            )
+            for role in (REFERENCE, "policy")
+        )
+    best_of = _best_of_n(recipe, backbone, dialogue, prompts, reward_fns, before, after)
+    write_jsonl(
+        run.folder / "responses.jsonl",
+        [
+            {"prompt": p[-1].content, "before": b, "after": a}
+            for p, b, a in zip(rows, before.texts, after.texts, strict=True)
+        ],
+    )
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "model": recipe.model.path,
+        "judged_by": section.judge,
+        **compare(before, after, samples=section.samples_per_prompt),
+        **best_of,
+        "reward_model": _reward_figures(run),
+        "samples": sample_pairs(rows, before, after, section.pairs_shown),
+        "stages": _stage_costs(run),
+    }
+
+
+def _backbone(recipe: Recipe, run: StageRun) -> Backbone:
+    """The policy, its reference, and room for the reward models that are adapters of the same base."""
+    rewards = () if recipe.ppo.retokenize else reward_adapters(len(reward_folders(recipe, run)))
+    start = start_folder(recipe, run, "ppo")
+    adapters = ("policy", *rewards, *((REFERENCE,) if start else ()))
+    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=adapters, heads=rewards)
+    backbone.load_adapter("policy", run.parent("ppo") / "policy")
+    if start:
+        backbone.load_adapter(REFERENCE, start)
+    return backbone
+
+
+def _reward_fns(recipe: Recipe, run: StageRun, backbone: Backbone, dialogue: Dialogue) -> dict[str, RewardFn]:
+    """What scores the responses, the one that decides first: ``gold`` where the recipe has a gold judge,
+    ``judge`` a reward model of the recipe's choice, and ``reward`` the score that PPO was trained on (all its
+    reward models, combined)."""
+    found: dict[str, RewardFn] = {}
+    if recipe.evaluate.judge != "reward":
+        found["gold"] = reward_fn_of(JUDGES[recipe.evaluate.judge])
+    elif recipe.evaluate.reward_model:
+        found["judge"] = reads_text(Path(recipe.evaluate.reward_model))
+    if not recipe.ppo.retokenize:
+        folders = reward_folders(recipe, run)
+        check_rewards(recipe, dialogue, folders)
+        for adapter, folder in zip(reward_adapters(len(folders)), folders, strict=True):
+            load_scorer(backbone, adapter, folder)
+    found["reward"] = score_function(recipe, run, backbone, dialogue)
+    return found
+
+
+def _best_of_n(
+    recipe: Recipe,
+    backbone: Backbone,
+    dialogue: Dialogue,
+    prompts: Sequence[Prompt],
+    reward_fns: dict[str, RewardFn],
+    before: EvaluatedResponses,
+    after: EvaluatedResponses,
+) -> dict[str, Any]:
+    """Best of n from the reference beside the policy on the same prompts; empty where the recipe has none."""
+    section = recipe.evaluate
+    if not section.best_of:
+        return {}
+    prompts = prompts[: section.best_of_prompts]
+    with progress("best of n", total=len(prompts) * section.best_of, leave=True) as bar:
+        scores = draw(
+            backbone,
+            dialogue,
+            prompts,
+            reward_fns,
+            samples=section.best_of,
+            seed=recipe.seed,
+            temperature=section.temperature,
+            batch_size=section.batch_size,
+            progress=bar.update,
+        )
+
+    def first(values: Sequence[float]) -> Any:
+        return per_prompt(values, section.samples_per_prompt)[: len(prompts)]
+
+    scored_before, scored_after = (
+        {name: first(values) for name, values in model.scores.items()} for model in (before, after)
+    )
+    judge = next(iter(reward_fns))
+    figures = best_of_figures(
+        scores, scored_before, scored_after, first(after.kl), proxy="reward", judge=judge
+    )
+    return {"best_of_n": figures}
+
+
+def _manifest(run: StageRun, stage: str) -> dict[str, Any]:
+    """The manifest of another stage of the run; empty where it has not run."""
+    file = run.parent(stage) / "manifest.json"
+    return dict(read_json(file)) if file.is_file() else {}
+
+
+def _reward_figures(run: StageRun) -> dict[str, Any]:
+    """What the reward stage and the comparisons stage found out about the reward model."""
+    figures: dict[str, Any] = {}
+    for stage, names in (
+        ("reward", ("held_out_accuracy", "train_accuracy", "probe_accuracy")),
+        ("comparisons", ("noise_ceiling", "train", "held_out")),
+    ):
+        results = _manifest(run, stage).get("results", {})
+        figures |= {name: results[name] for name in names if name in results}
+    return figures
+
+
+def _stage_costs(run: StageRun) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of every stage of the run, this one included."""
+    manifests = {stage: manifest for stage in STAGES if (manifest := _manifest(run, stage))}
+    costs = {
+        stage: {name: manifest[name] for name in ("seconds", "peak_bytes")}
+        for stage, manifest in manifests.items()
+    }
+    return {**costs, "evaluate": run.clock()}
