@@ -226,9 +226,10 @@ def test_torch_is_seen_where_it_is_loaded():
 
 def test_each_library_is_known_to_few():
     # rlhf/models/lora.py: makes and reads adapters; rlhf/models/folding.py: computes what peft's layers
-    # compute; reward/model/model.py: the saved format is peft's adapter for Hugging Face's sequence
-    # classifier; reward/card/scorers.py: the card reads anybody's reward model, an adapter too
-    ground = {f"rlhf/models/{name}.py" for name in ("lora", "backbone", "folding")}
+    # compute; rlhf/models/merging.py: merges anybody's adapters; reward/model/model.py: the saved format is
+    # peft's adapter for Hugging Face's sequence classifier;
+    # reward/card/scorers.py: the card reads anybody's reward model, an adapter too
+    ground = {f"rlhf/models/{name}.py" for name in ("lora", "backbone", "folding", "merging")}
     assert importers("peft") <= ground | {"reward/model/model.py", "reward/card/scorers.py"}
     assert importers("accelerate") == {"rlhf/training/runtime.py", "rlhf/training/trackers.py"}
     assert importers("deepspeed") == {"rlhf/training/runtime.py", "rlhf/training/kernel_lock.py"}

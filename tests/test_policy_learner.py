@@ -92,7 +92,7 @@ def fitted(folder, monkeypatch, **section):
 
     backbone = backbone_of(recipe.ppo, width=16)
     monkeypatch.setattr(policy.ppo.run, "load_dialogue", lambda recipe: dialogue_of(4))
-    monkeypatch.setattr(policy.ppo.run, "assemble", lambda *parts: backbone)
+    monkeypatch.setattr(policy.ppo.run, "assemble", lambda *parts, **options: backbone)
     monkeypatch.setattr(policy.ppo.run, "stored_prompts", lambda *parts: PROMPTS)
     monkeypatch.setattr(policy.ppo.run, "score_function", lambda *parts: Score())
     built = policy.ppo.run.build_trainer(recipe, SimpleNamespace(folder=folder, note_clock=lambda: None))

@@ -238,7 +238,7 @@ def _load(variant: ModelVariant, recipe: Recipe) -> tuple[PreTrainedModel, PreTr
     import torch
 
     from rlhf.models.base import best_device, load_base
-    from rlhf.models.merging import add_adapter
+    from rlhf.models.merging import with_adapters
 
     own = variant.base == recipe.model.path
     section = recipe.model.model_copy(
@@ -249,8 +249,7 @@ def _load(variant: ModelVariant, recipe: Recipe) -> tuple[PreTrainedModel, PreTr
         model = load_base(section)
     except UserError as error:
         raise _blamed(error, variant, own) from None
-    for folder, weight in variant.adapters:
-        add_adapter(model, Path(folder), weight)
+    model = with_adapters(model, variant.adapters)
     torch.nn.Module.to(model, best_device())  # transformers refuses to move an 8-bit model
     return model, tokenizer
 

@@ -1,7 +1,5 @@
 """One frozen base, many named LoRA adapters, a few scalar heads.
 
-peft is also used in :mod:`rlhf.models.lora` and :mod:`rlhf.models.folding`.
-
 Roles: ``policy``, ``value`` and ``reward`` are adapters on the one base; ``reference`` is the base with every
 adapter switched off, or a frozen adapter where the policy starts from one. All roles go through
 :meth:`Backbone.forward`, so that one DeepSpeed engine can wrap it.
