@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from studies.preference.work import with_needs
+from studies.engine.units import with_needs
 from studies.scaling.data.items import TASKS
 from studies.scaling.figures import Study
-from studies.scaling.plan import BASE, FULL, PPO, Given, units_of
+from studies.scaling.plan import FULL, PPO, Given, units_of
 
 ITEMS = 40
 DEFAULTS = {
@@ -86,13 +86,8 @@ def evaluation(arm, layers, same, own, told):
 
 
 def study(sizes=(1, 2, 3), seeds=(0, 1, 2), **told):
-    """A finished study: (Study, units, what each unit left)."""
+    """A finished study."""
     units = with_needs(units_of(plan_of(sizes, seeds), Given()))
     told = DEFAULTS | told
     found = [{"result": result_of(u, told), "seconds": 60.0, "cpu_seconds": 30.0} for u in units]
-    return Study(units, found), units, found
-
-
-def base_arm(done, task, metric="acc"):
-    """A level of the base, for short."""
-    return done.level(task, metric, BASE)
+    return Study(units, found)

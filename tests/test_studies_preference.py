@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, softplus
 
-from studies.preference import data, train
-from studies.preference.ladder import count, make_rung, matrix_weights
+from studies.engine.ladder import matrix_weights
+from studies.engine.training import Schedule, index_stream
+from studies.preference import data, losses
+from studies.preference.model import count, make_rung
 
 WORLD = data.make_world(np.random.default_rng(5))
 
@@ -192,9 +194,9 @@ def test_imitation_is_the_cross_entropy_of_the_tokens_after_the_topic(model):
     logits = model.body(input_ids=ids).last_hidden_state @ model.body.wte.weight.T
     targets = torch.where(torch.from_numpy(text.mask_NT[items]), ids, -100)[:, 2:]
     expected = cross_entropy(logits[:, 1:-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
-    assert train.imitation_loss(model, text, items).item() == pytest.approx(expected.item(), abs=1e-5)
+    assert losses.imitation_loss(model, text, items).item() == pytest.approx(expected.item(), abs=1e-5)
     per_token = (
-        train.scores_of(model, text.take(items), train.summed_log_prob).sum() / (targets >= 0).sum().item()
+        losses.scores_of(model, text.take(items), losses.summed_log_prob).sum() / (targets >= 0).sum().item()
     )
     assert -per_token == pytest.approx(expected.item(), abs=1e-5)
 
@@ -209,7 +211,7 @@ def test_the_preference_losses_equal_a_loop_over_their_comparisons(model):
     pairs = data.ranked_pairs(WORLD, 10, rng(18), part="train")
     items = np.array([1, 4, 7])
     plain = [softplus(score_of(model, pairs.bad, i) - score_of(model, pairs.good, i)) for i in items]
-    assert train.preference_loss(model, pairs, items).item() == pytest.approx(
+    assert losses.preference_loss(model, pairs, items).item() == pytest.approx(
         torch.stack(plain).mean().item(), abs=1e-5
     )
     absolute = []
@@ -218,7 +220,7 @@ def test_the_preference_losses_equal_a_loop_over_their_comparisons(model):
         good_b, bad_b = (score_of(model, pairs.bad, i, c) for c in (data.GOOD, data.BAD))
         absolute += [softplus(bad_a - good_a), softplus(good_b - bad_b)]
     expected = torch.stack(absolute).mean().item()
-    assert train.binarised_loss(model, pairs, items).item() == pytest.approx(expected, abs=1e-5)
+    assert losses.binarised_loss(model, pairs, items).item() == pytest.approx(expected, abs=1e-5)
 
     text, ranks = data.ranked_sets(WORLD, 4, 3, rng(19), part="train", sharpness=1.0)
     terms = [
@@ -229,16 +231,16 @@ def test_the_preference_losses_equal_a_loop_over_their_comparisons(model):
         if ranks[p, i] < ranks[p, j]
     ]
     expected = torch.stack(terms).mean().item()
-    assert train.set_loss(model, text, ranks, np.array([2, 0])).item() == pytest.approx(expected, abs=1e-5)
-    scores = train.scores_of(model, text, train.reward).reshape(4, 3)
-    assert train.set_losses(scores, ranks)[[2, 0]].mean() == pytest.approx(expected, abs=1e-5)
+    assert losses.set_loss(model, text, ranks, np.array([2, 0])).item() == pytest.approx(expected, abs=1e-5)
+    scores = losses.scores_of(model, text, losses.reward).reshape(4, 3)
+    assert losses.set_losses(scores, ranks)[[2, 0]].mean() == pytest.approx(expected, abs=1e-5)
 
 
 def test_every_pass_takes_every_item_once_and_the_rate_warms_up_and_falls():
-    stream = train.index_stream(12, 4, 6, rng(20))
+    stream = index_stream(12, 4, 6, rng(20))
     assert stream.shape == (6, 4)
     assert sorted(stream[:3].ravel()) == sorted(stream[3:].ravel()) == list(range(12))
-    schedule = train.Schedule(1.0, 100, warmup=10)
+    schedule = Schedule(1.0, 100, warmup=10)
     rates = [schedule.rate(s) for s in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) < 1.0

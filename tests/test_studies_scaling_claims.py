@@ -6,14 +6,15 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from conftest import ROOT
-from scaling_cases import DEFAULTS, base_arm, estimate, plan_of, study
+from scaling_cases import DEFAULTS, estimate, plan_of, study
 
 from rlhf.errors import UserError
-from rlhf.markdown import cell
-from studies.preference.verdicts import Verdict
+from studies.engine.plots import save
+from studies.engine.report import content
+from studies.engine.verdicts import Verdict
 from studies.scaling import claims, figures, objectives, plots, report
 from studies.scaling.figures import LOSS, WORD, point_of
-from studies.scaling.plan import ARMS, FULL, PPO, PTX, Given, units_of
+from studies.scaling.plan import ARMS, BASE, FULL, PPO, PTX, Given, units_of
 
 PREFERENCE = ROOT / "docs" / "studies" / "preference" / "study.json"
 SUPPORTED, CONTRADICTED, UNDECIDED = Verdict.SUPPORTED, Verdict.CONTRADICTED, Verdict.UNDECIDED
@@ -30,7 +31,7 @@ def verdicts(claim, text):
 
 
 def test_a_figure_is_the_mean_over_seeds_at_every_rung():
-    done, _, _ = study()
+    done = study()
     figure = done.level(*LOSS, PPO)
     assert [r.label for r in figure.rungs] == ["L = 1", "L = 2", "L = 3"]
     assert [r.size for r in figure.rungs] == [196_608, 1_572_864, 5_308_416]
@@ -41,7 +42,7 @@ def test_a_figure_is_the_mean_over_seeds_at_every_rung():
 
 
 def test_a_tax_is_what_was_lost_item_by_item():
-    done, _, _ = study()
+    done = study()
     for layers, (loss, word) in enumerate(
         zip(done.tax(LOSS, PPO).estimates, done.tax(WORD, PPO).estimates, strict=True), 1
     ):
@@ -57,7 +58,7 @@ def test_a_figure_of_the_distillation_report_keeps_its_error():
 
 
 def test_rungs_are_in_the_order_of_their_size_and_an_ambiguous_unit_is_an_error():
-    done, _, _ = study(sizes=(3, 1, 2))
+    done = study(sizes=(3, 1, 2))
     assert [r.label for r in done.rungs] == ["L = 1", "L = 2", "L = 3"]
     with pytest.raises(KeyError, match="2 results"):
         done.result("ppo", done.rungs[0], 0)
@@ -78,52 +79,52 @@ def test_rungs_are_in_the_order_of_their_size_and_an_ambiguous_unit_is_an_error(
     ],
 )
 def test_distillation_has_to_take_over_four_fifths_on_the_whole_interval(told, verdict):
-    assert claims.distillation(study(**told)[0]).verdict is verdict
+    assert claims.distillation(study(**told)).verdict is verdict
 
 
 # claim 6
 
 
 def test_a_tax_that_falls_with_size_and_that_text_lowers_is_supported():
-    claim = claims.tax(study()[0])
+    claim = claims.tax(study())
     assert verdicts(claim, "slope of the tax of PPO on held-out loss") == {SUPPORTED}
     assert verdicts(claim, "tax on held-out loss, PPO less PPO-ptx") == {SUPPORTED}
     assert not any("same reward" in note for note in claim.notes)
 
 
 def test_a_tax_that_grows_is_contradicted_and_one_that_stays_undecided():
-    grows = claims.tax(study(tax=lambda layers: 0.03 * layers)[0])
+    grows = claims.tax(study(tax=lambda layers: 0.03 * layers))
     assert verdicts(grows, "slope of the tax of PPO on held-out loss") == {CONTRADICTED}
-    stays = claims.tax(study(tax=lambda layers: 0.03)[0])
+    stays = claims.tax(study(tax=lambda layers: 0.03))
     assert verdicts(stays, "slope of the tax of PPO on held-out loss") == {UNDECIDED}
 
 
 def test_text_that_does_not_lower_the_tax_is_told():
-    assert verdicts(claims.tax(study(ptx=1.5)[0]), "tax on held-out loss, PPO less") == {CONTRADICTED}
+    assert verdicts(claims.tax(study(ptx=1.5)), "tax on held-out loss, PPO less") == {CONTRADICTED}
 
 
 def test_a_tax_that_is_lower_for_less_reward_is_told_and_not_judged():
-    claim = claims.tax(study(ptx_reward=0.2)[0])
+    claim = claims.tax(study(ptx_reward=0.2))
     assert verdicts(claim, "tax on held-out loss, PPO less PPO-ptx") == {UNDECIDED}
     assert sum("same reward" in note for note in claim.notes) == 3
     (row,) = [row for row in claim.rows if row[0].startswith("reward on held-out openings")]
     assert row[2].startswith("-0.300")
-    assert verdicts(claims.tax(study(ptx_reward=0.2, ptx=1.5)[0]), "tax on held-out") == {UNDECIDED}
+    assert verdicts(claims.tax(study(ptx_reward=0.2, ptx=1.5)), "tax on held-out") == {UNDECIDED}
 
 
 def test_a_tax_that_is_paid_is_told_and_not_judged():
-    claim = claims.tax(study()[0])
+    claim = claims.tax(study())
     rows = [row for row in claim.rows if row[1] == PPO and row[0].startswith("held-out loss")]
     assert all("*pays*" in at for at in rows[0][2:5])
-    gains = claims.tax(study(tax=lambda layers: -0.03)[0])
+    gains = claims.tax(study(tax=lambda layers: -0.03))
     assert all("*gains*" in at for at in gains.rows[2][2:5])
     assert not [s for s in claim.statements if "pays" in s.text]
 
 
 def test_a_rung_that_never_knew_the_last_word_has_nothing_to_lose():
-    able = claims.tax(study()[0])
+    able = claims.tax(study())
     assert verdicts(able, "last words lost, prompted") <= {SUPPORTED, UNDECIDED}
-    unable = claims.tax(study(word=0.0, word_tax=lambda layers: 0.0)[0])
+    unable = claims.tax(study(word=0.0, word_tax=lambda layers: 0.0))
     assert verdicts(unable, "last words lost") == {UNDECIDED}
     assert verdicts(unable, "slope of the tax of PPO on last words") == {UNDECIDED}
     assert sum("nothing to lose" in note for note in unable.notes) == 3
@@ -133,31 +134,31 @@ def test_a_rung_that_never_knew_the_last_word_has_nothing_to_lose():
 
 
 def test_accuracy_that_falls_with_size_is_inverse_scaling():
-    claim = claims.inverse_scaling(study()[0])
+    claim = claims.inverse_scaling(study())
     assert claim.verdict is SUPPORTED
     assert len(claim.statements) == 8  # four tasks, before and after
-    rises = claims.inverse_scaling(study(accuracy=lambda layers: 0.2 + 0.2 * layers)[0])
+    rises = claims.inverse_scaling(study(accuracy=lambda layers: 0.2 + 0.2 * layers))
     assert rises.verdict is CONTRADICTED
 
 
 def test_a_change_of_accuracy_by_ppo_is_paired_and_beside_the_trend():
-    claim = claims.inverse_scaling(study()[0])
+    claim = claims.inverse_scaling(study())
     assert sum(row[1] == "ppo less base, paired" for row in claim.rows) == 4
 
 
 def test_where_the_answers_have_no_probability_nothing_is_decided():
-    claim = claims.inverse_scaling(study(mass=0.01)[0])
+    claim = claims.inverse_scaling(study(mass=0.01))
     assert claim.verdict is UNDECIDED
     assert sum("accuracy there says little" in note for note in claim.notes) == 8
-    assert claims.answer_mass(study(mass=0.01)[0], "neqa", PPO) == pytest.approx([0.01] * 3)
+    assert claims.answer_mass(study(mass=0.01), "neqa", PPO) == pytest.approx([0.01] * 3)
 
 
 # fewer rungs
 
 
 def test_two_rungs_decide_nothing_that_needs_a_trend():
-    done, _, _ = study(sizes=(1, 2))
-    assert base_arm(done, "neqa").trend is None
+    done = study(sizes=(1, 2))
+    assert done.level("neqa", "acc", BASE).trend is None
     claim = claims.inverse_scaling(done)
     assert claim.verdict is UNDECIDED
     assert "2 rungs: a trend needs 3" in claim.notes[-1]
@@ -230,84 +231,31 @@ def test_ptx_is_the_only_difference_of_the_two_arms_of_ppo():
 # the page
 
 
-@pytest.fixture(scope="module")
-def written():
-    done, units, found = study()
-    rows = objectives.read(PREFERENCE)
+def test_the_page_has_what_the_json_has_and_the_plots_are_written(tmp_path):
+    """How a page is made of its JSON: test_studies_engine.py."""
+    done, rows = study(), objectives.read(PREFERENCE)
     made = claims.all_claims(done, rows)
     numbers = [*figures.all_figures(done), *objectives.figures(rows)]
-    content = report.study(
+    kept = content(
+        "scaling",
         {**asdict(plan_of()), "given": asdict(Given())},
-        done,
         made,
-        numbers,
-        units,
-        found,
+        done,
         command="python -m studies.scaling",
         jobs=2,
         preference="read",
+        seeds=done.seeds,
+        rungs=report.rungs(done),
+        figures=[f.as_dict() for f in numbers],
     )
-    content = json.loads(json.dumps(content, allow_nan=False))
-    return content, report.page(content, made, numbers)
-
-
-def shown(figure, digits=4):
-    """A figure of the JSON as the page has it."""
-    if figure["mean"] is None:
-        return "| -"
-    ends = figure["ci95"]
-    tail = "" if ends is None else f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
-    return f"| {figure['mean']:.{digits}f}{tail} |"
-
-
-def test_the_page_holds_every_figure_of_the_json(written):
-    content, page = written
-    assert len(content["figures"]) > 60
-    lines = page.splitlines()
-    for figure in content["figures"]:
-        start = lines.index(f"### {figure['group']}")
-        (line,) = [
-            x
-            for x in lines[start : start + 20]
-            if x.startswith(f"| {cell(figure['name'])} | {figure['unit']} |")
-        ][:1]
-        for rung in figure["rungs"]:
-            assert shown(rung) in line, figure
-        assert shown(figure["trend"]["slope"]) in line
-        assert f"{figure['trend']['misfit']:.4f}" in line
-        assert {rung["N"] for rung in figure["rungs"]} == {rung["N"] for rung in content["rungs"]}
-
-
-def test_the_page_holds_every_statement_and_table_of_the_json(written):
-    content, page = written
-    assert [c["number"] for c in content["claims"]] == [1, 5, 6, 19]
-    for claim in content["claims"]:
-        assert f"| {claim['number']} | {claim['title']} | **{claim['verdict']}** |" in page
-        for statement in claim["statements"]:
-            (line,) = [x for x in page.splitlines() if x.startswith(f"| {cell(statement['text'])} |")]
-            assert line.endswith(f"| {statement['rule']} | {statement['verdict']} |")
-            measured = [float(x) for x in re.findall(r"-?\d+\.?\d*", line.split(" | ")[1])]
-            assert measured == pytest.approx([statement["mean"], *statement["ci95"]], abs=6e-4)
-        for row in claim["table"]["rows"]:
-            assert all(cell(text) in page for text in row)
-        for note in claim["notes"]:
-            assert note in page
-
-
-def test_the_page_tells_time_models_and_what_it_is_no_measure_of(written):
-    content, page = written
-    assert content["time"] == {"units": 81, "jobs": 2, "unit_seconds": 81 * 60, "cpu_seconds": 81 * 30}
+    kept = json.loads(json.dumps(kept, allow_nan=False))
+    assert [c["number"] for c in kept["claims"]] == [1, 5, 6, 19]
+    assert kept["time"] == {"units": 81, "jobs": 2, "unit_seconds": 81 * 60, "cpu_seconds": 81 * 30}
+    page = report.page(kept)
     assert "81 units, 81.0 min of unit time (40.5 min of CPU time)" in page
-    assert "no number here can stand beside one of a model of ten billion parameters" in page
-    assert "PAY the tax in the papers" in page
-    for rung in content["rungs"]:
-        assert f"| {rung['rung']} | {rung['N']:,.0f} |" in page
-    assert "nan" not in page.lower().split()
-    assert not re.search(r"\bnan\b", page)
-
-
-def test_the_plots_are_written(tmp_path):
-    done, _, _ = study()
-    files = plots.draw_all(done, objectives.read(PREFERENCE), tmp_path)
+    assert not re.search(r"\bnan\b", page, re.IGNORECASE)
+    assert len(kept["figures"]) > 60
+    assert all(f"### {figure['group']}" in page for figure in kept["figures"])
+    files = save(plots.canvases(done, rows), tmp_path)
     assert sorted(f.name for f in files) == ["distillation.png", "inverse.png", "objectives.png", "tax.png"]
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in files)

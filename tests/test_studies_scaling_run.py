@@ -11,8 +11,8 @@ import torch
 
 from rlhf.errors import UserError
 from rlhf.models.tiny import tiny_model, tiny_tokenizer, write_tiny_model
-from studies.preference.ladder import matrix_weights
-from studies.preference.work import is_done, read_result, result_path, run, weights_path, with_needs
+from studies.engine.ladder import matrix_weights
+from studies.engine.units import is_done, read_result, result_path, run, weights_path, with_needs
 from studies.scaling import __main__ as command
 from studies.scaling import rungs
 from studies.scaling.adapters import backbone_of, bare_ids, lead_of
@@ -23,7 +23,7 @@ from studies.scaling.distil import distil, passages, student_states
 from studies.scaling.evaluate import classified, last_words
 from studies.scaling.figures import Study
 from studies.scaling.plan import ARMS, FULL, QUICK, Given, for_models, units_of
-from studies.scaling.units import execute
+from studies.scaling.units import compute
 
 TINY = replace(
     QUICK,
@@ -56,7 +56,7 @@ def units(plan=TINY, given=None):
 def finished(tmp_path_factory):
     """A work folder in which everything has been done, and what was said."""
     folder, said = tmp_path_factory.mktemp("work"), []
-    run(units(), folder, execute, say=said.append)
+    run(units(), folder, compute, say=said.append)
     return folder, said
 
 
@@ -69,7 +69,7 @@ def results(folder, some=None):
 
 def test_every_arm_has_every_task(finished):
     folder, _ = finished
-    done = Study(units(), [read_result(u, folder) for u in units()])
+    done = Study.read(units(), folder)
     assert done.tasks == ["lm_loss", "last_word", "judged", *TASKS]
     for arm in ARMS:
         found = done.result("evaluate", done.rungs[0], 0, arm=arm)
@@ -114,7 +114,7 @@ def test_a_lost_unit_is_done_again_alone_and_comes_out_the_same(finished):
 
     def note(unit, place):
         did.append(unit.key)
-        execute(unit, place)
+        return compute(unit, place)
 
     run(units(), folder, note, say=lambda _: None)
     assert did == [lost.key]
@@ -123,7 +123,7 @@ def test_a_lost_unit_is_done_again_alone_and_comes_out_the_same(finished):
 
 def test_two_runs_are_equal(finished, tmp_path):
     some = [u for u in units() if u.kind in ("rung", "distil") or u.settings.get("arm") == "prompted"]
-    run(some, tmp_path, execute, say=lambda _: None)
+    run(some, tmp_path, compute, say=lambda _: None)
     assert results(tmp_path, some) == {
         k: v for k, v in results(finished[0]).items() if k in results(tmp_path, some)
     }
@@ -270,7 +270,7 @@ def test_models_that_are_given_are_a_ladder_too(tmp_path):
         if u.kind != "ppo" and u.settings.get("arm") in (None, "base", "prompted")
     ]
     folder = tmp_path / "work"
-    run(some, folder, execute, say=lambda _: None)
+    run(some, folder, compute, say=lambda _: None)
     sizes = {u.settings["model"]: read_result(u, folder)["result"]["N"] for u in some if u.kind == "rung"}
     assert sizes[places[0]] < sizes[places[1]]
     (found,) = [
@@ -315,7 +315,7 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(monkeypatch, tmp_path
 def test_the_command_writes_a_report(monkeypatch, tmp_path, finished):
     """All units are done, so the processes have nothing to do."""
     folder, _ = finished
-    monkeypatch.setattr("studies.scaling.plan.QUICK", TINY)
+    monkeypatch.setattr(command, "QUICK", TINY)
     out = tmp_path / "out"
     call(monkeypatch, "--quick", "--output", out, "--work", folder, "--jobs", 1)
     content = json.loads((out / "study.json").read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from studies.preference.measure import T95
+from studies.engine.seeds import student95
 from studies.scaling.trend import RESIDUALS, SEEDS, Point, fit
 
 SIZES = (196_608.0, 1_572_864.0, 5_308_416.0)
@@ -43,7 +43,9 @@ def test_the_interval_of_one_seed_is_the_classical_one_of_least_squares(rungs):
     y = np.random.default_rng(rungs).standard_normal(rungs)
     _, covariance = np.polyfit(x, y, 1, cov=True)
     found = fit(MANY[:rungs], points(y[:, None]))
-    assert found.slope.high - found.slope.mean == pytest.approx(T95[rungs - 3] * math.sqrt(covariance[0, 0]))
+    assert found.slope.high - found.slope.mean == pytest.approx(
+        student95(rungs - 2) * math.sqrt(covariance[0, 0])
+    )
     assert (found.method, found.slope.n) == (RESIDUALS, rungs)
 
 

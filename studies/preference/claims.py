@@ -1,6 +1,6 @@
 """From the results of the units to the claims: one function a claim, plain numbers in, verdicts out.
 
-Intervals are over seeds (``measure.over_seeds``); what is compared is paired by item wherever both sides saw
+Intervals are over seeds (``seeds.over_seeds``); what is compared is paired by item wherever both sides saw
 the same items.
 """
 
@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from studies.preference.ladder import matrix_weights
-from studies.preference.measure import SeedMean, combine, over_seeds, slope_weights
-from studies.preference.results import (
+from rlhf.stats.intervals import Estimate
+from studies.engine.ladder import matrix_weights
+from studies.engine.results import Results
+from studies.engine.seeds import SeedMean, combine, over_seeds, slope_weights
+from studies.engine.verdicts import Claim, above, below, inside, shown
+from studies.preference.tables import (
     FEW,
     TRANSFER_COLUMNS,
     VERSUS_COLUMNS,
-    Results,
-    by_seed,
-    in_words,
+    mean_of,
     transfer_gap,
     transfer_rows,
     versus_gaps,
     versus_rows,
 )
-from studies.preference.verdicts import Claim, above, below, inside
 
 EQUIVALENCE = 0.03  # claim 2: 3 percentage points
 CALIBRATED = (0.8, 1.25)  # claim 11: slopes that count as "about 1"
@@ -45,16 +45,13 @@ def ranked_against_imitation(results: Results) -> Claim:
     statements = []
     sizes = results.values("versus", "layers")
     for layers in sizes:
-        gaps = [SeedMean.of(g) for g in versus_gaps(results, "ranked", layers)]
-        statements.append(above(f"accuracy of PM less that of imitation, L = {layers}", over_seeds(gaps)))
+        gap = mean_of(versus_gaps(results, "ranked", layers))
+        statements.append(above(f"accuracy of PM less that of imitation, L = {layers}", gap))
     if len(sizes) > 1:
         weights = slope_weights([np.log10(matrix_weights(layers)) for layers in sizes])
         by_size = [versus_gaps(results, "ranked", layers) for layers in sizes]
-        slopes = [
-            SeedMean.of(sum(w * g for w, g in zip(weights, of_seed, strict=True)))
-            for of_seed in zip(*by_size, strict=True)
-        ]
-        statements.append(above("growth of that gap per tenfold N", over_seeds(slopes)))
+        slopes = [np.asarray(weights) @ np.asarray(gaps) for gaps in zip(*by_size, strict=True)]
+        statements.append(above("growth of that gap per tenfold N", mean_of(slopes)))
     return Claim(
         1,
         "Ranked preference modelling against imitation",
@@ -108,12 +105,11 @@ def pretraining_helps(results: Results) -> Claim:
     for layers in results.values("finetune", "layers"):
         for arm in ("ranked", "binary"):
             for other, called in (("none", "no PMP"), ("imitation", "the control")):
-                gap = transfer_gap(results, layers, "shifted", arm, other, few=True)
                 text = f"{arm} PMP less {called}, mean over few pairs, L = {layers}"
-                statements.append(above(text, over_seeds(gap)))
-            shrinks = transfer_gap(results, layers, "shifted", arm, "none", few=True, less_many=True)
+                statements.append(above(text, transfer_gap(results, layers, "shifted", arm, other)))
             text = f"{arm} PMP less no PMP: with few pairs less with most, L = {layers}"
-            statements.append(above(text, over_seeds(shrinks)))
+            shrinks = transfer_gap(results, layers, "shifted", arm, "none", less_many=True)
+            statements.append(above(text, shrinks))
     return Claim(
         3,
         "Preference-model pre-training (PMP)",
@@ -134,14 +130,11 @@ def binary_pretraining_transfers(results: Results) -> Claim:
     statements = []
     notes = []
     for layers in results.values("finetune", "layers"):
-        conflict = over_seeds(transfer_gap(results, layers, "conflicting", "binary", "ranked", few=True))
         text = f"binary PMP less ranked PMP, opposite order, mean over few pairs, L = {layers}"
-        statements.append(above(text, conflict))
+        statements.append(above(text, transfer_gap(results, layers, "conflicting", "binary", "ranked")))
         for target, called in (("agreeing", "orders agree"), ("shifted", "shifted target of claim 3")):
-            other = over_seeds(transfer_gap(results, layers, target, "binary", "ranked", few=True))
-            notes.append(
-                f"No claim, for comparison: the same where the {called}, L = {layers}: {in_words(other)}."
-            )
+            other = shown(transfer_gap(results, layers, target, "binary", "ranked"))
+            notes.append(f"No claim, for comparison: the same where the {called}, L = {layers}: {other}.")
     return Claim(
         4,
         "Binary PMP transfers better than ranked PMP",
@@ -161,31 +154,25 @@ def calibrated(results: Results) -> Claim:
     statements = []
     rows = []
     passes = results.values("calibration", "epochs")
+
+    def measured(name: str, layers: int, epochs: int, *head: str) -> Estimate:
+        """The slope; the row is put in the table."""
+        found = [r[name] for r in results.by_seed("calibration", layers=layers, epochs=epochs)]
+        slope = over_seeds([SeedMean(f["slope"], f["slope_error"]) for f in found])
+        means = [f"{np.mean([f[key] for f in found]):.3f}" for key in ("ece", "loss", "accuracy")]
+        rows.append([*head, shown(slope), *means])
+        return slope
+
     for layers in results.values("calibration", "layers"):
         for epochs in passes:
-            found = [r["model"] for r in by_seed(results, "calibration", layers=layers, epochs=epochs)]
-            slope = over_seeds([SeedMean(f["slope"], f["slope_error"]) for f in found])
+            slope = measured("model", layers, epochs, str(layers), str(epochs))
             if epochs == passes[0]:
                 text = f"slope after {epochs} pass, L = {layers}"
                 statements.append(inside(text, slope, *CALIBRATED))
             else:
                 text = f"slope after {epochs} passes (over-confident: below 1), L = {layers}"
                 statements.append(below(text, slope, 1.0))
-            mean = {name: np.mean([f[name] for f in found]) for name in ("ece", "loss", "accuracy")}
-            rows.append(
-                [
-                    str(layers),
-                    str(epochs),
-                    in_words(slope),
-                    *(f"{mean[n]:.3f}" for n in ("ece", "loss", "accuracy")),
-                ]
-            )
-    known = [r["known score"] for r in by_seed(results, "calibration", layers=layers, epochs=passes[0])]
-    slope = over_seeds([SeedMean(f["slope"], f["slope_error"]) for f in known])
-    mean = {name: np.mean([f[name] for f in known]) for name in ("ece", "loss", "accuracy")}
-    rows.append(
-        ["the known score", "-", in_words(slope), *(f"{mean[n]:.3f}" for n in ("ece", "loss", "accuracy"))]
-    )
+    measured("known score", layers, passes[0], "the known score", "-")
     return Claim(
         11,
         "Calibration",
@@ -206,11 +193,11 @@ def whole_sets(results: Results) -> Claim:
     rows = []
     k = results.values("sets", "k")[0]
     for layers in results.values("sets", "layers"):
-        arms = {a: by_seed(results, "sets", layers=layers, arm=a) for a in ("grouped", "shuffled")}
+        arms = {a: results.by_seed("sets", layers=layers, arm=a) for a in ("grouped", "shuffled")}
         loss = {a: [np.array(r["held_out_losses"]) for r in found] for a, found in arms.items()}
-        less = [SeedMean.of(s - g) for s, g in zip(loss["shuffled"], loss["grouped"], strict=True)]
+        less = mean_of([s - g for s, g in zip(loss["shuffled"], loss["grouped"], strict=True)])
         text = f"held-out loss after one pass, shuffled less grouped, L = {layers}"
-        statements.append(above(text, over_seeds(less), digits=4))
+        statements.append(above(text, less, digits=4))
         for arm, forwards in (("grouped", k), ("shuffled", k * (k - 1))):
             paid = over_seeds([SeedMean(r["forwards_per_prompt"], 0.0) for r in arms[arm]])
             text = f"forward passes a prompt, {arm}, L = {layers} (exact)"
@@ -219,7 +206,7 @@ def whole_sets(results: Results) -> Claim:
                 [
                     str(layers),
                     arm,
-                    in_words(over_seeds([SeedMean.of(x) for x in loss[arm]])),
+                    shown(mean_of(loss[arm])),
                     f"{np.mean([r['training_loss'] for r in arms[arm]]):.3f}",
                     f"{np.mean([r['known_score_loss'] for r in arms[arm]]):.3f}",
                 ]

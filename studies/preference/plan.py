@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from studies.engine.ladder import seconds
+from studies.engine.units import Settings, Unit
 from studies.preference.data import WIDTH
-from studies.preference.work import Settings, Unit
 
-TRAINING_TOKENS_A_SECOND = {1: 30_000, 2: 5_700, 3: 2_000}  # one thread of an AMD EPYC, AVX-512, float32
-FORWARD_SPEEDUP = 3.0
 # Learning rates of language modelling and imitation, of preference modelling, of finetuning; all sizes.
 LM_RATE, PM_RATE, FINETUNE_RATE = 1e-3, 5e-4, 3e-4
 OVERHEAD = 0.3  # seconds a unit: making the model and drawing the data
@@ -72,23 +71,21 @@ def units_of(plan: Plan) -> list[Unit]:
         for layers in plan.sizes:
             units += _versus(plan, layers, seed)
         for layers in plan.small_sizes:
-            units += (
-                _transfer(plan, layers, seed) + _calibration(plan, layers, seed) + _sets(plan, layers, seed)
-            )
+            for part in (_transfer, _calibration, _sets):
+                units += part(plan, layers, seed)
     return units
 
 
 def language_model(plan: Plan, layers: int, seed: int) -> Unit:
     """The start of every model of this size and seed."""
-    settings: Settings = {"layers": layers, "seed": seed, "sentences": plan.sentences}
-    settings |= {"batch": 64, "learning_rate": LM_RATE, "test": 500}
-    return Unit("lm", settings, cost=_cost(layers, plan.sentences, 500))
+    own: Settings = {"sentences": plan.sentences, "batch": 64, "learning_rate": LM_RATE, "test": 500}
+    return _unit("lm", layers, seed, own, None, plan.sentences, 500)
 
 
 def _versus(plan: Plan, layers: int, seed: int) -> list[Unit]:
-    start = (language_model(plan, layers, seed),)
+    start = language_model(plan, layers, seed)
     made = []
-    for kind, arm, labels in (
+    for data, arm, labels in (
         ("ranked", "pm", "true"),
         ("ranked", "il", "true"),
         ("binary", "pm", "true"),
@@ -97,17 +94,11 @@ def _versus(plan: Plan, layers: int, seed: int) -> list[Unit]:
     ):
         if labels == "shuffled" and layers != plan.sizes[0]:
             continue
-        settings: Settings = {"layers": layers, "seed": seed, "data": kind, "arm": arm, "labels": labels}
-        settings |= {
-            "pairs": plan.versus_pairs,
-            "batch": 32,
-            "learning_rate": (PM_RATE if arm == "pm" else LM_RATE),
-        }
-        settings |= {"test": plan.versus_test}
-        sides = 2 if arm == "pm" else 1
-        looks = 2 if arm == "pm" else 4
-        cost = _cost(layers, sides * plan.versus_pairs, looks * plan.versus_test)
-        made.append(Unit("versus", settings, start, cost))
+        rate, sides, looks = (PM_RATE, 2, 2) if arm == "pm" else (LM_RATE, 1, 4)
+        own: Settings = {"data": data, "arm": arm, "labels": labels, "pairs": plan.versus_pairs}
+        own |= {"batch": 32, "learning_rate": rate, "test": plan.versus_test}
+        read = looks * plan.versus_test
+        made.append(_unit("versus", layers, seed, own, start, sides * plan.versus_pairs, read))
     return made
 
 
@@ -116,48 +107,43 @@ def _transfer(plan: Plan, layers: int, seed: int) -> list[Unit]:
     for arm in ARMS:
         start = language_model(plan, layers, seed)
         if arm != "none":
-            settings: Settings = {"layers": layers, "seed": seed, "arm": arm, "pairs": plan.source_pairs}
-            rate = LM_RATE if arm == "imitation" else PM_RATE
-            settings |= {"batch": 32, "learning_rate": rate, "test": 500}
+            own: Settings = {"arm": arm, "pairs": plan.source_pairs, "batch": 32, "test": 500}
+            own |= {"learning_rate": LM_RATE if arm == "imitation" else PM_RATE}
             sentences = {"imitation": 1, "ranked": 2, "binary": 4}[arm] * plan.source_pairs
-            start = Unit("pmp", settings, (start,), _cost(layers, sentences, 3_000))
+            start = _unit("pmp", layers, seed, own, start, sentences, 3_000)
         for target in TARGETS:
             for pairs in plan.agreeing_pairs if target == "agreeing" else plan.target_pairs:
-                settings = {"layers": layers, "seed": seed, "arm": arm, "target": target, "pairs": pairs}
-                settings |= {
-                    "batch": 16,
-                    "least_steps": 40,
-                    "learning_rate": FINETUNE_RATE,
-                    "test": plan.target_test,
-                }
+                own = {"arm": arm, "target": target, "pairs": pairs, "batch": 16, "least_steps": 40}
+                own |= {"learning_rate": FINETUNE_RATE, "test": plan.target_test}
                 trained = 2 * max(pairs, 40 * 16) if pairs else 0
-                cost = _cost(layers, trained, 2 * plan.target_test)
-                made.append(Unit("finetune", settings, (start,), cost))
+                made.append(_unit("finetune", layers, seed, own, start, trained, 2 * plan.target_test))
     return made
 
 
 def _calibration(plan: Plan, layers: int, seed: int) -> list[Unit]:
     made = []
     for epochs in plan.epochs:
-        settings: Settings = {"layers": layers, "seed": seed, "epochs": epochs, "sharpness": 0.7}
-        settings |= {"pairs": plan.calibration_pairs, "batch": 32, "learning_rate": PM_RATE}
-        settings |= {"test": plan.calibration_test}
-        cost = _cost(layers, 2 * epochs * plan.calibration_pairs, 2 * plan.calibration_test)
-        made.append(Unit("calibration", settings, (language_model(plan, layers, seed),), cost))
+        own: Settings = {"epochs": epochs, "sharpness": 0.7, "pairs": plan.calibration_pairs, "batch": 32}
+        own |= {"learning_rate": PM_RATE, "test": plan.calibration_test}
+        trained, read = 2 * epochs * plan.calibration_pairs, 2 * plan.calibration_test
+        start = language_model(plan, layers, seed)
+        made.append(_unit("calibration", layers, seed, own, start, trained, read))
     return made
 
 
 def _sets(plan: Plan, layers: int, seed: int) -> list[Unit]:
     made = []
     for arm, forwards in (("grouped", 6), ("shuffled", 30)):
-        settings: Settings = {"layers": layers, "seed": seed, "arm": arm, "k": 6, "sharpness": 0.7}
-        settings |= {"prompts": plan.prompts, "batch": 4, "learning_rate": PM_RATE}
-        settings |= {"test": plan.prompts_test, "points": 8}
-        cost = _cost(layers, forwards * plan.prompts, 10 * 6 * plan.prompts_test + 6 * plan.prompts)
-        made.append(Unit("sets", settings, (language_model(plan, layers, seed),), cost))
+        own: Settings = {"arm": arm, "k": 6, "sharpness": 0.7, "prompts": plan.prompts, "batch": 4}
+        own |= {"learning_rate": PM_RATE, "test": plan.prompts_test, "points": 8}
+        trained, read = forwards * plan.prompts, 10 * 6 * plan.prompts_test + 6 * plan.prompts
+        made.append(_unit("sets", layers, seed, own, language_model(plan, layers, seed), trained, read))
     return made
 
 
-def _cost(layers: int, trained: int, looked_at: int) -> float:
-    speed = TRAINING_TOKENS_A_SECOND[layers] / WIDTH
-    return OVERHEAD + trained / speed + looked_at / (FORWARD_SPEEDUP * speed)
+def _unit(
+    kind: str, layers: int, seed: int, own: Settings, start: Unit | None, trained: int, read: int
+) -> Unit:
+    """A unit behind the one that it starts from; trained, read: sentences, for its cost."""
+    cost = seconds(layers, trained * WIDTH, read * WIDTH, OVERHEAD)
+    return Unit(kind, {"layers": layers, "seed": seed} | own, (start,) if start else (), cost)

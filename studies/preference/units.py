@@ -13,9 +13,6 @@ the purpose alone: models of all sizes and arms see the same sentences.
 
 from __future__ import annotations
 
-import math
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +21,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from studies.preference import data, train
+from studies.engine.training import Schedule, index_stream, train
+from studies.engine.units import Settings, Unit, keep, weights_path
+from studies.preference import data, losses
 from studies.preference.data import Floats, Ints, Pairs, Part, World
-from studies.preference.ladder import Rung, count, make_rung
 from studies.preference.measure import calibration, to_text
-from studies.preference.train import Schedule, index_stream
-from studies.preference.work import Settings, Unit, weights_path, write_result
+from studies.preference.model import Rung, count, make_rung
 
 PURPOSES = ("world", "corpus", "training", "test", "order of the data", "labels")
 FINETUNING_POOL = 2000  # the first n of these pairs are the n pairs of a finetuning
@@ -47,32 +44,22 @@ def world_of(seed: int) -> World:
     return data.make_world(random(seed, "world"))
 
 
-def start_worker() -> None:
-    """Make a process fit for units: one thread, and nothing that is not deterministic."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-
-
-def execute(unit: Unit, folder: Path) -> None:
-    """Do a unit and leave its result, and the weights others need, in the folder."""
-    wall, cpu = time.monotonic(), time.process_time()
+def compute(unit: Unit, folder: Path) -> dict[str, Any]:
+    """Do a unit; returns its result, and leaves the weights that others need in the folder."""
     model = make_rung(unit.settings["layers"], unit.settings["seed"])
     for need in unit.needs:
         model.load_state_dict(load_file(weights_path(need, folder)))
     result = KINDS[unit.kind](model, unit.settings)
     if unit.kind in LEAVING_WEIGHTS:
-        path = weights_path(unit, folder)
-        unfinished = path.with_name(f"{path.name}.unfinished.{os.getpid()}")
-        save_file(model.state_dict(), unfinished)
-        unfinished.replace(path)
-    write_result(unit, folder, result, time.monotonic() - wall, time.process_time() - cpu)
+        keep(weights_path(unit, folder), lambda file: save_file(model.state_dict(), file))
+    return result
 
 
 def language_model(model: Rung, s: Settings) -> dict[str, Any]:
     """Train on the corpus; how far the loss of held-out sentences is from the entropy of the grammar."""
     world = world_of(s["seed"])
     text = data.corpus(world, s["sentences"], random(s["seed"], "corpus"))
-    losses = _fit(model, s, len(text), lambda i: train.imitation_loss(model, text, i))
+    trained = _fit(model, s, len(text), lambda i: losses.imitation_loss(model, text, i))
     rng = random(s["seed"], "test")
     test = data.sample(world, np.asarray(rng.integers(data.TOPICS, size=s["test"])), rng, part="held_out")
     tokens = int(test.mask_NT[:, 2:].sum())
@@ -81,8 +68,8 @@ def language_model(model: Rung, s: Settings) -> dict[str, Any]:
         "matrix_weights": parameters.matrices,
         "non_embedding_parameters": parameters.non_embedding,
         "parameters": parameters.total,
-        "first_loss": losses[0],
-        "held_out_loss": -float(train.scores_of(model, test, train.summed_log_prob).sum()) / tokens,
+        "first_loss": trained[0],
+        "held_out_loss": -float(losses.scores_of(model, test, losses.summed_log_prob).sum()) / tokens,
         "entropy": -float(test.log_p_N.sum()) / tokens,
     }
 
@@ -101,24 +88,24 @@ def versus(model: Rung, s: Settings) -> dict[str, Any]:
     if s["labels"] == "shuffled":
         pairs = data.in_random_order(pairs, random(s["seed"], "labels"))
     if s["arm"] == "pm":
-        losses = _fit(model, s, len(pairs), lambda i: train.preference_loss(model, pairs, i))
-        credits = {"score": _credit(model, test, train.reward)}
+        trained = _fit(model, s, len(pairs), lambda i: losses.preference_loss(model, pairs, i))
+        credits = {"score": _credit(model, test, losses.reward)}
     else:
-        before = _both(model, test, train.summed_log_prob)
-        losses = _fit(model, s, len(pairs), lambda i: train.imitation_loss(model, pairs.good, i))
-        after = _both(model, test, train.summed_log_prob)
+        before = _both(model, test, losses.summed_log_prob)
+        trained = _fit(model, s, len(pairs), lambda i: losses.imitation_loss(model, pairs.good, i))
+        after = _both(model, test, losses.summed_log_prob)
         tokens = [side.mask_NT[:, 2:].sum(axis=1) for side in (test.good, test.bad)]
         credits = {
-            "sum": train.credit(*after),
-            "mean": train.credit(after[0] / tokens[0], after[1] / tokens[1]),
-            "sum less language model": train.credit(after[0] - before[0], after[1] - before[1]),
-            "language model": train.credit(*before),
+            "sum": losses.credit(*after),
+            "mean": losses.credit(after[0] / tokens[0], after[1] / tokens[1]),
+            "sum less language model": losses.credit(after[0] - before[0], after[1] - before[1]),
+            "language model": losses.credit(*before),
         }
         if s["data"] == "ranked":
             perfect = [data.perfect_imitation(side) for side in (test.good, test.bad)]
-            credits["perfect imitation, sum"] = train.credit(*perfect)
-            credits["perfect imitation, mean"] = train.credit(perfect[0] / tokens[0], perfect[1] / tokens[1])
-    return {"credits": {k: to_text(v) for k, v in credits.items()}, "last_loss": _last(losses)}
+            credits["perfect imitation, sum"] = losses.credit(*perfect)
+            credits["perfect imitation, mean"] = losses.credit(perfect[0] / tokens[0], perfect[1] / tokens[1])
+    return {"credits": {k: to_text(v) for k, v in credits.items()}, "last_loss": _last(trained)}
 
 
 def pretrain(model: Rung, s: Settings) -> dict[str, Any]:
@@ -129,21 +116,21 @@ def pretrain(model: Rung, s: Settings) -> dict[str, Any]:
     """
     world = world_of(s["seed"])
     pairs = data.ranked_pairs(world, s["pairs"], random(s["seed"], "training"), part="train")
-    losses = _fit(
+    trained = _fit(
         model,
         s,
         len(pairs),
         {
-            "imitation": lambda i: train.imitation_loss(model, pairs.good, i),
-            "ranked": lambda i: train.preference_loss(model, pairs, i),
-            "binary": lambda i: train.binarised_loss(model, pairs, i),
+            "imitation": lambda i: losses.imitation_loss(model, pairs.good, i),
+            "ranked": lambda i: losses.preference_loss(model, pairs, i),
+            "binary": lambda i: losses.binarised_loss(model, pairs, i),
         }[s["arm"]],
     )
     test = data.ranked_pairs(world, s["test"], random(s["seed"], "test"), part="held_out")
     return {
-        "source_accuracy": float(_credit(model, test, train.reward).mean()),
-        "source_accuracy_by_control": float(_credit(model, test, train.good_less_bad).mean()),
-        "last_loss": _last(losses),
+        "source_accuracy": float(_credit(model, test, losses.reward).mean()),
+        "source_accuracy_by_control": float(_credit(model, test, losses.good_less_bad).mean()),
+        "last_loss": _last(trained),
     }
 
 
@@ -151,10 +138,10 @@ def finetune(model: Rung, s: Settings) -> dict[str, Any]:
     """Train on the first ``pairs`` comparisons of the target; which held-out target pairs are then right."""
     test = target_pairs(s, s["test"], part="held_out")
     if s["pairs"] == 0:
-        return {"credit": to_text(_credit(model, test, train.reward))}
+        return {"credit": to_text(_credit(model, test, losses.reward))}
     pairs = target_pairs(s, FINETUNING_POOL, part="train").take(np.arange(s["pairs"]))
-    losses = _fit(model, s, len(pairs), lambda i: train.preference_loss(model, pairs, i))
-    return {"credit": to_text(_credit(model, test, train.reward)), "last_loss": _last(losses)}
+    trained = _fit(model, s, len(pairs), lambda i: losses.preference_loss(model, pairs, i))
+    return {"credit": to_text(_credit(model, test, losses.reward)), "last_loss": _last(trained)}
 
 
 def target_pairs(s: Settings, n: int, *, part: Part) -> Pairs:
@@ -175,13 +162,13 @@ def calibrate(model: Rung, s: Settings) -> dict[str, Any]:
     world, sharp = world_of(s["seed"]), s["sharpness"]
     pairs = data.noisy_pairs(world, s["pairs"], random(s["seed"], "training"), part="train", sharpness=sharp)
     test = data.noisy_pairs(world, s["test"], random(s["seed"], "test"), part="held_out", sharpness=sharp)
-    losses = _fit(model, s, len(pairs), lambda i: train.preference_loss(model, pairs, i))
-    good, bad = _both(model, test, train.reward)
+    trained = _fit(model, s, len(pairs), lambda i: losses.preference_loss(model, pairs, i))
+    good, bad = _both(model, test, losses.reward)
     known = sharp * (test.good.quality_N - test.bad.quality_N)
     return {
         "model": calibration(good - bad),
         "known score": calibration(known.astype(np.float64)),
-        "last_loss": _last(losses),
+        "last_loss": _last(trained),
     }
 
 
@@ -202,34 +189,34 @@ def ranked_sets(model: Rung, s: Settings) -> dict[str, Any]:
 
     def measure(step: int) -> None:
         if step in {round(steps * i / s["points"]) for i in range(s["points"] + 1)}:
-            scores_NK = train.scores_of(model, test, train.reward).reshape(-1, k)
-            curve.append({"seen": step / steps, "loss": float(train.set_losses(scores_NK, test_NK).mean())})
+            scores_NK = losses.scores_of(model, test, losses.reward).reshape(-1, k)
+            curve.append({"seen": step / steps, "loss": float(losses.set_losses(scores_NK, test_NK).mean())})
 
     def loss(items: Ints) -> torch.Tensor:
         nonlocal forwards
         if s["arm"] == "grouped":
             forwards += len(items) * k
-            return train.set_loss(model, sentences, ranks_NK, items)
+            return losses.set_loss(model, sentences, ranks_NK, items)
         forwards += len(items) * 2
-        return train.preference_loss(model, pairs, items)
+        return losses.preference_loss(model, pairs, items)
 
     pairs = data.pairs_of_sets(sentences, ranks_NK)
     measure(0)
     if s["arm"] == "grouped":
-        losses = _fit(model, s, s["prompts"], loss, after_step=measure)
+        trained = _fit(model, s, s["prompts"], loss, after_step=measure)
     else:
         in_pairs = {**s, "batch": s["batch"] * comparisons}
-        losses = _fit(model, in_pairs, len(pairs), loss, after_step=measure)
-    held_out_N = train.set_losses(train.scores_of(model, test, train.reward).reshape(-1, k), test_NK)
-    seen_N = train.set_losses(train.scores_of(model, sentences, train.reward).reshape(-1, k), ranks_NK)
+        trained = _fit(model, in_pairs, len(pairs), loss, after_step=measure)
+    held_out_N = losses.set_losses(losses.scores_of(model, test, losses.reward).reshape(-1, k), test_NK)
+    seen_N = losses.set_losses(losses.scores_of(model, sentences, losses.reward).reshape(-1, k), ranks_NK)
     known = sharp * test.quality_N.reshape(-1, k).astype(np.float64)
     return {
         "curve": curve,
         "held_out_losses": [round(float(x), 5) for x in held_out_N],
         "training_loss": float(seen_N.mean()),
-        "known_score_loss": float(train.set_losses(known, test_NK).mean()),
+        "known_score_loss": float(losses.set_losses(known, test_NK).mean()),
         "forwards_per_prompt": forwards / (steps * s["batch"]),
-        "last_loss": _last(losses),
+        "last_loss": _last(trained),
     }
 
 
@@ -253,18 +240,15 @@ def _fit(
 ) -> list[float]:
     steps = max(s.get("least_steps", 1), s.get("epochs", 1) * items // s["batch"])
     stream = index_stream(items, s["batch"], steps, random(s["seed"], "order of the data"))
-    losses = train.train(model, stream, loss_of, Schedule(s["learning_rate"], steps), after_step)
-    if not math.isfinite(losses[-1]):
-        raise FloatingPointError(f"the loss is not finite after {steps} steps at {s['learning_rate']}")
-    return losses
+    return train(model, stream, loss_of, Schedule(s["learning_rate"], steps), after_step)
 
 
-def _both(model: Rung, pairs: Pairs, score: train.ScoreOf) -> tuple[Floats, Floats]:
-    return train.scores_of(model, pairs.good, score), train.scores_of(model, pairs.bad, score)
+def _both(model: Rung, pairs: Pairs, score: losses.ScoreOf) -> tuple[Floats, Floats]:
+    return losses.scores_of(model, pairs.good, score), losses.scores_of(model, pairs.bad, score)
 
 
-def _credit(model: Rung, pairs: Pairs, score: train.ScoreOf) -> Floats:
-    return train.credit(*_both(model, pairs, score))
+def _credit(model: Rung, pairs: Pairs, score: losses.ScoreOf) -> Floats:
+    return losses.credit(*_both(model, pairs, score))
 
 
 def _last(losses: list[float]) -> float:

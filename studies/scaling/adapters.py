@@ -12,7 +12,7 @@ from rlhf.evals.model import special_start
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import best_device
 from rlhf.recipe.schema import Lora
-from studies.preference.work import Settings
+from studies.engine.units import Settings
 
 ADAPTER = "policy"
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from rlhf.stats.intervals import Estimate
-from studies.preference.verdicts import Claim, Statement, Verdict, above, below, inside
+from studies.engine.verdicts import Claim, Statement, Verdict, above, below, inside, shown
 from studies.scaling import objectives
 from studies.scaling.data.items import TASKS
 from studies.scaling.figures import JUDGED, LOSS, WORD, Figure, Study
@@ -29,14 +29,6 @@ SKILL = 0.1  # claim 6: accuracy on last words before, below which there is noth
 COMPARABLE = 0.1  # claim 6: difference of two rewards, in units of VADER
 MASS = 0.05  # claim 19: mean probability of all answers together, below which accuracy is not judged
 UNKNOWN = Estimate(math.nan, math.nan, math.nan, 0)
-
-
-def in_words(estimate: Estimate, digits: int = 3) -> str:
-    """An estimate as text: mean [low, high]; a dash for what is not known."""
-    if math.isnan(estimate.mean):
-        return "-"
-    ends = "" if math.isnan(estimate.low) else f" [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-    return f"{estimate.mean:.{digits}f}{ends}"
 
 
 def slope_of(figure: Figure) -> Estimate:
@@ -140,8 +132,8 @@ def tax(study: Study) -> Claim:
     for measure, called in ((LOSS, "held-out loss, nats a byte"), (WORD, "last words lost")):
         for arm in (PROMPTED, DISTILLED, PPO, PTX):
             figure = study.tax(measure, arm)
-            told = [f"{in_words(e, 4)} {_paid(e)}" for e in figure.estimates]
-            rows.append([called, arm, *told, in_words(slope_of(figure), 4)])
+            told = [f"{shown(e, 4)} {_paid(e)}" for e in figure.estimates]
+            rows.append([called, arm, *told, shown(slope_of(figure), 4)])
     rows.append(["reward on held-out openings, VADER", f"{PTX} less {PPO}", *_cells(reward)])
     return Claim(
         6,
@@ -249,7 +241,7 @@ def _undecided(statement: Statement) -> Statement:
 
 
 def _cells(figure: Figure, digits: int = 3) -> list[str]:
-    return [*(in_words(e, digits) for e in figure.estimates), in_words(slope_of(figure), digits + 1)]
+    return [*(shown(e, digits) for e in figure.estimates), shown(slope_of(figure), digits + 1)]
 
 
 def _paid(tax: Estimate) -> str:

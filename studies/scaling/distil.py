@@ -30,8 +30,8 @@ from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.masks import positions_from_mask, right_pad
 from rlhf.models.token_batches import token_batches
 from rlhf.training.schedule import learning_rate_factor
-from studies.preference.train import index_stream
-from studies.preference.work import Settings
+from studies.engine.training import index_stream
+from studies.engine.units import Settings
 from studies.scaling.adapters import ADAPTER, bare_ids, lead_of
 from studies.scaling.data.texts import Library
 

@@ -16,7 +16,7 @@ from rlhf.evals.model import LanguageModel
 from rlhf.evals.outcome import Outcome
 from rlhf.evals.registry import evaluate_task
 from rlhf.evals.tasks import inverse_scaling, lm_loss, toxicity
-from studies.preference.work import Settings
+from studies.engine.units import Settings
 from studies.scaling.data.items import TASKS, Question, questions
 from studies.scaling.data.texts import Library
 from studies.scaling.reinforce import JUDGE

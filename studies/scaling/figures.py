@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.stats.intervals import Z95, Estimate
-from studies.preference.measure import SeedMean, over_seeds
-from studies.preference.work import Settings, Unit
+from studies.engine.results import Results
+from studies.engine.seeds import SeedMean, over_seeds
 from studies.scaling.data.items import TASKS
 from studies.scaling.plan import ARMS, BASE, PPO, PTX
 from studies.scaling.trend import Point, Trend, fit
@@ -33,10 +35,16 @@ DISTILLED = {
 
 @dataclass(frozen=True)
 class RungOf:
-    """A place on the ladder. label: "L = 2", or a model's name. size: N."""
+    """A place on the ladder. size: N. setting, value: of its units, ``layers`` or ``model``."""
 
-    label: str
     size: float
+    value: Any
+    setting: str = "layers"
+
+    @property
+    def label(self) -> str:
+        """``L = 2``, or the model's name."""
+        return f"L = {self.value}" if self.setting == "layers" else str(self.value)
 
 
 @dataclass(frozen=True)
@@ -77,31 +85,35 @@ class Figure:
         }
 
 
-class Study:
-    """The finished units of a study."""
+class Study(Results):
+    """The finished units of a study, by rung, seed and arm."""
 
-    def __init__(self, units: Iterable[Unit], found: Iterable[dict[str, Any]]) -> None:
-        self.units: list[tuple[str, Settings, dict[str, Any]]] = [
-            (u.kind, u.settings, f["result"]) for u, f in zip(units, found, strict=True)
-        ]
-        sizes = {_label(s): float(r["N"]) for kind, s, r in self.units if kind == "rung"}
-        self.rungs = [RungOf(label, size) for label, size in sorted(sizes.items(), key=lambda x: x[1])]
-        self.seeds = sorted({s["seed"] for _, s, _ in self.units})
-        there = self.result("evaluate", self.rungs[0], self.seeds[0], arm=BASE)
+    @cached_property
+    def rungs(self) -> list[RungOf]:
+        """In the order of their size."""
+        sizes: dict[tuple[str, Any], float] = {}
+        for unit, content in zip(self.units, self.found, strict=True):
+            if unit.kind == "rung":
+                setting = "layers" if "layers" in unit.settings else "model"
+                sizes[setting, unit.settings[setting]] = float(content["result"]["N"])
+        in_order = sorted(sizes.items(), key=itemgetter(1))
+        return [RungOf(size, value, setting) for (setting, value), size in in_order]
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """In ascending order."""
+        return self.values("rung", "seed")
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Ours, then the public ones."""
         ours = [LOSS[0], WORD[0], JUDGED[0], *TASKS]
-        self.tasks = [*ours, *sorted(set(there) - set(ours))]
+        there = self.result("evaluate", self.rungs[0], self.seeds[0], arm=BASE)
+        return [*ours, *sorted(set(there) - set(ours))]
 
     def result(self, kind: str, rung: RungOf, seed: int, **settings: Any) -> dict[str, Any]:
         """The result of one unit."""
-        wanted = settings | {"seed": seed}
-        found = [
-            r
-            for k, s, r in self.units
-            if k == kind and _label(s) == rung.label and all(s.get(x) == v for x, v in wanted.items())
-        ]
-        if len(found) != 1:
-            raise KeyError(f"{len(found)} results for {kind} {rung.label} {wanted}")
-        return found[0]
+        return self.one(kind, seed=seed, **{rung.setting: rung.value}, **settings)
 
     def items(self, task: str, metric: str, arm: str, rung: RungOf, seed: int) -> Floats:
         """The values of every item."""
@@ -111,17 +123,10 @@ class Study:
         """Something at every rung and seed."""
         return [[point(rung, seed) for seed in self.seeds] for rung in self.rungs]
 
-    # ------------------------------------------------------------ figures
-
     def level(self, task: str, metric: str, arm: str) -> Figure:
         """A metric of an arm."""
-        return Figure(
-            f"{task}, {metric}",
-            arm,
-            UNITS.get(metric, metric),
-            self.rungs,
-            self.points(lambda rung, seed: Point.of(self.items(task, metric, arm, rung, seed))),
-        )
+        points = self.points(lambda rung, seed: Point.of(self.items(task, metric, arm, rung, seed)))
+        return Figure(f"{task}, {metric}", arm, UNITS.get(metric, metric), self.rungs, points)
 
     def change(self, task: str, metric: str, arm: str, before: str = BASE, sign: float = 1.0) -> Figure:
         """A metric of an arm less that of another one, item by item; sign -1 turns it round."""
@@ -141,19 +146,13 @@ class Study:
     def distillation(self, key: str) -> Figure:
         """A figure of the distillation report; NaN where the report leaves it open."""
 
-        def point(rung: RungOf, seed: int) -> Point:
-            return point_of(self.result("distil", rung, seed)[key])
-
-        name, unit = DISTILLED[key]
-        return Figure("context distillation", name, unit, self.rungs, self.points(point))
+        points = self.points(lambda rung, seed: point_of(self.result("distil", rung, seed)[key]))
+        return Figure("context distillation", *DISTILLED[key], self.rungs, points)
 
     def training(self, arm: str, key: str, name: str, unit: str) -> Figure:
         """A figure of the PPO log."""
-
-        def point(rung: RungOf, seed: int) -> Point:
-            return Point(self.result("ppo", rung, seed, arm=arm)[key])
-
-        return Figure("PPO, last tenth of its steps", f"{arm}: {name}", unit, self.rungs, self.points(point))
+        points = self.points(lambda rung, seed: Point(self.result("ppo", rung, seed, arm=arm)[key]))
+        return Figure("PPO, last tenth of its steps", f"{arm}: {name}", unit, self.rungs, points)
 
     def metrics(self, task: str) -> list[str]:
         """The metrics of a task."""
@@ -185,7 +184,3 @@ def all_figures(study: Study) -> list[Figure]:
                 made += [study.change(task, metric, arm) for arm in ARMS if arm != BASE]
                 made += [study.change(task, metric, PTX, before=PPO)]
     return made
-
-
-def _label(settings: Settings) -> str:
-    return f"L = {settings['layers']}" if "layers" in settings else str(settings["model"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from rlhf.errors import UserError
-from studies.preference.ladder import matrix_weights
-from studies.preference.measure import from_text
+from studies.engine.command import Do
+from studies.engine.ladder import matrix_weights
+from studies.engine.results import Results
+from studies.engine.units import Unit
 from studies.preference.plan import FULL, QUICK, units_of
-from studies.preference.work import Unit, read_result, run, with_needs
+from studies.preference.report import short
 from studies.scaling.figures import Figure, RungOf
 from studies.scaling.plan import Plan
 from studies.scaling.trend import Point
@@ -32,24 +33,19 @@ Rows = list[Row]
 
 def units(plan: Plan) -> list[Unit]:
     """The units of that study for the seeds and sizes of this one."""
-    theirs = replace(
-        QUICK if plan.name == "quick" else FULL, seeds=plan.seeds, sizes=plan.sizes, small_sizes=()
-    )
+    theirs = QUICK if plan.name == "quick" else FULL
+    theirs = replace(theirs, seeds=plan.seeds, sizes=plan.sizes, small_sizes=())
     return [u for u in units_of(theirs) if u.settings["labels"] == "true"]
 
 
-def train(plan: Plan, folder: Path, say: Callable[[str], None], pool: Executor, jobs: int) -> Rows:
+def train(plan: Plan, folder: Path, do: Do) -> Rows:
     """Run them, where they are not done; returns their accuracies."""
-    from studies.preference.units import execute
+    from studies.preference.units import compute
 
     wanted = units(plan)
-    run(with_needs(wanted), folder, execute, say=say, pool=pool, jobs=jobs)
-    found = [(u, read_result(u, folder)) for u in wanted]
-    return [
-        (u.settings, {k: float(from_text(v).mean()) for k, v in f["result"]["credits"].items()})
-        for u, f in found
-        if f is not None
-    ]
+    do(wanted, folder, compute)
+    found = Results.read(wanted, folder).found
+    return [(u.settings, short(f["result"])["accuracy"]) for u, f in zip(wanted, found, strict=True)]
 
 
 def read(file: Path) -> Rows:
@@ -106,7 +102,7 @@ def _reader(rows: Rows, data: str, arm: str, score: str) -> Callable[[tuple[int,
 
 def _figure(rows: Rows, group: str, name: str, point: Callable[[tuple[int, int]], Point]) -> Figure:
     sizes, seeds = (sorted({s[key] for s, _ in rows}) for key in ("layers", "seed"))
-    rungs = [RungOf(f"L = {layers}", float(matrix_weights(layers))) for layers in sizes]
+    rungs = [RungOf(float(matrix_weights(layers)), layers) for layers in sizes]
     points = [[point((layers, seed)) for seed in seeds] for layers in sizes]
     return Figure(group, name, "share right", rungs, points)
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlhf.runs.artifacts import hash_of, sha256_of
-from studies.preference.plan import FORWARD_SPEEDUP, TRAINING_TOKENS_A_SECOND
-from studies.preference.work import Settings, Unit
+from studies.engine.ladder import seconds
+from studies.engine.units import Settings, Unit
 
+OVERHEAD = 1.0  # seconds a unit
+LARGEST = 3  # layers of a model that is given, for its cost
 REVISION = 1  # to be raised when the meaning of a unit changes but its settings do not
 BASE, PROMPTED, DISTILLED, PPO, PTX = "base", "prompted", "distilled", "ppo", "ppo-ptx"
 ARMS = (BASE, PROMPTED, DISTILLED, PPO, PTX)
@@ -135,17 +137,6 @@ def stamp_of_model(place: str) -> str:
     return hash_of({p.name: sha256_of(p) for p in files})
 
 
-@dataclass(frozen=True)
-class Step(Unit):
-    """A unit of this study: its name tells rung, seed and arm."""
-
-    @property
-    def name(self) -> str:
-        """The unit in words."""
-        told = ("model", "layers", "seed", "arm")
-        return " ".join([self.kind, *(f"{k}={self.settings[k]}" for k in told if k in self.settings)])
-
-
 def units_of(plan: Plan, given: Given) -> list[Unit]:
     """All evaluations of a study; what they need comes as their needs."""
     units: list[Unit] = []
@@ -159,57 +150,50 @@ def units_of(plan: Plan, given: Given) -> list[Unit]:
 
 def _rungs(plan: Plan, given: Given, seed: int, shared: Settings) -> list[Unit]:
     if given.models:
-        stamps = {place: stamp_of_model(place) for place in given.models}
         return [
-            Step("rung", {"model": place, "stamp": stamp, "seed": seed, "revision": REVISION})
-            for place, stamp in stamps.items()
+            Unit("rung", {"model": m, "stamp": stamp_of_model(m), "seed": seed, "revision": REVISION})
+            for m in given.models
         ]
     made: list[Unit] = []
     for layers in plan.sizes:
         settings: Settings = {"layers": layers, "seed": seed, "vocabulary": plan.vocabulary}
         settings |= {"window": plan.window, "tokens": plan.tokens, "batch": plan.batch}
         settings |= {"learning_rate": plan.learning_rate, "text": shared["text"], "revision": REVISION}
-        made.append(Step("rung", settings, cost=_seconds(layers, plan.tokens, 0)))
+        made.append(Unit("rung", settings, cost=seconds(layers, plan.tokens, 0, OVERHEAD)))
     return made
 
 
 def _arms(plan: Plan, given: Given, rung: Unit, shared: Settings) -> list[Unit]:
     """The evaluations of all arms of one rung."""
     own: Settings = {k: rung.settings[k] for k in ("model", "layers", "seed") if k in rung.settings} | shared
-    layers = own.get("layers", max(TRAINING_TOKENS_A_SECOND))
     adapter: Settings = {"rank": plan.rank, "alpha": plan.alpha}
-    read = plan.context_words + plan.sequence_words
-    distil: Settings = own | adapter | {"context_words": plan.context_words, "sequences": plan.sequences}
+
+    def unit(kind: str, settings: Settings, needs: tuple[Unit, ...], trained: int, read: int) -> Unit:
+        cost = seconds(own.get("layers", LARGEST), trained, read, OVERHEAD)
+        return Unit(kind, own | settings, needs, cost)
+
+    distil: Settings = adapter | {"context_words": plan.context_words, "sequences": plan.sequences}
     distil |= {"words": plan.sequence_words, "batch": plan.sequence_batch, "top_k": plan.top_k}
     distil |= {"learning_rate": plan.distil_rate, "epochs": plan.epochs, "test": plan.sequences_held_out}
-    tokens = plan.sequences * plan.sequence_words
+    tokens = plan.epochs * plan.sequences * plan.sequence_words
+    passages = plan.sequences + 4 * plan.sequences_held_out
+    words = plan.context_words + plan.sequence_words
     needs: dict[str, tuple[Unit, ...]] = {BASE: (rung,), PROMPTED: (rung,)}
-    cost = _seconds(layers, plan.epochs * tokens, (plan.sequences + 4 * plan.sequences_held_out) * read)
-    needs[DISTILLED] = (rung, Step("distil", distil, (rung,), cost))
+    needs[DISTILLED] = (rung, unit("distil", distil, (rung,), tokens, passages * words))
     for arm in (PPO, PTX):
-        ppo: Settings = own | adapter | {"arm": arm, "steps": plan.steps, "responses": plan.responses}
+        ppo: Settings = adapter | {"arm": arm, "steps": plan.steps, "responses": plan.responses}
         ppo |= {"response_tokens": plan.response_tokens, "epochs": plan.ppo_epochs, "prompts": plan.prompts}
         ppo |= {"learning_rate": plan.ppo_rate, "kl_coef": plan.kl_coef}
         ppo |= {"ptx_coef": plan.ptx_coef if arm == PTX else 0.0, "words": plan.sequence_words}
-        said = plan.steps * plan.responses * 2 * plan.response_tokens
-        cost = _seconds(layers, 2 * plan.ppo_epochs * said, 6 * said)
-        needs[arm] = (rung, Step("ppo", ppo, (rung,), cost))
+        sampled = plan.steps * plan.responses * 2 * plan.response_tokens
+        needs[arm] = (rung, unit("ppo", ppo, (rung,), 2 * plan.ppo_epochs * sampled, 6 * sampled))
     tasks = {name: stamped(files) for name, files in (given.tasks or {}).items()}
     made: list[Unit] = []
     for arm in ARMS:
-        settings: Settings = own | {"arm": arm, "context_words": plan.context_words, "tasks": tasks}
-        settings |= {"texts": plan.texts, "words": plan.text_words, "last_words": plan.last_words}
-        settings |= {"items": plan.items, "judged": plan.judged, "public": plan.public}
-        settings |= {"response_tokens": plan.response_tokens}
-        if arm in (DISTILLED, PPO, PTX):
-            settings |= adapter
-        looked_at = plan.texts * plan.text_words + 60 * plan.last_words + 120 * plan.items
-        cost = _seconds(layers, 0, looked_at + 60 * plan.judged)
-        made.append(Step("evaluate", settings, needs[arm], cost))
+        items: Settings = {"arm": arm, "context_words": plan.context_words, "tasks": tasks}
+        items |= {"texts": plan.texts, "words": plan.text_words, "last_words": plan.last_words}
+        items |= {"items": plan.items, "judged": plan.judged, "public": plan.public}
+        items |= {"response_tokens": plan.response_tokens} | (adapter if len(needs[arm]) > 1 else {})
+        read = plan.texts * plan.text_words + 60 * plan.last_words + 120 * plan.items + 60 * plan.judged
+        made.append(unit("evaluate", items, needs[arm], 0, read))
     return made
-
-
-def _seconds(layers: int, trained: int, looked_at: int) -> float:
-    """Expected seconds of a unit: tokens that are trained on, and that are only read."""
-    speed = TRAINING_TOKENS_A_SECOND.get(layers, TRAINING_TOKENS_A_SECOND[max(TRAINING_TOKENS_A_SECOND)])
-    return 1.0 + trained / speed + looked_at / (FORWARD_SPEEDUP * speed)

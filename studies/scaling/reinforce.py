@@ -22,7 +22,7 @@ from rlhf.models.backbone import Backbone
 from rlhf.recipe.schema import Ppo
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.metrics import read_metrics
-from studies.preference.work import Settings
+from studies.engine.units import Settings
 from studies.scaling.data.texts import Library
 
 JUDGE = "vader"

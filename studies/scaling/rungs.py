@@ -32,9 +32,9 @@ from rlhf.models.base import load_base
 from rlhf.models.tiny import END, PAD, START
 from rlhf.recipe.schema import Model
 from rlhf.tokenization.dialogue import load_tokenizer
-from studies.preference.ladder import HEAD_WIDTH, WIDTH_PER_LAYER
-from studies.preference.train import Schedule, index_stream, train
-from studies.preference.work import Settings
+from studies.engine.ladder import HEAD_WIDTH, WIDTH_PER_LAYER
+from studies.engine.training import Schedule, index_stream, train
+from studies.engine.units import Settings
 from studies.scaling.data.texts import Library
 
 TOKENIZER_DOCUMENTS = 300  # that the tokenizer is trained on
@@ -127,7 +127,7 @@ def language_model(model: PreTrainedModel, rows_BT: Any, s: Settings) -> list[fl
         return F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten())
 
     schedule = Schedule(s["learning_rate"], steps, warmup=min(WARMUP, max(1, steps // 10)))
-    losses = train(model, stream, loss, schedule)  # type: ignore[arg-type]
+    losses = train(model, stream, loss, schedule)
     model.eval()
     return losses
 

@@ -7,7 +7,7 @@ Where the interval comes from:
 
 ``seeds``, with two seeds or more at every rung: the slope is a weighted sum of the rungs, so every seed has
 its own, from its own world, text, weights and items. The interval is the wider of two
-(``measure.over_seeds``): Student's t over the seeds' slopes, and the normal interval of the items alone. With
+(``seeds.over_seeds``): Student's t over the seeds' slopes, and the normal interval of the items alone. With
 items that all rungs of a seed have met, the weighted sum is taken item by item, so that what makes an item
 hard cancels. It holds for this ladder: it says how far another seed would move the slope, not how far another
 rung would. With few seeds it is wide (t is 12.7 for two, 4.3 for three), and it takes seeds for normal.
@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rlhf.stats.intervals import Estimate
-from studies.preference.measure import T95, SeedMean, combine, over_seeds, slope_weights
+from studies.engine.seeds import SeedMean, combine, over_seeds, slope_weights, student95
 
 LEAST_RUNGS = 3
 SEEDS, RESIDUALS = "seeds", "residuals"
@@ -111,12 +111,8 @@ def fit(sizes: Sequence[float], points: Sequence[Sequence[Point]]) -> Trend | No
 
 def _slope(of_seed: Sequence[Point], weights: Sequence[float]) -> SeedMean:
     """The slope of one seed: paired by item where the items are the same, else with independent errors."""
-    items = [p.items for p in of_seed]
-    if (
-        all(i is not None for i in items)
-        and len({len(i or ()) for i in items}) == 1
-        and len(items[0] or ()) > 1
-    ):
+    items = [p.items or () for p in of_seed]
+    if len(set(map(len, items))) == 1 and len(items[0]) > 1:
         return SeedMean.of(np.asarray(weights) @ np.asarray(items))
     return combine([SeedMean(p.mean, p.error) for p in of_seed], list(weights))
 
@@ -124,5 +120,4 @@ def _slope(of_seed: Sequence[Point], weights: Sequence[float]) -> SeedMean:
 def _residual_half(x: NDArray[np.float64], distance: NDArray[np.float64]) -> float:
     freedom = len(x) - 2
     spread = math.sqrt(float(np.square(distance).sum()) / freedom)
-    quantile = T95[min(freedom, len(T95)) - 1]
-    return quantile * spread / math.sqrt(float(np.square(x - x.mean()).sum()))
+    return student95(freedom) * spread / math.sqrt(float(np.square(x - x.mean()).sum()))

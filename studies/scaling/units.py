@@ -11,9 +11,6 @@ seed and the purpose alone: the rungs of a seed meet the same ones.
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +18,16 @@ from safetensors.torch import save_model
 
 from rlhf.evals.model import LanguageModel
 from rlhf.models.backbone import REFERENCE, Backbone
-from studies.preference.units import start_worker
-from studies.preference.work import Settings, Unit, weights_path, write_result
+from studies.engine.units import Compute, Settings, Unit, keep, weights_path
 from studies.scaling import distil, evaluate, reinforce, rungs
 from studies.scaling.adapters import ADAPTER, backbone_of, bare_ids, load_adapter, save_adapter
 from studies.scaling.data.texts import Library, context_of
 from studies.scaling.plan import BASE, PROMPTED
 
-__all__ = ["execute", "start_worker"]
 
-
-def execute(unit: Unit, folder: Path) -> None:
-    """Do a unit and leave its result, and the weights others need, in the folder."""
-    wall, cpu = time.monotonic(), time.process_time()
-    result = KINDS[unit.kind](unit, folder)
-    write_result(unit, folder, result, time.monotonic() - wall, time.process_time() - cpu)
+def compute(unit: Unit, folder: Path) -> dict[str, Any]:
+    """Do a unit; returns its result, and leaves the weights that others need in the folder."""
+    return KINDS[unit.kind](unit, folder)
 
 
 def rung(unit: Unit, folder: Path) -> dict[str, Any]:
@@ -53,7 +45,7 @@ def rung(unit: Unit, folder: Path) -> dict[str, Any]:
     rows = rungs.token_rows(tokenizer, library.training(s["tokens"] // s["window"], s["window"]), s["window"])
     model.train()
     losses = rungs.language_model(model, rows, s)
-    _keep(weights_path(unit, folder), lambda file: save_model(model, str(file)))
+    keep(weights_path(unit, folder), lambda file: save_model(model, str(file)))
     few = max(1, len(losses) // 20)
     return counts | {"first_loss": losses[0], "last_loss": sum(losses[-few:]) / few, "steps": len(losses)}
 
@@ -65,7 +57,7 @@ def distilled(unit: Unit, folder: Path) -> dict[str, Any]:
     library = library_of(s)
     own = not s["context"]
     found = distil.distil(backbone, tokenizer, context(s, library), library, s, continued=own)
-    _keep(weights_path(unit, folder), lambda file: save_adapter(backbone, file))
+    keep(weights_path(unit, folder), lambda file: save_adapter(backbone, file))
     return found
 
 
@@ -74,7 +66,7 @@ def reinforced(unit: Unit, folder: Path) -> dict[str, Any]:
     backbone, tokenizer = _loaded(unit, folder, value=True)
     s = unit.settings
     found = reinforce.reinforce(backbone, tokenizer, library_of(s), s, folder / f"ppo-{unit.key}")
-    _keep(weights_path(unit, folder), lambda file: save_adapter(backbone, file))
+    keep(weights_path(unit, folder), lambda file: save_adapter(backbone, file))
     return dict(found)
 
 
@@ -93,7 +85,7 @@ def evaluated(unit: Unit, folder: Path) -> dict[str, Any]:
         return dict(evaluate.outcomes(lm, library, s))
 
 
-KINDS: dict[str, Callable[[Unit, Path], dict[str, Any]]] = {
+KINDS: dict[str, Compute] = {
     "rung": rung,
     "distil": distilled,
     "ppo": reinforced,
@@ -120,10 +112,3 @@ def _loaded(unit: Unit, folder: Path, *, value: bool = False) -> tuple[Backbone,
     model, tokenizer = rungs.load(need.settings, weights)
     shape: Settings = {"rank": 1, "alpha": 1} | unit.settings
     return backbone_of(model, shape, value=value), tokenizer
-
-
-def _keep(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside its place, then move it there."""
-    unfinished = path.with_name(f"{path.name}.unfinished.{os.getpid()}")
-    write(unfinished)
-    unfinished.replace(path)

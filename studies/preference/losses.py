@@ -1,16 +1,13 @@
-"""How the models of the ladder are trained and measured: one loop, three losses, three scores.
+"""How the models of the ladder are trained and measured: losses and scores.
 
 The losses are the project's own: preference models minimise ``reward.loss.ranked_loss`` on the score read at
 END, imitation is the mean token log-loss of the good side (Askell et al. 2021, arXiv 2112.00861, section 3).
-Everything runs on the CPU, in float32, without dropout; the order of the data comes from a generator that is
-passed in.
+Everything runs on the CPU, in float32, without dropout.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,61 +17,10 @@ from torch import Tensor
 from reward.loss import pair_accuracy, ranked_loss
 from rlhf.models.masks import masked_mean, masked_sum
 from studies.preference.data import BAD, GOOD, Floats, Ints, Pairs, Sentences, with_control
-from studies.preference.ladder import Rung
+from studies.preference.model import Rung
 
 EVALUATION_BATCH = 256
 ScoreOf = Callable[[Rung, Tensor, Tensor], Tensor]  # (model, ids_BT, mask_BT) -> score_B
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """AdamW with a linear warm-up, then a cosine from learning_rate down to floor * learning_rate."""
-
-    learning_rate: float
-    steps: int
-    warmup: int = 20  # optimiser steps
-    floor: float = 0.1  # 1 = constant after the warm-up
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        warm = min(1.0, (step + 1) / self.warmup)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
-        return self.learning_rate * warm * (self.floor + (1.0 - self.floor) * cosine)
-
-
-def index_stream(n: int, batch: int, steps: int, rng: np.random.Generator) -> Ints:
-    """The items of every step [steps, batch]: pass after pass over n items, each in a new random order."""
-    passes = math.ceil(steps * batch / n)
-    order = np.concatenate([rng.permutation(n) for _ in range(passes)])
-    return order[: steps * batch].reshape(steps, batch)
-
-
-def train(
-    model: Rung,
-    stream: Ints,
-    loss_of: Callable[[Ints], Tensor],
-    schedule: Schedule,
-    after_step: Callable[[int], None] | None = None,
-) -> list[float]:
-    """Minimise loss_of(items of the step) over the rows of ``stream``; returns the loss of every step.
-
-    after_step: called with the number of steps taken. Gradients are clipped to norm 1.
-    """
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.01)
-    losses: list[float] = []
-    model.train()
-    for step, items in enumerate(stream):
-        for group in optimiser.param_groups:
-            group["lr"] = schedule.rate(step)
-        loss = loss_of(items)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        losses.append(loss.item())
-        if after_step is not None:
-            after_step(step + 1)
-    return losses
 
 
 def imitation_loss(model: Rung, sentences: Sentences, items: Ints) -> Tensor:

@@ -1,4 +1,4 @@
-"""The work folder: units of work, each kept as one small JSON under the hash of its configuration.
+"""Units of work, each kept as one small JSON under the hash of its configuration.
 
 A unit whose file is there is done; a study is therefore resumable by construction, and a changed
 configuration is another unit. A unit may leave weights beside its JSON for the units that need it; the JSON
@@ -8,6 +8,7 @@ is written last, so that it stands for both.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -20,6 +21,7 @@ from rlhf.runs.artifacts import hash_of, write_atomically
 # Part of every key. To be raised when the meaning of a unit changes but its settings do not: a change of
 # the grammar, of a loss, of what is measured.
 REVISION = 1
+_NAMED = ("model", "layers", "seed", "data", "arm", "target", "pairs", "labels", "epochs")
 
 Settings = dict[str, Any]
 
@@ -50,12 +52,12 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The unit in words: kind and those settings that tell it from its neighbours."""
-        told = ("layers", "seed", "data", "arm", "target", "pairs", "labels", "epochs")
-        return " ".join([self.kind, *(f"{k}={self.settings[k]}" for k in told if k in self.settings)])
+        """The unit in words: kind and those settings that tell it from its neighbors."""
+        return " ".join([self.kind, *(f"{k}={self.settings[k]}" for k in _NAMED if k in self.settings)])
 
 
-Execute = Callable[[Unit, Path], None]
+Compute = Callable[[Unit, Path], dict[str, Any]]
+"""What a unit does: gives its result, for JSON; weights go to :func:`weights_path` by :func:`keep`."""
 
 
 def result_path(unit: Unit, folder: Path) -> Path:
@@ -66,6 +68,13 @@ def result_path(unit: Unit, folder: Path) -> Path:
 def weights_path(unit: Unit, folder: Path) -> Path:
     """Where the weights that a unit leaves for others stand."""
     return folder / f"{unit.kind}-{unit.key}.safetensors"
+
+
+def keep(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside its place, then move it there."""
+    unfinished = path.with_name(f"{path.name}.unfinished.{os.getpid()}")
+    write(unfinished)
+    unfinished.replace(path)
 
 
 def read_result(unit: Unit, folder: Path) -> dict[str, Any] | None:
@@ -83,17 +92,17 @@ def is_done(unit: Unit, folder: Path) -> bool:
     return found is not None and (not found["weights"] or weights_path(unit, folder).exists())
 
 
-def write_result(
-    unit: Unit, folder: Path, result: dict[str, Any], seconds: float, cpu_seconds: float
-) -> None:
-    """Keep a result together with the settings it came from; the file appears only when complete."""
+def execute(compute: Compute, unit: Unit, folder: Path) -> None:
+    """Do a unit and keep its result with the settings it came from; the file appears only when complete."""
+    wall, cpu = time.monotonic(), time.process_time()
+    result = compute(unit, folder)
     content = {
         "unit": unit.name,
         "settings": unit.settings,
         "result": result,
         "weights": weights_path(unit, folder).exists(),
-        "seconds": round(seconds, 2),
-        "cpu_seconds": round(cpu_seconds, 2),
+        "seconds": round(time.monotonic() - wall, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2),
     }
     write_atomically(result_path(unit, folder), json.dumps(content, indent=1, sort_keys=True) + "\n")
 
@@ -112,57 +121,47 @@ def with_needs(units: Iterable[Unit]) -> list[Unit]:
     return list(ordered.values())
 
 
+class _Here(Executor):
+    """Does at once, in this process, what is submitted."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **options))
+        return future
+
+
 def run(
     units: Iterable[Unit],
     folder: Path,
-    execute: Execute,
+    compute: Compute,
     *,
     say: Callable[[str], None],
     pool: Executor | None = None,
     jobs: int = 1,
 ) -> None:
-    """Do every unit that is not done, with one line a unit and the remaining time.
+    """Do every unit that is not done, with one line a unit and the remaining time at the pace so far.
 
-    execute: does a unit and leaves its result in the folder. pool: where to, ``jobs`` units at a time, each
-    when those it needs are done and the most expensive first; None = here, one after the other.
+    pool: where to, ``jobs`` units at a time, each when those it needs are done and the most expensive first;
+    None = here, one after the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
     everything = with_needs(units)
     done = {u.key for u in everything if is_done(u, folder)}
     todo = [u for u in everything if u.key not in done]
     say(f"{len(everything)} units, {len(done)} of them done before")
-    progress = _Progress(len(everything), len(done), sum(u.cost for u in todo), say)
-    if pool is None:
-        for unit in todo:
-            execute(unit, folder)
-            progress.tell(unit, folder)
-        return
+    cost, paid, start = sum(u.cost for u in todo), 0.0, time.monotonic()
     running: dict[Future[None], Unit] = {}
     while todo or running:
         ready = [u for u in todo if all(n.key in done for n in u.needs)]
         for unit in sorted(ready, key=lambda u: -u.cost)[: jobs - len(running)]:
             todo.remove(unit)
-            running[pool.submit(execute, unit, folder)] = unit
+            running[(pool or _Here()).submit(execute, compute, unit, folder)] = unit
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
             unit = running.pop(future)
             future.result()
             done.add(unit.key)
-            progress.tell(unit, folder)
-
-
-class _Progress:
-    """Tells each finished unit and how long the others will take at the pace of this run."""
-
-    def __init__(self, units: int, done: int, cost: float, say: Callable[[str], None]) -> None:
-        self._units, self._done, self._cost, self._say = units, done, cost, say
-        self._paid = 0.0
-        self._start = time.monotonic()
-
-    def tell(self, unit: Unit, folder: Path) -> None:
-        self._done += 1
-        self._paid += unit.cost
-        elapsed = time.monotonic() - self._start
-        left = elapsed * (self._cost - self._paid) / self._paid / 60
-        took = (read_result(unit, folder) or {}).get("seconds", 0.0)
-        self._say(f"[{self._done}/{self._units}] {unit.name}: {took:.0f} s, {left:.0f} min left")
+            paid += unit.cost
+            left = (time.monotonic() - start) * (cost - paid) / paid / 60
+            took = (read_result(unit, folder) or {}).get("seconds", 0.0)
+            say(f"[{len(done)}/{len(everything)}] {unit.name}: {took:.0f} s, {left:.0f} min left")

@@ -1,8 +1,7 @@
-"""The ladder of models: decoder-only transformers of L layers and width 128 L, with a scalar head beside.
+"""The models of the ladder: decoder-only transformers of L layers and width 128 L, with a scalar head beside.
 
-Askell et al. 2021 (arXiv 2112.00861) keep width / layers = 128, so that the weight matrices of the layers
-are 12 * (128 L)^2 * L = 196,608 L^3 numbers; their smallest model, 13M, is L = 4. GPT-2's block has exactly
-12 d^2 of them (4 d^2 attention, 8 d^2 MLP of width 4 d), and 13 d biases and layer-norm parameters.
+GPT-2's block has exactly the 12 d^2 weights of :mod:`studies.engine.ladder` (4 d^2 attention, 8 d^2 MLP of
+width 4 d), and 13 d biases and layer-norm parameters.
 
 Suffixes: ``_B`` sentence, ``_T`` token, ``_D`` hidden unit. Masks: True = a real token.
 """
@@ -18,16 +17,8 @@ from transformers import GPT2Config, GPT2Model
 from reward.loss import head_init_std
 from rlhf.models.log_probs import token_log_probs
 from rlhf.models.masks import last_true_index
+from studies.engine.ladder import HEAD_WIDTH, WIDTH_PER_LAYER
 from studies.preference.data import END, PAD, VOCABULARY, WIDTH
-
-WIDTH_PER_LAYER = 128
-HEAD_WIDTH = 64
-WEIGHTS_OF_ONE_LAYER = 12 * WIDTH_PER_LAYER**2  # 196,608
-
-
-def matrix_weights(layers: int) -> int:
-    """N = 196,608 L^3: the weights in the matrices of the layers, by formula."""
-    return WEIGHTS_OF_ONE_LAYER * layers**3
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,7 @@ def make_rung(layers: int, seed: int) -> Rung:
 
 
 def count(model: Rung) -> Counts:
-    """Count the parameters, for comparison with :func:`matrix_weights`."""
+    """Count the parameters, for comparison with the formula."""
     blocks = list(model.body.h.parameters())
     return Counts(
         matrices=sum(p.numel() for p in blocks if p.dim() == 2),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -33,7 +33,8 @@ class Statement:
 
     def as_dict(self) -> dict[str, Any]:
         """The statement for JSON."""
-        return {"text": self.text, "rule": self.rule, **self.estimate.as_dict(), "verdict": str(self.verdict)}
+        words = {"text": self.text, "rule": self.rule, "digits": self.digits}
+        return {**words, **self.estimate.as_dict(), "verdict": str(self.verdict)}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Claim:
     statements: Sequence[Statement]
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -73,21 +74,13 @@ class Claim:
 
 def above(text: str, estimate: Estimate, bound: float = 0.0, digits: int = 3) -> Statement:
     """The number is larger than ``bound``: supported if all of its interval is, contradicted if none is."""
-    verdict = Verdict.UNDECIDED
-    if estimate.low > bound:
-        verdict = Verdict.SUPPORTED
-    elif estimate.high < bound:
-        verdict = Verdict.CONTRADICTED
+    verdict = _verdict(estimate.low > bound, estimate.high < bound)
     return Statement(text, f"interval above {bound:g}", estimate, verdict, digits)
 
 
 def below(text: str, estimate: Estimate, bound: float = 0.0, digits: int = 3) -> Statement:
     """The number is smaller than ``bound``: the mirror image of :func:`above`."""
-    verdict = Verdict.UNDECIDED
-    if estimate.high < bound:
-        verdict = Verdict.SUPPORTED
-    elif estimate.low > bound:
-        verdict = Verdict.CONTRADICTED
+    verdict = _verdict(estimate.high < bound, estimate.low > bound)
     return Statement(text, f"interval below {bound:g}", estimate, verdict, digits)
 
 
@@ -96,19 +89,29 @@ def inside(text: str, estimate: Estimate, low: float, high: float, digits: int =
 
     Contradicted if the interval lies wholly outside. That the interval merely touches the range says nothing.
     """
-    verdict = Verdict.UNDECIDED
-    if low <= estimate.low and estimate.high <= high:
-        verdict = Verdict.SUPPORTED
-    elif estimate.high < low or estimate.low > high:
-        verdict = Verdict.CONTRADICTED
+    verdict = _verdict(
+        low <= estimate.low and estimate.high <= high, estimate.high < low or estimate.low > high
+    )
     return Statement(text, f"interval inside [{low:g}, {high:g}]", estimate, verdict, digits)
+
+
+def _verdict(supported: bool, contradicted: bool) -> Verdict:
+    if supported:
+        return Verdict.SUPPORTED
+    return Verdict.CONTRADICTED if contradicted else Verdict.UNDECIDED
 
 
 def together(verdicts: Iterable[Verdict]) -> Verdict:
     """Supported only if every part is, contradicted as soon as one part is."""
-    found = list(verdicts)
-    if Verdict.CONTRADICTED in found:
-        return Verdict.CONTRADICTED
-    if found and all(v is Verdict.SUPPORTED for v in found):
-        return Verdict.SUPPORTED
-    return Verdict.UNDECIDED
+    found = set(verdicts)
+    return _verdict(found == {Verdict.SUPPORTED}, Verdict.CONTRADICTED in found)
+
+
+def shown(estimate: Estimate | dict[str, Any], digits: int = 3) -> str:
+    """An estimate, or its JSON, as text: mean [low, high]; a dash for what is not known."""
+    figure = estimate.as_dict() if isinstance(estimate, Estimate) else estimate
+    if figure["mean"] is None:
+        return "-"
+    ends = figure["ci95"]
+    interval = "" if ends is None else f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+    return f"{figure['mean']:.{digits}f}{interval}"
