@@ -1,20 +1,17 @@
 """What context distillation is done on, how it is divided, and the figures that come of it."""
 
-import hashlib
 import json
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import stage, tiny_recipe
 from tiny_distill import overrides, passage, results, run, write_lab
 
-from policy.distillation.data import Frame, _place, content_hash, draw, question, questions, split, texts
+from policy.distillation.data import Frame, content_hash, question, questions, split, texts
 from policy.distillation.report import Measured, figures, lines
 from policy.distillation.trainer import batch_rows
 from rlhf.collect import __main__ as collect
-from rlhf.data.comparisons import Comparison, Counts, Message
+from rlhf.data.comparisons import Comparison, Counts, Message, split_by_hash
 from rlhf.errors import UserError
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.tokenization.prompt_prefix import Context
@@ -114,15 +111,6 @@ def test_every_group_is_on_one_side_whatever_else_there_is():
         split(some[:2], 0.3, seed=0)
 
 
-def test_every_item_has_the_same_chance_to_be_drawn():
-    counts = np.zeros(10)
-    for seed in range(3000):
-        for item in draw(range(10), 3, random.Random(seed)):
-            counts[item] += 1
-    assert abs(counts / 3000 - 0.3).max() < 0.04
-    assert draw(iter("abc"), 5, random.Random(0)) == ["a", "b", "c"]
-
-
 def test_every_pass_goes_over_all_rows_once():
     rows = [batch_rows(3, step, 4, 10) for step in range(6)]
     assert [len(batch) for batch in rows] == [4, 4, 2] * 2
@@ -183,11 +171,6 @@ def test_a_gain_that_cannot_be_told_from_0_has_no_share():
 
 def test_the_prompts_that_the_comparisons_stage_has_left_over_are_split_anew():
     """Another hash than that of the comparisons, of which the training part has what is above its share."""
-    keys = [f"{number:064x}" for number in range(400)]
-    left = [key for key in keys if _their_place(0, key) >= 0.1]
-    held = [key for key in left if _place(0, key) < 0.1]
+    left, _ = split_by_hash([f"{number:064x}" for number in range(400)], str, 0.1, "0")
+    held = split([passage("a", group=key) for key in left], 0.1, seed=0)[1]
     assert 15 < len(held) < 60
-
-
-def _their_place(seed, key):
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode("ascii")).digest()[:8], "big") / 2**64

@@ -111,7 +111,7 @@ def test_a_file_of_another_kind_is_refused_with_the_fields_that_are_expected(on_
     assert message.startswith(
         f"{tmp_path}/a.jsonl:1: fields of no known format: text; expected one of: chats"
     )
-    for field in ('"messages"', '"prompt", "completion"', '"conversations"', "comparisons"):
+    for field in ('"messages"', '"prompt", "completion"', '"conversations"', "native", "TRL"):
         assert field in message
 
 

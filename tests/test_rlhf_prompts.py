@@ -86,7 +86,7 @@ def test_repeated_prompts_are_removed_across_files_and_counted(tmp_path):
         ),
         ({"messages": "q"}, 'messages are not a list: "messages" is a str'),
         ({"messages": [{"role": "user"}]}, 'a message without text in role and content: in "messages"'),
-        ({"prompt": 3}, "fields of no known format: prompt; expected one of: prompts "),
+        ({"prompt": 3}, "fields of no known format: prompt; expected one of: native "),
     ],
 )
 def test_a_bad_row_stops_with_its_line_or_is_skipped_and_counted(tmp_path, row, message):

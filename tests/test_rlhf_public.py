@@ -1,10 +1,10 @@
 """The mixture of public comparisons: shares, drawing, thinning, the binary form, what is kept on disk."""
 
 import itertools
-import json
 import math
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -146,7 +146,7 @@ def test_a_source_that_gives_nothing_is_named_with_its_counts(tmp_path):
     assert message.startswith(f"pmp.sources[1]: no usable comparison in {bad}: read 1, kept 0")
     assert refusal([good, good], 6).startswith("pmp.sources[1]: no usable comparison")
     assert refusal([PmpSource(files=["no.jsonl"])], 4) == "no.jsonl: no such file"
-    assert refusal([PmpSource(files=["no*.jsonl"])], 4, key="k").startswith("k[0]: the pattern 'no*.jsonl'")
+    assert refusal([PmpSource(files=["no*.jsonl"])], 4).startswith("pmp.sources[0]: the pattern 'no*.jsonl'")
 
 
 def test_a_share_of_less_than_one_is_refused_before_anything_is_read(tmp_path):
@@ -258,27 +258,18 @@ def test_a_part_is_used_again_for_the_same_use_only(tmp_path, reads):
     assert mix(sources, 5, cache=cache, fits=every(3, name="every 4")) == mix(sources, 5, fits=every(4))
 
 
-@pytest.mark.parametrize("damage", ["no note", "bad note", "no data", "cut data", "other data", "empty note"])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda file: file.write_text("{"), lambda file: file.write_text("{}")]
+)
 def test_a_damaged_part_is_drawn_again(tmp_path, reads, damage):
     cache = tmp_path / "cache"
     sources = [source(tmp_path, "x", 30)]
     before = mix(sources, 10, cache=cache)
-    (note,), (data,) = cache.glob("*.json"), cache.glob("*.jsonl")
-    lines = data.read_text().splitlines(keepends=True)
-    {
-        "no note": note.unlink,
-        "bad note": lambda: note.write_text("{"),
-        "empty note": lambda: note.write_text("{}"),
-        "no data": data.unlink,
-        "cut data": lambda: data.write_text("".join(lines)[:-5]),
-        "other data": lambda: data.write_text("".join(reversed(lines))),
-    }[damage]()
-    assert mix(sources, 10, cache=cache) == before
+    damage(*cache.iterdir())
+    for _ in range(2):
+        assert mix(sources, 10, cache=cache) == before
     assert reads == ["x.jsonl", "x.jsonl"]
-    assert mix(sources, 10, cache=cache) == before
-    assert len(reads) == 2
-    assert json.loads(next(cache.glob("*.json")).read_text())["counts"]["read"] == 30
-    assert not list(cache.glob("*.unfinished"))
+    assert before[1][f"pmp.sources[0]: {sources[0].files[0]}"].read == 30
 
 
 # --- thinning and the binary form ------------------------------------------------------------------------

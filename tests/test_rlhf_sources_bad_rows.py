@@ -63,7 +63,7 @@ BAD_ROWS = {
     "native response": ({**NATIVE, "responses": ["a", "b", 3]}, "responses are not a list of strings"),
     "native ranks": ({**NATIVE, "ranks": 1}, "ranks are not a list"),
     "native source": ({**NATIVE, "source": 1}, "source is not a string"),
-    "native prompt": ({**NATIVE, "prompt": 1}, 'messages are not a list: "prompt" is a int'),
+    "native prompt": ({**NATIVE, "prompt": 1}, "the prompt is neither a text nor messages: a int"),
     "native ties": (
         {**NATIVE, "ranks": [1, 1, 1]},
         "all responses are tied, which says nothing about preference",
@@ -140,15 +140,6 @@ def test_nothing_left_is_an_error_that_says_why(tmp_path):
         f"no usable comparison in {path}: read 2, kept 0, dropped 2 "
         "(1 empty response; 1 all responses are the same text)"
     )
-
-
-def test_unsure_comparisons_are_left_out_on_request(tmp_path):
-    rows = [{**TRL, "prompt": str(c), "confidence": c} for c in (0.2, "0.9", None)]
-    path = jsonl(tmp_path / "a.jsonl", *rows)
-    assert len(read(path)[0]) == 3
-    comparisons, counts = read(path, min_confidence=0.5)
-    assert [c.confidence for c in comparisons] == [0.9, None]
-    assert counts.dropped == {"confidence under 0.5": 1}
 
 
 def test_a_bad_row_tells_reason_and_detail_apart():

@@ -11,12 +11,12 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.data.comparisons import Comparison, Counts, prompt_key
+from rlhf.data.comparisons import Comparison, Counts, prompt_key, reservoir_sample, split_by_hash
 from rlhf.data.readers import stream_comparisons
 from rlhf.data.readers.files import origins
 from rlhf.data.readers.native import read_native
@@ -29,7 +29,6 @@ from rlhf.tokenization.prompt_prefix import Context
 
 HALVES = TEXTS, QUESTIONS = "texts", "questions"
 Ids = NDArray[np.uint32]
-T = TypeVar("T")
 
 
 class Passage(NamedTuple):
@@ -82,7 +81,7 @@ def passages(
             if half == TEXTS
             else questions(_comparisons(recipe, section, run, tally), frame, tally)
         )
-        drawn = draw(source, asked, _random(recipe.seed, half))
+        drawn = reservoir_sample(source, asked, _random(recipe.seed, half))
         if not drawn:
             raise UserError(
                 f"distill.{half}: nothing usable{f': {tally}' if tally.read else ''}; name other files"
@@ -180,17 +179,6 @@ def _comparisons(recipe: Recipe, section: Distill, run: StageRun, counts: Counts
     return read_native(run.parent("comparisons") / "train.jsonl", "stop", counts)
 
 
-def draw(items: Iterable[T], number: int, chance: random.Random) -> list[T]:
-    """A uniform sample (algorithm R, Waterman in Knuth 1981, section 3.4.2); all where there are no more."""
-    kept: list[T] = []
-    for seen, item in enumerate(items):
-        if seen < number:
-            kept.append(item)
-        elif (place := chance.randrange(seen + 1)) < number:
-            kept[place] = item
-    return kept
-
-
 def split(drawn: Sequence[Passage], share: float, seed: int) -> tuple[list[Passage], list[Passage]]:
     """Passages of one half to train on and held out, whole groups at a time.
 
@@ -200,13 +188,10 @@ def split(drawn: Sequence[Passage], share: float, seed: int) -> tuple[list[Passa
     Raises:
         UserError: there is one group only.
     """
-    places = {passage.group: _place(seed, passage.group) for passage in drawn}
-    if len(places) < 2:
+    if len({passage.group for passage in drawn}) < 2:
         raise UserError(f"distill.{drawn[0].half}: only one text or prompt, which cannot be split; give more")
-    in_order = sorted(places, key=places.__getitem__)
-    number = sum(place < share for place in places.values())
-    held = set(in_order[: min(max(number, 1), len(in_order) - 1)])
-    return [p for p in drawn if p.group not in held], [p for p in drawn if p.group in held]
+    # salted: the training comparisons are what another hash of (seed, prompt) has left over
+    return split_by_hash(drawn, lambda passage: passage.group, share, f"distill:{seed}")
 
 
 def content_hash(all_passages: Iterable[Passage]) -> str:
@@ -216,11 +201,6 @@ def content_hash(all_passages: Iterable[Passage]) -> str:
         digest.update(np.asarray([len(passage.opening), len(passage.ids)], np.int64).tobytes())
         digest.update(passage.opening.tobytes() + passage.ids.tobytes())
     return digest.hexdigest()
-
-
-def _place(seed: int, group: str) -> float:
-    # salted: the training comparisons are what another hash of (seed, prompt) has left over
-    return int(_hash(f"distill:{seed}:{group}")[:13], 16) / 16**13
 
 
 def _hash(text: str) -> str:

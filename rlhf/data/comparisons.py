@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -239,20 +239,33 @@ def split_by_prompt(comparisons: Sequence[T], held_out: float, seed: int) -> tup
     """
     if not 0 < held_out < 1:
         raise UserError(f"the held-out fraction must lie between 0 and 1 (both excluded), not {held_out}")
-    position = {key: _position(seed, key) for key in {prompt_key(c.prompt) for c in comparisons}}
-    if len(position) < 2:
+    number = len({prompt_key(c.prompt) for c in comparisons})
+    if number < 2:
         raise UserError(
-            f"cannot split {len(comparisons)} rows with {len(position)} different prompts into a "
+            f"cannot split {len(comparisons)} rows with {number} different prompts into a "
             "training and a held-out part: give data with at least 2 different prompts"
         )
-    in_order = sorted(position, key=position.__getitem__)
-    number = sum(place < held_out for place in position.values())
-    held_keys = set(in_order[: min(max(number, 1), len(in_order) - 1)])
-    train: list[T] = []
-    held: list[T] = []
-    for comparison in comparisons:
-        (held if prompt_key(comparison.prompt) in held_keys else train).append(comparison)
-    return train, held
+    return split_by_hash(comparisons, lambda c: prompt_key(c.prompt), held_out, str(seed))
+
+
+def split_by_hash(
+    items: Sequence[Item], key_of: Callable[[Item], str], held_out: float, salt: str
+) -> tuple[list[Item], list[Item]]:
+    """The split of :func:`split_by_prompt` for items with two keys or more; those of one key stay together.
+
+    The place of a key in [0, 1) is 53 bits, what a float holds, of its hash with the salt.
+    """
+
+    def place(key: str) -> float:
+        digest = hashlib.sha256(f"{salt}:{key}".encode("utf-8", "surrogatepass")).digest()
+        return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+    keys = list(map(key_of, items))
+    places = {key: place(key) for key in keys}
+    number = sum(at < held_out for at in places.values())
+    held = set(sorted(places, key=places.__getitem__)[: min(max(number, 1), len(places) - 1)])
+    pairs = list(zip(items, keys, strict=True))
+    return [x for x, key in pairs if key not in held], [x for x, key in pairs if key in held]
 
 
 def drawn(items: Sequence[Item], number: int | None, seed: int) -> list[Item]:
@@ -264,10 +277,15 @@ def drawn(items: Sequence[Item], number: int | None, seed: int) -> list[Item]:
     return [items[i] for i in order[:number]]
 
 
-def _position(seed: int, key: str) -> float:
-    """A place in [0, 1) that looks random and depends on (seed, key) only; 53 bits, what a float holds."""
-    digest = hashlib.sha256(f"{seed}:{key}".encode("ascii")).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+def reservoir_sample(items: Iterable[Item], number: int, chance: random.Random) -> list[Item]:
+    """A uniform sample (algorithm R, Waterman in Knuth 1981, section 3.4.2); all where there are no more."""
+    kept: list[Item] = []
+    for seen, item in enumerate(items):
+        if seen < number:
+            kept.append(item)
+        elif (place := chance.randrange(seen + 1)) < number:
+            kept[place] = item
+    return kept
 
 
 def write_native(path: str | Path, comparisons: Iterable[Comparison]) -> None:
@@ -276,12 +294,3 @@ def write_native(path: str | Path, comparisons: Iterable[Comparison]) -> None:
     The file appears under its name only when it is complete.
     """
     write_jsonl(Path(path), map(asdict, comparisons))
-
-
-def fingerprint(comparisons: Iterable[Comparison]) -> str:
-    """SHA-256 (hex) of the content in its order: a run resumes at a position, so order is content too."""
-    digest = hashlib.sha256()
-    for comparison in comparisons:
-        line = json.dumps(asdict(comparison), ensure_ascii=False)
-        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()

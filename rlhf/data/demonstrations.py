@@ -6,22 +6,14 @@ ShareGPT, and every known format of comparisons, of which the best answer is tak
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from rlhf.data.comparisons import Comparison, Counts, Message, OnBadRows, Prompt, prompt_key, prompt_problem
-from rlhf.data.readers import READERS, hh
-from rlhf.data.readers.files import origins
-from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, is_text, merge_turns, messages, sift
-from rlhf.data.readers.trl import prompt_of
-from rlhf.errors import UserError
+from rlhf.data.readers import READERS as COMPARISONS
+from rlhf.data.readers import hh, read_distinct
+from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, is_text, merge_turns, messages, prompt_of
 
-FORMAT = (
-    'chats {"messages"} that end in an assistant turn, {"prompt", "completion"} as texts or messages, '
-    '{"conversations"} with "from" and "value", or any known format of comparisons'
-)
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}  # of ShareGPT
 
 
@@ -51,42 +43,6 @@ def best_of(comparison: Comparison) -> list[Demonstration]:
     ]
 
 
-def recognises(row: Row) -> bool:
-    """Whether the row is a chat, or a comparison."""
-    return (
-        _has(row, "messages")
-        or _has(row, "conversations")
-        or _has(row, "prompt", "completion")
-        or _is_comparison(row)
-    )
-
-
-def parse(row: Row, source: str) -> Iterator[Demonstration | LeftOut]:
-    """The row's demonstrations, not yet checked; raises BadRow where the row does not hold together."""
-    if _has(row, "messages"):
-        yield _of_dialogue(messages(row["messages"], "messages"), source)
-    elif _has(row, "conversations"):
-        yield _of_dialogue(_conversation(row["conversations"]), source)
-    elif _has(row, "prompt", "completion"):
-        yield _of_prompt(row["prompt"], row["completion"], source)
-    else:
-        reader = next(reader for reader in READERS if reader.recognises(row))
-        for item in reader.parse(row, source):
-            if isinstance(item, LeftOut):
-                yield item
-            else:
-                yield from best_of(item)
-
-
-def _has(row: Row, *names: str) -> bool:
-    """Whether the fields are there; files of several formats in one table leave the others empty."""
-    return all(row.get(name) is not None for name in names)
-
-
-def _is_comparison(row: Row) -> bool:
-    return any(reader.recognises(row) for reader in READERS)
-
-
 def _of_dialogue(dialogue: Sequence[Message], source: str) -> Demonstration:
     merged = merge_turns(dialogue)
     if not merged or merged[-1].role != "assistant":
@@ -95,11 +51,8 @@ def _of_dialogue(dialogue: Sequence[Message], source: str) -> Demonstration:
 
 
 def _of_prompt(prompt: object, completion: object, source: str) -> Demonstration:
-    if not isinstance(prompt, str | list):
-        raise BadRow("the prompt is neither a text nor messages", f"a {type(prompt).__name__}")
-    if isinstance(prompt, str) and hh.is_transcript(prompt):
-        turns = hh.turns(prompt)  # "\n\nAssistant:" at the end is where the answer begins, not a turn
-        before = turns[:-1] if turns[-1] == Message("assistant", "") else turns
+    if hh.is_transcript(prompt):
+        before = hh.before_answer(prompt)
         completion = completion.strip() if isinstance(completion, str) else completion
     else:
         before = prompt_of(prompt)
@@ -118,24 +71,43 @@ def _conversation(value: object) -> tuple[Message, ...]:
     return tuple(Message(_ROLES.get(item["from"], item["from"]), item["value"]) for item in value)
 
 
-def read_demonstrations(
-    specs: Sequence[str], *, on_bad_rows: OnBadRows, key: str = "sft.data"
-) -> tuple[list[Demonstration], Counts]:
-    """Read, check and de-duplicate the demonstrations that the specs name, in their order.
+def _has(row: Row, *names: str) -> bool:
+    """Whether the fields are there; files of several formats in one table leave the others empty."""
+    return all(row.get(name) is not None for name in names)
 
-    specs and on_bad_rows as in :func:`rlhf.data.readers.read_comparisons`; key: the recipe's key that holds
-    the specs, named in messages. Raises UserError for the same mistakes, and when nothing is left.
+
+READERS: tuple[Reader[Demonstration], ...] = (
+    Reader(
+        'chats {"messages"} that end in an assistant turn',
+        lambda row: _has(row, "messages"),
+        lambda row, source: [_of_dialogue(messages(row["messages"], "messages"), source)],
+    ),
+    Reader(
+        '{"conversations"} with "from" and "value"',
+        lambda row: _has(row, "conversations"),
+        lambda row, source: [_of_dialogue(_conversation(row["conversations"]), source)],
+    ),
+    Reader(
+        '{"prompt", "completion"} as texts or messages',
+        lambda row: _has(row, "prompt", "completion"),
+        lambda row, source: [_of_prompt(row["prompt"], row["completion"], source)],
+    ),
+    *(
+        reader.then(lambda item: [item] if isinstance(item, LeftOut) else best_of(item))
+        for reader in COMPARISONS
+    ),
+)
+
+
+def read_demonstrations(
+    specs: Sequence[str], *, on_bad_rows: OnBadRows
+) -> tuple[list[Demonstration], Counts]:
+    """Read, check and de-duplicate the demonstrations of ``sft.data``, in their order.
+
+    specs and on_bad_rows as in :func:`rlhf.data.readers.read_comparisons`. Raises UserError for the same
+    mistakes, and when nothing is left.
     """
-    counts = Counts()
-    kept: dict[tuple[str, str], Demonstration] = {}
-    this_module = cast(Reader[Demonstration], sys.modules[__name__])
-    for origin in origins(specs, key=key):
-        for found in sift(origin, [this_module], problem, on_bad_rows, counts):
-            same = prompt_key(found.prompt), found.response.strip()
-            if same in kept:
-                counts.drop("duplicate demonstration")
-            else:
-                kept[same] = found
-    if not kept:
-        raise UserError(f"no usable demonstration in {', '.join(specs)}: {counts}")
-    return list(kept.values()), counts
+    return read_distinct(
+        "demonstration", specs, READERS, problem, lambda d: (prompt_key(d.prompt), d.response.strip()),
+        on_bad_rows=on_bad_rows, key="sft.data",
+    )  # fmt: skip

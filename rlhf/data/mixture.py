@@ -7,22 +7,20 @@ ranked one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.comparisons import Comparison, Counts, OnBadRows, deduplicate, fingerprint, write_native
+from rlhf.data.comparisons import Comparison, Counts, Message, OnBadRows, deduplicate, reservoir_sample
 from rlhf.data.readers import stream_comparisons
 from rlhf.data.readers.files import HUB, paths_of
-from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.recipe.reward import PmpSource
-from rlhf.runs.artifacts import write_json
+from rlhf.runs.cache import remember
 
 NOT_DRAWN = "not drawn: the source holds more than its share"
 
@@ -52,7 +50,6 @@ def sample_mixture(
     *,
     seed: int,
     on_bad_rows: OnBadRows,
-    key: str = "pmp.sources",
     cache: Path | None = None,
     fits: Filter | None = None,
 ) -> tuple[list[Comparison], dict[str, Counts]]:
@@ -61,8 +58,8 @@ def sample_mixture(
     Every comparison of a source has the same chance (reservoir sampling); what is drawn follows from the
     seed, the rows of the source and its share. A source with fewer than its share gives all it has; nobody
     makes up for it. Repeats are removed after the drawing, those of an earlier source too, so a source can
-    give a little less than its share. Counts: by source, under ``key[index]: files``; what was read but not
-    drawn is dropped as ``NOT_DRAWN``.
+    give a little less than its share. Counts: by source, under ``pmp.sources[index]: files``; what was read
+    but not drawn is dropped as ``NOT_DRAWN``.
 
     fits: comparisons that do not are left out before the drawing, and counted.
     cache: a folder in which the drawn part of each finished source is kept, so that an interrupted mixture
@@ -76,14 +73,14 @@ def sample_mixture(
     counts: dict[str, Counts] = {}
     parts = shares([source.weight for source in sources], total)
     for index, (source, share) in enumerate(zip(sources, parts, strict=True)):
-        place = f"{key}[{index}]"
+        place = f"pmp.sources[{index}]"
         files = ", ".join(source.files)
         if not share:
             raise UserError(
                 f"{place} ({files}) has a share of less than one of {total} comparisons: raise its weight or "
                 "pmp.limit"
             )
-        part, tally = _cached(cache, source.files, share, seed, on_bad_rows, place, fits)
+        part, tally = _drawn(source, share, seed, on_bad_rows, place, cache, fits)
         drawn = deduplicate([*drawn, *part], tally)  # the first ones are distinct: only new ones can go
         if not tally.kept:
             raise UserError(f"{place}: no usable comparison in {files}: {tally}")
@@ -144,15 +141,13 @@ def binarize(comparison: Comparison, good: str, bad: str) -> list[Comparison]:
     return result
 
 
-def check_prefixes(
-    tokenize: Callable[[str], list[int]], unknown_id: int | None, good: str, bad: str, *, key: str = "pmp"
-) -> None:
+def check_prefixes(tokenize: Callable[[str], list[int]], unknown_id: int | None, good: str, bad: str) -> None:
     """Raise UserError unless the tokenizer can tell the two control prefixes apart.
 
     tokenize: text to token ids, without special tokens. unknown_id: the id of the unknown token, None where
     the tokenizer has none.
     """
-    ids = {f"{key}.good_prefix": tokenize(good), f"{key}.bad_prefix": tokenize(bad)}
+    ids = {"pmp.good_prefix": tokenize(good), "pmp.bad_prefix": tokenize(bad)}
     for (name, tokens), text in zip(ids.items(), (good, bad), strict=True):
         if not tokens:
             raise UserError(f"{name} {text!r} has no tokens: choose a text that the tokenizer does not drop")
@@ -167,76 +162,44 @@ def check_prefixes(
         )
 
 
-def _draw(
-    comparisons: Iterator[Comparison], number: int, chance: random.Random, counts: Counts
-) -> list[Comparison]:
-    """A uniform sample (algorithm R, Waterman in Knuth 1981, section 3.4.2); all where there are no more."""
-    kept: list[Comparison] = []
-    for seen, comparison in enumerate(comparisons):
-        if seen < number:
-            kept.append(comparison)
-            continue
-        counts.drop(NOT_DRAWN)
-        place = chance.randrange(seen + 1)
-        if place < number:
-            kept[place] = comparison
-    return kept
-
-
 def _random(seed: int, *purpose: Any) -> random.Random:
     return random.Random(json.dumps([seed, *purpose]))  # a string seeds by its SHA-512, the same everywhere
 
 
-def _cached(
-    cache: Path | None,
-    files: Sequence[str],
+def _drawn(
+    source: PmpSource,
     share: int,
     seed: int,
     on_bad_rows: OnBadRows,
     key: str,
+    cache: Path | None,
     fits: Filter | None,
 ) -> tuple[list[Comparison], Counts]:
     """The drawn part of a source, from the cache where it has it, with the counts of its reading."""
-    if cache is None:
-        return _read(files, share, seed, on_bad_rows, key, fits)
+
+    def read() -> dict[str, Any]:
+        counts = Counts()
+        stream = stream_comparisons(source.files, on_bad_rows=on_bad_rows, counts=counts, key=key)
+        kept = reservoir_sample(fits.those(stream, counts) if fits else stream, share, _random(seed, "draw"))
+        if counts.kept > len(kept):
+            counts.drop(NOT_DRAWN, counts.kept - len(kept))
+        return {"comparisons": [asdict(comparison) for comparison in kept], "counts": asdict(counts)}
+
     identity = {
-        "files": _state(files, key),
+        "files": _state(source.files, key),
         "share": share,
         "seed": seed,
         "on_bad_rows": on_bad_rows,
         "fits": fits and fits.name,
     }
-    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    data, note = cache / f"{name}.jsonl", cache / f"{name}.json"
-    if (known := _remembered(data, note)) is not None:
-        return known
-    part, counts = _read(files, share, seed, on_bad_rows, key, fits)
-    write_native(data, part)
-    # written last: without it, or with another fingerprint in it, the part is drawn again
-    write_json(note, {"identity": identity, "counts": counts.as_dict(), "fingerprint": fingerprint(part)})
-    return part, counts
+    found = remember(cache, "source", identity, read) if cache else read()
+    return list(map(_comparison, found["comparisons"])), Counts(**found["counts"])
 
 
-def _read(
-    files: Sequence[str], share: int, seed: int, on_bad_rows: OnBadRows, key: str, fits: Filter | None
-) -> tuple[list[Comparison], Counts]:
-    counts = Counts()
-    stream = stream_comparisons(files, on_bad_rows=on_bad_rows, counts=counts, key=key)
-    if fits:
-        stream = fits.those(stream, counts)
-    return _draw(stream, share, _random(seed, "draw"), counts), counts
-
-
-def _remembered(data: Path, note: Path) -> tuple[list[Comparison], Counts] | None:
-    try:
-        content = json.loads(note.read_text(encoding="utf-8"))
-        part = read_native(data, "stop", Counts())
-        if fingerprint(part) != content["fingerprint"]:
-            return None
-        tally = content["counts"]
-        return part, Counts(tally["read"], dict(tally["dropped"]), tally["duplicate_responses"])
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        return None
+def _comparison(row: dict[str, Any]) -> Comparison:
+    prompt = tuple(Message(**message) for message in row["prompt"])
+    row = {**row, "prompt": prompt, "responses": tuple(row["responses"]), "ranks": tuple(row["ranks"])}
+    return Comparison(**row)
 
 
 def _state(files: Sequence[str], key: str) -> list[Any]:

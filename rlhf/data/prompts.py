@@ -6,48 +6,19 @@ for PPO (Bai et al. 2022, section 4.2).
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
 
-from rlhf.data.comparisons import Counts, OnBadRows, Prompt, prompt_key, prompt_problem
-from rlhf.data.readers import READERS, hh
-from rlhf.data.readers.files import origins
-from rlhf.data.readers.rows import Origin, Reader, Row, messages, sift
-from rlhf.data.readers.trl import prompt_of
-from rlhf.errors import UserError
+from rlhf.data.comparisons import Comparison, Counts, OnBadRows, Prompt, prompt_key, prompt_problem
+from rlhf.data.readers import READERS as COMPARISONS
+from rlhf.data.readers import hh, read_distinct
+from rlhf.data.readers.rows import LeftOut, Origin, Reader, messages, prompt_of
 
 __all__ = ["Prompt", "read_prompts"]
 
-FORMAT = 'prompts {"prompt": text or messages} or {"messages"}, or any known format of comparisons'
 
-
-def recognises(row: Row) -> bool:
-    """Whether the row has a prompt, messages, or is a comparison."""
-    return isinstance(row.get("prompt"), str | list) or "messages" in row or _is_comparison(row)
-
-
-def parse(row: Row, source: str) -> Iterator[Prompt]:
-    """The row's prompts, not yet checked; raises BadRow for values of another type.
-
-    A conversation under "messages" that ends in answers is cut back to its last user turn. A text prompt in
-    the form of an HH transcript becomes its turns.
-    """
-    if _is_comparison(row):
-        reader = next(reader for reader in READERS if reader.recognises(row))
-        for comparison in reader.parse(row, source):
-            yield comparison.prompt
-    elif "messages" in row:
-        yield _without_answers(messages(row["messages"], "messages"))
-    elif isinstance(row["prompt"], str) and hh.is_transcript(row["prompt"]):
-        yield _without_answers(hh.turns(row["prompt"]))
-    else:
-        yield prompt_of(row["prompt"])
-
-
-def _is_comparison(row: Row) -> bool:
-    return any(reader.recognises(row) for reader in READERS)
+def _of_item(item: Comparison | LeftOut) -> list[Prompt]:
+    return [item.prompt]
 
 
 def _without_answers(dialogue: Prompt) -> Prompt:
@@ -55,6 +26,25 @@ def _without_answers(dialogue: Prompt) -> Prompt:
     while end and dialogue[end - 1].role == "assistant":
         end -= 1
     return dialogue[:end]
+
+
+def _of_field(value: str | list) -> Prompt:
+    return _without_answers(hh.turns(value)) if hh.is_transcript(value) else prompt_of(value)
+
+
+READERS: tuple[Reader[Prompt], ...] = (
+    *(reader.then(_of_item) for reader in COMPARISONS),
+    Reader(
+        '{"messages"}, cut back to the last user turn where it ends in answers',
+        lambda row: "messages" in row,
+        lambda row, _: [_without_answers(messages(row["messages"], "messages"))],
+    ),
+    Reader(
+        'prompts {"prompt": text or messages}; a transcript of HH becomes its turns',
+        lambda row: isinstance(row.get("prompt"), str | list),
+        lambda row, _: [_of_field(row["prompt"])],
+    ),
+)
 
 
 def read_prompts(
@@ -66,19 +56,10 @@ def read_prompts(
     line. key: the recipe's key that holds the specs, named in messages.
     Raises UserError for the same mistakes, and when nothing is left.
     """
-    counts = Counts()
-    prompts: dict[str, Prompt] = {}
-    this_module = cast(Reader[Prompt], sys.modules[__name__])
-    for origin in origins(specs, key=key):
-        for prompt in sift(_lines_as_rows(origin), [this_module], prompt_problem, on_bad_rows, counts):
-            key = prompt_key(prompt)
-            if key in prompts:
-                counts.drop("duplicate prompt")
-            else:
-                prompts[key] = prompt
-    if not prompts:
-        raise UserError(f"no usable prompt in {', '.join(specs)}: {counts}")
-    return list(prompts.values()), counts
+    return read_distinct(
+        "prompt", specs, READERS, prompt_problem, prompt_key,
+        on_bad_rows=on_bad_rows, key=key, prepare=_lines_as_rows,
+    )  # fmt: skip
 
 
 def _lines_as_rows(origin: Origin) -> Origin:

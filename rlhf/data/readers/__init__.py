@@ -5,16 +5,20 @@ The format of each row is recognised from its fields; files of several formats m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
+from typing import TypeVar
 
 from rlhf.data.comparisons import Comparison, Counts, OnBadRows, deduplicate, problem
 from rlhf.data.readers import hh, native, oasst, reddit, stackexchange, trl, wikipedia
 from rlhf.data.readers.files import origins
-from rlhf.data.readers.rows import Reader, sift
+from rlhf.data.readers.rows import Origin, Reader, sift
 from rlhf.errors import UserError
 
 # The order is that of recognition: TRL's fields are the least particular, so it comes last.
-READERS: tuple[Reader[Comparison], ...] = (native, oasst, stackexchange, reddit, wikipedia, hh, trl)
+READERS: tuple[Reader[Comparison], ...] = tuple(
+    module.READER for module in (native, oasst, stackexchange, reddit, wikipedia, hh, trl)
+)
+T = TypeVar("T")
 
 
 def stream_comparisons(
@@ -30,26 +34,56 @@ def stream_comparisons(
         yield from sift(origin, READERS, problem, on_bad_rows, counts)
 
 
-def read_comparisons(
-    specs: Sequence[str], *, on_bad_rows: OnBadRows, min_confidence: float | None = None
-) -> tuple[list[Comparison], Counts]:
+def read_comparisons(specs: Sequence[str], *, on_bad_rows: OnBadRows) -> tuple[list[Comparison], Counts]:
     """Read, check and de-duplicate the comparisons that the specs name, in their order.
 
     specs: paths, globs (sorted) or ``hub:NAME[:CONFIG][@SPLIT]``. on_bad_rows: "stop" raises UserError with
-    file and line at the first bad row, "skip" leaves bad rows out and counts them by reason. min_confidence:
-    leave out comparisons whose recorded confidence is lower; those without a recorded one stay.
+    file and line at the first bad row, "skip" leaves bad rows out and counts them by reason.
 
     Raises UserError also for specs that name nothing, unreadable files, files of an unknown format, and when
     nothing is left.
     """
     counts = Counts()
-    comparisons = list(stream_comparisons(specs, on_bad_rows=on_bad_rows, counts=counts))
-    if min_confidence is not None:
-        sure = [c for c in comparisons if c.confidence is None or c.confidence >= min_confidence]
-        if len(sure) < len(comparisons):
-            counts.drop(f"confidence under {min_confidence:g}", len(comparisons) - len(sure))
-        comparisons = sure
-    comparisons = deduplicate(comparisons, counts)
-    if not comparisons:
-        raise UserError(f"no usable comparison in {', '.join(specs)}: {counts}")
+    comparisons = deduplicate(stream_comparisons(specs, on_bad_rows=on_bad_rows, counts=counts), counts)
+    _check_some("comparison", comparisons, specs, counts)
     return comparisons, counts
+
+
+def read_distinct(
+    noun: str,
+    specs: Sequence[str],
+    readers: Sequence[Reader[T]],
+    problem: Callable[[T], str | None],
+    identity: Callable[[T], Hashable],
+    *,
+    on_bad_rows: OnBadRows,
+    key: str,
+    prepare: Callable[[Origin], Origin] = lambda origin: origin,
+) -> tuple[list[T], Counts]:
+    """The same for items of another kind.
+
+    Args:
+        noun: what an item is called in messages.
+        specs: as in :func:`read_comparisons`, on_bad_rows too.
+        readers: the formats, in the order of recognition.
+        problem: why an item cannot be used, or None.
+        identity: of two items with an equal one the first stays.
+        on_bad_rows: ``stop`` or ``skip``.
+        key: the recipe's key that holds the specs, named in messages.
+        prepare: changes what is read before it is parsed.
+    """
+    counts = Counts()
+    kept: dict[Hashable, T] = {}
+    for origin in origins(specs, key=key):
+        for item in sift(prepare(origin), readers, problem, on_bad_rows, counts):
+            if identity(item) in kept:
+                counts.drop(f"duplicate {noun}")
+            else:
+                kept[identity(item)] = item
+    _check_some(noun, kept, specs, counts)
+    return list(kept.values()), counts
+
+
+def _check_some(noun: str, found: Sized, specs: Sequence[str], counts: Counts) -> None:
+    if not found:
+        raise UserError(f"no usable {noun} in {', '.join(specs)}: {counts}")

@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import TypeGuard
 
 from rlhf.data.comparisons import Comparison, Message
-from rlhf.data.readers.rows import BadRow, Row, confidence, is_text, pair_of_dialogues
-
-FORMAT = 'HH {"chosen", "rejected"} with "Human:" and "Assistant:" turns'
+from rlhf.data.readers.rows import BadRow, Reader, Row, confidence, is_text, pair_of_dialogues
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def is_transcript(text: str) -> bool:
+def is_transcript(text: object) -> TypeGuard[str]:
     """Whether a text begins with a turn and has at least one of the human."""
-    return _TURN.match(text) is not None and re.search(r"(?:\A\s*|\n\n)Human:", text) is not None
+    return (
+        isinstance(text, str)
+        and _TURN.match(text) is not None
+        and re.search(r"(?:\A\s*|\n\n)Human:", text) is not None
+    )
 
 
 def turns(text: str) -> tuple[Message, ...]:
@@ -39,7 +42,13 @@ def turns(text: str) -> tuple[Message, ...]:
     )
 
 
-def recognises(row: Row) -> bool:
+def before_answer(text: str) -> tuple[Message, ...]:
+    """The turns of a prompt; an empty one of the assistant at its end is where the answer begins, no turn."""
+    found = turns(text)
+    return found[:-1] if found[-1] == Message("assistant", "") else found
+
+
+def recognizes(row: Row) -> bool:
     """Whether chosen or rejected is a transcript, and there is no prompt of its own."""
     return (
         is_text(row, "chosen", "rejected")
@@ -53,3 +62,6 @@ def parse(row: Row, source: str) -> Iterator[Comparison]:
     yield pair_of_dialogues(
         turns(row["chosen"]), turns(row["rejected"]), source, confidence(row), noun="transcripts"
     )
+
+
+READER = Reader('HH {"chosen", "rejected"} with "Human:" and "Assistant:" turns', recognizes, parse)

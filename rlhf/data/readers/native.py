@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf.data.comparisons import Comparison, Counts, Message, OnBadRows, problem
+from rlhf.data.comparisons import Comparison, Counts, OnBadRows, problem
 from rlhf.data.readers.files import local
-from rlhf.data.readers.rows import BadRow, Row, confidence, messages, sift
-
-FORMAT = 'native {"prompt", "responses", "ranks"}'
+from rlhf.data.readers.rows import BadRow, Reader, Row, confidence, prompt_of, sift
 
 
-def recognises(row: Row) -> bool:
+def recognizes(row: Row) -> bool:
     """Whether prompt, responses and ranks are there."""
     return "prompt" in row and "responses" in row and "ranks" in row
 
 
 def parse(row: Row, source: str) -> Iterator[Comparison]:
     """The row's comparison; ``prompt`` is a string or messages. Raises BadRow for values of another type."""
-    prompt, responses, ranks = row["prompt"], row["responses"], row["ranks"]
+    responses, ranks = row["responses"], row["ranks"]
     if not isinstance(responses, list) or not all(isinstance(response, str) for response in responses):
         raise BadRow("responses are not a list of strings")
     if not isinstance(ranks, list):
@@ -29,7 +26,7 @@ def parse(row: Row, source: str) -> Iterator[Comparison]:
     if own_source is not None and not isinstance(own_source, str):
         raise BadRow("source is not a string")
     yield Comparison(
-        (Message("user", prompt),) if isinstance(prompt, str) else messages(prompt, "prompt"),
+        prompt_of(row["prompt"]),
         tuple(responses),
         tuple(ranks),
         source if own_source is None else own_source,
@@ -37,9 +34,12 @@ def parse(row: Row, source: str) -> Iterator[Comparison]:
     )
 
 
+READER = Reader('native {"prompt", "responses", "ranks"}', recognizes, parse)
+
+
 def read_native(path: str | Path, on_bad_rows: OnBadRows, counts: Counts) -> list[Comparison]:
     """Read what :func:`rlhf.data.comparisons.write_native` wrote; nothing is removed.
 
     Raises UserError with file and line at the first bad row, or counts bad rows under ``"skip"``.
     """
-    return list(sift(local(Path(path)), [sys.modules[__name__]], problem, on_bad_rows, counts))
+    return list(sift(local(Path(path)), [READER], problem, on_bad_rows, counts))

@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from rlhf.data.comparisons import Comparison, Message, Prompt
-from rlhf.data.readers.rows import BadRow, Row, is_text
-
-FORMAT = 'OpenAssistant tree {"prompt": {"text", "role", "replies"}}'
+from rlhf.data.readers.rows import BadRow, Reader, Row, is_text
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
-def recognises(row: Row) -> bool:
+def recognizes(row: Row) -> bool:
     """Whether the prompt is the root of a tree."""
     root = row.get("prompt")
     return isinstance(root, Mapping) and "text" in root and "role" in root
@@ -53,3 +51,6 @@ def _replies(node: Mapping) -> list[Mapping]:
     if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
         raise BadRow("the replies of a message are not a list of messages")
     return replies
+
+
+READER = Reader('OpenAssistant tree {"prompt": {"text", "role", "replies"}}', recognizes, parse)

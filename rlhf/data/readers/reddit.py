@@ -18,16 +18,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf.data.comparisons import Comparison, Message
-from rlhf.data.readers.rows import BadRow, LeftOut, Row, is_list, is_text, ranked_by_score
-
-FORMAT = (
-    'Reddit: SHP {"history", "human_ref_A", "human_ref_B", "labels"} or {"title", "selftext", "comments"}'
-)
+from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, is_list, is_text, ranked_by_score
 
 _GONE = frozenset(("[deleted]", "[removed]", "[ deleted ]", "[ removed by reddit ]"))
 
 
-def recognises(row: Row) -> bool:
+def recognizes(row: Row) -> bool:
     """Whether the row is of SHP, or a post with comments."""
     return is_text(row, "history", "human_ref_A", "human_ref_B") or (
         is_text(row, "title") and is_list(row, "comments" if "comments" in row else "replies")
@@ -93,3 +89,10 @@ def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
         raise BadRow("the replies of a comment are not a list of comments")
     return replies
+
+
+READER = Reader(
+    'Reddit: SHP {"history", "human_ref_A", "human_ref_B", "labels"} or {"title", "selftext", "comments"}',
+    recognizes,
+    parse,
+)

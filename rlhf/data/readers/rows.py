@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlhf.data.comparisons import Comparison, Counts, Message, OnBadRows, Prompt
 from rlhf.errors import UserError
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+Other = TypeVar("Other")
 Row = Mapping[str, Any]
 
 
@@ -39,16 +40,27 @@ class LeftOut(BadRow):
         self.prompt = prompt
 
 
-class Reader(Protocol[T_co]):
-    """A module that reads one format."""
+@dataclass(frozen=True)
+class Reader(Generic[T_co]):
+    """One format.
 
-    FORMAT: str  # the format in a few words, for the message about a row that nobody recognises
+    format: in a few words, for the message about a row that nobody recognizes.
+    recognizes: whether the row's fields are those of this format.
+    parse: what the row holds, not yet checked; raises BadRow where it does not hold together. Its second
+    argument labels the items.
+    """
 
-    def recognises(self, row: Row) -> bool:
-        """Whether the row's fields are those of this format."""
+    format: str
+    recognizes: Callable[[Row], bool]
+    parse: Callable[[Row, str], Iterable[T_co | LeftOut]]
 
-    def parse(self, row: Row, source: str) -> Iterator[T_co | LeftOut]:
-        """What the row holds, not yet checked; raises BadRow where it does not hold together."""
+    def then(self, give: Callable[[T_co | LeftOut], Iterable[Other | LeftOut]]) -> Reader[Other]:
+        """A reader of the same rows that gives something else for each item."""
+        return Reader(
+            self.format,
+            self.recognizes,
+            lambda row, source: (other for item in self.parse(row, source) for other in give(item)),
+        )
 
 
 @dataclass(frozen=True)
@@ -75,22 +87,22 @@ def sift(
     """The usable items of an origin; every item is counted in ``counts``.
 
     "stop" raises UserError at the first bad row or item. "skip" counts it and goes on; but an origin of
-    whose rows none is recognised is a mistake in the recipe and raises UserError in both cases. What a
+    whose rows none is recognized is a mistake in the recipe and raises UserError in both cases. What a
     reader leaves out by rule (:class:`LeftOut`) is counted in both cases.
     """
-    recognised = False
-    unrecognised = ""
+    recognized = False
+    unrecognized = ""
     for number, row in origin.rows:
         where = origin.where(number)
         try:
             reader = _reader(row, readers)
             if reader is None:
                 unknown = BadRow("fields of no known format", _fields_and_formats(row, readers))
-                unrecognised = unrecognised or f"{where}: {unknown}"
-                if on_bad_rows == "stop" and not recognised:  # the file is wrong, skipping would not help
-                    raise UserError(unrecognised)
+                unrecognized = unrecognized or f"{where}: {unknown}"
+                if on_bad_rows == "stop" and not recognized:  # the file is wrong, skipping would not help
+                    raise UserError(unrecognized)
                 raise unknown
-            recognised = True
+            recognized = True
             items = list(reader.parse(row, origin.source))  # type: ignore[arg-type]
         except LeftOut as left_out:
             counts.read += 1
@@ -109,8 +121,8 @@ def sift(
                 _refuse(reason, reason, where, on_bad_rows, counts)
             else:
                 yield item
-    if unrecognised and not recognised:
-        raise UserError(unrecognised)
+    if unrecognized and not recognized:
+        raise UserError(unrecognized)
 
 
 def _refuse(reason: str, message: str, where: str, on_bad_rows: OnBadRows, counts: Counts) -> None:
@@ -126,12 +138,12 @@ def _reader(row: object, readers: Sequence[Reader[T]]) -> Reader[T] | None:
         raise row
     if not isinstance(row, Mapping):
         raise BadRow("not a row with fields", f"a {type(row).__name__}")
-    return next((reader for reader in readers if reader.recognises(row)), None)
+    return next((reader for reader in readers if reader.recognizes(row)), None)
 
 
 def _fields_and_formats(row: object, readers: Sequence[Reader[T]]) -> str:
     fields = ", ".join(sorted(map(str, row))) if isinstance(row, Mapping) else ""
-    known = "; ".join(reader.FORMAT for reader in readers)
+    known = "; ".join(reader.format for reader in readers)
     return f"{fields or 'no field'}; expected one of: {known}"
 
 
@@ -156,6 +168,13 @@ def messages(value: object, name: str) -> tuple[Message, ...]:
         if not isinstance(item, Mapping) or not is_text(item, "role", "content"):
             raise BadRow("a message without text in role and content", f'in "{name}"')
     return tuple(Message(item["role"], item["content"]) for item in value)
+
+
+def prompt_of(value: object) -> Prompt:
+    """A prompt field: a text is one user message; raises BadRow for neither a text nor messages."""
+    if not isinstance(value, str | list):
+        raise BadRow("the prompt is neither a text nor messages", f"a {type(value).__name__}")
+    return (Message("user", value),) if isinstance(value, str) else messages(value, "prompt")
 
 
 def confidence(row: Row) -> float | None:

@@ -22,12 +22,10 @@ from typing import Any
 
 from rlhf.data.comparisons import Comparison, Message
 from rlhf.data.readers.html import text_of
-from rlhf.data.readers.rows import BadRow, LeftOut, Row, is_list, is_text, ranked_by_score
-
-FORMAT = 'StackExchange Posts.xml or {"qid", "question", "answers"}'
+from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, is_list, is_text, ranked_by_score
 
 
-def recognises(row: Row) -> bool:
+def recognizes(row: Row) -> bool:
     """Whether the row is a question of a dump or of the hub, with a list of answers."""
     return is_list(row, "answers") and (
         {"Id", "Title", "Body"} <= row.keys() or {"qid", "question"} <= row.keys()
@@ -74,3 +72,6 @@ def _score_of_hub(answer: Mapping[str, Any]) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise BadRow("an answer whose pm_score is not a number", f"{value!r}"[:80])
     return value
+
+
+READER = Reader('StackExchange Posts.xml or {"qid", "question", "answers"}', recognizes, parse)

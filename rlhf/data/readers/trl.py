@@ -11,12 +11,20 @@ from collections.abc import Iterator
 
 from rlhf.data.comparisons import Comparison, Message, Prompt
 from rlhf.data.readers import hh
-from rlhf.data.readers.rows import BadRow, Row, confidence, is_list, is_text, messages, pair_of_dialogues
+from rlhf.data.readers.rows import (
+    BadRow,
+    Reader,
+    Row,
+    confidence,
+    is_list,
+    is_text,
+    messages,
+    pair_of_dialogues,
+    prompt_of,
+)
 
-FORMAT = 'TRL {"prompt"?, "chosen", "rejected"} as texts or messages'
 
-
-def recognises(row: Row) -> bool:
+def recognizes(row: Row) -> bool:
     """Whether chosen and rejected are both texts or both lists."""
     return is_text(row, "chosen", "rejected") or is_list(row, "chosen", "rejected")
 
@@ -25,25 +33,16 @@ def parse(row: Row, source: str) -> Iterator[Comparison]:
     """The row's pair. Raises BadRow where the sides do not share a prompt or the types do not fit."""
     prompt, chosen, rejected, certainty = row.get("prompt"), row["chosen"], row["rejected"], confidence(row)
     if isinstance(chosen, list):
-        sides = messages(chosen, "chosen"), messages(rejected, "rejected")
-        yield _conversations(prompt, sides, source, certainty)
+        dialogues = messages(chosen, "chosen"), messages(rejected, "rejected")
+        yield _conversations(prompt, dialogues, source, certainty)
     elif prompt is None:
         before, *answers = _split_texts(chosen, rejected)
         yield Comparison((Message("user", before),), tuple(answers), (0, 1), source, certainty)
-    elif isinstance(prompt, str) and hh.is_transcript(prompt):
-        turns = hh.turns(prompt)
-        # Such prompts end in "\n\nAssistant:", which is where the answer begins and not a turn.
-        before_answer = turns[:-1] if turns[-1] == Message("assistant", "") else turns
-        yield Comparison(before_answer, (chosen.strip(), rejected.strip()), (0, 1), source, certainty)
-    elif isinstance(prompt, str | list):
-        yield Comparison(prompt_of(prompt), (chosen, rejected), (0, 1), source, certainty)
+    elif hh.is_transcript(prompt):
+        sides = (chosen.strip(), rejected.strip())
+        yield Comparison(hh.before_answer(prompt), sides, (0, 1), source, certainty)
     else:
-        raise BadRow("the prompt is neither a text nor messages", f"a {type(prompt).__name__}")
-
-
-def prompt_of(value: str | list) -> Prompt:
-    """A prompt field: a text is one user message."""
-    return (Message("user", value),) if isinstance(value, str) else messages(value, "prompt")
+        yield Comparison(prompt_of(prompt), (chosen, rejected), (0, 1), source, certainty)
 
 
 def _conversations(
@@ -52,8 +51,6 @@ def _conversations(
     whole = all(side and side[0].role != "assistant" for side in sides)
     if prompt is None:
         return pair_of_dialogues(*sides, source, certainty)
-    if not isinstance(prompt, str | list):
-        raise BadRow("the prompt is neither a text nor messages", f"a {type(prompt).__name__}")
     before = prompt_of(prompt)
     if not whole:
         return pair_of_dialogues((*before, *sides[0]), (*before, *sides[1]), source, certainty)
@@ -78,3 +75,6 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
         if at_boundary and chosen[cut:].strip() and rejected[cut:].strip():
             return chosen[:cut], chosen[cut:], rejected[cut:]
     return "", chosen, rejected
+
+
+READER = Reader('TRL {"prompt"?, "chosen", "rejected"} as texts or messages', recognizes, parse)

@@ -16,9 +16,7 @@ import re
 from collections.abc import Iterator
 
 from rlhf.data.comparisons import Comparison, Message
-from rlhf.data.readers.rows import LeftOut, Row, is_text
-
-FORMAT = 'undone edits of a MediaWiki export, {"page", "restored", "undone"}'
+from rlhf.data.readers.rows import LeftOut, Reader, Row, is_text
 
 MAX_EXCERPT = 2000
 """Characters of a response."""
@@ -29,7 +27,7 @@ MAX_CONTEXT = 300
 _SPACE = re.compile(r"\s+")
 
 
-def recognises(row: Row) -> bool:
+def recognizes(row: Row) -> bool:
     """Whether title, restored and undone text are there."""
     return is_text(row, "page", "restored", "undone")
 
@@ -122,3 +120,6 @@ def _before(text: str) -> str:
         words = _SPACE.sub("\n", piece.strip(), count=1).partition("\n")[2]
         piece = lines if lines.strip() else words
     return piece.strip()
+
+
+READER = Reader('undone edits of a MediaWiki export, {"page", "restored", "undone"}', recognizes, parse)
