@@ -1,18 +1,16 @@
-"""A tiny policy, encoded demonstrations and the beginning of a run for the tests of fine-tuning."""
+"""A tiny policy and encoded demonstrations for the tests of fine-tuning."""
 
 import os
 import random
 
 import torch
 from conftest import ROOT, stage
-from datasets import Dataset
 from preference_cases import tiny as tiny_recipe_and_dialogue
 
-from policy.sft.loss import vocabulary_head
-from policy.sft.run import fresh, learn
-from policy.sft.trainer import ADAPTER, SftTrainer, training_arguments
+from policy.sft.run import new_backbone
+from policy.sft.trainer import new_trainer
 from rlhf.models.packing import Row
-from rlhf.runs.stage import StageRun
+from rlhf.training.hf_trainer import ADAPTER
 
 VOCABULARY = 259
 FAST = (
@@ -45,13 +43,9 @@ def tiny(*overrides):
     return tiny_recipe_and_dialogue("sft.checkpoint_every=1000", *overrides)
 
 
-def opened(folder, recipe):
-    return StageRun("sft", folder, recipe, {}, {}, True, None)
-
-
-def awake(folder, recipe, seed=0):
+def awake(*overrides, seed=0):
     """A backbone whose adapter says something: in a fresh one B is 0, so A gets no gradient."""
-    backbone = fresh(recipe, opened(folder, recipe))
+    backbone = new_backbone(tiny(*overrides)[0])
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in backbone.parameters_of(ADAPTER).items():
@@ -74,19 +68,7 @@ def cases(number, seed=0, *, prompt=(1, 12), said=(1, 9)):
 def trainer_of(folder, backbone, rows, *overrides, packing=True):
     """A trainer that has not begun."""
     recipe, dialogue = tiny(*overrides)
-    run = opened(folder, recipe)
-    return SftTrainer(
-        checkpoints=run.checkpoints,
-        metrics=None,
-        section=recipe.sft,
-        pad_id=dialogue.pad_id,
-        packing=packing,
-        head=vocabulary_head(recipe, backbone),
-        model=backbone.model,
-        args=training_arguments(recipe, recipe.sft, folder),
-        train_dataset=Dataset.from_list([row._asdict() for row in rows]),
-        processing_class=dialogue.tokenizer,
-    )
+    return new_trainer(recipe, recipe.sft, dialogue, backbone, rows, packing=packing, folder=folder)
 
 
 def batch_of(rows):
@@ -95,12 +77,9 @@ def batch_of(rows):
 
 
 def taught(folder, rows, *overrides, packing=True, backbone=None):
-    """A backbone trained on encoded demonstrations by the real trainer, its files below ``folder``."""
-    recipe, dialogue = tiny(*overrides)
-    run = opened(folder, recipe)
-    backbone = fresh(recipe, run) if backbone is None else backbone
-    head = vocabulary_head(recipe, backbone)
-    learn(recipe, recipe.sft, run, dialogue, backbone.model, head, rows, packing=packing)
+    """A backbone trained on encoded demonstrations, its files below ``folder``."""
+    backbone = backbone or new_backbone(tiny(*overrides)[0])
+    trainer_of(folder, backbone, rows, *overrides, packing=packing).fit()
     return backbone
 
 

@@ -1,21 +1,21 @@
-"""One optimiser step of fine-tuning in parts, what the options change, and what is logged."""
+"""Fine-tuning: one optimizer step in parts, packing, what is logged, and what the options change."""
 
 import json
 import math
 
 import pytest
 import torch
-from sft_cases import awake, batch_of, cases, opened, plain_nll, taught, tiny, trainer_of, weights
+from sft_cases import awake, batch_of, cases, plain_nll, taught, tiny, trainer_of, weights
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from policy.sft.loss import check_packing, losses, vocabulary_head
-from policy.sft.run import fresh, judged
-from policy.sft.trainer import ADAPTER
+from policy.sft.run import judged, new_backbone
 from rlhf.errors import UserError
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_base
 from rlhf.models.packing import Row, micro_batches
+from rlhf.training.hf_trainer import ADAPTER
 
 MIXED = [*cases(6, 1), *cases(1, 2, prompt=(60, 60)), *cases(2, 3, said=(20, 25))]
 TOKENS = sum(sum(row.counts[1:]) for row in MIXED)
@@ -38,9 +38,9 @@ def assert_equal(mine, expected, atol=2e-6):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def plain():
     """Loss and gradients by loops over single rows, with neither trainer nor packing."""
-    backbone = awake(tmp_path_factory.mktemp("plain"), tiny()[0])
+    backbone = awake()
     loss = torch.stack([plain_nll(backbone, row) for row in MIXED]).sum() / TOKENS
     loss.backward()
     return float(loss.detach()), gradients(backbone)
@@ -51,7 +51,7 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_any_budget_and_any_packing_give_the_gradient_of_single_rows(packing, plain, tmp_path):
-    backbone = awake(tmp_path, tiny()[0])
+    backbone = awake()
     parts = []
     for budget in BUDGETS:
         trainer = trainer_of(
@@ -68,7 +68,7 @@ def test_any_budget_and_any_packing_give_the_gradient_of_single_rows(packing, pl
 
 
 def test_the_loss_is_that_of_trls_own_trainer(tmp_path):
-    backbone = awake(tmp_path, tiny()[0])
+    backbone = awake()
     trainer = trainer_of(tmp_path, backbone, MIXED)
     rows = [
         {"input_ids": r.ids, "labels": [i if c else -100 for i, c in zip(r.ids, r.counts, strict=True)]}
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_trls_own_trainer(tmp_path):
 
 
 def test_what_is_not_learned_has_no_say_in_the_loss(tmp_path):
-    backbone = awake(tmp_path, tiny()[0])
+    backbone = awake()
     row = Row([7, 8, 9, 10, 11], [False, False, False, True, True])
     trainer = trainer_of(tmp_path, backbone, [row])
     logps = backbone.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
@@ -96,7 +96,7 @@ def test_what_is_not_learned_has_no_say_in_the_loss(tmp_path):
 
 def test_parts_without_weight_change_neither_gradients_nor_figures(tmp_path, monkeypatch):
     """What a process does while another one has more micro-batches."""
-    backbone = awake(tmp_path, tiny()[0])
+    backbone = awake()
     found = []
     for more in (0, 3):
         monkeypatch.setattr(
@@ -110,7 +110,7 @@ def test_parts_without_weight_change_neither_gradients_nor_figures(tmp_path, mon
 
 
 def test_nothing_is_dropped_out(tmp_path):
-    backbone = awake(tmp_path, tiny()[0])
+    backbone = awake()
     backbone.base.model.layers[2].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.5))
     trainer = trainer_of(tmp_path, backbone, MIXED)
     first, second = (float(trainer.training_step(backbone.model, batch_of(MIXED))) for _ in range(2))
@@ -121,9 +121,8 @@ def test_nothing_is_dropped_out(tmp_path):
 
 
 def test_packed_rows_say_what_single_rows_say(tmp_path):
-    recipe, _ = tiny()
-    backbone = awake(tmp_path, recipe)
-    head = vocabulary_head(recipe, backbone)
+    backbone = awake()
+    head = vocabulary_head(tiny()[0], backbone)
     expected = torch.stack([plain_nll(backbone, row) for row in MIXED]).detach()
     for packing in (True, False):
         for tokens in (1, 100, 4096):
@@ -136,9 +135,8 @@ def test_packed_rows_say_what_single_rows_say(tmp_path):
 def test_an_architecture_that_does_not_know_block_masks_is_found_out(tmp_path, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaModel
 
-    recipe, _ = tiny()
-    backbone = awake(tmp_path, recipe)
-    head = vocabulary_head(recipe, backbone)
+    backbone = awake()
+    head = vocabulary_head(tiny()[0], backbone)
     forward = LlamaModel.forward
 
     def ignores(self, *args, attention_mask=None, position_ids=None, **options):
@@ -163,8 +161,7 @@ SHORT = ("sft.batch_size=9", "sft.warmup_ratio=0", "sft.learning_rate=1e-3")
 
 
 def test_only_the_adapter_learns_and_all_of_it(tmp_path):
-    recipe, _ = tiny()
-    backbone = fresh(recipe, opened(tmp_path, recipe))
+    backbone = new_backbone(tiny()[0])
     before = {n: p.detach().clone() for n, p in backbone.named_parameters()}
     taught(tmp_path, MIXED, *SHORT, "sft.batch_size=5", backbone=backbone)  # two steps: at the first B is 0
     changed = {n for n, p in backbone.named_parameters() if not torch.equal(p, before[n])}
@@ -172,8 +169,7 @@ def test_only_the_adapter_learns_and_all_of_it(tmp_path):
 
 
 def test_the_log_holds_the_figures_of_loops_over_single_rows(tmp_path):
-    recipe, _ = tiny()
-    backbone = fresh(recipe, opened(tmp_path, recipe))
+    backbone = new_backbone(tiny()[0])
     with torch.no_grad():
         nll = float(torch.stack([plain_nll(backbone, row) for row in MIXED]).sum())
         logits = [backbone.model(input_ids=torch.tensor([row.ids])).logits[0, :-1] for row in MIXED]
@@ -195,15 +191,51 @@ def test_the_log_holds_the_figures_of_loops_over_single_rows(tmp_path):
     }
 
 
+# --- the options -----------------------------------------------------------------------------------------
+
+SOME = [*cases(6, 1), *cases(2, 3, said=(20, 25))]
+OPTIONS = ("sft.batch_size=4", "sft.warmup_ratio=0.25", "sft.epochs=2", "sft.learning_rate=1e-3")
+OF_THE_TRAINING = [
+    "sft.learning_rate=2e-3",
+    "sft.schedule=linear",
+    "sft.warmup_ratio=0.5",
+    "sft.weight_decay=0.5",
+    "sft.max_grad_norm=0.01",
+    "sft.epochs=1",
+    "sft.batch_size=2",
+    "lora.alpha=4",
+    "seed=3",
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return weights(taught(tmp_path_factory.mktemp("base"), SOME, *OPTIONS))
+
+
+@pytest.mark.parametrize("option", OF_THE_TRAINING)
+def test_an_option_of_the_training_changes_what_is_learned(option, base, tmp_path):
+    found = weights(taught(tmp_path, SOME, *OPTIONS, option))
+    assert float((found - base).abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize(
+    "option", ["sft.tokens_per_micro_batch=60", "sft.checkpoint_every=1", "packing", "again"]
+)
+def test_an_option_of_the_work_does_not_change_what_is_learned(option, base, tmp_path):
+    overrides = [option] if "=" in option else []
+    found = weights(taught(tmp_path, SOME, *OPTIONS, *overrides, packing=option != "packing"))
+    atol = 0 if option in ("again", "sft.checkpoint_every=1") else 1e-5
+    torch.testing.assert_close(found, base, rtol=0, atol=atol)
+
+
 # --- the start and the end -------------------------------------------------------------------------------
 
 
 def test_a_start_is_the_other_adapter_to_the_bit(tmp_path, capsys):
-    recipe, _ = tiny()
-    trained = awake(tmp_path, recipe)
+    trained = awake()
     trained.save_adapter(ADAPTER, tmp_path / "mine")
-    recipe, _ = tiny(f"sft.start={tmp_path}/mine")
-    backbone = fresh(recipe, opened(tmp_path, recipe))
+    backbone = new_backbone(tiny()[0], tmp_path / "mine")
     assert torch.equal(weights(backbone), weights(trained))
     assert f"sft: starts from {tmp_path}/mine (28 tensors)" in capsys.readouterr().out
 

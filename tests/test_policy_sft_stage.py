@@ -1,4 +1,4 @@
-"""The sft stage through its main: what it reads, what it leaves, and what it refuses."""
+"""The sft stage through its main: what it reads, leaves and refuses, killed, and on two processes."""
 
 import gc
 import json
@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 from conftest import stage
+from ranks import Forked, Launched, finish
 from sft_cases import FAST, begun
+from test_deepspeed import alone_in, assert_close, copy_of, curve
 
+from benchmarks.faults.killed_process import Start
 from policy.sft import __main__ as sft
 from rlhf.errors import exit_on_user_error
+from rlhf.runs.artifacts import MANIFEST, sha256_of
 
 CHATS = [
     {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"n{n}"}]}
@@ -154,3 +158,68 @@ def test_another_recipe_is_refused_with_what_changed(lab, capsys):
     stage(sft.main, *FAST)
     line = refused(capsys, *FAST, "sft.loss_on=all")
     assert "sft.loss_on: 'response' -> 'all'" in line
+
+
+# --- interrupted, and shared by processes ----------------------------------------------------------------
+
+
+def start(folder):
+    return Start(folder, (*FAST, "sft.epochs=2"), name="sft")
+
+
+def left(folder):
+    """Everything of a finished stage that must not depend on interruptions."""
+    done = folder / "runs/tiny/sft"
+    lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    files = {p.name: sha256_of(p) for p in sorted((done / "policy").iterdir())}
+    return lines, files, json.loads((done / "manifest.json").read_text())["results"]
+
+
+def test_a_stage_that_was_killed_twice_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
+    lab = begun(tmp_path / "here")
+    alone = shutil.copytree(lab, tmp_path / "alone")
+    whole = start(alone)
+    assert whole.wait() == 0, whole.output()
+    steps = len(left(alone)[0])
+    for number, goal in enumerate((2, steps - 2)):
+        killed = start(lab)
+        assert killed.kill_when((lab / f"runs/tiny/sft/checkpoints/step-{goal:07d}").exists)
+        assert ("sft: going on after step" in killed.output()) == bool(number)
+        assert not (lab / "runs/tiny/sft/manifest.json").exists()
+    last = start(lab)
+    assert last.wait() == 0, last.output()
+    assert f"sft: going on after step {steps - 2}" in last.output()
+    assert left(lab) == left(alone)
+    assert not (lab / "runs/tiny/sft/checkpoints").exists()
+
+
+SFT = (
+    "sft.batch_size=38",  # all demonstrations, so that no batch is padded
+    "sft.epochs=3",
+    "sft.warmup_ratio=0",
+    "sft.learning_rate=1e-2",
+    "sft.max_grad_norm=0.3",
+    "sft.tokens_per_micro_batch=380",
+)
+
+
+@pytest.fixture(scope="module")
+def alone(road, tmp_path_factory):
+    """One process, this one."""
+    folder = copy_of(road, tmp_path_factory.mktemp("alone") / "run", "comparisons")
+    return alone_in(folder, sft.main, *SFT)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_processes_learn_what_one_process_learns(zero, alone, road, tmp_path):
+    assert min(row["sft/grad_norm"] for row in curve(alone, "sft")) > 0.3  # the clip is at work
+    here = copy_of(road, tmp_path / "here", "comparisons")
+    start = Launched if zero == 2 else Forked  # once under the real launcher
+    finish(here, "sft", *SFT, f"distributed.zero_stage={zero}", start=start)
+    assert_close(here, alone, "sft", "policy")
+    mine, expected = (
+        json.loads((folder / "runs/tiny/sft" / MANIFEST).read_text())["results"] for folder in (here, alone)
+    )
+    assert (mine["processes"], expected["processes"]) == (2, 1)
+    for name in ("held_out_loss_before", "held_out_loss"):
+        assert mine[name]["mean"] == pytest.approx(expected[name]["mean"], abs=1e-5)

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +26,6 @@ from reward.model.batch import micro_batches, rows_of, width
 from reward.model.model import new_reward_model, vocabulary_head
 from reward.model.trunk_cache import build_trunk
 from reward.training.trainer import PreferenceTrainer, learning_rate, training_arguments
-from rlhf.runs.artifacts import Checkpoints
 
 MIXED = [
     *cases(6, 31, responses=(2, 3), prompt=(1, 8), said=(0, 6)),
@@ -42,9 +40,9 @@ def trainer_of(folder, model, *overrides, share=True, trunk=None):
     section = recipe.reward
     language = section.lm_coef or section.objective == "imitation"
     return PreferenceTrainer(
-        checkpoints=Checkpoints(folder / "checkpoints"),
-        metrics=SimpleNamespace(log=None),
         section=section,
+        stage="reward",
+        folder=folder,
         pad_id=dialogue.pad_id,
         share=share,
         trunk=trunk,

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from torch import Tensor
 
 from policy.sft.data import encode
 from policy.sft.loss import check_packing, gives_states, losses, vocabulary_head
-from policy.sft.trainer import ADAPTER, SftTrainer, training_arguments
+from policy.sft.trainer import new_trainer
 from rlhf.data.comparisons import Counts, drawn, split_by_prompt
 from rlhf.data.demonstrations import Demonstration, best_of, read_demonstrations
 from rlhf.data.readers.native import read_native
 from rlhf.data.stored import within_prompt_limit
 from rlhf.errors import UserError
+from rlhf.markdown import plain
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import best_device, load_base
-from rlhf.models.packing import Row
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Sft
-from rlhf.runs.artifacts import read_json, step_of, write_json
+from rlhf.runs.artifacts import read_json, write_json
 from rlhf.runs.initial_adapter import ADAPTER as SAVED
 from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.stage import StageRun, processes
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
-from rlhf.training.hf_trainer import resumable
-from rlhf.training.metrics import Metrics
+from rlhf.training.hf_trainer import ADAPTER
 from rlhf.training.runtime import clear_zero3_init, gathered
 
 
@@ -42,7 +40,7 @@ def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
     parts, counts = demonstrations(recipe, section, run, dialogue)
     train, held_out = (encode(part, dialogue, section.loss_on) for part in parts)
     run.say(f"sft: {len(train)} demonstrations to learn, {len(held_out)} held out")
-    backbone = fresh(recipe, run)
+    backbone = new_backbone(recipe, start_folder(recipe, run, "sft"), run.say)
     head = vocabulary_head(recipe, backbone)
     model: Any = backbone.model
     packing = section.packing
@@ -57,12 +55,19 @@ def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
         if run.is_main:
             write_json(kept, before_B.tolist())
             run.note_clock()
-    learn(recipe, section, run, dialogue, model, head, train, packing=packing)
+    new_trainer(
+        recipe, section, dialogue, backbone, train,
+        packing=packing, folder=run.folder, on_checkpoint=run.note_clock,
+    ).fit()  # fmt: skip
     after_B, tokens_B = losses(model.eval(), head, held_out, dialogue.pad_id, packing=packing)
     figures = judged(before_B, after_B, tokens_B)
-    save(run, backbone, dialogue)
-    if run.is_main:
-        _report(figures)
+    with gathered(list(backbone.parameters_of(ADAPTER).values())):
+        if run.is_main:
+            backbone.save_adapter(ADAPTER, run.folder / SAVED)
+            dialogue.tokenizer.save_pretrained(str(run.folder / SAVED))
+    if processes() > 1:
+        dist.barrier()
+    run.say(summary(figures))
     return figures | {
         "train": len(train),
         "held_out": len(held_out),
@@ -99,64 +104,22 @@ def demonstrations(
     return (drawn(train, section.limit, recipe.seed), drawn(held_out, number, recipe.seed)), counts
 
 
-def fresh(recipe: Recipe, run: StageRun) -> Backbone:
-    """The base with the one adapter that will learn, as it starts."""
+def new_backbone(recipe: Recipe, start: Path | None = None, say: Callable[[str], None] = print) -> Backbone:
+    """The base with the one adapter that will learn, as it starts.
+
+    start: folder of the adapter that it starts from; None = the base. say: gets a line that the user reads.
+    """
     clear_zero3_init()
     torch.manual_seed(recipe.seed)
     base = gives_states(load_base(recipe.model))
     backbone = Backbone(base, recipe.lora, adapters=[ADAPTER], trainable=[ADAPTER])
-    start = start_folder(recipe, run, "sft")
     if start:
         count = backbone.load_adapter(ADAPTER, start)
-        run.say(f"sft: starts from {start} ({count} tensors)")
+        say(f"sft: starts from {start} ({count} tensors)")
     backbone.check_architecture()
     backbone.activate(ADAPTER)
     backbone.to(best_device())
     return backbone
-
-
-def learn(
-    recipe: Recipe,
-    section: Sft,
-    run: StageRun,
-    dialogue: Dialogue,
-    model: Any,
-    head: Any,
-    rows: Sequence[Row],
-    *,
-    packing: bool,
-) -> None:
-    """Train the adapter in place; an interrupted training goes on from its newest checkpoint."""
-    steps = section.epochs * -(-len(rows) // section.batch_size)
-    checkpoint = run.checkpoints.newest()
-    done = step_of(checkpoint)
-    if checkpoint and run.is_main:
-        print(f"sft: going on after step {done} of {steps}", flush=True)
-    metrics = Metrics(
-        run.folder,
-        total=steps,
-        done=done,
-        shown={"sft/loss": ".3f"},
-        description="sft",
-        active=run.is_main,
-    )
-    trainer = SftTrainer(
-        checkpoints=run.checkpoints,
-        metrics=metrics,
-        on_checkpoint=run.note_clock,
-        section=section,
-        pad_id=dialogue.pad_id,
-        packing=packing,
-        head=head,
-        model=model,
-        args=training_arguments(recipe, section, run.folder / "checkpoints"),
-        train_dataset=Dataset.from_list([row._asdict() for row in rows]),
-        processing_class=dialogue.tokenizer,
-    )
-    trainer.train(resume_from_checkpoint=resumable(checkpoint / f"checkpoint-{done}") if checkpoint else None)
-    metrics.close()
-    if trainer.state.global_step != trainer.state.max_steps:
-        raise RuntimeError(f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps")
 
 
 def judged(before_B: Tensor, after_B: Tensor, tokens_B: Tensor) -> dict[str, Any]:
@@ -196,28 +159,13 @@ def _exp(loss: Estimate) -> Estimate:
     return Estimate(mean, low, high, loss.n)
 
 
-def save(run: StageRun, backbone: Backbone, dialogue: Dialogue) -> None:
-    """Write the adapter, gathered from whatever shards it, with the tokenizer."""
-    folder: Path = run.folder / SAVED
-    with gathered(list(backbone.parameters_of(ADAPTER).values())):
-        if run.is_main:
-            backbone.save_adapter(ADAPTER, folder)
-            dialogue.tokenizer.save_pretrained(str(folder))
-    if processes() > 1:
-        dist.barrier()
-
-
-def _report(figures: dict[str, Any]) -> None:
-    def shown(name: str) -> str:
-        figure = figures[name]
-        low, high = figure["ci95"] or (math.nan, math.nan)
-        return f"{figure['mean']:.3f} [{low:.3f}, {high:.3f}]"
-
-    before, after = (figures[f"perplexity{when}"]["mean"] for when in ("_before", ""))
-    number, tokens = figures["held_out_loss"]["n"], figures["held_out_tokens"]
-    print(
-        f"sft: held-out loss {shown('held_out_loss_before')} -> {shown('held_out_loss')} nats a token, "
-        f"change {shown('held_out_change')}; perplexity {before:.2f} -> {after:.2f}; "
-        f"{number} demonstrations, {tokens} tokens",
-        flush=True,
+def summary(figures: dict[str, Any]) -> str:
+    """The figures of :func:`judged` in one line."""
+    before, after, change = (
+        plain(figures[name], ".3f") for name in ("held_out_loss_before", "held_out_loss", "held_out_change")
+    )
+    perplexities = " -> ".join(f"{figures[f'perplexity{when}']['mean']:.2f}" for when in ("_before", ""))
+    return (
+        f"sft: held-out loss {before} -> {after} nats a token, change {change}; perplexity {perplexities}; "
+        f"{figures['held_out_loss']['n']} demonstrations, {figures['held_out_tokens']} tokens"
     )

@@ -5,29 +5,24 @@ Shape suffix: ``_S`` learned token.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from transformers import PrinterCallback
+from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from policy.sft.loss import log_probs
-from rlhf.models.folding import Folding
+from policy.sft.loss import log_probs, vocabulary_head
+from rlhf.models.backbone import Backbone
 from rlhf.models.packing import Row, lay, micro_batches
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Sft
-from rlhf.runs.artifacts import Checkpoints
 from rlhf.runs.stage import processes
-from rlhf.training.hf_trainer import Checkpointing, StepLog, Sums, accumulate, arguments
-from rlhf.training.metrics import Metrics
-
-ADAPTER = "default"  # peft's name of the one adapter that learns; its files do not carry it
+from rlhf.tokenization.dialogue import Dialogue
+from rlhf.training.hf_trainer import StepTrainer, Sums, arguments
 
 
 def training_arguments(recipe: Recipe, section: Sft, folder: Path) -> SFTConfig:
@@ -36,7 +31,7 @@ def training_arguments(recipe: Recipe, section: Sft, folder: Path) -> SFTConfig:
     return SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True})
 
 
-class SftTrainer(Checkpointing, SFTTrainer):
+class SftTrainer(StepTrainer, SFTTrainer):
     """Trains on sequences that were encoded before; a step's loss is the mean over all its learned tokens.
 
     trl packs by flattening a batch into one row, which on CPUs, without flash attention, would let sequences
@@ -44,96 +39,94 @@ class SftTrainer(Checkpointing, SFTTrainer):
     that packing changes no result.
 
     Args:
-        checkpoints: where this training keeps its checkpoints.
-        metrics: where each step's figures go.
-        on_checkpoint: called behind every checkpoint.
-        section: the sizes.
         pad_id: the padding token.
         packing: whether sequences share rows.
         head: the frozen map from hidden states to logits.
-        options: what :class:`trl.SFTTrainer` takes; the data set has the fields of
-        :class:`rlhf.models.packing.Row`.
+        options: what :class:`rlhf.training.hf_trainer.StepTrainer` and :class:`trl.SFTTrainer` take; the data
+            set has the fields of :class:`rlhf.models.packing.Row`.
     """
 
-    def __init__(
-        self,
-        *,
-        checkpoints: Checkpoints,
-        metrics: Metrics,
-        on_checkpoint: Callable[[], None] = lambda: None,
-        section: Sft,
-        pad_id: int,
-        packing: bool,
-        head: Any,
-        **options: Any,
-    ) -> None:
-        self._checkpoints, self._on_checkpoint = checkpoints, on_checkpoint
-        self._budget = section.tokens_per_micro_batch
-        self._pad_id = pad_id
-        self._packing = packing
-        self._head = head
-        self._seen: dict[str, float] = defaultdict(float)
+    prefix = "sft"
+    shown: ClassVar = {"sft/loss": ".3f"}
+
+    def __init__(self, *, pad_id: int, packing: bool, head: Any, **options: Any) -> None:
+        self._pad_id, self._packing, self._head = pad_id, packing, head
         disable_dropout_in_model(options["model"])
         learning = [p for p in options["model"].parameters() if p.requires_grad]
         exact = [p.data for p in learning]
-        super().__init__(
-            data_collator=lambda examples: {"examples": examples},
-            callbacks=[StepLog(metrics, "sft", self._seen, figures)],
-            **options,
-        )
+        super().__init__(stage="sft", **options)
         for parameter, data in zip(learning, exact, strict=True):
-            parameter.data = (
-                data  # trl rounds adapters over a quantised base to bfloat16; here they are float32
-            )
-        self.remove_callback(PrinterCallback)
-        trained: Any = self.model
-        self._folding = Folding(trained)
+            # trl rounds adapters over a quantised base to bfloat16; here they are float32
+            parameter.data = data
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Gradients of one optimiser step, a micro-batch at a time; returns the step's loss."""
-        model, inputs = args[0], args[1]
-        model.train()
-        rows = [Row(example["ids"], example["counts"]) for example in inputs["examples"]]
-        parts = micro_batches([len(row.ids) for row in rows], self._budget, packing=self._packing)
-        share = self._tokens_of_all(rows) / processes()  # DeepSpeed averages over the processes
-
-        def loss_of(bins: Any, weight: float) -> Tensor:
-            batch = {"rows": rows, "bins": bins, "tokens": share, "weight": weight}
-            loss: Tensor = self.compute_loss(model, batch)
-            return loss
-
-        with self._folding.folded(ADAPTER):
-            return accumulate(self, parts, loss_of)
-
-    def _tokens_of_all(self, rows: list[Row]) -> float:
-        """Learned tokens of the step, over all processes."""
+    def micro_batches(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Micro-batches of a step's sequences, each with the learned tokens that its mean is over."""
+        rows = [Row(example["ids"], example["counts"]) for example in examples]
         tokens = torch.tensor(float(sum(sum(row.counts[1:]) for row in rows)), device=self.args.device)
         if processes() > 1:
             dist.all_reduce(tokens)
-        return max(1.0, float(tokens))
+        share = max(1.0, float(tokens)) / processes()  # DeepSpeed averages over the processes
+        parts = micro_batches([len(row.ids) for row in rows], self._budget, packing=self._packing)
+        return [{"rows": rows, "bins": bins, "tokens": share} for bins in parts]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         """A micro-batch's share of the mean negative log-probability over the learned tokens of the step."""
         laid = lay(inputs["rows"], inputs["bins"], self._pad_id)
         logps_S, entropy_S = log_probs(model, laid.to(self.args.device), self._head)
-        sums: dict[str, Any] = {
-            "nll": -logps_S.detach().sum(),
-            "entropy": entropy_S.sum(),
-            "learned": logps_S.numel(),
-            "tokens": (laid.segments_NT > 0).sum(),
-            "places": laid.segments_NT.numel(),
-        }
-        for name, value in sums.items():
-            self._seen[name] += inputs["weight"] * float(value)
+        self.add(
+            inputs["weight"],
+            nll=-logps_S.detach().sum(),
+            entropy=entropy_S.sum(),
+            learned=logps_S.numel(),
+            tokens=(laid.segments_NT > 0).sum(),
+            places=laid.segments_NT.numel(),
+        )
         return -logps_S.sum() / inputs["tokens"]
 
+    @staticmethod
+    def metrics_of(sums: Sums) -> dict[str, float]:
+        """Mean loss and entropy over the learned tokens of a step, nats; the share that is not padding."""
+        learned = max(1.0, sums["learned"])
+        return {
+            "loss": sums["nll"] / learned,
+            "entropy": sums["entropy"] / learned,
+            "learned_tokens": sums["learned"],
+            "filled": sums["tokens"] / sums["places"],
+        }
 
-def figures(sums: Sums) -> dict[str, float]:
-    """What the log says of a step, from the sums of all processes."""
-    learned = max(1.0, sums["learned"])
-    return {
-        "loss": sums["nll"] / learned,
-        "entropy": sums["entropy"] / learned,
-        "learned_tokens": sums["learned"],
-        "filled": sums["tokens"] / sums["places"],  # share of the places of all rows that is not padding
-    }
+
+def new_trainer(
+    recipe: Recipe,
+    section: Sft,
+    dialogue: Dialogue,
+    backbone: Backbone,
+    rows: Sequence[Row],
+    *,
+    packing: bool,
+    folder: Path,
+    on_checkpoint: Callable[[], None] = lambda: None,
+) -> SftTrainer:
+    """A trainer of a backbone's adapter, in place; its ``fit`` takes all steps that are left.
+
+    Args:
+        recipe: the whole recipe.
+        section: its ``sft`` section.
+        dialogue: tokenizer and template.
+        backbone: the base with the adapter at its start (:func:`policy.sft.run.new_backbone`).
+        rows: encoded demonstrations.
+        packing: whether sequences share rows.
+        folder: where checkpoints and ``metrics.jsonl`` go.
+        on_checkpoint: called behind every checkpoint.
+    """
+    return SftTrainer(
+        section=section,
+        folder=folder,
+        on_checkpoint=on_checkpoint,
+        pad_id=dialogue.pad_id,
+        packing=packing,
+        head=vocabulary_head(recipe, backbone),
+        model=backbone.model,
+        args=training_arguments(recipe, section, folder / "checkpoints"),
+        train_dataset=Dataset.from_list([row._asdict() for row in rows]),
+        processing_class=dialogue.tokenizer,
+    )

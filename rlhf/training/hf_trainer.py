@@ -1,29 +1,38 @@
 """What makes a stage of a Hugging Face trainer: arguments, a log, checkpoints that survive ``kill -9``.
 
-The trainers themselves are trl's, subclassed where the stages are: ``reward/training/trainer.py`` and
-``policy/sft/trainer.py``.
+The trainers themselves are trl's, with :class:`StepTrainer` mixed in where the stages are:
+``reward/training/trainer.py`` and ``policy/sft/trainer.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from rlhf.errors import UserError
+from rlhf.models.folding import Folding
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import PreferenceTraining, Sft
-from rlhf.runs.artifacts import Checkpoints
+from rlhf.runs.artifacts import Checkpoints, step_of
 from rlhf.runs.stage import processes, rank
 from rlhf.training.metrics import Metrics
 from rlhf.training.runtime import all_max, backward_part, deepspeed_config, join_cpu_processes
 
 Sums = dict[str, float]
+ADAPTER = "default"  # peft's name of the one adapter that learns; its files do not carry it
 
 
 def arguments(
@@ -69,36 +78,112 @@ def arguments(
     }
 
 
-def accumulate(trainer: Any, parts: Sequence[Any], loss_of: Callable[[Any, float], Tensor]) -> Tensor:
-    """Gradients of one optimiser step, a micro-batch at a time; returns the sum of the losses, detached.
+class StepTrainer:
+    """Mixed in before a Hugging Face trainer: a step in micro-batches by tokens, our log and checkpoints.
 
-    A process that is done goes on with weight 0 until the last one is: ZeRO-3's passes are collective.
+    One batch of the data loader is one optimizer step of this process; :meth:`micro_batches` cuts it, and the
+    adapter is folded into its weights meanwhile. Checkpoints count by manifest and rename.
 
     Args:
-        trainer: the Hugging Face trainer, for its accelerator and device.
-        parts: this process's micro-batches, at least one.
-        loss_of: a micro-batch's share of the loss; it gets the weight too, for what it counts.
-    """
-    device = trainer.args.device
-    number = all_max(len(parts), device)
-    total = torch.zeros((), device=device)
-    for index in range(number):
-        part, weight = (parts[index], 1.0) if index < len(parts) else (parts[0], 0.0)
-        loss = weight * loss_of(part, weight)
-        backward_part(trainer.accelerator, loss, last=index == number - 1)
-        total += loss.detach()
-    return total
-
-
-class Checkpointing:
-    """Mixed in before a Hugging Face trainer: its checkpoints count by manifest and rename.
-
-    The trainer sets ``_checkpoints`` and ``_on_checkpoint`` before its parents' ``__init__``.
+        section: the recipe's section, for the sizes.
+        stage: ``sft``, ``reward`` or ``pmp``; stands in the printed lines.
+        folder: of the stage's run; ``metrics.jsonl`` and checkpoints go there.
+        on_checkpoint: called behind every checkpoint.
+        member: number of this training among those of the stage, whose steps follow each other in the log.
+        members: how many trainings the stage has.
+        options: what the trainer takes.
     """
 
-    _checkpoints: Checkpoints
-    _on_checkpoint: Callable[[], None]
+    prefix: ClassVar[str]
+    """First part of the names of all metrics."""
+    shown: ClassVar[dict[str, str]]
+    """Metrics that the progress bar shows, with their formats."""
     _staging: str | None = None
+
+    def __init__(
+        self,
+        *,
+        section: PreferenceTraining | Sft,
+        stage: str,
+        folder: Path,
+        on_checkpoint: Callable[[], None] = lambda: None,
+        member: int = 0,
+        members: int = 1,
+        **options: Any,
+    ) -> None:
+        self._budget = section.tokens_per_micro_batch
+        self._stage, self._folder, self._on_checkpoint = stage, folder, on_checkpoint
+        self._steps = section.epochs * -(-len(options["train_dataset"]) // section.batch_size)
+        self._member, self._members = member, members
+        below = folder / "checkpoints"
+        self._checkpoints = Checkpoints(below / f"member-{member}" if members > 1 else below)
+        self._seen: Sums = defaultdict(float)
+        self._log = StepLog(self.prefix, self._seen, self.metrics_of, member * self._steps)
+        super().__init__(  # type: ignore[call-arg]
+            data_collator=lambda examples: {"examples": examples}, callbacks=[self._log], **options
+        )
+        trainer: Any = self
+        trainer.remove_callback(PrinterCallback)
+        self._folding = Folding(trainer.model)
+
+    def micro_batches(self, examples: Any) -> list[dict[str, Any]]:
+        """Micro-batches of a step's examples, at least one, as ``compute_loss`` takes them."""
+        raise NotImplementedError
+
+    @staticmethod
+    def metrics_of(sums: Sums) -> dict[str, float]:
+        """Metrics of a step, from the sums of all processes over its micro-batches."""
+        raise NotImplementedError
+
+    def add(self, weight: float, **values: Any) -> None:
+        """Add a micro-batch's values to the sums of the step."""
+        for name, value in values.items():
+            self._seen[name] += weight * float(value)
+
+    def fit(self) -> None:
+        """Take all steps; an interrupted training goes on from its newest checkpoint.
+
+        Raises:
+            UserError: the checkpoint is incomplete.
+        """
+        trainer: Any = self
+        checkpoint, is_main = self._checkpoints.newest(), rank() == 0
+        done = step_of(checkpoint)
+        if checkpoint and is_main:
+            print(f"{self._stage}: going on after step {done} of {self._steps}", flush=True)
+        metrics = Metrics(
+            self._folder,
+            total=self._steps * self._members,
+            done=self._member * self._steps + done,
+            shown=self.shown,
+            description=self._stage,
+            active=is_main,
+        )
+        self._log.metrics = metrics
+        resume = resumable(checkpoint / f"checkpoint-{done}") if checkpoint else None
+        trainer.train(resume_from_checkpoint=resume)
+        metrics.close()
+        if trainer.state.global_step != trainer.state.max_steps:
+            raise RuntimeError(f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Gradients of one optimizer step, a micro-batch at a time; returns the step's loss, detached.
+
+        A process that is done goes on with weight 0 until the last one is: ZeRO-3's passes are collective.
+        """
+        trainer: Any = self
+        model, examples = args[0], args[1]["examples"]
+        model.train()
+        parts, device = self.micro_batches(examples), trainer.args.device
+        number = all_max(len(parts), device)
+        total = torch.zeros((), device=device)
+        with self._folding.folded(ADAPTER):
+            for index in range(number):
+                part, weight = (parts[index], 1.0) if index < len(parts) else (parts[0], 0.0)
+                loss = weight * trainer.compute_loss(model, part | {"weight": weight})
+                backward_part(trainer.accelerator, loss, last=index == number - 1)
+                total += loss.detach()
+        return total
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or str(super()._get_output_dir(trial))  # type: ignore[misc]
@@ -124,29 +209,21 @@ class Checkpointing:
 
 
 class StepLog(TrainerCallback):
-    """Hands each optimiser step's figures to our own log.
+    """Hands each optimizer step's figures to our own log, once there is one (``metrics``).
 
     Args:
-        metrics: the log.
-        stage: first part of the figures' names.
+        prefix: first part of the figures' names.
         sums: what the trainer has added up over the step on this process; emptied when logged.
         figures: from the sums of all processes to figures.
-        before: optimiser steps that the log holds of earlier trainings of the stage.
+        before: optimizer steps that the log holds of earlier trainings of the stage.
     """
 
+    metrics: Metrics
+
     def __init__(
-        self,
-        metrics: Metrics,
-        stage: str,
-        sums: Sums,
-        figures: Callable[[Sums], dict[str, float]],
-        before: int = 0,
+        self, prefix: str, sums: Sums, figures: Callable[[Sums], dict[str, float]], before: int
     ) -> None:
-        self.metrics = metrics
-        self.stage = stage
-        self.sums = sums
-        self.figures = figures
-        self.before = before
+        self.prefix, self.sums, self.figures, self.before = prefix, sums, figures, before
 
     def on_log(
         self,
@@ -169,7 +246,7 @@ class StepLog(TrainerCallback):
             "grad_norm": float(logs.get("grad_norm") or 0.0),
         }
         self.metrics.log(
-            self.before + state.global_step, {f"{self.stage}/{name}": v for name, v in values.items()}
+            self.before + state.global_step, {f"{self.prefix}/{name}": v for name, v in values.items()}
         )
         self.sums.clear()
 
