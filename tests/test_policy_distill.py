@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from policy.distillation import teacher
 from policy.distillation.data import Frame, passages
-from policy.distillation.loss import chunk_of, distil_kl
+from policy.distillation.loss import distil_kl
 from policy.distillation.prompted_model import PromptedModel, shard_records
 from policy.distillation.student import Student, collate, width
 from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
 from rlhf.models.base import load_base
+from rlhf.models.log_probs import chunk_of
 from rlhf.models.tiny import write_tiny_model
 from rlhf.models.token_batches import token_batches
 from rlhf.runs.artifacts import WEIGHTS, sha256_of

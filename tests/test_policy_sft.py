@@ -9,11 +9,11 @@ from sft_cases import awake, batch_of, cases, plain_nll, taught, tiny, trainer_o
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from policy.sft.loss import check_packing, losses, vocabulary_head
+from policy.sft.loss import check_packing, losses
 from policy.sft.run import judged, new_backbone
 from rlhf.errors import UserError
 from rlhf.models.backbone import Backbone
-from rlhf.models.base import load_base
+from rlhf.models.base import load_base, vocabulary_head
 from rlhf.models.packing import Row, micro_batches
 from rlhf.training.hf_trainer import ADAPTER
 
@@ -122,7 +122,7 @@ def test_nothing_is_dropped_out(tmp_path):
 
 def test_packed_rows_say_what_single_rows_say(tmp_path):
     backbone = awake()
-    head = vocabulary_head(tiny()[0], backbone)
+    head = vocabulary_head(tiny()[0], backbone.base)
     expected = torch.stack([plain_nll(backbone, row) for row in MIXED]).detach()
     for packing in (True, False):
         for tokens in (1, 100, 4096):
@@ -136,7 +136,7 @@ def test_an_architecture_that_does_not_know_block_masks_is_found_out(tmp_path, m
     from transformers.models.llama.modeling_llama import LlamaModel
 
     backbone = awake()
-    head = vocabulary_head(tiny()[0], backbone)
+    head = vocabulary_head(tiny()[0], backbone.base)
     forward = LlamaModel.forward
 
     def ignores(self, *args, attention_mask=None, position_ids=None, **options):
@@ -149,7 +149,7 @@ def test_an_architecture_that_does_not_know_block_masks_is_found_out(tmp_path, m
 
     monkeypatch.setattr(LlamaModel, "forward", ignores)
     warning = check_packing(backbone.model, head, MIXED, 0)
-    assert warning.startswith("packed rows differ with this architecture (by ")
+    assert warning.startswith("packed rows give other outputs with this architecture (by ")
     monkeypatch.setattr(LlamaModel, "forward", refuses)
     warning = check_packing(backbone.model, head, MIXED, 0)
     assert warning.startswith("this architecture does not take packed rows (only two dimensions)")

@@ -32,11 +32,18 @@ def compare(*responses, prompt="ab"):
 
 
 def sequence(packed, b, k):
-    """(ids, positions, columns) of a response's own sequence, found by its segment alone."""
-    row, last = int(packed.rows_BK[b, k]), int(packed.columns_BK[b, k])
+    """(ids, positions, row, columns, number) of a response's own sequence, found by its segment alone."""
+    number = int(packed.mask_BK.flatten()[: b * packed.mask_BK.shape[1] + k].sum())
+    row, last = int(packed.rows_B[number]), int(packed.columns_B[number])
     segments = packed.segments_NT[row].tolist()
     columns = [c for c in range(last + 1) if segments[c] in (1, segments[last])]
-    return packed.ids_NT[row, columns].tolist(), packed.positions_NT[row, columns].tolist(), columns
+    return (
+        packed.ids_NT[row, columns].tolist(),
+        packed.positions_NT[row, columns].tolist(),
+        row,
+        columns,
+        number,
+    )
 
 
 # --- encoding --------------------------------------------------------------------------------------------
@@ -91,15 +98,13 @@ def test_each_response_finds_its_prompt_and_itself_and_counts_on_from_the_prompt
     packed = pack(MIXED, PAD, share=share)
     for b, example in enumerate(MIXED):
         for k, response in enumerate(example["responses"]):
-            ids, positions, _ = sequence(packed, b, k)
+            ids, positions, *_ = sequence(packed, b, k)
             assert ids == [*example["prompt"], *response]
             assert positions == list(range(len(ids)))
             assert packed.mask_BK[b, k]
             assert packed.ranks_BK[b, k] == example["ranks"][k]
         absent = slice(len(example["responses"]), None)
         assert not packed.mask_BK[b, absent].any()
-        assert not packed.rows_BK[b, absent].any()
-        assert not packed.columns_BK[b, absent].any()
 
 
 @SHARED
@@ -142,13 +147,12 @@ def test_each_wanted_token_is_predicted_by_the_state_before_it(share, wanted):
                 wanted == "best" and any(r < example["ranks"][k] for r in example["ranks"])
             ):
                 continue
-            _, _, columns = sequence(packed, b, k)
+            *_, row, columns, number = sequence(packed, b, k)
             for t in range(example["spoken"][k]):
                 state = columns[len(example["prompt"]) + t - 1]  # of the first: the prompt's last
-                owner = b * packed.mask_BK.shape[1] + k
-                expected.append((int(packed.rows_BK[b, k]), state, response[t], owner))
-    found = zip(*packed.states_2S.tolist(), packed.targets_S.tolist(), packed.owners_S.tolist(), strict=True)
-    assert list(found) == expected
+                expected.append((row, state, response[t], number))
+    wanted_4S = (packed.rows_S, packed.columns_S, packed.targets_S, packed.owners_S)
+    assert list(zip(*(x.tolist() for x in wanted_4S), strict=True)) == expected
     assert bool(expected) == (wanted != "none")
 
 
@@ -165,7 +169,7 @@ def test_the_layout_counts_responses_through():
 
 
 def test_a_batch_moves_as_a_whole():
-    assert {tensor.device.type for tensor in pack(MIXED, PAD).to("meta")} == {"meta"}
+    assert {tensor.device.type for tensor in vars(pack(MIXED, PAD).to("meta")).values()} == {"meta"}
 
 
 # --- who sees whom ---------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ class Bag(nn.Module):
         self.table = nn.Parameter(torch.randn(40, 12, generator=generator))
         self.base_model = SimpleNamespace(model=SimpleNamespace(dtype=torch.float32))
 
-    def forward(self, input_ids, attention_mask, rows_S, columns_S, **_):
+    def forward(self, input_ids, attention_mask, rows_B, columns_B, **_):
         hidden = (self.table[input_ids] * attention_mask[..., None]).cumsum(dim=1)
-        return hidden, hidden[rows_S, columns_S, 0]
+        return hidden, hidden[rows_B, columns_B, 0]
 
 
 def labelled(number, seed, rank):

@@ -23,9 +23,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from reward.model.batch import micro_batches, rows_of, width
-from reward.model.model import new_reward_model, vocabulary_head
+from reward.model.model import new_reward_model
 from reward.model.trunk_cache import build_trunk
 from reward.training.trainer import PreferenceTrainer, learning_rate, training_arguments
+from rlhf.models.base import vocabulary_head
 
 MIXED = [
     *cases(6, 31, responses=(2, 3), prompt=(1, 8), said=(0, 6)),
@@ -46,7 +47,7 @@ def trainer_of(folder, model, *overrides, share=True, trunk=None):
         pad_id=dialogue.pad_id,
         share=share,
         trunk=trunk,
-        vocabulary=vocabulary_head(recipe, model) if language else None,
+        vocabulary=vocabulary_head(recipe, model.base_model.model) if language else None,
         model=model,
         args=training_arguments(recipe, section, folder, rate=1e-3, seed=0),
         train_dataset=Dataset.from_list(MIXED),

@@ -47,17 +47,17 @@ def test_trunk_and_top_are_the_whole(model, share):
     assert trunk.cut == 1
     lower, upper = calls(model, 0), calls(model, 1)
     packed = pack(MIXED, 0, share=share)
-    weights_BK = torch.randn(packed.mask_BK.shape, generator=torch.Generator().manual_seed(0))
-    hidden_NTD, scores_BK = forward_packed(model, packed, trunk)
+    weights_R = torch.randn(len(packed.rows_B), generator=torch.Generator().manual_seed(0))
+    hidden_NTD, scores_R = forward_packed(model, packed, trunk)
     assert (len(lower), len(upper)) == (0, 1)
-    (scores_BK * weights_BK).sum().backward()
+    (scores_R * weights_R).sum().backward()
     found = gradients(model)
-    whole_NTD, whole_BK = forward_packed(model, packed)
-    (whole_BK * weights_BK).sum().backward()
+    whole_NTD, whole_R = forward_packed(model, packed)
+    (whole_R * weights_R).sum().backward()
     expected = gradients(model)
     assert set(expected) == learning(model)
     assert_equal_tensors(found, expected)
-    torch.testing.assert_close(scores_BK, whole_BK, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(scores_R, whole_R, rtol=1e-4, atol=2e-5)
     real = packed.segments_NT > 0
     torch.testing.assert_close(hidden_NTD[real], whole_NTD[real], rtol=1e-4, atol=1e-4)
 
@@ -68,10 +68,8 @@ def test_each_row_of_any_batch_gets_its_own_states(model, share):
     with torch.no_grad():
         for order in ([4, 0, 6], [6, 5, 4, 3, 2, 1, 0], [2], [3, 3, 1]):  # one twice, as in a padded batch
             some = [MIXED[i] for i in order]
-            scores_BK = forward_packed(model, packed := pack(some, 0, share=share), trunk)[1]
-            torch.testing.assert_close(
-                scores_BK[packed.mask_BK], plain_scores(model, some), rtol=1e-4, atol=2e-5
-            )
+            scores_R = forward_packed(model, pack(some, 0, share=share), trunk)[1]
+            torch.testing.assert_close(scores_R, plain_scores(model, some), rtol=1e-4, atol=2e-5)
         expected = score_examples(model, MIXED, 0, share=share)[0]
         found = score_examples(model, MIXED, 0, share=share, trunk=trunk)[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)

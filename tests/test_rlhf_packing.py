@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.models.packing import SHARED, Row, attention_mask, first_fit, lay, micro_batches
+from rlhf.models.packing import SHARED, Row, attention_mask, first_fit, micro_batches, pack
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=20)
 
@@ -68,7 +68,7 @@ def test_a_micro_batch_is_within_its_budget_or_a_single_row(lengths, budget, pac
 @pytest.mark.parametrize("bins", [[[0], [1], [2]], [[2, 0], [1]], [[1, 2, 0]]])
 def test_every_learned_token_is_predicted_from_the_place_before_it_in_its_own_sequence(bins):
     some = rows([6, 4, 3], seed=2)
-    laid = lay(some, bins, pad_id=0)
+    packed = pack(some, bins, pad_id=0)
     expected = sorted(
         (index, row.ids[t], t)
         for index, row in enumerate(some)
@@ -76,21 +76,22 @@ def test_every_learned_token_is_predicted_from_the_place_before_it_in_its_own_se
         if row.counts[t]
     )
     found = []
-    for n, c, target, owner in zip(*(x.tolist() for x in laid[3:]), strict=True):
-        segment = int(laid.segments_NT[n, c])
+    wanted = (packed.rows_S, packed.columns_S, packed.targets_S, packed.owners_S)
+    for n, c, target, owner in zip(*(x.tolist() for x in wanted), strict=True):
+        segment = int(packed.segments_NT[n, c])
         assert segment >= 2
-        t = int(laid.positions_NT[n, c]) + 1
-        own = laid.ids_NT[n][laid.segments_NT[n] == segment].tolist()
+        t = int(packed.positions_NT[n, c]) + 1
+        own = packed.ids_NT[n][packed.segments_NT[n] == segment].tolist()
         assert own == some[owner].ids
         assert own[t] == target
         found.append((owner, target, t))
     assert sorted(found) == expected
     assert len(expected) > 3
-    assert int((laid.segments_NT > 0).sum()) == 13
-    assert bool((laid.ids_NT[laid.segments_NT == 0] == 0).all())
+    assert int((packed.segments_NT > 0).sum()) == 13
+    assert bool((packed.ids_NT[packed.segments_NT == 0] == 0).all())
 
 
-def test_sequences_without_anything_to_learn_are_laid_out_too():
-    laid = lay([Row([5, 6], [True, False])], [[0]], pad_id=0)  # the first token has nothing before it
-    assert laid.targets_S.tolist() == []
-    assert laid.rows_S.shape == laid.owners_S.shape == (0,)
+def test_sequences_without_anything_to_learn_are_packed_out_too():
+    packed = pack([Row([5, 6], [True, False])], [[0]], pad_id=0)  # the first token has nothing before it
+    assert packed.targets_S.tolist() == []
+    assert packed.rows_S.shape == packed.owners_S.shape == (0,)

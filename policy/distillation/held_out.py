@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from policy.distillation.data import Passage
-from policy.distillation.loss import chunk_of, full_kl, measure
+from policy.distillation.loss import full_kl, measure
 from policy.distillation.prompted_model import PromptedModel
 from policy.distillation.report import Measured
 from policy.distillation.student import Student, collate, width
 from policy.distillation.teacher_cache import TeacherCache
+from rlhf.models.log_probs import chunk_of
 from rlhf.models.token_batches import token_batches
 from rlhf.models.trunk_cache import TrunkCache
 from rlhf.training.progress import progress

@@ -25,8 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.models.onednn import linear
 
-LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
-
 
 class TopKLogProbs(NamedTuple):
     """A distribution over k tokens and the rest."""
@@ -44,11 +42,6 @@ class TeacherTargets(NamedTuple):
     """Its k most likely tokens, long."""
     top_k: TopKLogProbs
     """Their log-probs and the rest's."""
-
-
-def chunk_of(vocabulary: int) -> int:
-    """Places whose logits are in memory at once."""
-    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 def top_k_log_probs(logits_NV: Tensor, indices_NK: Tensor) -> TopKLogProbs:

@@ -18,9 +18,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from policy.distillation.data import Passage
-from policy.distillation.loss import chunk_of, teach
+from policy.distillation.loss import teach
 from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
+from rlhf.models.log_probs import chunk_of
 from rlhf.models.masks import positions_from_mask, right_pad
 from rlhf.models.token_batches import token_batches
 

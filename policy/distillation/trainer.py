@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from policy.distillation.data import HALVES, Passage
-from policy.distillation.loss import chunk_of, distil_kl
+from policy.distillation.loss import distil_kl
 from policy.distillation.student import Batch, Student, collate, width
 from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
+from rlhf.models.log_probs import chunk_of
 from rlhf.models.token_batches import token_batches
 from rlhf.models.trunk_cache import TrunkCache
 from rlhf.recipe.schema import Distill

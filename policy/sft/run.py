@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from policy.sft.data import encode
-from policy.sft.loss import check_packing, gives_states, losses, vocabulary_head
+from policy.sft.loss import check_packing, losses
 from policy.sft.trainer import new_trainer
 from rlhf.data.comparisons import Counts, drawn, split_by_prompt
 from rlhf.data.demonstrations import Demonstration, best_of, read_demonstrations
@@ -21,7 +21,8 @@ from rlhf.data.stored import within_prompt_limit
 from rlhf.errors import UserError
 from rlhf.markdown import plain
 from rlhf.models.backbone import Backbone
-from rlhf.models.base import best_device, load_base
+from rlhf.models.base import best_device, load_base, vocabulary_head
+from rlhf.models.packing import with_hidden_states
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Sft
 from rlhf.runs.artifacts import read_json, write_json
@@ -41,7 +42,7 @@ def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
     train, held_out = (encode(part, dialogue, section.loss_on) for part in parts)
     run.say(f"sft: {len(train)} demonstrations to learn, {len(held_out)} held out")
     backbone = new_backbone(recipe, start_folder(recipe, run, "sft"), run.say)
-    head = vocabulary_head(recipe, backbone)
+    head = vocabulary_head(recipe, backbone.base)
     model: Any = backbone.model
     packing = section.packing
     if packing and (warning := check_packing(model, head, train, dialogue.pad_id)):
@@ -111,7 +112,7 @@ def new_backbone(recipe: Recipe, start: Path | None = None, say: Callable[[str],
     """
     clear_zero3_init()
     torch.manual_seed(recipe.seed)
-    base = gives_states(load_base(recipe.model))
+    base = with_hidden_states(load_base(recipe.model))
     backbone = Backbone(base, recipe.lora, adapters=[ADAPTER], trainable=[ADAPTER])
     if start:
         count = backbone.load_adapter(ADAPTER, start)

@@ -15,9 +15,10 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from policy.sft.loss import log_probs, vocabulary_head
+from policy.sft.loss import log_probs
 from rlhf.models.backbone import Backbone
-from rlhf.models.packing import Row, lay, micro_batches
+from rlhf.models.base import vocabulary_head
+from rlhf.models.packing import Row, micro_batches, pack
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Sft
 from rlhf.runs.stage import processes
@@ -71,15 +72,15 @@ class SftTrainer(StepTrainer, SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         """A micro-batch's share of the mean negative log-probability over the learned tokens of the step."""
-        laid = lay(inputs["rows"], inputs["bins"], self._pad_id)
-        logps_S, entropy_S = log_probs(model, laid.to(self.args.device), self._head)
+        batch = pack(inputs["rows"], inputs["bins"], self._pad_id)
+        logps_S, entropy_S = log_probs(model, batch.to(self.args.device), self._head)
         self.add(
             inputs["weight"],
             nll=-logps_S.detach().sum(),
             entropy=entropy_S.sum(),
             learned=logps_S.numel(),
-            tokens=(laid.segments_NT > 0).sum(),
-            places=laid.segments_NT.numel(),
+            tokens=(batch.segments_NT > 0).sum(),
+            places=batch.segments_NT.numel(),
         )
         return -logps_S.sum() / inputs["tokens"]
 
@@ -124,7 +125,7 @@ def new_trainer(
         on_checkpoint=on_checkpoint,
         pad_id=dialogue.pad_id,
         packing=packing,
-        head=vocabulary_head(recipe, backbone),
+        head=vocabulary_head(recipe, backbone.base),
         model=backbone.model,
         args=training_arguments(recipe, section, folder / "checkpoints"),
         train_dataset=Dataset.from_list([row._asdict() for row in rows]),

@@ -5,20 +5,22 @@ itself, and every response goes on counting positions where the prompt ends. Sco
 separate rows, without forwarding the prompt K times. The same class holds separate rows: they are packed rows
 of one response.
 
-Shape suffixes: ``_B`` comparison, ``_K`` response of a comparison, ``_N`` row, ``_T`` token, ``_S`` token
-whose log-probability is wanted.
+Shape suffixes: ``_B`` comparison, ``_K`` response of a comparison, ``_R`` response of all, ``_N`` row,
+``_T`` token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf.data.comparisons import Comparison
-from rlhf.models.packing import SHARED
+from rlhf.models import packing
+from rlhf.models.packing import PackedBatch, Row
 from rlhf.models.token_batches import token_batches
 from rlhf.tokenization.dialogue import Dialogue
 
@@ -29,34 +31,21 @@ number among the examples of a stage."""
 Wanted = Literal["none", "best", "all"]
 
 
-class Packed(NamedTuple):
-    """A few comparisons as right-padded rows."""
+@dataclass(frozen=True)
+class PackedComparisons(PackedBatch):
+    """A few comparisons as rows; a sequence is a response, flat and in order, behind its prompt."""
 
-    ids_NT: Tensor
-    positions_NT: Tensor
-    """Of each token in its own sequence."""
-    segments_NT: Tensor
-    """0 = padding, 1 = the part that all responses of the row share, 2 and up = one response each."""
-    rows_BK: Tensor
-    """Row of each response; 0 where there is none."""
-    columns_BK: Tensor
-    """Column of its last token, where the score is read."""
     ranks_BK: Tensor
     """0 = best, equal = tie."""
     mask_BK: Tensor
     """True = a real response."""
-    states_2S: Tensor
-    """Row and column of the state that predicts each wanted token."""
-    targets_S: Tensor
-    """The wanted tokens of the responses."""
-    owners_S: Tensor
-    """Index b * K + k of the response that each belongs to."""
     index_N: Tensor
     """Number of the example that each row comes from; a row a response if rows are separate."""
 
-    def to(self, device: torch.device | str) -> Packed:
-        """The same on another device."""
-        return Packed(*(t.to(device) for t in self))
+    def by_comparison(self, values_R: Tensor) -> Tensor:
+        """One value a response, flat, as [B, K]; 0 where there is no response."""
+        zeros_BK = torch.zeros(self.mask_BK.shape, dtype=values_R.dtype, device=values_R.device)
+        return zeros_BK.masked_scatter(self.mask_BK, values_R)
 
 
 def encode(comparisons: Sequence[Comparison], dialogue: Dialogue, first: int = 0) -> list[Example]:
@@ -116,7 +105,9 @@ def layout(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
     return flat_BK, ranks_BK, mask_BK
 
 
-def pack(examples: Sequence[Example], pad_id: int, *, share: bool = True, wanted: Wanted = "none") -> Packed:
+def pack(
+    examples: Sequence[Example], pad_id: int, *, share: bool = True, wanted: Wanted = "none"
+) -> PackedComparisons:
     """Lay examples out as rows.
 
     Args:
@@ -125,48 +116,23 @@ def pack(examples: Sequence[Example], pad_id: int, *, share: bool = True, wanted
         share: one row a comparison, its responses behind one copy of the prompt; False = a row a response.
         wanted: whose tokens' log-probabilities will be asked for: nobody's, the best (rank 0), or all.
     """
-    _, ranks_BK, mask_BK = layout(examples)
-    rows_BK, columns_BK = torch.zeros_like(ranks_BK), torch.zeros_like(ranks_BK)
-    rows: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions, segments
-    states: list[tuple[int, int]] = []
-    targets: list[int] = []
-    owners: list[int] = []
-    for b, example in enumerate(examples):
-        prompt = example["prompt"]
+    sequences: list[Row] = []
+    bins: list[list[int]] = []
+    prompts: list[list[int]] = []
+    for example in examples:
+        best = min(example["ranks"])
         for k, response in enumerate(example["responses"]):
             if k == 0 or not share:
-                rows.append((list(prompt), list(range(len(prompt))), [SHARED] * len(prompt)))
-            ids, positions, segments = rows[-1]
-            start = len(ids)
-            ids += response
-            positions += range(len(prompt), len(prompt) + len(response))
-            segments += [SHARED + 1 + k if share else SHARED] * len(response)
-            rows_BK[b, k], columns_BK[b, k] = len(rows) - 1, len(ids) - 1
-            if wanted == "all" or (wanted == "best" and example["ranks"][k] == min(example["ranks"])):
-                said = example["spoken"][k]
-                before = [len(prompt) - 1, *range(start, start + said - 1)]
-                states += [(len(rows) - 1, column) for column in before[:said]]
-                targets += response[:said]
-                owners += [b * ranks_BK.shape[1] + k] * said
-    longest = max(len(ids) for ids, _, _ in rows)
-    fills = (pad_id, 0, 0)
-    ids_NT, positions_NT, segments_NT = (
-        torch.tensor([row[part] + [fills[part]] * (longest - len(row[part])) for row in rows])
-        for part in range(3)
-    )
-    return Packed(
-        ids_NT,
-        positions_NT,
-        segments_NT,
-        rows_BK,
-        columns_BK,
-        ranks_BK,
-        mask_BK,
-        torch.tensor(states, dtype=torch.long).reshape(-1, 2).T,
-        torch.tensor(targets, dtype=torch.long),
-        torch.tensor(owners, dtype=torch.long),
-        torch.tensor([e["index"] for e in examples for _ in range(rows_of(e, share))]),
-    )
+                bins.append([])
+                prompts.append(example["prompt"])
+            bins[-1].append(len(sequences))
+            asked = wanted == "all" or (wanted == "best" and example["ranks"][k] == best)
+            said = example["spoken"][k] if asked else 0
+            sequences.append(Row(response, [t < said for t in range(len(response))]))
+    rows = packing.pack(sequences, bins, pad_id, prompts)
+    _, ranks_BK, mask_BK = layout(examples)
+    index_N = torch.tensor([e["index"] for e in examples for _ in range(rows_of(e, share))])
+    return PackedComparisons(**vars(rows), ranks_BK=ranks_BK, mask_BK=mask_BK, index_N=index_N)
 
 
 def as_example(row: Sequence[int]) -> Example:

@@ -1,77 +1,60 @@
-"""Packed rows through a reward model: scores and log-probabilities of whole batches, and of whole sets.
+"""Packed comparisons through a reward model: scores and log-probabilities of batches and of whole sets.
 
-Shape suffixes: ``_N`` row, ``_T`` token, ``_D`` hidden unit, ``_B`` example, ``_K`` response of an example,
-``_S`` place that is read.
+Shape suffixes: ``_N`` row, ``_T`` token, ``_D`` hidden unit, ``_R`` response, flat and in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reward.model.batch import Example, Packed, as_example, micro_batches, pack
-from rlhf.models.log_probs import token_log_probs
-from rlhf.models.packing import attention_mask
+from reward.model.batch import Example, PackedComparisons, Wanted, as_example, micro_batches, pack
+from rlhf.models.packing import compare_packing, dtype_of, inputs_of, sequence_log_probs
 from rlhf.models.trunk_cache import TrunkCache
 from rlhf.training.progress import progress
 
 TOKENS_AT_ONCE = 4096  # tokens, padding included, of one scoring batch
-_LOGITS_AT_ONCE = 2048  # positions whose vocabulary logits are in memory at once
-_PACKING_TOLERANCE = 1e-3  # between packed and separate scores, in units of their size
 
 
-def forward_packed(model: Any, packed: Packed, trunk: TrunkCache | None = None) -> tuple[Tensor, Tensor]:
-    """Hidden states [N, T, D] and one score a response [B, K]; 0 where there is no response."""
-    mask_BK = packed.mask_BK
-    hidden: dict[str, Any] = {}
+def forward_packed(
+    model: Any, packed: PackedComparisons, trunk: TrunkCache | None = None
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states [N, T, D] and one score a response [R]."""
+    hidden: dict[str, Any] = {"part": "all"}
     if trunk is not None:
         states_NTD = trunk.states(packed.index_N.tolist(), packed.ids_NT)
-        hidden = {"cut": trunk.cut, "hidden_NTD": states_NTD}
-    hidden_NTD, scores_S = model(
-        **inputs_of(model, packed),
-        **hidden,
-        rows_S=packed.rows_BK[mask_BK],
-        columns_S=packed.columns_BK[mask_BK],
-    )
-    scores_BK = torch.zeros(mask_BK.shape, dtype=scores_S.dtype, device=scores_S.device)
-    return hidden_NTD, scores_BK.index_put(mask_BK.nonzero(as_tuple=True), scores_S)
-
-
-def inputs_of(model: Any, packed: Packed) -> dict[str, Tensor]:
-    """What the base reads of a packed batch."""
-    return {
-        "input_ids": packed.ids_NT,
-        "attention_mask": attention_mask(packed.segments_NT, dtype_of(model)),
-        "position_ids": packed.positions_NT,
-    }
-
-
-def dtype_of(model: Any) -> torch.dtype:
-    """Type of the base's weights."""
-    inside = getattr(model, "module", model)
-    return inside.base_model.model.dtype
-
-
-def response_log_probs(hidden_NTD: Tensor, packed: Packed, vocabulary: nn.Module) -> tuple[Tensor, Tensor]:
-    """Summed log-probability of the wanted responses and the number of their tokens, [B, K] each.
-
-    Both are 0 for responses that were not wanted. ``vocabulary`` maps hidden states to logits.
-    """
-    states_1SD = hidden_NTD[packed.states_2S[0], packed.states_2S[1]][None]
-    logps_S = token_log_probs(
-        states_1SD, vocabulary, packed.targets_S[None], temperature=1.0, chunk=_LOGITS_AT_ONCE
-    )[0][0]
-    shape = packed.mask_BK.shape
-    zeros = torch.zeros(shape.numel(), dtype=logps_S.dtype, device=logps_S.device)
-    sums = zeros.index_add(0, packed.owners_S, logps_S)
-    counts = zeros.index_add(0, packed.owners_S, torch.ones_like(logps_S))
-    return sums.view(shape), counts.view(shape)
+        hidden = {"part": "top", "cut": trunk.cut, "hidden_NTD": states_NTD}
+    return model(**inputs_of(model, packed), **hidden, rows_B=packed.rows_B, columns_B=packed.columns_B)
 
 
 @torch.no_grad()
+def read_examples(
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad_id: int,
+    read: Callable[[PackedComparisons, Tensor, Tensor], Tensor],
+    *,
+    share: bool,
+    trunk: TrunkCache | None = None,
+    wanted: Wanted = "none",
+    tokens: int = TOKENS_AT_ONCE,
+    name: str = "score",
+) -> Tensor:
+    """One row a response, flat and in order, float32 on the CPU: what ``read`` makes of the packed examples,
+    their last hidden states [N, T, D] and their scores [R]."""
+    device = next(model.parameters()).device
+    found: dict[int, Tensor] = {}  # of each example
+    for batch in progress(name, micro_batches(examples, tokens, share=share)):
+        packed = pack([examples[i] for i in batch], pad_id, share=share, wanted=wanted).to(device)
+        rows = read(packed, *forward_packed(model, packed, trunk)).float().cpu()
+        sizes = [len(examples[i]["responses"]) for i in batch]
+        found.update(zip(batch, rows.split(sizes), strict=True))
+    return torch.cat([found[i] for i in range(len(examples))])
+
+
 def score_examples(
     model: nn.Module,
     examples: Sequence[Example],
@@ -86,24 +69,16 @@ def score_examples(
 
     With ``vocabulary`` also the responses' summed log-probabilities and their token counts, shaped alike.
     """
-    device = next(model.parameters()).device
-    first = [0]
-    for example in examples:
-        first.append(first[-1] + len(example["responses"]))
-    parts = 1 if vocabulary is None else 3
-    out = torch.zeros(parts, first[-1])
-    for batch in progress("score", micro_batches(examples, tokens, share=share)):
-        some = [examples[i] for i in batch]
-        packed = pack(some, pad_id, share=share, wanted="none" if vocabulary is None else "all").to(device)
-        hidden_NTD, scores_BK = forward_packed(model, packed, trunk)
-        found = [scores_BK]
-        if vocabulary is not None:
-            found += response_log_probs(hidden_NTD, packed, vocabulary)
-        for b, index in enumerate(batch):
-            k = len(examples[index]["responses"])
-            for part, values_BK in enumerate(found):
-                out[part, first[index] : first[index] + k] = values_BK[b, :k].float().cpu()
-    return tuple(out)
+
+    def read(packed: PackedComparisons, hidden_NTD: Tensor, scores_R: Tensor) -> Tensor:
+        more = () if vocabulary is None else sequence_log_probs(hidden_NTD, packed, vocabulary)
+        return torch.stack([scores_R, *more], dim=1)
+
+    if not examples:
+        return (torch.zeros(0),) * 3
+    wanted: Wanted = "none" if vocabulary is None else "all"
+    options: Any = {"share": share, "trunk": trunk, "wanted": wanted, "tokens": tokens}
+    return read_examples(model, examples, pad_id, read, **options).unbind(dim=1)
 
 
 def scores_of(model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
@@ -112,18 +87,6 @@ def scores_of(model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int) -> T
 
 
 def check_packing(model: nn.Module, examples: Sequence[Example], pad_id: int) -> str | None:
-    """Compare packed with separate rows on a few real examples; returns a warning where they differ.
-
-    An architecture may ignore a four-dimensional mask or positions of its own; its rows then stay separate.
-    """
+    """A warning where the model scores two of the examples otherwise if their prompts are shared."""
     some = sorted(examples, key=lambda e: len(e["responses"]), reverse=True)[:2]
-    try:
-        packed, separate = (score_examples(model, some, pad_id, share=share)[0] for share in (True, False))
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        return f"this architecture does not take packed rows ({reason}); prompts are not shared"
-    gap = float((packed - separate).abs().max())
-    exact = dtype_of(model) == torch.float32
-    if gap > _PACKING_TOLERANCE * (1 if exact else 100) * max(1.0, float(separate.abs().max())):
-        return f"packed rows score differently with this architecture (by {gap:.2g}); prompts are not shared"
-    return None
+    return compare_packing(lambda share: score_examples(model, some, pad_id, share=share)[0], dtype_of(model))

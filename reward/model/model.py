@@ -15,26 +15,23 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 
 from reward.loss import head_init_std
 from reward.model.batch import Example, as_example
 from reward.model.forward import check_packing, score_examples
 from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError
-from rlhf.models.backbone import layers_of
 from rlhf.models.base import load_base
 from rlhf.models.lora import HEAD, WEIGHTS, lora_config
+from rlhf.models.packing import with_hidden_states
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Model
-from rlhf.runs.artifacts import read_json, write_json
-from rlhf.runs.stage import processes
+from rlhf.runs.artifacts import SETTINGS, read_json, write_json
 from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
-from rlhf.training.runtime import gathered
 
 CONFIG = "reward_model.json"
 FORMER_CONFIG = "reward.json"  # its name in earlier versions, whose models stay readable
-_SETTINGS = "adapter_config.json"  # peft's; tensors alone do not say by how much an adapter is scaled
 
 
 class RewardModelConfig(NamedTuple):
@@ -60,48 +57,10 @@ class RewardModelConfig(NamedTuple):
     """What it was trained for; after ``imitation`` there is no score, only an adapter."""
 
 
-class ReadsAnywhere:
-    """Mixed into a Hugging Face sequence classifier: its head read where a packed row says.
-
-    Called as anybody calls it, the classifier is what it was. With ``rows_S`` it returns the last hidden
-    states [N, T, D] and the head's output [S] at rows ``rows_S`` and columns ``columns_S``; with
-    ``hidden_NTD`` as well it starts from those states at layer ``cut``. With ``cut`` alone it returns the
-    states that enter that layer.
-    """
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        rows_S: Tensor | None = None,
-        cut: int | None = None,
-        hidden_NTD: Tensor | None = None,
-        **options: Any,
-    ) -> Any:
-        """See the class."""
-        if rows_S is None and cut is None:
-            return super().forward(input_ids=input_ids, **options)  # type: ignore[misc]
-        inside: Any = self
-        decoder = getattr(inside, inside.base_model_prefix)
-        part = "all" if cut is None else ("trunk" if hidden_NTD is None else "top")
-        with layers_of(decoder, part, cut or 0):
-            out_NTD = decoder(
-                **({"input_ids": input_ids} if hidden_NTD is None else {"inputs_embeds": hidden_NTD}),
-                attention_mask=options["attention_mask"],
-                position_ids=options["position_ids"],
-                use_cache=False,
-            ).last_hidden_state
-        if rows_S is None:
-            return out_NTD
-        read_SD = out_NTD[rows_S, options["columns_S"]]
-        return out_NTD, inside.score(read_SD.float()).squeeze(-1)
-
-
-def reads_anywhere(base: PreTrainedModel) -> PreTrainedModel:
-    """Teach a loaded sequence classifier to read packed rows; its weights and saved form stay the same."""
-    kind = type(base)
-    base.__class__ = type(f"Packed{kind.__name__}", (ReadsAnywhere, kind), {})
-    return base
+def load_classifier(model: Model, dialogue: Dialogue) -> Any:
+    """The base as a sequence classifier with one output, which reads packed rows."""
+    options = {"num_labels": 1, "pad_token_id": dialogue.pad_id}
+    return with_hidden_states(load_base(model, AutoModelForSequenceClassification, **options))
 
 
 def new_reward_model(recipe: Recipe, dialogue: Dialogue, seed: int | None = None) -> Any:
@@ -110,14 +69,7 @@ def new_reward_model(recipe: Recipe, dialogue: Dialogue, seed: int | None = None
     The head's weights start as N(0, 1/(d+1)) (Stiennon 2020; Huang 2024, detail 5), from the recipe's seed
     unless another is given.
     """
-    base: Any = reads_anywhere(
-        load_base(
-            recipe.model,
-            AutoModelForSequenceClassification,
-            num_labels=1,
-            pad_token_id=dialogue.pad_id,
-        )
-    )
+    base = load_classifier(recipe.model, dialogue)
     base.score = base.score.float()
     torch.manual_seed(recipe.seed if seed is None else seed)
     nn.init.normal_(base.score.weight, std=head_init_std(base.score.in_features))
@@ -144,7 +96,7 @@ def start_tensors(model: PeftModel, folder: Path, key: str = "reward.start") -> 
     Raises:
         UserError: there is no such model, or it was made with other lora settings or another base.
     """
-    file, config = folder / WEIGHTS, folder / _SETTINGS
+    file, config = folder / WEIGHTS, folder / SETTINGS
     for needed in (file, config):
         if not needed.is_file():
             raise UserError(f"{key}: {needed} is not there; name the folder of a trained preference model")
@@ -174,25 +126,6 @@ def start_from(model: PeftModel, folder: Path, key: str = "reward.start") -> int
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     set_peft_model_state_dict(model, own | saved)
     return len(saved)
-
-
-def vocabulary_head(recipe: Recipe, model: Any) -> nn.Module:
-    """The frozen map from hidden states to vocabulary logits, which a sequence classifier does not have.
-
-    Where the base ties it to its embeddings it is those, without a copy unless ZeRO-3 will take them apart.
-    """
-    decoder = model.base_model.model.base_model
-    embedding = decoder.get_input_embeddings().weight
-    if getattr(decoder.config.get_text_config(), "tie_word_embeddings", False):
-        with gathered([embedding]):
-            head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
-            apart = processes() > 1 and recipe.distributed.zero_stage == 3
-            head.weight = (
-                nn.Parameter(embedding.detach().clone(), requires_grad=False) if apart else embedding
-            )
-        return head
-    causal: Any = load_base(recipe.model)
-    return causal.get_output_embeddings().to(embedding.device)
 
 
 def save_reward_model(model: PeftModel, folder: Path, config: RewardModelConfig, dialogue: Dialogue) -> None:
@@ -274,14 +207,7 @@ class TextRewardModel:
             truncate_prompts=True,
             end_of_context=self.config.end_of_context,
         )
-        base = reads_anywhere(
-            load_base(
-                Model(path=self.config.base),
-                AutoModelForSequenceClassification,
-                num_labels=1,
-                pad_token_id=self.dialogue.pad_id,
-            )
-        )
+        base = load_classifier(Model(path=self.config.base), self.dialogue)
         self.model = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
         self.model.requires_grad_(False)
         self._share: bool | None = None  # not known before there is something to share

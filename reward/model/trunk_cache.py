@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from reward.model.batch import Example, Packed, micro_batches, pack, rows_of, width
-from reward.model.forward import dtype_of, forward_packed, inputs_of
+from reward.model.batch import Example, PackedComparisons, micro_batches, pack, rows_of, width
+from reward.model.forward import forward_packed
+from rlhf.models.packing import dtype_of, inputs_of
 from rlhf.models.trunk_cache import TrunkCache, keeps_trunk, trunk_bytes
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import PreferenceTraining
@@ -57,10 +58,12 @@ def build_trunk(
     return trunk
 
 
-def _read(model: Any, some: Sequence[Example], trunk: TrunkCache, pad_id: int, *, share: bool) -> Packed:
+def _read(
+    model: Any, some: Sequence[Example], trunk: TrunkCache, pad_id: int, *, share: bool
+) -> PackedComparisons:
     """Compute the states of some examples into a trunk; returns them as they were packed."""
     packed = pack(some, pad_id, share=share).to(next(model.parameters()).device)
-    states_NTD = model(**inputs_of(model, packed), cut=trunk.cut)
+    states_NTD = model(**inputs_of(model, packed), part="trunk", cut=trunk.cut)
     trunk.add(packed.index_N.tolist(), states_NTD, packed.segments_NT > 0)
     return packed
 

@@ -13,23 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from reward.loss import pair_accuracy, ranked_loss
-from reward.model.batch import Example, layout, micro_batches, pack
-from reward.model.forward import forward_packed
+from reward.model.batch import Example, layout
+from reward.model.forward import read_examples
 from rlhf.models.trunk_cache import TrunkCache
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
-from rlhf.training.progress import progress
 
-_TOKENS_AT_ONCE = 4096
-_PENALTIES = (
-    1.0,
-    0.3,
-    0.1,
-    0.03,
-    0.01,
-)  # L2 strengths tried; the best on a fifth of the training part is kept
+_PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of L2; the best on a fifth of the training part is kept
 
 
-@torch.no_grad()
 def features(
     model: nn.Module,
     examples: Sequence[Example],
@@ -39,17 +30,15 @@ def features(
     trunk: TrunkCache | None = None,
 ) -> Tensor:
     """Last hidden state at the closing token of each response, flat and in order, [sum of K, D] float32."""
-    device = next(model.parameters()).device
-    parts: dict[int, Tensor] = {}
-    batches = micro_batches(examples, _TOKENS_AT_ONCE, share=share)
-    for batch in progress("probe", batches):
-        packed = pack([examples[i] for i in batch], pad_id, share=share).to(device)
-        hidden_NTD, _ = forward_packed(model, packed, trunk)
-        read = packed.mask_BK
-        last = hidden_NTD[packed.rows_BK[read], packed.columns_BK[read]].float().cpu()
-        lengths = [len(examples[i]["responses"]) for i in batch]
-        parts.update(zip(batch, last.split(lengths), strict=True))
-    return torch.cat([parts[i] for i in range(len(examples))])
+    return read_examples(
+        model,
+        examples,
+        pad_id,
+        lambda packed, hidden_NTD, _: hidden_NTD[packed.rows_B, packed.columns_B],
+        share=share,
+        trunk=trunk,
+        name="probe",
+    )
 
 
 def _fit(x_ND: Tensor, where: tuple[Tensor, Tensor, Tensor], penalty: float) -> Tensor:

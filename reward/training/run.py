@@ -22,7 +22,6 @@ from reward.model.model import (
     save_reward_model,
     start_from,
     start_tensors,
-    vocabulary_head,
 )
 from reward.training.probe import fit_probe
 from reward.training.trainer import ForwardPlan, plan_forward, train_preference_model
@@ -30,7 +29,7 @@ from rlhf.data.comparisons import Comparison, Counts, drawn
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.models.backbone import Backbone
-from rlhf.models.base import load_base
+from rlhf.models.base import load_base, vocabulary_head
 from rlhf.models.masks import right_pad
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import PreferenceTraining
@@ -209,7 +208,7 @@ def _normalize(recipe: Recipe, model: Any, rows: Sequence[Example], dialogue: Di
 def judge(
     recipe: Recipe,
     section: PreferenceTraining,
-    model: nn.Module,
+    model: Any,
     examples: Sequence[Example],
     dialogue: Dialogue,
     plan: ForwardPlan,
@@ -222,7 +221,7 @@ def judge(
     if section.objective != "imitation":
         scores = score_examples(model, examples, dialogue.pad_id, share=plan.share, trunk=plan.trunk)[0]
         return {"accuracy": accuracy(scores, examples)}, scores
-    vocabulary = vocabulary_head(recipe, model)
+    vocabulary = vocabulary_head(recipe, model.base_model.model)
     _, sums, counts = score_examples(
         model, examples, dialogue.pad_id, share=plan.share, trunk=plan.trunk, vocabulary=vocabulary
     )

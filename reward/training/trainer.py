@@ -12,10 +12,10 @@ from trl import RewardConfig, RewardTrainer
 
 from reward.loss import Signals, needs_language, objective_loss
 from reward.model.batch import Example, Wanted, micro_batches, pack
-from reward.model.forward import check_packing, forward_packed, response_log_probs
-from reward.model.model import vocabulary_head
+from reward.model.forward import check_packing, forward_packed
 from reward.model.trunk_cache import build_trunk
-from rlhf.models.base import best_device
+from rlhf.models.base import best_device, vocabulary_head
+from rlhf.models.packing import sequence_log_probs
 from rlhf.models.trunk_cache import TrunkCache
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import PreferenceTraining
@@ -80,15 +80,13 @@ class PreferenceTrainer(StepTrainer, RewardTrainer):
         examples, weight = inputs["examples"], inputs["weight"]
         wanted: Wanted = "best" if needs_language(self._section) else "none"
         packed = pack(examples, self._pad_id, share=self._share, wanted=wanted).to(self.args.device)
-        hidden_NTD, scores_BK = forward_packed(model, packed, self._trunk)
-        log_probs_BK = lengths_BK = None
+        hidden_NTD, scores_R = forward_packed(model, packed, self._trunk)
+        signals = Signals(packed.by_comparison(scores_R), None, None, packed.ranks_BK, packed.mask_BK)
         if self._vocabulary is not None:
-            log_probs_BK, lengths_BK = response_log_probs(hidden_NTD, packed, self._vocabulary)
-        outcome = objective_loss(
-            self._section,
-            Signals(scores_BK, log_probs_BK, lengths_BK, packed.ranks_BK, packed.mask_BK),
-            normalizer=inputs["normalizer"],
-        )
+            both = sequence_log_probs(hidden_NTD, packed, self._vocabulary)
+            log_probs_BK, lengths_BK = map(packed.by_comparison, both)
+            signals = signals._replace(log_probs_BK=log_probs_BK, lengths_BK=lengths_BK)
+        outcome = objective_loss(self._section, signals, normalizer=inputs["normalizer"])
         self.add(weight, correct=outcome.correct, pairs=outcome.pairs, comparisons=len(examples))
         self.add(weight * inputs["normalizer"], loss=outcome.loss.detach(), **outcome.parts)
         return outcome.loss
@@ -173,7 +171,7 @@ def train_preference_model(
         pad_id=dialogue.pad_id,
         share=plan.share,
         trunk=plan.trunk,
-        vocabulary=vocabulary_head(recipe, model) if needs_language(section) else None,
+        vocabulary=vocabulary_head(recipe, model.base_model.model) if needs_language(section) else None,
         model=model,
         args=training_arguments(
             recipe, section, folder / "checkpoints", rate=rate, seed=recipe.seed + member

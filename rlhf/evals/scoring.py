@@ -16,11 +16,11 @@ from transformers.cache_utils import DynamicLayer
 
 from rlhf.evals.prefix_tree import Tree, common_start, fold, lay_out, target_log_probs
 from rlhf.generation.kv_cache import PrefixStates
+from rlhf.models.log_probs import chunk_of
 from rlhf.models.masks import right_pad
 from rlhf.models.token_batches import token_batches
 from rlhf.training.progress import progress
 
-_LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
 _FILLED_UP_TO = 256  # nodes of a tree: with more of them attention is dearer, with fewer less is shared
 _TAKES_A_MASK = ("sdpa", "eager")  # attention that takes an additive mask
 
@@ -109,7 +109,7 @@ class Scorer:
             self.model.get_output_embeddings(),
             node_S.to(self.device),
             target_S.to(self.device),
-            chunk=max(1, _LOGITS_AT_ONCE // int(self.config.vocab_size)),
+            chunk=chunk_of(int(self.config.vocab_size)),
         )
 
     @torch.no_grad()

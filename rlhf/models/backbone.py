@@ -26,14 +26,13 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
 from rlhf.models.folding import Folding
-from rlhf.models.log_probs import token_log_probs
+from rlhf.models.log_probs import chunk_of, token_log_probs
 from rlhf.models.lora import HEAD, lora_config, read_adapter, write_adapter
 from rlhf.models.masks import last_true_index, positions_from_mask
 from rlhf.models.trunk_cache import ALL_ADAPTED
 from rlhf.recipe.schema import Lora
 
 REFERENCE = "reference"  # the role of the base without adapters
-_LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
 
 
 @contextlib.contextmanager
@@ -236,7 +235,7 @@ class Backbone(nn.Module):
             self.base.get_output_embeddings(),
             ids_BT[:, start:-1],
             temperature=temperature,
-            chunk=max(1, _LOGITS_AT_ONCE // self.base.config.get_text_config().vocab_size),
+            chunk=chunk_of(self.base.config.get_text_config().vocab_size),
             mask_BT=targets_mask_BR,
             differentiable_entropy=bonus,
         )

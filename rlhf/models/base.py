@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from rlhf.errors import UserError
 from rlhf.models.onednn import use_onednn
+from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Model
+from rlhf.runs.stage import processes
+from rlhf.training.runtime import gathered
 
 hf_logging.disable_progress_bar()
 
@@ -66,3 +71,23 @@ def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) ->
     base.requires_grad_(False)
     use_onednn(base)
     return base.eval()
+
+
+def vocabulary_head(recipe: Recipe, base: PreTrainedModel) -> nn.Module:
+    """The frozen map from last hidden states to vocabulary logits: the base's own, without a copy unless ZeRO-3
+    will take its weights apart.
+
+    A sequence classifier has none: there it is the embeddings, where the two are tied, or read from the files.
+    """
+    apart = processes() > 1 and recipe.distributed.zero_stage == 3
+    head: Any = base.get_output_embeddings()
+    if head is not None:
+        return copy.deepcopy(head).requires_grad_(False) if apart else head
+    embedding: Any = base.get_input_embeddings().weight
+    if not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
+        causal: Any = load_base(recipe.model)
+        return causal.get_output_embeddings().to(embedding.device)
+    with gathered([embedding]):
+        head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
+        head.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False) if apart else embedding
+    return head

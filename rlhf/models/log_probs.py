@@ -16,6 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.models.onednn import linear
 
+_LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
+
+
+def chunk_of(vocabulary: int) -> int:
+    """Positions whose logits are in memory at once."""
+    return max(1, _LOGITS_AT_ONCE // vocabulary)
+
 
 def token_log_probs(
     hidden_BTD: Tensor,

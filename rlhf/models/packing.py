@@ -1,19 +1,28 @@
-"""Several sequences in one row, each blind to the others, and who may look at whom.
+"""Several sequences in one row, each blind to the others: rows, masks, forward passes, log-probabilities.
 
-Shape suffixes: ``_N`` row, ``_T`` token, ``_S`` token whose log-probability is wanted.
+A row may begin with a part that all its sequences look back at, as a prompt before its responses; every
+sequence counts its positions on from there. So packed rows give what separate rows give.
+
+Shape suffixes: ``_N`` row, ``_T`` token, ``_D`` hidden unit, ``_B`` sequence, ``_S`` token whose
+log-probability is wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from rlhf.models.backbone import layers_of
+from rlhf.models.log_probs import chunk_of, token_log_probs
 from rlhf.models.token_batches import token_batches
 
 SHARED = 1  # segment that the others of a row may look back at; 0 is padding, 2 and up stand for themselves
+_TOLERANCE = 1e-3  # between the outputs of packed and separate rows, in units of their size
 
 
 class Row(NamedTuple):
@@ -21,17 +30,22 @@ class Row(NamedTuple):
 
     ids: list[int]
     counts: list[bool]
-    """True = the log-probability of this token is wanted; the first token has none, whatever stands there."""
+    """True = the log-probability of this token is wanted; the first token has none unless a shared part stands
+    before it."""
 
 
-class Laid(NamedTuple):
+@dataclass(frozen=True)
+class PackedBatch:
     """Sequences as right-padded rows."""
 
     ids_NT: Tensor
     positions_NT: Tensor
-    """Of each token in its own sequence."""
+    """Of each token in its own sequence, the shared part included."""
     segments_NT: Tensor
-    """0 = padding, 2 and up = one sequence each."""
+    """0 = padding, 1 = the part that all sequences of the row share, 2 and up = one sequence each."""
+    rows_B: Tensor
+    columns_B: Tensor
+    """Row and column of the last token of each sequence."""
     rows_S: Tensor
     columns_S: Tensor
     """Row and column of the state that predicts each wanted token."""
@@ -40,9 +54,9 @@ class Laid(NamedTuple):
     owners_S: Tensor
     """Index of the sequence that each belongs to."""
 
-    def to(self, device: torch.device | str) -> Laid:
+    def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        return Laid(*(t.to(device) for t in self))
+        return type(self)(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def attention_mask(segments_NT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,32 +108,143 @@ def micro_batches(lengths: Sequence[int], budget: int, *, packing: bool) -> list
     return [[bins[r] for r in batch] for batch in token_batches(widths, budget, ties=bins)]
 
 
-def lay(sequences: Sequence[Row], bins: Sequence[Sequence[int]], pad_id: int) -> Laid:
+def pack(
+    sequences: Sequence[Row],
+    bins: Sequence[Sequence[int]],
+    pad_id: int,
+    shared: Sequence[Sequence[int]] | None = None,
+) -> PackedBatch:
     """Lay sequences out as rows.
 
     Args:
-        sequences: all of them; ``owners_S`` counts in this order.
+        sequences: all of them; ``rows_B`` and ``owners_S`` count in this order. One that is in no bin has its
+            last token at 0, 0.
         bins: the indices of those that share a row, for each row.
         pad_id: fills the rows up.
+        shared: tokens with which each row begins; None = none.
     """
     rows: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions, segments
+    last = [(0, 0)] * len(sequences)
     wanted: list[tuple[int, int, int, int]] = []  # row, column, target, owner
     for n, members in enumerate(bins):
-        ids: list[int] = []
-        positions: list[int] = []
-        segments: list[int] = []
+        prefix = [] if shared is None else shared[n]
+        first = len(prefix)
+        ids, positions, segments = list(prefix), list(range(first)), [SHARED] * first
         for place, index in enumerate(members):
-            begin, row = len(ids), sequences[index]
-            wanted += [(n, begin + t - 1, row.ids[t], index) for t in range(1, len(row.ids)) if row.counts[t]]
+            row, begin = sequences[index], len(ids)
+            before = [first - 1, *range(begin, begin + len(row.ids) - 1)]  # where each token is predicted
+            wanted += [
+                (n, column, token, index)
+                for column, token, counts in zip(before, row.ids, row.counts, strict=True)
+                if counts and column >= 0
+            ]
             ids += row.ids
-            positions += range(len(row.ids))
+            positions += range(first, first + len(row.ids))
             segments += [SHARED + 1 + place] * len(row.ids)
+            last[index] = n, len(ids) - 1
         rows.append((ids, positions, segments))
     longest = max(len(ids) for ids, _, _ in rows)
-    fills = (pad_id, 0, 0)
     ids_NT, positions_NT, segments_NT = (
-        torch.tensor([row[part] + [fills[part]] * (longest - len(row[part])) for row in rows])
-        for part in range(3)
+        torch.tensor([row[part] + [fill] * (longest - len(row[part])) for row in rows])
+        for part, fill in enumerate((pad_id, 0, 0))
     )
+    last_B2 = torch.tensor(last, dtype=torch.long).reshape(-1, 2)
     wanted_S4 = torch.tensor(wanted, dtype=torch.long).reshape(-1, 4)
-    return Laid(ids_NT, positions_NT, segments_NT, *wanted_S4.T)
+    return PackedBatch(ids_NT, positions_NT, segments_NT, *last_B2.T, *wanted_S4.T)
+
+
+class HiddenStates:
+    """Mixed into a Hugging Face model: its hidden states, and a classifier's scores, on packed rows.
+
+    Called as anybody calls it, the model is what it was. With ``part`` it returns hidden states [N, T, D]:
+    the last ones (``all``), those that enter layer ``cut`` (``trunk``), or the last ones as they follow from
+    ``hidden_NTD`` that enter layer ``cut`` (``top``). With ``rows_B`` and ``columns_B`` a sequence classifier
+    adds its head's outputs [B] there.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        part: str | None = None,
+        cut: int = 0,
+        hidden_NTD: Tensor | None = None,
+        rows_B: Tensor | None = None,
+        columns_B: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """See the class."""
+        if part is None:
+            return super().forward(input_ids=input_ids, **options)  # type: ignore[misc]
+        inside: Any = self
+        decoder = inside.get_decoder()
+        inputs = {name: options[name] for name in ("attention_mask", "position_ids")}  # peft adds others
+        inputs |= {"input_ids": input_ids} if hidden_NTD is None else {"inputs_embeds": hidden_NTD}
+        with layers_of(decoder, part, cut):
+            out_NTD = decoder(**inputs, use_cache=False).last_hidden_state
+        if rows_B is None:
+            return out_NTD
+        return out_NTD, inside.score(out_NTD[rows_B, columns_B].float()).squeeze(-1)
+
+
+def with_hidden_states(base: PreTrainedModel) -> PreTrainedModel:
+    """Let a loaded model give its hidden states (:class:`HiddenStates`); weights and saved form stay."""
+    kind = type(base)
+    base.__class__ = type(f"Packed{kind.__name__}", (HiddenStates, kind), {})
+    return base
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """Type of the base's weights below peft, and below what DeepSpeed wraps around it."""
+    return getattr(model, "module", model).base_model.model.dtype
+
+
+def inputs_of(model: Any, batch: PackedBatch) -> dict[str, Tensor]:
+    """What the base reads of a packed batch."""
+    return {
+        "input_ids": batch.ids_NT,
+        "attention_mask": attention_mask(batch.segments_NT, dtype_of(model)),
+        "position_ids": batch.positions_NT,
+    }
+
+
+def packed_log_probs(hidden_NTD: Tensor, batch: PackedBatch, head: Any) -> tuple[Tensor, Tensor]:
+    """Log-probability of every wanted token, and the entropy that it was predicted with, nats, [S] each.
+
+    hidden_NTD: last hidden states. head: maps states to logits, which are computed for these tokens alone, a
+    chunk at a time.
+    """
+    states_1SD = hidden_NTD[batch.rows_S, batch.columns_S][None]
+    chunk = chunk_of(head.weight.shape[0])
+    both = token_log_probs(states_1SD, head, batch.targets_S[None], temperature=1.0, chunk=chunk)
+    return both[0][0], both[1][0]
+
+
+def sequence_log_probs(hidden_NTD: Tensor, batch: PackedBatch, head: Any) -> tuple[Tensor, Tensor]:
+    """Summed log-probability of each sequence's wanted tokens, and their number, [B] each; 0 where none is."""
+    logps_S, _ = packed_log_probs(hidden_NTD, batch, head)
+    zeros_B = logps_S.new_zeros(len(batch.rows_B))
+    counts_B = zeros_B.index_add(0, batch.owners_S, torch.ones_like(logps_S))
+    return zeros_B.index_add(0, batch.owners_S, logps_S), counts_B
+
+
+@torch.no_grad()
+def compare_packing(outputs: Callable[[bool], Tensor], dtype: torch.dtype) -> str | None:
+    """Compare packed with separate rows on a few real examples; returns a warning where they differ.
+
+    An architecture may ignore a four-dimensional mask or positions of its own; its rows must stay separate.
+
+    Args:
+        outputs: the outputs for the examples, packed (True) or in rows of their own.
+        dtype: type of the base's weights; half precision is allowed a hundred times the difference.
+    """
+    try:
+        packed, separate = outputs(True), outputs(False)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        return f"this architecture does not take packed rows ({reason}): nothing shares a row"
+    gap = float((packed - separate).abs().max())
+    scale = max(1.0, float(separate.abs().max())) * (1 if dtype == torch.float32 else 100)
+    if gap <= _TOLERANCE * scale:
+        return None
+    return f"packed rows give other outputs with this architecture (by {gap:.2g}): nothing shares a row"

@@ -18,7 +18,6 @@ from policy.distillation.data import TEXTS, Passage
 from policy.distillation.loss import (
     TeacherTargets,
     TopKLogProbs,
-    chunk_of,
     distil_kl,
     full_kl,
     measure,
@@ -27,6 +26,7 @@ from policy.distillation.loss import (
 from policy.distillation.prompted_model import PromptedModel
 from policy.distillation.report import Measured, figures
 from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.log_probs import chunk_of
 from rlhf.models.masks import positions_from_mask, right_pad
 from rlhf.models.token_batches import token_batches
 from rlhf.training.schedule import learning_rate_factor
