@@ -44,8 +44,9 @@ def fine_tuned(recipe: Recipe, work: Path, arms: list[str], numbers: list[int], 
 
     from reward.loss import pair_accuracy
     from reward.model.batch import encode, layout
+    from reward.model.ensemble import MODEL
     from reward.model.model import head_of, new_reward_model, start_from
-    from reward.training.run import MODEL, drawn, judge, stored
+    from reward.training.run import drawn, judge, stored
     from reward.training.trainer import plan_forward, train_preference_model
     from rlhf.tokenization.dialogue import load_dialogue
 

@@ -23,7 +23,6 @@ from reward.training.trainer import PreferenceTrainer, train_preference_model
 from rlhf.errors import UserError
 from rlhf.models.lora import HEAD
 from rlhf.runs.artifacts import WEIGHTS, read_json
-from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import load_dialogue
 
 MODEL = "runs/tiny/reward/model"
@@ -160,7 +159,7 @@ def test_memory_does_not_change_the_model(option, retrained, usual, monkeypatch)
 def test_an_architecture_that_cannot_pack_falls_back_with_a_warning(retrained, separate, monkeypatch, capsys):
     ignoring(monkeypatch)
     folder = retrained()
-    assert "warning: packed rows score differently with this architecture" in capsys.readouterr().out
+    assert "warning: packed rows give other outputs with this architecture" in capsys.readouterr().out
     monkeypatch.undo()
     assert_same_model(folder, separate)
     assert results(folder)["prompts_shared"] is False
@@ -284,11 +283,10 @@ def test_a_start_is_the_other_model_and_goes_on_from_there(retrained, usual, beg
 
 def test_the_start_is_the_recipes_or_that_of_its_pre_training(inside):
     Path("a/b").mkdir(parents=True)
-    run = StageRun("reward", Path("runs/tiny/reward"), tiny_recipe(), {}, {}, True, None)
     sources = "pmp.sources=[{files: hub:x}]"
-    assert reward.training.run.start_folder(tiny_recipe(), run) is None
-    assert reward.training.run.start_folder(tiny_recipe(sources), run) == Path("runs/tiny/pmp/model")
-    assert reward.training.run.start_folder(tiny_recipe(sources, "reward.start=a/b"), run) == Path("a/b")
+    assert reward.training.run.start_folder(tiny_recipe()) is None
+    assert reward.training.run.start_folder(tiny_recipe(sources)) == Path("runs/tiny/pmp/model")
+    assert reward.training.run.start_folder(tiny_recipe(sources, "reward.start=a/b")) == Path("a/b")
 
 
 def test_the_head_starts_as_the_probe(retrained, beginnings, monkeypatch):
@@ -365,9 +363,8 @@ def test_a_member_is_what_its_own_seed_makes(prepared, monkeypatch):
         init(self, **options)
 
     monkeypatch.setattr(PreferenceTrainer, "__init__", noted)
-    recipe = tiny_recipe("reward.members=2", "reward.probe=false", "reward.limit=8")
-    run = StageRun("reward", folder / "runs/tiny/reward", recipe, {}, {}, True, None)
-    reward.training.run.run(recipe, run)
+    stage(train.main, "reward.members=2", "reward.probe=false", "reward.limit=8")
+    recipe = tiny_recipe()
     dialogue = load_dialogue(recipe)
     for seed, head in enumerate(heads):
         assert torch.equal(head, head_of(new_reward_model(recipe, dialogue, seed)).weight)

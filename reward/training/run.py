@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from reward.loss import candidate_scores, normalization, pair_accuracy
 from reward.model.batch import Example, encode, layout
+from reward.model.ensemble import MODEL
 from reward.model.forward import score_examples, scores_of
 from reward.model.model import (
     RewardModelConfig,
@@ -28,19 +30,19 @@ from reward.training.trainer import ForwardPlan, plan_forward, train_preference_
 from rlhf.data.comparisons import Comparison, Counts, drawn
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
+from rlhf.markdown import plain
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_base, vocabulary_head
 from rlhf.models.masks import right_pad
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import PreferenceTraining
 from rlhf.runs import initial_adapter as starts
-from rlhf.runs.artifacts import MANIFEST, read_json, write_json
-from rlhf.runs.stage import StageRun, processes
+from rlhf.runs.artifacts import MANIFEST, read_json
+from rlhf.runs.stage import RUNS, StageRun, processes
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
 from rlhf.training.runtime import clear_zero3_init, gathered
 
-MODEL = "model"  # the saved reward model, below the stage's folder; further members are model-1, model-2, ...
 _RELOAD_TOLERANCE = 1e-3  # between the trained and the reloaded model's scores, in units of their spread
 _RELOAD_TOLERANCE_HALF = 0.1  # the same over a half-precision base
 
@@ -59,12 +61,15 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     rows = Rows(train, encode(stored(stage, "held_out"), dialogue, first=len(train)))
     stage.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
     fresh = new_reward_model(recipe, dialogue)
-    if start := start_folder(recipe, stage):
+    if start := start_folder(recipe):
         start_tensors(fresh, start)  # a mistake is told before there is work that a mended recipe would lose
     plan = plan_forward(recipe, recipe.reward, fresh, [*rows.train, *rows.held_out], dialogue)
     probe = _probe(stage, fresh, rows, dialogue, plan) if recipe.reward.probe else None
     del fresh
-    members = [_member(recipe, stage, dialogue, rows, plan, probe, n) for n in range(recipe.reward.members)]
+    members = [
+        stage.remember(f"member-{n}", partial(_member, recipe, stage, dialogue, rows, plan, probe, n))
+        for n in range(recipe.reward.members)
+    ]
     results: dict[str, Any] = {name: value for name, value in members[0].items() if name != "scores"}
     if len(members) > 1:
         results["members"] = [m["held_out_accuracy"] for m in members]
@@ -97,10 +102,7 @@ def _member(
     probe: tuple[Tensor, dict[str, Any]] | None,
     member: int,
 ) -> dict[str, Any]:
-    """Train, normalize, save and judge one model; what is done is not done again after an interruption."""
-    kept = stage.folder / "parts" / f"member-{member}.json"
-    if kept.is_file():
-        return dict(read_json(kept))
+    """Train, normalize, save and judge one model."""
     section = recipe.reward
     clear_zero3_init()
     fresh = new_reward_model(recipe, dialogue, recipe.seed + member)
@@ -112,7 +114,7 @@ def _member(
         if section.head_init == "probe":
             with torch.no_grad():
                 head_of(fresh).weight.copy_(weights_D[None])
-    start = start_folder(recipe, stage)
+    start = start_folder(recipe)
     if start:
         read = start_from(fresh, start)
         stage.say(f"reward: starts from {start} ({read} tensors)")
@@ -137,17 +139,15 @@ def _member(
     del model
     if stage.is_main:
         results["reload_gap"] = _check_reload(recipe, folder, few, expected, dialogue)
-        write_json(kept, results)
-        stage.note_clock()
     if processes() > 1:
         dist.barrier()
     return results
 
 
-def start_folder(recipe: Recipe, stage: StageRun) -> Path | None:
+def start_folder(recipe: Recipe) -> Path | None:
     """The preference model, or the adapter, that the reward model starts from, if there is one."""
-    start = starts.start_folder(recipe, stage, "reward")
-    return stage.parent("pmp") / MODEL if start is None and recipe.pmp else start
+    start = starts.start_folder(recipe, recipe.name, "reward")
+    return RUNS / recipe.name / "pmp" / MODEL if start is None and recipe.pmp else start
 
 
 def config_of(
@@ -171,15 +171,12 @@ def _probe(
     stage: StageRun, fresh: Any, rows: Rows, dialogue: Dialogue, plan: ForwardPlan
 ) -> tuple[Tensor, dict[str, Any]]:
     """The linear probe on the base below a fresh adapter, which changes nothing yet; fitted once a stage."""
-    kept = stage.folder / "parts" / "probe.json"
-    if not kept.is_file():
+
+    def fit() -> dict[str, Any]:
         probe = fit_probe(fresh, *rows, dialogue.pad_id, share=plan.share, trunk=plan.trunk)
-        figures: dict[str, Any] = {"weights": probe.weights_D.tolist(), "accuracy": probe.accuracy.as_dict()}
-        if stage.is_main:
-            write_json(kept, figures)
-            stage.note_clock()
-    else:
-        figures = read_json(kept)
+        return {"weights": probe.weights_D.tolist(), "accuracy": probe.accuracy.as_dict()}
+
+    figures = stage.remember("probe", fit)
     return torch.tensor(figures["weights"]), figures["accuracy"]
 
 
@@ -267,12 +264,8 @@ def _check_reload(
 
 
 def _report(results: dict[str, Any], comparisons: int) -> None:
-    def shown(name: str) -> str:
-        figure = results[name]
-        low, high = figure["ci95"] or (float("nan"), float("nan"))
-        return f"{figure['mean']:.3f} [{low:.3f}, {high:.3f}]"
-
-    line = f"reward: held-out pair accuracy {shown('held_out_accuracy')} on {comparisons} comparisons"
+    accuracy = plain(results["held_out_accuracy"], ".3f")
+    line = f"reward: held-out pair accuracy {accuracy} on {comparisons} comparisons"
     for name, words in (
         ("held_out_accuracy_sum", "by summed log-probability"),
         ("ensemble_accuracy", "all members together"),
@@ -280,5 +273,5 @@ def _report(results: dict[str, Any], comparisons: int) -> None:
         ("noise_ceiling", "noise ceiling of the labels"),
     ):
         if name in results:
-            line += f"; {words} {shown(name)}"
+            line += f"; {words} {plain(results[name], '.3f')}"
     print(line, flush=True)
