@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -56,6 +55,7 @@ def write_posts(path: Path, megabytes: int, seed: int = 0) -> None:
 
 def read_posts(path: Path) -> dict[str, object]:
     """Read the dump as a stage would, and keep nothing of it."""
+    from benchmarks.harness import peak_bytes
     from rlhf.data.comparisons import Counts
     from rlhf.data.readers import stream_comparisons
 
@@ -68,18 +68,8 @@ def read_posts(path: Path) -> dict[str, object]:
         **counts.as_dict(),
         "seconds": round(time.monotonic() - started, 1),
         "processor_seconds": round(time.process_time() - processor, 1),
-        "peak_rss_mib": round(peak_rss() / MEBIBYTE, 1),
+        "peak_rss_mib": round(peak_bytes() / MEBIBYTE, 1),
     }
-
-
-def peak_rss() -> int:
-    """Bytes; of this program only, where getrusage on Linux would include what started it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> None:

@@ -1,31 +1,35 @@
-"""Two programs side by side: child processes in turn, medians, what the machine is, result files.
+"""Child processes that do the work of a benchmark one at a time, their seconds and their peak memory.
 
 Nothing heavy is imported here: the parent stays small while its children are measured.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
 import re
 import resource
-import statistics
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.errors import USER_ERROR_STATUS, UserError
-from rlhf.runs.artifacts import write_atomically, write_json
+from rlhf.runs.artifacts import read_json, write_json
 
 Figures = dict[str, Any]
 """What a child measured: JSON."""
+SIDES = ("ours", "theirs")
+MEMORY = "peak_bytes"
+PEER = ("trl", "1.12.0")
+"""The last release that has a PPO trainer."""
 
 
 class Turn(NamedTuple):
@@ -37,17 +41,18 @@ class Turn(NamedTuple):
     side: str
 
 
-def turns(cases: Sequence[str], sides: tuple[str, str], rounds: int) -> list[Turn]:
+def turns(cases: Iterable[str], rounds: int) -> list[Turn]:
     """The order of the children: every case once a round, its two sides one after the other.
 
     The order of the sides is swapped every second round, so that whatever one leaves behind (a warm cache, a
     hot processor) helps or hurts both alike.
     """
+    cases = list(cases)
     return [
         Turn(number, case, side)
         for number in range(rounds)
         for case in cases
-        for side in (sides if number % 2 == 0 else sides[::-1])
+        for side in (SIDES if number % 2 == 0 else SIDES[::-1])
     ]
 
 
@@ -63,7 +68,7 @@ def run_child(command: Sequence[str], result: Path, environment: Mapping[str, st
         The figures, with ``process_s``: seconds from start to end of the process.
 
     Raises:
-        UserError: the child ended with a mistake that the user can mend; its line is passed on.
+        UserError: the child ended with a mistake that the user can correct; its line is passed on.
         RuntimeError: it failed otherwise, or wrote nothing; the end of its output is in the message.
     """
     result.unlink(missing_ok=True)
@@ -80,62 +85,9 @@ def run_child(command: Sequence[str], result: Path, environment: Mapping[str, st
     return {**json.loads(result.read_text(encoding="utf-8")), "process_s": seconds}
 
 
-def run_all(order: Iterable[Turn], run: Callable[[Turn], Figures]) -> list[Figures]:
-    """Run the children one at a time; each one's figures carry round, case, side and their place in time."""
-    runs: list[Figures] = []
-    for turn in order:
-        runs.append({"place": len(runs), **turn._asdict(), **run(turn)})
-    return runs
-
-
-def raw(runs: Iterable[Figures], case: str, side: str, name: str) -> list[float]:
-    """One figure of all runs of a side, in the order of the rounds."""
-    chosen = [r for r in runs if (r["case"], r["side"]) == (case, side)]
-    return [float(r[name]) for r in sorted(chosen, key=lambda r: r["round"])]
-
-
-def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Figures:
-    """Their median over our median; over 1 is to our favour where the figure is a cost.
-
-    Args:
-        theirs: a cost (seconds, bytes) of every run, by round.
-        ours: the same of ours.
-
-    Returns:
-        ``value``, ``by_round``: the quotient of each round, and ``low`` and ``high``, their ends.
-
-    Raises:
-        ValueError: another number of rounds on each side, none, or a cost that is not positive.
-    """
-    if len(theirs) != len(ours) or not ours:
-        raise ValueError(f"{len(theirs)} runs of theirs against {len(ours)} of ours")
-    if min(*theirs, *ours) <= 0:
-        raise ValueError("a cost is positive")
-    each = [t / o for t, o in zip(theirs, ours, strict=True)]
-    return {
-        "value": statistics.median(theirs) / statistics.median(ours),
-        "by_round": each,
-        "low": min(each),
-        "high": max(each),
-    }
-
-
-def medians(
-    runs: Sequence[Figures], cases: Iterable[str], sides: Iterable[str]
-) -> dict[str, dict[str, Figures]]:
-    """The median of every figure that is one number, by case and side, of those that were run."""
-    found: dict[str, dict[str, Figures]] = {}
-    for case, side in itertools.product(cases, sides):
-        some = [r for r in runs if (r["case"], r["side"]) == (case, side)]
-        if not some:
-            continue
-        names = [n for n, v in some[0].items() if type(v) in (int, float) and n not in ("place", "round")]
-        found.setdefault(case, {})[side] = {n: statistics.median(r[n] for r in some) for n in names}
-    return found
-
-
-def environment(threads: int) -> dict[str, str]:
-    """What a child is told: so many threads, no GPU, no network, no telemetry."""
+def environment(threads: int, peer: Path | None = None) -> dict[str, str]:
+    """Variables of a child: threads, no GPU, no network, no telemetry; a peer's folder first on its path."""
+    path = [str(peer), *filter(None, [os.environ.get("PYTHONPATH")])] if peer else []
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -143,7 +95,119 @@ def environment(threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **({"PYTHONPATH": os.pathsep.join(path)} if path else {}),
     }
+
+
+def peer_folder(root: Path = Path(".stamps")) -> Path:
+    """The folder of the peer's release, installed without its dependencies if it is not there yet.
+
+    Args:
+        root: where such folders are kept.
+
+    Returns:
+        Its absolute path, to stand first on the ``PYTHONPATH`` of the peer's process alone.
+
+    Raises:
+        UserError: it cannot be installed, as without a network.
+    """
+    package, version = PEER
+    folder = root.absolute() / f"{package}-{version}"
+    if (folder / f"{package}-{version}.dist-info").is_dir():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        words = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", scratch]
+        command = [sys.executable, "-m", "pip", *words, f"{package}=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise UserError(
+                f"{package}=={version}, which this benchmark compares with, cannot be installed ({last}); "
+                "run it once with a network, later runs need none"
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(scratch, folder)
+    return folder
+
+
+def check_release() -> None:
+    """Theirs must run the release that is meant.
+
+    Raises:
+        RuntimeError: it is another one.
+    """
+    package, version = PEER
+    if (found := importlib.metadata.version(package)) != version:
+        raise RuntimeError(f"theirs runs {package} {found}, not {version}")
+
+
+class Children:
+    """The processes that do the work of a benchmark, one at a time.
+
+    Args:
+        command: a child's; the kind of work, the file of its task and that of its result follow.
+        scratch: folder for these files.
+        threads: of every child.
+        peer: folder of the peer's release, for the children of theirs.
+    """
+
+    def __init__(self, command: Sequence[str], scratch: Path, threads: int, peer: Path | None = None) -> None:
+        self.command, self.scratch, self.threads, self.peer = command, scratch, threads, peer
+
+    def ask(self, kind: str, values: Mapping[str, Any]) -> Figures:
+        """The figures of a child that has done one kind of work."""
+        task, result = self.scratch / "task.json", self.scratch / "result.json"
+        write_json(task, values)
+        told = environment(self.threads, self.peer if kind == "theirs" else None)
+        return run_child([*self.command, kind, str(task), str(result)], result, told)
+
+    def base(self, arguments: argparse.Namespace, recipe: str) -> tuple[Path, int]:
+        """Folder of the base, made tiny with ``--quick``, and its number of layers.
+
+        Raises:
+            UserError: it is not there; ``recipe`` is one that brings it.
+        """
+        base = self.scratch / "tiny" if arguments.quick else Path(arguments.base)
+        if arguments.quick:
+            self.ask("tiny", {"base": str(base)})
+        if not (base / "config.json").is_file():
+            raise UserError(f"--base: no model at {base}; run `make model RECIPE={recipe}` first")
+        return base, int(read_json(base / "config.json")["num_hidden_layers"])
+
+    def run(
+        self,
+        order: Sequence[Turn],
+        task_of: Callable[[Turn], Mapping[str, Any]],
+        speed: Callable[[Figures], str],
+    ) -> list[Figures]:
+        """Run sides in an order; each one's figures carry round, case, side and their place in time."""
+        runs: list[Figures] = []
+        for turn in order:
+            figures = self.ask(turn.side, task_of(turn))
+            print(
+                f"round {turn.round + 1}, {turn.case}, {turn.side}: {speed(figures)}, {gigabytes(figures)}, "
+                f"{figures['process_s']:.0f} s",
+                flush=True,
+            )
+            runs.append({"place": len(runs), **turn._asdict(), **figures})
+        return runs
+
+
+def serve(kinds: Mapping[str, Callable[..., Figures]]) -> None:
+    """Be a child: do the work that the command line names (``KIND TASK RESULT``, the latter JSON files).
+
+    Args:
+        kinds: what does each kind of work, called with the task's values; ``tiny`` writes a tiny base.
+    """
+    from rlhf.models.tiny import write_tiny_model
+
+    def tiny(base: str) -> Figures:
+        write_tiny_model(Path(base))
+        return {}
+
+    kind, task, result = sys.argv[1:]
+    write_json(Path(result), {"tiny": tiny, **kinds}[kind](**read_json(Path(task))))
 
 
 def peak_bytes() -> int:
@@ -158,16 +222,18 @@ def peak_bytes() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def resident_bytes() -> int | None:
-    """Resident memory of this process just now, in bytes; None where the system does not say."""
-    found = _proc("/proc/self/status", r"^VmRSS:\s+(\d+) kB")
-    return None if found is None else 1024 * int(found)
+def gigabytes(figures: Figures) -> str:
+    """The peak memory of a run, or the median peak of a side."""
+    return f"{figures[MEMORY] / 1e9:.2f} GB"
 
 
-def machine(packages: Iterable[str]) -> Figures:
-    """What the figures depend on: processor, memory, versions, and how busy the machine is just now."""
+def machine(packages: Iterable[str], *, peer: bool = False) -> Figures:
+    """What figures depend on: processor, memory, load, versions; ``peer``: with theirs."""
     model = _proc("/proc/cpuinfo", r"^model name\s*:\s*(.+)$") or platform.processor() or platform.machine()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    if peer:
+        versions[PEER[0]] = f"{PEER[1]} (theirs)"
     return {
         "cpu": model,
         "cores": os.cpu_count(),
@@ -175,7 +241,7 @@ def machine(packages: Iterable[str]) -> Figures:
         "system": f"{platform.system()} {platform.release()}",
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": versions,
     }
 
 
@@ -185,27 +251,3 @@ def _proc(file: str, pattern: str) -> str | None:
     except OSError:
         return None
     return found[1].strip() if found else None
-
-
-def command_line(module: str, words: Sequence[str]) -> str:
-    """How a benchmark was called, with files of other places by their names alone."""
-    return " ".join(["python -m", module, *map(relative_name, words)])
-
-
-def relative_name(word: str) -> str:
-    """A path below the current folder as it is, any other by its last part."""
-    option, equals, value = word.rpartition("=")
-    path = Path(value).expanduser()
-    elsewhere = path.is_absolute() or ".." in path.parts
-    return f"{option}{equals}{path.name if elsewhere else value}"
-
-
-def now() -> str:
-    """Date and time, UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_results(folder: Path, name: str, report: Figures, text: str) -> None:
-    """Write ``name.json`` and ``name.md``."""
-    write_json(folder / f"{name}.json", report)
-    write_atomically(folder / f"{name}.md", text)

@@ -76,7 +76,7 @@ def test_the_page_tells_both_sides_and_holds_no_path(road, tmp_path, monkeypatch
         str(TINY),
         PROMPTS,
         command,
-        lambda *_: Path("/p"),
+        lambda: Path("/p"),
         tmp_path,
     )
     page = (tmp_path / "gold.md").read_text()

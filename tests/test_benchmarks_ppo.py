@@ -1,29 +1,35 @@
-"""The PPO benchmark: figures and ratios on stand-ins, both sides on a tiny model; no timing."""
+"""Both sides of the PPO benchmark on a tiny model, the operations that a step needs, and how it is timed."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import itertools
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import ROOT
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import harness, peer
+from benchmarks.harness import Children
 from benchmarks.ppo import __main__ as ppo
-from benchmarks.ppo.ours import ours
-from benchmarks.ppo.sides import prepare
-from benchmarks.ppo.task import Task, dialogue_of
-from benchmarks.ppo.work import sizes_of
+from benchmarks.ppo import task as ppo_task
+from benchmarks.ppo.sides import matmul_peak, ours, prepare
+from benchmarks.ppo.task import (
+    Clock,
+    Linear,
+    Method,
+    Sizes,
+    Step,
+    Task,
+    dialogue_of,
+    figures,
+    sizes_of,
+    step_flops,
+)
 from rlhf.errors import UserError
 from rlhf.models.tiny import tiny_model, write_tiny_model
-from rlhf.runs.artifacts import read_json, write_json
+from rlhf.runs.artifacts import write_json
 
 LAYERS, PROMPTS = 3, str(ROOT / ppo.PROMPTS)
 
@@ -63,7 +69,7 @@ def test_prompts_are_texts_of_the_file_joined(base, tmp_path):
 
 def task_of(base, rows, folder, **values):
     write_json(folder / "rows.json", {"rows": rows})
-    small = {"response_tokens": 6, "epochs": 2, "micro_batch": 2, "threads": 1}
+    small = {"response_tokens": 6, "epochs": 2, "micro_batch": 2}
     return Task(base, str(folder / "rows.json"), **{"layers": "top_1", **small, **values})
 
 
@@ -73,7 +79,8 @@ def test_ours_runs_the_steps_of_a_task(base, rows, tmp_path):
         assert len(figures_["step_s"]) == 3
         assert figures_["prompt_tokens"] == sum(len(row["ids"]) for row in rows)
         assert 1 <= figures_["mean_response_tokens"] <= 6
-        assert figures_["rollout_s"] + figures_["update_s"] == pytest.approx(figures_["s_per_step"], rel=0.5)
+        phases = figures_["generate_s"] + figures_["score_s"] + figures_["update_s"]
+        assert phases == pytest.approx(figures_["s_per_step"], rel=0.5)
     assert (found["all"]["trunk_kept"], found["top_1"]["trunk_kept"]) == (False, True)
     whole, top = (found[k]["trainable_parameters"] - 33 for k in ("all", "top_1"))  # the value's head
     assert whole == LAYERS * top
@@ -90,298 +97,165 @@ def test_ours_refuses_prompts_that_are_other_tokens(base, rows, tmp_path):
         ours(task_of(base, wrong, tmp_path), wrong, tmp_path)
 
 
-RELEASE = peer.FOLDER / "trl-1.12.0"
+RELEASE = ROOT / ".stamps" / "trl-1.12.0"
 
 
-@pytest.mark.skipif(not (ROOT / RELEASE).is_dir(), reason="the peer is installed by `make bench-ppo`")
+@pytest.mark.skipif(not RELEASE.is_dir(), reason="the peer is installed by `make bench-ppo`")
 def test_theirs_runs_the_same_task_with_its_own_release(base, rows, tmp_path):
-    write_json(tmp_path / "task.json", vars(task_of(base, rows, tmp_path, steps=2)))
-    told = peer.with_peer(harness.environment(1), ROOT / RELEASE)
-    command = [*ppo.CHILD, "theirs", str(tmp_path / "task.json"), str(tmp_path / "result.json")]
-    found = harness.run_child(command, tmp_path / "result.json", told)
-    assert found["versions"]["trl"] == "1.12.0"
+    children = Children(ppo.CHILD, tmp_path, threads=1, peer=RELEASE)
+    found = children.ask("theirs", vars(task_of(base, rows, tmp_path, steps=2)))
+    assert (found["trl"], found["threads"]) == ("1.12.0", 1)
     assert len(found["step_s"]) == 2
     assert found["prompt_tokens"] == sum(len(row["ids"]) for row in rows)
     assert 1 <= found["mean_response_tokens"] <= 6
-    whole = found["generate_s"] + found["score_s"] + found["update_s"]
-    assert whole == pytest.approx(found["s_per_step"], rel=1e-3)
+    phases = found["generate_s"] + found["score_s"] + found["update_s"]
+    assert phases == pytest.approx(found["s_per_step"], rel=1e-3)
     assert min(found["generate_s"], found["score_s"], found["update_s"]) > 0
     mine = sizes_of(tiny_model(40))
     adapter = 8 * sum(m.inputs + m.outputs for m in mine.linears)
-    classifier = 259 * 32 + LAYERS * (mine.layer_weights + 2 * 32) + 32 + 32  # embeddings, norms, head
+    classifier = (
+        259 * 32 + LAYERS * (sum(m.inputs * m.outputs for m in mine.linears) + 2 * 32) + 32 + 32
+    )  # embeddings, norms, head
     assert found["trainable_parameters"] == adapter + classifier
 
 
-# ------------------------------------------------------------------ the peer's folder
+# ------------------------------------------------------------------ operations
 
 
-def pip(status, calls):
-    def run(command, **options):
-        calls.append(command)
-        if not status:
-            (Path(command[command.index("--target") + 1]) / "trl-1.12.0.dist-info").mkdir()
-        return subprocess.CompletedProcess(command, status, "", "WARNING: x\nERROR: no network\n")
-
-    return run
+def counted(work):
+    """Operations of the matrix products, by torch's own counter."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    found = {str(name): number for name, number in counter.get_flop_counts()["Global"].items()}
+    return sum(number for name, number in found.items() if name in ("aten.mm", "aten.addmm"))
 
 
-def test_the_peer_is_installed_once_without_its_dependencies(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(peer.subprocess, "run", pip(0, calls))
-    folder = peer.peer_folder("trl", "1.12.0", tmp_path / "kept")
-    assert folder == tmp_path / "kept" / "trl-1.12.0"
-    assert (folder / "trl-1.12.0.dist-info").is_dir()
-    assert peer.peer_folder("trl", "1.12.0", tmp_path / "kept") == folder
-    assert len(calls) == 1
-    assert calls[0][-1] == "trl==1.12.0"
-    assert "--no-deps" in calls[0]
-    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["trl-1.12.0"]
+def adapted(layers):
+    base = tiny_model(40)
+    names = sorted({m.name for m in sizes_of(base).linears})
+    config = LoraConfig(r=4, target_modules=names, layers_to_transform=layers, task_type="CAUSAL_LM")
+    return sizes_of(base), get_peft_model(base, config)
 
 
-def test_a_peer_that_cannot_be_installed_is_told_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(peer.subprocess, "run", pip(1, []))
-    with pytest.raises(UserError, match=r"trl==1.12.0.*ERROR: no network.*with a network") as caught:
-        peer.peer_folder("trl", "1.12.0", tmp_path)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
+IDS = torch.arange(2 * 9).reshape(2, 9) % 40
+RESPONSE = 4  # of the nine tokens
 
 
-def test_the_peer_comes_first_on_the_path(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "before")
-    assert peer.with_peer({"A": "1"}, Path("/p")) == {"A": "1", "PYTHONPATH": f"/p{os.pathsep}before"}
-    monkeypatch.delenv("PYTHONPATH")
-    assert peer.with_peer({}, Path("/p")) == {"PYTHONPATH": "/p"}
+@pytest.mark.parametrize("adapters", [1, 2, 3])
+def test_an_update_needs_what_torch_counts(adapters):
+    sizes, model = adapted(list(range(LAYERS - adapters, LAYERS)))
+    decoder, head = model.base_model.model.get_decoder(), model.base_model.model.get_output_embeddings()
+
+    def update():
+        head(decoder(IDS).last_hidden_state[:, -RESPONSE:].contiguous()).sum().backward()
+        decoder(IDS).last_hidden_state.sum().backward()
+
+    method = Method(1, 4, adapters, passes=0, heads=0, adapters=0)
+    found = step_flops(sizes, method, rows=2, prompt_tokens=10, response_tokens=8)
+    assert found["update"] == counted(update)
+    twice = step_flops(sizes, replace(method, epochs=2), rows=2, prompt_tokens=10, response_tokens=8)
+    assert twice["update"] == 2 * found["update"]
 
 
-# ------------------------------------------------------------------ the benchmark
+def test_an_update_over_a_cached_trunk_needs_what_torch_counts():
+    sizes, model = adapted([2])
+    decoder, head = model.base_model.model.get_decoder(), model.base_model.model.get_output_embeddings()
+    hidden = decoder(IDS).last_hidden_state.detach()
+    decoder.layers = decoder.layers[2:]
 
-# A child that measures nothing: its figures follow from the case, the side and the number of its call.
-STAND_IN = """
-import json, os, pathlib, sys
-kind, task, result = sys.argv[1:]
-task = json.loads(pathlib.Path(task).read_text())
-log = pathlib.Path({log!r})
-calls = json.loads(log.read_text()) if log.is_file() else []
-log.write_text(json.dumps([*calls, [kind, task, os.environ.get("PYTHONPATH")]]))
-figures = {{}}
-if kind == "prepare":
-    figures = {{"rows": [{{"text": "x", "ids": [5] * (16 + i)}} for i in range(task["number"])]}}
-elif kind == "matmul":
-    figures = {{"flops_per_s": 1e9 * len(calls)}}
-elif kind in ("ours", "theirs"):
-    rows = json.loads(pathlib.Path(task["rows"]).read_text())["rows"]
-    cost = (6.0 if kind == "theirs" else 2.0) + 0.01 * len(calls) ** 2
-    cost /= 2.0 if task["layers"] != "all" else 1.0
-    prompt = sum(len(r["ids"]) for r in rows)
-    figures = dict(step_s=[9.0, cost], measured_steps=task["steps"] - 1, s_per_step=cost,
-        cpu_s_per_step=cost * (9 if kind == "theirs" else 1), update_s=0.5 * cost, rollout_s=0.5 * cost,
-        rows=len(rows), prompt_tokens=prompt, response_tokens=40.0, mean_response_tokens=2.5,
-        tokens_per_s=100 / cost, s_per_token=cost / (200 if kind == "theirs" else 100),
-        flops_per_step=1e9, flops_per_s=1e9 / cost, peak_bytes=1e9 * (3 + len(kind)) + len(calls) * 1e6,
-        trainable_parameters=7, threads=task["threads"],
-        versions={{n: "2" for n in ("torch", "transformers", "peft", "accelerate")}})
-    if kind == "theirs":
-        figures["versions"]["trl"] = "1.12.0"
-        figures |= dict(generate_s=0.3 * cost, score_s=0.2 * cost)
-    figures |= {extra}
-pathlib.Path(result).write_text(json.dumps(figures))
-"""
+    def update():
+        head(decoder(inputs_embeds=hidden).last_hidden_state[:, -RESPONSE:].contiguous()).sum().backward()
+        decoder(inputs_embeds=hidden).last_hidden_state.sum().backward()
+
+    method = Method(1, 4, 1, passes=0, heads=0, adapters=0, cached=True)
+    assert step_flops(sizes, method, rows=2, prompt_tokens=10, response_tokens=8)["update"] == counted(update)
 
 
-def stand_in(folder, extra="{}"):
-    """The command of a stand-in child that notes its calls in ``calls.json``."""
-    (folder / "base").mkdir(exist_ok=True)
-    (folder / "base" / "config.json").write_text('{"num_hidden_layers": 30}')
-    (folder / "texts.jsonl").touch()
-    (folder / "child.py").write_text(STAND_IN.format(log=str(folder / "calls.json"), extra=extra))
-    return [sys.executable, "-S", str(folder / "child.py")]
+def test_a_value_that_learns_with_all_its_weights_needs_what_torch_counts():
+    sizes, model = adapted([1, 2])
+    decoder, head = model.base_model.model.get_decoder(), model.base_model.model.get_output_embeddings()
+    value = tiny_model(40).get_decoder()  # its embeddings learn too, so every input needs its gradient
+
+    def update():
+        head(decoder(IDS).last_hidden_state[:, -RESPONSE:].contiguous()).sum().backward()
+        value(IDS).last_hidden_state.sum().backward()
+
+    method = Method(1, 4, 2, passes=0, heads=0, adapters=0, full_value=True)
+    assert step_flops(sizes, method, rows=2, prompt_tokens=10, response_tokens=8)["update"] == counted(update)
 
 
-def run(command, *words):
-    fixed = ["--base", "base", "--prompts", str(Path("texts.jsonl").absolute()), "--output", "out"]
-    return ppo.benchmark([*fixed, *words], command, lambda package, version: Path(f"/{package}-{version}"))
+@pytest.mark.parametrize("cached", [False, True])
+def test_scoring_and_generating_need_what_torch_counts(cached):
+    sizes, model = adapted([2])
+    decoder, head = model.base_model.model.get_decoder(), model.base_model.model.get_output_embeddings()
+    layers = decoder.layers
+
+    def score():
+        with torch.no_grad():
+            inputs = {"input_ids": IDS}
+            if cached:
+                decoder.layers = layers[:2]
+                inputs = {"inputs_embeds": decoder(IDS).last_hidden_state}
+                decoder.layers = layers[2:]
+            for _ in ("policy", "value", "reward"):
+                hidden = decoder(**inputs).last_hidden_state
+            head(hidden[:, -RESPONSE:].contiguous())
+            with model.disable_adapter():
+                head(decoder(**inputs).last_hidden_state[:, -RESPONSE:].contiguous())
+        decoder.layers = layers
+
+    def generate():
+        with torch.no_grad():
+            head(decoder(IDS[:, :-1]).last_hidden_state[:, -RESPONSE:].contiguous())
+
+    method = Method(4, 4, 1, passes=4, heads=2, adapters=3, cached=cached)
+    found = step_flops(sizes, method, rows=2, prompt_tokens=10, response_tokens=8)
+    assert found["score"] == counted(score)
+    assert found["generate"] == counted(generate)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Report, calls and page of a benchmark of three rounds."""
-    folder = tmp_path_factory.mktemp("bench")
-    before, printed = os.getcwd(), io.StringIO()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(printed):
-            report = run(stand_in(folder), "--scaling", "--their-micro-batch", "16")
-    finally:
-        os.chdir(before)
-    page = (folder / "out" / "ppo.md").read_text()
-    assert report == read_json(folder / "out" / "ppo.json")
-    return report, json.loads((folder / "calls.json").read_text()), page, folder
+def test_the_sizes_are_those_of_one_layer():
+    sizes = sizes_of(tiny_model(40))
+    assert (sizes.layers, sizes.head) == (LAYERS, 32 * 40)
+    assert Linear("k_proj", 32, 16) in sizes.linears
+    weights = sum(m.inputs * m.outputs for m in sizes.linears)
+    assert weights == 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
 
 
-def median(report, case, side, name):
-    return sorted(r[name] for r in report["runs"] if (r["case"], r["side"]) == (case, side))[1]
+# ------------------------------------------------------------------ measuring
 
 
-def test_the_result_holds_the_ratios_of_the_medians(finished):
-    report = finished[0]
-    assert len(report["runs"]) == 3 * 2 * 2
-    for name, figure, theirs, mine, target in [
-        ("speed_ratio_all_layers", "s_per_step", "all_layers", "all_layers", 1.5),
-        ("speed_ratio_top_third", "s_per_step", "all_layers", "top_third", 4.0),
-        ("speed_ratio_top_third_same_layers", "s_per_step", "top_third", "top_third", None),
-        ("memory_ratio", "peak_bytes", "all_layers", "all_layers", 3.0),
-        ("memory_ratio_top_third", "peak_bytes", "all_layers", "top_third", 3.0),
-        ("memory_ratio_top_third_same_layers", "peak_bytes", "top_third", "top_third", None),
-    ]:
-        expected = median(report, theirs, "theirs", figure) / median(report, mine, "ours", figure)
-        assert report[name] == report["ratios"][name]["value"] == pytest.approx(expected)
-        assert report["ratios"][name]["target"] == target
-        assert len(report["ratios"][name]["by_round"]) == 3
-    assert len(report["ratios"]) == 6
-    speed = report["ratios"]["speed_ratio_all_layers"]
-    assert speed["by_processor_time"] == pytest.approx(9 * speed["value"])
-    assert speed["by_token"] == pytest.approx(speed["value"] / 2)
+def set_clocks(monkeypatch, *wall):
+    times = iter(wall)
+    monkeypatch.setattr(ppo_task.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(ppo_task.time, "process_time", lambda: 0.0)
 
 
-def test_a_target_is_reached_or_not(finished):
-    for theirs, reached in ((1.5, True), (1.49, False)):
-        made = [{**r, "s_per_step": 1.0 if r["side"] == "ours" else theirs} for r in finished[0]["runs"]]
-        found = ppo.evaluate(made)
-        assert found["speed_ratio_all_layers"]["reached"] is reached
-        assert found["speed_ratio_top_third_same_layers"]["reached"] is None
+def test_a_step_lasts_from_the_end_of_the_one_before(monkeypatch):
+    set_clocks(monkeypatch, 0.0, 10.0, 13.0, 18.0)
+    clock = Clock()
+    clock.start()
+    clock.end_step({"update": 1.0}, 5)
+    clock.end_step({"update": 2.0}, 6)
+    assert [(s.seconds, s.response_tokens) for s in clock.steps] == [(3.0, 5), (5.0, 6)]
 
 
-def test_the_share_is_of_the_best_measured_peak(finished):
-    report, calls, _, _ = finished
-    peaks = [1e9 * number for number, (kind, *_) in enumerate(calls) if kind == "matmul"]
-    assert report["matmul_peak"] == {"flops_per_s": max(peaks), "measured": peaks}
-    assert len(peaks) == 2
-    for case, side in itertools.product(ppo.CASES, ppo.SIDES):
-        expected = median(report, case, side, "flops_per_s") / max(peaks)
-        assert report["matmul_share"][case][side] == pytest.approx(expected)
+def test_the_peak_is_the_best_of_several_products(monkeypatch):
+    set_clocks(monkeypatch, 0.0, 4.0, 4.0, 6.0, 6.0, 9.0, 9.0, 12.0)
+    assert matmul_peak(10, repeats=2) == 2 * 10**3 / 2.0  # by either library
 
 
-def test_both_sides_get_the_same_tasks_in_turn_and_only_theirs_the_peer(finished):
-    _, calls, _, _ = finished
-    sides = [(kind, task, path) for kind, task, path in calls if kind in ppo.SIDES][:12]
-    assert [kind for kind, *_ in sides] == ["ours", "theirs"] * 2 + ["theirs", "ours"] * 2 + [
-        "ours",
-        "theirs",
-    ] * 2
-    assert [task["layers"] for _, task, _ in sides[::2]] == ["all", "top_10"] * 3
-    assert [task["seed"] for _, task, _ in sides] == [0] * 4 + [1] * 4 + [2] * 4
-    for (_, one, _), (_, other, _) in zip(sides[::2], sides[1::2], strict=True):
-        assert {one.pop("micro_batch"), other.pop("micro_batch")} == {8, 16}
-        assert one == other
-        assert (one["response_tokens"], one["epochs"], one["steps"], one["value"]) == (48, 4, 3, "full")
-        assert Path(one["rows"]).name == "rows-16.json"
-    for kind, _, path in sides:
-        assert ((path or "").split(os.pathsep)[0] == "/trl-1.12.0") is (kind == "theirs")
-
-
-def test_the_scaling_is_ours_alone_one_thing_changed_at_a_time(finished):
-    report, calls, page, _ = finished
-    tasks = [task for kind, task, _ in calls if kind in ppo.SIDES][12:]
-    assert [kind for kind, *_ in calls if kind in ppo.SIDES][12:] == ["ours"] * 7
-    assert [(Path(t["rows"]).stem, t["response_tokens"]) for t in tasks] == [
-        ("rows-8", 48), ("rows-16", 48), ("rows-32", 48), ("rows-16", 24), ("rows-16", 96),
-        ("rows-16", 48), ("rows-16", 48),
-    ]  # fmt: skip
-    assert [Path(t["base"]).name for t in tasks] == ["base"] * 5 + ["random-1", "random-2"]
-    made = [task for kind, task, _ in calls if kind == "random"]
-    assert [(Path(t["folder"]).name, t["parts"]) for t in made] == [("random-1", 1), ("random-2", 2)]
-    assert len(report["scaling"]) == 7
-    assert all(found["words"] in page for found in report["scaling"])
-
-
-def test_the_page_says_what_was_measured_and_holds_no_path(finished):
-    report, _, page, folder = finished
-    text = json.dumps(report) + page
-    assert str(folder) not in text
-    assert tempfile.gettempdir() not in text
-    assert "16 tokens" not in page
-    assert "prompts of 16 to 31 tokens (made of texts.jsonl)" in page
-    assert "trl 1.12.0" in page
-    for name in ("speed_ratio_all_layers", "memory_ratio_top_third"):
-        assert f"| {report[name]:.2f} |" in page
-    cost = report["medians"]["all_layers"]["theirs"]["s_per_step"]
-    assert f"| all layers adapted: theirs | {cost:.2f} | {0.3 * cost:.2f} | {0.2 * cost:.2f} |" in page
-    assert f"| {report['matmul_share']['top_third']['ours']:.1%} |" in page
-    assert "4.0, missed" in page or "4.0, reached" in page
-    assert all(note in page for note in report["notes"])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"prompt_tokens": 1}, "prompt_tokens differs"),
-        ({"threads": 9}, "threads differs"),
-        (
-            {"versions": dict.fromkeys(("torch", "transformers", "peft", "accelerate", "trl"), "3")},
-            "of torch",
-        ),
-    ],
-)
-def test_sides_that_did_other_work_are_refused(change, message, finished):
-    runs = finished[0]["runs"]
-    ppo.check_same_work(runs)
-    with pytest.raises(RuntimeError, match=message):
-        ppo.check_same_work([{**runs[0], **change}, *runs[1:]])
-
-
-def test_another_release_of_the_peer_is_refused(finished):
-    runs = [{**r, "versions": {**r["versions"], "trl": "1.16.0"}} for r in finished[0]["runs"]]
-    with pytest.raises(RuntimeError, match=r"trl \['1.16.0'\], not 1.12.0"):
-        ppo.check_same_work(runs)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--steps", "0"], "--steps: at least 1"),
-        (["--micro-batch", "5"], "--micro-batch 5: use a divisor of --batch 16"),
-        (["--their-micro-batch", "5"], "--their-micro-batch 5"),
-        (["--longest", "8"], "--longest: at least --shortest"),
-        (["--base", "nowhere"], "--base: no model at nowhere; run `make model"),
-        (["--prompts", "none.jsonl"], "--prompts: no file matches none.jsonl"),
-    ],
-)
-def test_a_mistake_is_told_before_anything_runs(words, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=message):
-        run(stand_in(tmp_path), *words)
-    assert not (tmp_path / "calls.json").exists()
-
-
-def test_quick_writes_nothing_unless_asked():
-    quick = ppo.parse(["--quick"])
-    assert (quick.rounds, quick.steps, quick.output, quick.their_micro_batch) == (1, 1, None, 2)
-
-
-def test_the_scaling_alone_runs_no_side_and_needs_no_peer(inside):
-    def no_peer(package, version):
-        raise AssertionError("asked for the peer")
-
-    words = ["--base", "base", "--prompts", str(Path("texts.jsonl").absolute()), "--output", "out"]
-    report = ppo.benchmark([*words, "--scaling", "--rounds", "0"], stand_in(Path()), no_peer)
-    calls = json.loads(Path("calls.json").read_text())
-    assert [kind for kind, *_ in calls if kind in ppo.SIDES] == ["ours"] * 7
-    assert not {"ratios", "runs", "speed_ratio_all_layers"} & set(report)
-    page = Path("out/ppo_scaling.md").read_text()
-    assert all(found["words"] in page for found in report["scaling"])
-    with pytest.raises(UserError, match=r"--rounds: at least 1"):
-        ppo.parse(["--rounds", "0"])
-
-
-def test_fewer_leaves_out_what_has_no_target(inside):
-    report = run(stand_in(Path()), "--fewer", "--rounds", "2")
-    calls = json.loads(Path("calls.json").read_text())
-    assert [(k, t["layers"]) for k, t, _ in calls if k in ppo.SIDES] == [
-        ("ours", "all"), ("theirs", "all"), ("ours", "top_10"),
-        ("theirs", "all"), ("ours", "all"), ("ours", "top_10"),
-    ]  # fmt: skip
-    assert set(report["ratios"]) == set(ppo.RATIOS) - {
-        "speed_ratio_top_third_same_layers",
-        "memory_ratio_top_third_same_layers",
-    }
-    assert "our top third" in Path("out/ppo.md").read_text()
+def test_the_figures_leave_out_the_first_step():
+    sizes, method = Sizes(2, (Linear("q_proj", 3, 3),), 21), Method(1, 1, 1, 4, 2, 3)
+    phases = [{"generate": 1.0, "score": 2.0, "update": s} for s in (90.0, 3.0, 5.0)]
+    steps = [Step(s["update"] + 3, 7.0, s, n) for s, n in zip(phases, (99, 10, 20), strict=True)]
+    found = figures(steps, sizes, method, rows=5, prompt_tokens=25)
+    assert found["step_s"] == [93.0, 6.0, 8.0]
+    assert (found["s_per_step"], found["update_s"], found["generate_s"], found["score_s"]) == (7, 4, 1, 2)
+    assert (found["measured_steps"], found["response_tokens"], found["mean_response_tokens"]) == (2, 15, 3)
+    assert found["tokens_per_s"] == pytest.approx(40 / 7)
+    assert found["s_per_token"] == pytest.approx(7 / 40)
+    needed = step_flops(sizes, method, rows=5, prompt_tokens=25, response_tokens=15)
+    assert found["flops_by_phase"] == needed
+    assert found["flops_per_s"] == pytest.approx(sum(needed.values()) / 7)
+    assert found["peak_bytes"] > 1e7

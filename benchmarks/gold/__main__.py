@@ -15,20 +15,33 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.harness import Figures, command_line, environment, machine, now, run_child, write_results
-from benchmarks.paired_run import RESULTS
-from benchmarks.peer import peer_folder, with_peer
+from benchmarks.harness import Children, Figures, peer_folder
+from benchmarks.report import RESULTS, heading, opening, publish
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.markdown import table
 from rlhf.recipe.load import Recipe, load
-from rlhf.runs.artifacts import MANIFEST, read_json, write_json
+from rlhf.runs.artifacts import MANIFEST, read_json
 from rlhf.runs.stage import RUNS
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
-PEER = ("trl", "1.12.0")
 CHILD = (sys.executable, "-m", "benchmarks.gold.sides")
+PLAIN = {
+    "algorithm": "ppo",
+    "kl_controller": "fixed",
+    "kl_in": "reward",
+    "missing_eos": "ignore",
+    "samples_per_prompt": 1,
+    "dual_clip": None,
+    "reward_model": [],
+    "start": None,
+    "ptx_coef": 0.0,
+    "score_clip": None,
+    "score_normalization": "none",
+    "value": "adapter",
+    "length_penalty": 0.0,
+}
+"""What theirs can do, of the keys of ``ppo`` that it does not have."""
 NOTES = [
     "The same on both sides: base, adapter, prompts, reward model (merged into a plain classifier for "
     "theirs), number of responses, epochs, minibatches, KL coefficient and estimator, clips, value "
@@ -57,55 +70,43 @@ def check(recipe: Recipe) -> None:
             )
     if recipe.evaluate.judge == "reward":
         raise UserError("evaluate.judge: a gold judge is wanted, for example evaluate.judge=vader")
-    ppo = recipe.ppo
-    for name, plain in (
-        ("algorithm", "ppo"), ("kl_controller", "fixed"), ("kl_in", "reward"), ("missing_eos", "ignore"),
-        ("samples_per_prompt", 1), ("dual_clip", None), ("reward_model", []),
-        ("start", None), ("ptx_coef", 0.0),
-        ("score_clip", None), ("score_normalization", "none"), ("value", "adapter"), ("length_penalty", 0.0),
-    ):  # fmt: skip
-        if getattr(ppo, name) != plain:
-            raise UserError(f"ppo.{name}: theirs has no {getattr(ppo, name)!r}; set ppo.{name}={plain}")
+    for name, plain in PLAIN.items():
+        found = getattr(recipe.ppo, name)
+        if found != plain:
+            raise UserError(f"ppo.{name}: theirs has no {found!r}; set ppo.{name}={plain}")
 
 
 def markdown(report: Figures) -> str:
     """The report as a page."""
-    gold, length = report["gold"], report["response_length"]
-    host, work = report["machine"], report["work"]
-    versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
-
-    def difference(found: Figures) -> str:
-        low, high = found["ci95"]
-        return f"{found['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
-
+    gold, length, kl, work = (report[name] for name in ("gold", "response_length", "kl", "work"))
+    low, high = gold["ci95"]
     rows = [
         ["reference", f"{report['reference']['gold']:.3f}", f"{report['reference']['length']:.1f}", "", ""],
-        ["trl 1.12.0", f"{gold['before']:.3f}", f"{length['before']:.1f}", f"{report['kl']['theirs']:.2f}",
-         f"{work['theirs_seconds']:.0f} s"],
-        ["ours", f"{gold['after']:.3f}", f"{length['after']:.1f}", f"{report['kl']['ours']:.2f}",
-         f"{work['ours_seconds']:.0f} s"],
+        *(
+            [name, f"{gold[when]:.3f}", f"{length[when]:.1f}", f"{kl[side]:.2f}",
+             f"{work[f'{side}_seconds']:.0f} s"]
+            for name, side, when in (("trl 1.12.0", "theirs", "before"), ("ours", "ours", "after"))
+        ),
     ]  # fmt: skip
+    head = ("policy", "gold score", "tokens a response", "KL from the reference, nats", "training, wall time")
     return "\n".join(
         [
-            "# Gold reward at equal samples, against trl's last PPOTrainer\n",
-            f"`{report['command']}`, {report['date']}, on {host['cores']} cores of {host['cpu']}; "
-            f"{versions}.\n",
+            *heading("Gold reward at equal samples, against trl's last PPOTrainer", report),
             f"{work['responses']} responses on each side ({work['steps']} steps of {work['batch']}), then "
             f"{gold['n']} held-out prompts, judged by {report['judge']}.\n",
-            table(("policy", "gold score", "tokens a response", "KL from the reference, nats",
-                   "training, wall time"), rows),
-            f"Ours less theirs, paired by prompt: {difference(gold)} (95%).\n",
-            *(f"- {note}" for note in NOTES),
+            table(head, rows),
+            f"Ours less theirs, paired by prompt: {gold['diff']:+.3f} [{low:+.3f}, {high:+.3f}] (95%).\n",
+            *(f"- {note}" for note in report["notes"]),
             "",
         ]
-    )  # fmt: skip
+    )
 
 
 def compare(
     recipe_file: str,
     overrides: Sequence[str],
     child: Sequence[str] = CHILD,
-    peer: Callable[..., Path] = peer_folder,
+    peer: Callable[[], Path] = peer_folder,
     output: Path = RESULTS,
 ) -> Figures:
     """Train theirs, judge both, write the page; returns the report.
@@ -122,33 +123,21 @@ def compare(
     """
     recipe = load(recipe_file, overrides)
     check(recipe)
-    told = environment(2)
-    run = (RUNS / recipe.name).absolute()
+    ppo, run = recipe.ppo, (RUNS / recipe.name).absolute()
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        task: dict[str, Any] = {
+        children = Children(child, Path(folder), threads=2, peer=peer())
+        task = {
             "recipe": str(Path(recipe_file).absolute()),
             "overrides": [*overrides],
             "run": str(run),
-            "adapter": str(scratch / "theirs"),
+            "adapter": str(Path(folder) / "adapter"),
         }
-        write_json(scratch / "task.json", task)
-
-        def ask(kind: str, environment: dict[str, str]) -> Figures:
-            command = [*child, kind, str(scratch / "task.json"), str(scratch / "result.json")]
-            return run_child(command, scratch / "result.json", environment)
-
-        trained = ask("theirs", with_peer(told, peer(*PEER)))
+        trained = children.ask("theirs", task)
         print(f"theirs: {trained['seconds']:.0f} s", flush=True)
-        judged = ask("judge", told)
-    host = machine(PACKAGES)
-    host["versions"]["trl"] = f"{PEER[1]} (theirs)"
-    ppo = recipe.ppo
+        judged = children.ask("judge", task)
     report = {
         "benchmark": "gold reward at equal samples",
-        "date": now(),
-        "command": command_line("benchmarks.gold", [recipe_file, *overrides]),
-        "machine": host,
+        **opening("benchmarks.gold", [recipe_file, *overrides], PACKAGES, peer=True),
         "judge": recipe.evaluate.judge,
         "work": {
             "responses": ppo.steps * ppo.batch_size,
@@ -161,14 +150,12 @@ def compare(
         "theirs": trained,
         "notes": NOTES,
     }
-    text = markdown(report)
-    print(f"\n{text}")
-    write_results(output, "gold", report, text)
+    publish("gold", report, markdown(report), output)
     return report
 
 
 def main() -> None:
-    """The `bench-gold` target."""
+    """The command line."""
     if len(sys.argv) < 2:
         raise UserError(
             "no recipe given; write RECIPE [section.key=value ...], for example recipes/sentiment.yaml"

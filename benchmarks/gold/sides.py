@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Figures, peak_bytes
+from benchmarks.harness import Figures, check_release, peak_bytes, serve
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import Recipe, load
-from rlhf.runs.artifacts import write_json
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.training.runtime import seed_everything
 
@@ -49,33 +48,26 @@ def closed(ids_BT: Tensor, start: int, eos_id: int, pad_id: int) -> Tensor:
 
 def train_theirs(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     """Run trl's trainer with the recipe's numbers; its adapter goes to a folder."""
-    from peft import LoraConfig, PeftModel, inject_adapter_in_model
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    check_release()
+    from peft import PeftModel, inject_adapter_in_model
     from trl.experimental.ppo import ppo_trainer
 
-    from benchmarks.ppo.trl_side import Watch, check_release, train
+    from benchmarks.ppo.trl_side import Watch, classifier_of, policy_of, train
     from reward.model.ensemble import member_folders
     from reward.model.model import load_config
     from rlhf.models.lora import lora_config
 
-    check_release()
     dialogue = load_dialogue(recipe)
-    dialogue.tokenizer.padding_side = "left"
     seed_everything(recipe.seed)
-    ppo, path = recipe.ppo, recipe.model.path
-    folder = member_folders(run / "reward")[0]
-    config = load_config(folder)
+    path, folder = recipe.model.path, member_folders(run / "reward")[0]
+    offset = load_config(folder).offset
 
     def scorer() -> Any:
-        base = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=torch.float32, pad_token_id=dialogue.pad_id
-        )
-        return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().requires_grad_(False)
+        trained = PeftModel.from_pretrained(classifier_of(path, dialogue), str(folder))
+        return trained.merge_and_unload().requires_grad_(False)
 
-    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    policy.generation_config.pad_token_id = dialogue.pad_id
-    lora: LoraConfig = lora_config(recipe.lora, policy)
-    value, reward = scorer(), scorer()
+    policy, value, reward = policy_of(path, dialogue), scorer(), scorer()
+    lora = lora_config(recipe.lora, policy)
     inject_adapter_in_model(lora_config(recipe.lora, policy, "SEQ_CLS"), value)
     value.score.requires_grad_(True)
     plain = ppo_trainer.get_reward
@@ -83,39 +75,24 @@ def train_theirs(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     def get_reward(model: Any, ids: Tensor, pad_id: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
         if model is not reward:
             return plain(model, ids, pad_id, start)
-        logits, score, last = plain(
-            model, closed(ids, start, dialogue.eos_id, dialogue.pad_id), pad_id, start
-        )
-        return logits, score + config.offset, last
+        whole = closed(ids, start, dialogue.eos_id, dialogue.pad_id)
+        logits, score, last = plain(model, whole, pad_id, start)
+        return logits, score + offset, last
 
-    settings = {
-        "output_dir": str(adapter.parent / "trainer"),
-        "per_device_train_batch_size": ppo.batch_size,  # a minibatch is one optimiser step, as with ours
-        "gradient_accumulation_steps": 1,
-        "local_rollout_forward_batch_size": ppo.batch_size,
-        "num_mini_batches": ppo.minibatches,
-        "num_ppo_epochs": ppo.epochs,
-        "total_episodes": ppo.batch_size * ppo.steps,
-        "response_length": recipe.dialogue.max_response_tokens,
-        "temperature": ppo.temperature,
-        "missing_eos_penalty": None,
-        "kl_coef": ppo.kl_coef,
-        "kl_estimator": ppo.kl_estimator,
-        "cliprange": ppo.clip_range,
-        "cliprange_value": ppo.value_clip_range,
-        "vf_coef": ppo.value_coef,
-        "gamma": ppo.gamma,
-        "lam": ppo.lam,
-        "whiten_rewards": ppo.whiten_rewards,
-        "learning_rate": ppo.learning_rate,
-        "lr_scheduler_type": ppo.schedule,
-        "adam_epsilon": ppo.adam_epsilon,
-        "seed": recipe.seed,
-    }
     rows = [dialogue.encode_prompt(prompt) for prompt in prompts_of(run, "prompts.jsonl")]
     watch = Watch(dialogue.eos_id)
     start = time.perf_counter()
-    learners = train(settings, rows, (policy, value, reward), dialogue.tokenizer, lora, watch, get_reward)
+    learners = train(
+        recipe,
+        dialogue,
+        rows,
+        (policy, value, reward),
+        lora,
+        watch,
+        at_once=recipe.ppo.batch_size,  # a minibatch is one optimizer step, as with ours
+        scratch=adapter.parent / "trainer",
+        get_reward=get_reward,
+    )
     seconds = time.perf_counter() - start
     learners.policy.save_pretrained(str(adapter))
     return {"seconds": seconds, "step_s": [s.seconds for s in watch.clock.steps], "peak_bytes": peak_bytes()}
@@ -148,33 +125,26 @@ def judge_both(recipe: Recipe, run: Path, adapter: Path) -> Figures:
         )
         for role in (REFERENCE, "theirs", "policy")
     }
-    reference, theirs, ours = sides.values()
 
-    def mean(values: Any) -> float:
-        return float(per_prompt(values, section.samples_per_prompt).mean())
-
-    def paired(theirs: Any, ours: Any) -> Figures:
-        return paired_difference(
-            per_prompt(theirs, section.samples_per_prompt), per_prompt(ours, section.samples_per_prompt)
-        )
+    def each(role: str, name: str) -> Any:
+        side = sides[role]
+        values: Sequence[float] = side.scores["gold"] if name == "gold" else getattr(side, name)
+        return per_prompt(values, section.samples_per_prompt)
 
     return {
-        "reference": {"gold": mean(reference.scores["gold"]), "length": mean(reference.length)},
-        "gold": paired(theirs.scores["gold"], ours.scores["gold"]),
-        "response_length": paired(theirs.length, ours.length),
-        "kl": {"theirs": mean(theirs.kl), "ours": mean(ours.kl)},
-        "scores": {name: per_prompt(side.scores["gold"], section.samples_per_prompt).tolist()
-                   for name, side in sides.items()},
-    }  # fmt: skip
+        "reference": {name: float(each(REFERENCE, name).mean()) for name in ("gold", "length")},
+        "gold": paired_difference(each("theirs", "gold"), each("policy", "gold")),
+        "response_length": paired_difference(each("theirs", "length"), each("policy", "length")),
+        "kl": {"theirs": float(each("theirs", "kl").mean()), "ours": float(each("policy", "kl").mean())},
+        "scores": {role: each(role, "gold").tolist() for role in sides},
+    }
 
 
-def main() -> None:
-    """The child."""
-    kind, task = sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    work = {"theirs": train_theirs, "judge": judge_both}[kind]
-    recipe = load(task["recipe"], task["overrides"])
-    write_json(Path(sys.argv[3]), work(recipe, Path(task["run"]), Path(task["adapter"])))
+def _with_recipe(work: Callable[[Recipe, Path, Path], Figures]) -> Callable[..., Figures]:
+    return lambda recipe, overrides, run, adapter: work(load(recipe, overrides), Path(run), Path(adapter))
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(
+        lambda: serve({"theirs": _with_recipe(train_theirs), "judge": _with_recipe(judge_both)})
+    )

@@ -22,33 +22,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import (
-    Figures,
-    Turn,
-    command_line,
-    machine,
+from benchmarks.harness import MEMORY, PEER, Children, Figures, Turn, gigabytes, peer_folder, turns
+from benchmarks.report import (
+    Ratio,
+    add_options,
+    against_targets,
+    check_same_work,
+    heading,
     medians,
-    now,
+    opening,
+    output_of,
+    publish,
+    ratio_table,
     raw,
-    run_all,
-    turns,
+    settings_of,
 )
-from benchmarks.paired_run import SIDES, Children, Ratio, add_options, against_targets, publish, settings_of
-from benchmarks.peer import peer_folder, with_peer
-from benchmarks.ppo.page import NOTES, markdown
 from rlhf.errors import UserError, exit_on_user_error
+from rlhf.markdown import table
 from rlhf.recipe.load import files_of
 from rlhf.runs.artifacts import hash_of, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
-PEER = ("trl", "1.12.0")
 CHILD = (sys.executable, "-m", "benchmarks.ppo.sides")
 PROMPTS = "recipes/prompts/sentiment_train.jsonl"
 CASES = {
     "all_layers": "all layers adapted",
     "top_third": "the top third of the layers adapted",
 }
-_SPEED, _MEMORY = "s_per_step", "peak_bytes"
+_SPEED = "s_per_step"
+_BESIDE = {"by_token": "s_per_token", "by_processor_time": "cpu_s_per_step"}
+_EQUAL = ("rows", "prompt_tokens", "measured_steps", "threads", "versions")
 
 _ALL = "all layers adapted"
 _TOP = "our top third against all layers of theirs, which cannot keep a trunk (another adapter)"
@@ -57,61 +60,110 @@ RATIOS = {
     "speed_ratio_all_layers": Ratio(_SPEED, "all_layers", "all_layers", _ALL, 1.5),
     "speed_ratio_top_third": Ratio(_SPEED, "all_layers", "top_third", _TOP, 4.0),
     "speed_ratio_top_third_same_layers": Ratio(_SPEED, "top_third", "top_third", _SAME, None),
-    "memory_ratio": Ratio(_MEMORY, "all_layers", "all_layers", _ALL, 3.0),
-    "memory_ratio_top_third": Ratio(_MEMORY, "all_layers", "top_third", _TOP, 3.0),
-    "memory_ratio_top_third_same_layers": Ratio(_MEMORY, "top_third", "top_third", _SAME, None),
+    "memory_ratio": Ratio(MEMORY, "all_layers", "all_layers", _ALL, 3.0),
+    "memory_ratio_top_third": Ratio(MEMORY, "all_layers", "top_third", _TOP, 3.0),
+    "memory_ratio_top_third_same_layers": Ratio(MEMORY, "top_third", "top_third", _SAME, None),
 }
 
-_EQUAL = ("rows", "prompt_tokens", "measured_steps", "threads")
-_EQUAL_VERSIONS = ("torch", "transformers", "peft", "accelerate")
+# ---------------------------------------------------------------- page
+
+NOTES = [
+    "The same on both sides: base, float32, CPU and threads; LoRA rank, alpha and target modules; the "
+    "prompts as token ids, all of them in every step; sampling from the whole distribution at temperature"
+    " 1, a response ends at EOS or at the limit; batch, epochs, one minibatch an epoch; KL in the reward;"
+    " penalty for a missing EOS; learning rate and epsilon of AdamW; versions of torch, transformers and "
+    "peft.",
+    "The value. Ours: a second LoRA adapter and a head on the one base. Theirs (PPOTrainer's own way): a "
+    "model of its own, of which all weights learn; with --their-value lora it learns by an adapter like "
+    "ours.",
+    "The reward model. Both compute one with a fresh head. Ours: an adapter on the one base. Theirs: a "
+    "model of its own.",
+    "Only ours: log-probs of the sampled tokens taken once more in the training pass, checks of every "
+    "rollout, and clipping of the gradient norm (PPOTrainer does not clip).",
+    "Seconds a step: wall time from the end of one step to the end of the next; the first step of a run "
+    "is left out. Memory: peak resident memory (VmHWM) of the child process, loading included.",
+    "Responses are sampled, so their lengths differ a little between runs; tokens a second counts prompt "
+    "and response tokens without padding, and by_token is the speed ratio with that difference taken out.",
+    "score: everything between sampling and the first update. update: all epochs, and the log.",
+    "micro_batch: responses that go through an update at once; it does not change the gradients of ours. "
+    "Theirs generates and scores the whole batch at once.",
+    "Share of the peak: operations that the step's matrix products need (benchmarks/ppo/task.py: linear "
+    "maps, adapters, vocabulary head on response positions, real tokens only) a second, over the best of "
+    "several products of two square float32 matrices, by BLAS or oneDNN, with the same threads.",
+    "The reward reached at equal samples is not compared here.",
+]
+_PHASES = (
+    "a step, median of the runs",
+    "seconds",
+    "generate",
+    "score",
+    "update",
+    "tokens/s",
+    "response tokens",
+    "peak memory",
+    "share of the matmul peak",
+    "weights that learn",
+)
+_SCALING = ("ours, all layers adapted", "tokens a step", "seconds a step", "ms a token", "GFLOP/s needed")
 
 
-def check_same_work(runs: Sequence[Figures]) -> None:
-    """All runs must have had the same prompts, steps, threads and libraries, and theirs the release meant.
-
-    Raises:
-        RuntimeError: names the figure that differs.
-    """
-    for name in _EQUAL:
-        if len({r[name] for r in runs}) > 1:
-            raise RuntimeError(f"{name} differs between the runs: {sorted({r[name] for r in runs})}")
-    for name in _EQUAL_VERSIONS:
-        found = {r["versions"][name] for r in runs}
-        if len(found) > 1:
-            raise RuntimeError(f"the version of {name} differs between the runs: {sorted(found)}")
-    peers = {r["versions"]["trl"] for r in runs if r["side"] == "theirs"}
-    if peers != {PEER[1]}:
-        raise RuntimeError(f"theirs ran trl {sorted(peers)}, not {PEER[1]}")
-
-
-def evaluate(runs: Sequence[Figures]) -> dict[str, Figures]:
-    """Every ratio with its target; for speeds also ``by_token`` and ``by_processor_time``."""
-    beside = {_SPEED: {"by_token": "s_per_token", "by_processor_time": "cpu_s_per_step"}}
-    return against_targets(RATIOS, runs, beside)
-
-
-def shares(runs: Sequence[Figures], peak: float) -> dict[str, dict[str, float]]:
-    """Share of the matmul peak by case and side: the median run's operations a second over the peak's."""
-    return {
-        case: {
-            side: statistics.median(found) / peak
-            for side in SIDES
-            if (found := raw(runs, case, side, "flops_per_s"))
-        }
-        for case in CASES
-    }
-
-
-def scales(batch: int, response: int) -> list[tuple[str, int, int, bool]]:
-    """What ``--scaling`` runs: words, responses of a step, longest response, half the layers."""
-    batches = [batch // 2, batch, 2 * batch]
-    responses = [response // 2, 2 * response]
-    return [
-        *((f"batch {b}", b, response, False) for b in batches),
-        *((f"response {r}", batch, r, False) for r in responses),
-        ("random model, all layers", batch, response, False),
-        ("random model, half the layers", batch, response, True),
+def markdown(report: Figures) -> str:
+    """The report as a page."""
+    settings, data, shares = report["settings"], report["data"], report.get("matmul_share", {})
+    lengths = data["prompt_tokens"]
+    page = [
+        *heading(report["benchmark"], report),
+        f"{settings['base']}: {settings['batch']} responses a step of at most {settings['response']} tokens "
+        f"to prompts of {min(lengths)} to {max(lengths)} tokens (made of {data['source']}), "
+        f"{settings['epochs']} epochs, {settings['micro_batch']} responses at once in our update.\n",
     ]
+    if "ratios" in report:
+        value = {"full": "all its weights", "lora": "a LoRA adapter"}[settings["their_value"]]
+        sides = [
+            [
+                f"{CASES[case]}: {side}",
+                *(f"{found[name]:.2f}" for name in ("s_per_step", "generate_s", "score_s", "update_s")),
+                f"{found['tokens_per_s']:.1f}",
+                f"{found['mean_response_tokens']:.1f}",
+                gigabytes(found),
+                f"{shares[case][side]:.1%}",
+                f"{found['trainable_parameters']:,.0f}",
+            ]
+            for case, of_case in report["medians"].items()
+            for side, found in of_case.items()
+        ]
+        page += [
+            f"Measured steps of a run: {settings['steps']}; {settings['their_micro_batch']} responses at "
+            f"once in their update; their value model learns with {value}.\n",
+            "Cost of theirs over cost of ours, medians of the runs; over 1 is to our favor.\n",
+            ratio_table(RATIOS, report, _seconds),
+            table(_PHASES, sides),
+        ]
+    page.append(f"Matmul peak: {report['matmul_peak']['flops_per_s'] / 1e9:,.1f} GFLOP/s.\n")
+    if report["scaling"]:
+        grown = [
+            [
+                found["words"],
+                f"{found['prompt_tokens'] + found['response_tokens']:.0f}",
+                f"{found['s_per_step']:.2f}",
+                f"{1000 * found['s_per_token']:.2f}",
+                f"{found['flops_per_s'] / 1e9:.1f}",
+            ]
+            for found in report["scaling"]
+        ]
+        page += [
+            "How the cost of ours grows: linear where milliseconds a token stay the same; with half the "
+            "layers they halve but for the vocabulary.\n",
+            table(_SCALING, grown),
+        ]
+    return "\n".join([*page, *(f"- {note}" for note in report["notes"]), ""])
+
+
+def _seconds(figures: Figures) -> str:
+    return f"{figures['s_per_step']:.2f} s"
+
+
+# ---------------------------------------------------------------- command line
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -151,24 +203,32 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         micro = getattr(arguments, name)
         if micro < 1 or arguments.batch % min(micro, arguments.batch):
             raise UserError(f"--{name.replace('_', '-')} {micro}: use a divisor of --batch {arguments.batch}")
+    if not files_of(arguments.prompts):
+        raise UserError(f"--prompts: no file matches {arguments.prompts}; check the path")
     return arguments
 
 
-def collect(
-    arguments: argparse.Namespace, child: Sequence[str], scratch: Path, peer: Callable[..., Path]
-) -> Figures:
-    """Prepare the prompts, run all children; returns ``runs``, ``data``, ``scaling`` and ``matmul``."""
-    children = Children(child, scratch, arguments.threads)
-    ask, told = children.ask, children.told
-    base, layers = children.base(arguments, "recipes/sentiment.yaml")
-    if not files_of(arguments.prompts):
-        raise UserError(f"--prompts: no file matches {arguments.prompts}; check the path")
-    folder = peer(*PEER) if arguments.rounds else None
+def scales(batch: int, response: int) -> list[tuple[str, int, int, int]]:
+    """What ``--scaling`` runs: words, responses of a step, longest response, 1 or 2 = half the layers."""
+    return [
+        *((f"batch {b}", b, response, 1) for b in (batch // 2, batch, 2 * batch)),
+        *((f"response {r}", batch, r, 1) for r in (response // 2, 2 * response)),
+        ("random model, all layers", batch, response, 1),
+        ("random model, half the layers", batch, response, 2),
+    ]
 
+
+def collect(
+    arguments: argparse.Namespace, child: Sequence[str], scratch: Path, peer: Callable[[], Path]
+) -> Figures:
+    """Prepare the prompts, run all children; returns ``runs``, ``data``, ``scaling`` and ``matmul_peak``."""
+    children = Children(child, scratch, arguments.threads)
+    base, layers = children.base(arguments, "recipes/sentiment.yaml")
+    children.peer = peer() if arguments.rounds else None
     wanted = {"base": str(base), "file": arguments.prompts, "shortest": arguments.shortest,
               "longest": arguments.longest, "seed": 0,
               "number": arguments.batch * (2 if arguments.scaling else 1)}  # fmt: skip
-    rows = ask("prepare", wanted)["rows"]
+    rows = children.ask("prepare", wanted)["rows"]
 
     def task(batch: int, response: int, **values: Any) -> dict[str, Any]:
         write_json(scratch / f"rows-{batch}.json", {"rows": rows[:batch]})
@@ -181,51 +241,35 @@ def collect(
             "steps": 1 + arguments.steps,
             "micro_batch": arguments.micro_batch,
             "value": arguments.their_value,
-            "threads": arguments.threads,
             **values,
         }
 
-    def matmul() -> float:
-        size = {"size": 64 if arguments.quick else 2048, "threads": arguments.threads}
-        return float(ask("matmul", size)["flops_per_s"])
+    def task_of(turn: Turn) -> dict[str, Any]:
+        micro = arguments.micro_batch if turn.side == "ours" else arguments.their_micro_batch
+        adapted = "all" if turn.case == "all_layers" else f"top_{max(1, layers // 3)}"
+        return task(arguments.batch, arguments.response, layers=adapted, micro_batch=micro, seed=turn.round)
 
-    def run(turn: Turn) -> Figures:
-        values = task(arguments.batch, arguments.response, seed=turn.round)
-        if turn.case == "top_third":
-            values["layers"] = f"top_{max(1, layers // 3)}"
-        if turn.side == "theirs":
-            values["micro_batch"] = arguments.their_micro_batch
-        figures = ask(
-            turn.side, values, with_peer(told, folder) if folder and turn.side == "theirs" else told
-        )
-        print(
-            f"round {turn.round + 1} of {arguments.rounds}, {turn.case}, {turn.side}: "
-            f"{figures['s_per_step']:.2f} s a step, {figures['peak_bytes'] / 1e9:.2f} GB, "
-            f"{figures['process_s']:.0f} s",
-            flush=True,
-        )
-        return figures
+    def matmul() -> float:
+        return float(children.ask("matmul", {"size": 64 if arguments.quick else 2048})["flops_per_s"])
 
     peaks = [matmul()]
-    order = turns(list(CASES), SIDES, arguments.rounds)
     left_out = ("top_third", "theirs") if arguments.fewer else None
-    runs = run_all([turn for turn in order if (turn.case, turn.side) != left_out], run)
+    order = [turn for turn in turns(CASES, arguments.rounds) if turn[1:] != left_out]
+    runs = children.run(order, task_of, lambda figures: f"{_seconds(figures)} a step")
     peaks.append(matmul())
 
     scaling: list[Figures] = []
-    for words, batch, response, halved in scales(arguments.batch, arguments.response) * arguments.scaling:
+    for words, batch, response, parts in scales(arguments.batch, arguments.response) * arguments.scaling:
         values = task(batch, response, steps=2)
         if words.startswith("random model"):
-            parts = 2 if halved else 1
             values["base"] = str(scratch / f"random-{parts}")
-            ask("random", {"base": str(base), "folder": values["base"], "parts": parts})
-        figures = ask("ours", values)
-        scaling.append({"words": words, **figures})
-        print(f"scaling, {words}: {figures['s_per_step']:.2f} s a step", flush=True)
+            children.ask("random", {"base": str(base), "folder": values["base"], "parts": parts})
+        scaling.append({"words": words, **children.ask("ours", values)})
+        print(f"scaling, {words}: {_seconds(scaling[-1])} a step", flush=True)
     return {
         "runs": runs,
         "scaling": scaling,
-        "matmul": {"flops_per_s": max(peaks), "measured": peaks},
+        "matmul_peak": {"flops_per_s": max(peaks), "measured": peaks},
         "data": {
             "source": Path(arguments.prompts).name,
             "prompts": arguments.batch,
@@ -235,8 +279,26 @@ def collect(
     }
 
 
+def both_sides(runs: Sequence[Figures], peak: float) -> Figures:
+    """Every ratio, and the share of the matmul peak: the median run's operations a second over the peak's."""
+    check_same_work(runs, _EQUAL, "both sides")
+    ratios = against_targets(RATIOS, runs, _BESIDE)
+    middle = medians(runs, CASES)
+    shares = {
+        case: {side: statistics.median(raw(runs, case, side, "flops_per_s")) / peak for side in sides}
+        for case, sides in middle.items()
+    }
+    return {
+        **{name: found["value"] for name, found in ratios.items()},
+        "matmul_share": shares,
+        "ratios": ratios,
+        "medians": middle,
+        "notes": NOTES,
+    }
+
+
 def benchmark(
-    words: Sequence[str], child: Sequence[str] = CHILD, peer: Callable[..., Path] = peer_folder
+    words: Sequence[str], child: Sequence[str] = CHILD, peer: Callable[[], Path] = peer_folder
 ) -> Figures:
     """Run the benchmark of a command line; prints the page, writes the results and returns them.
 
@@ -246,38 +308,19 @@ def benchmark(
         peer: finds the folder of the peer's release.
     """
     arguments = parse(words)
-    host = machine(PACKAGES)
-    with tempfile.TemporaryDirectory() as scratch:
-        measured = collect(arguments, child, Path(scratch), peer)
-    runs, sides = measured["runs"], bool(arguments.rounds)
+    sides = bool(arguments.rounds)
     report = {
         "benchmark": f"PPO against PPOTrainer of trl {PEER[1]}" if sides else "PPO: how its cost grows",
-        "date": now(),
-        "command": command_line("benchmarks.ppo", words),
-        **(_both_sides(runs, measured["matmul"]["flops_per_s"]) if sides else {}),
-        "machine": host,
+        **opening("benchmarks.ppo", words, PACKAGES, peer=sides),
         "settings": settings_of(arguments, "prompts"),
-        "data": measured["data"],
-        "matmul_peak": measured["matmul"],
-        "scaling": measured["scaling"],
-        "notes": NOTES if sides else [],
+        "notes": [],
     }
+    with tempfile.TemporaryDirectory() as scratch:
+        report |= collect(arguments, child, Path(scratch), peer)
     if sides:
-        host["versions"]["trl"] = f"{PEER[1]} (theirs)"
-    publish(arguments, "ppo" if sides else "ppo_scaling", report, markdown(report, CASES))
+        report |= both_sides(report["runs"], report["matmul_peak"]["flops_per_s"])
+    publish("ppo" if sides else "ppo_scaling", report, markdown(report), output_of(arguments))
     return report
-
-
-def _both_sides(runs: Sequence[Figures], peak: float) -> Figures:
-    check_same_work(runs)
-    ratios = evaluate(runs)
-    return {
-        **{name: found["value"] for name, found in ratios.items()},
-        "matmul_share": shares(runs, peak),
-        "ratios": ratios,
-        "medians": medians(runs, CASES, SIDES),
-        "runs": runs,
-    }
 
 
 def main() -> None:

@@ -1,34 +1,35 @@
 """One child of the PPO benchmark: prepare what both sides need, or run one side and measure it.
 
 ``python -m benchmarks.ppo.sides tiny|random|prepare|matmul|ours|theirs TASK RESULT``; both files are JSON.
-Each side is a module of its own, so that neither process loads what the other one needs.
+A side imports what it needs when it runs, so that no process loads what the other one needs.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import random
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.harness import Figures
-from benchmarks.ppo.task import Task, dialogue_of
+from benchmarks.harness import PEER, Figures, check_release, serve
+from benchmarks.ppo.task import PHASES, Clock, Method, Task, dialogue_of, figures, sizes_of
+from rlhf.data.comparisons import Message, Prompt
 from rlhf.data.prompts import read_prompts
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.models.onednn import linear
-from rlhf.models.tiny import write_tiny_model
-from rlhf.runs.artifacts import read_json, write_json
-from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
+from rlhf.runs.artifacts import read_json
+from rlhf.tokenization.dialogue import load_tokenizer
 
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
 # ------------------------------------------------------------------ what both sides need
@@ -52,6 +53,10 @@ def prepare(base: str, file: str, number: int, shortest: int, longest: int, seed
         UserError: the file has too few texts.
     """
     dialogue = dialogue_of(base)
+
+    def ids_of(text: str) -> list[int]:
+        return [int(i) for i in dialogue.tokenizer(text)["input_ids"]]
+
     prompts, _ = read_prompts([file], on_bad_rows="skip", key="--prompts")
     draw = random.Random(f"ppo prompts {seed}")
     texts = [" ".join(message.content for message in prompt) for prompt in prompts]
@@ -60,7 +65,7 @@ def prepare(base: str, file: str, number: int, shortest: int, longest: int, seed
     left = iter(texts)
     while len(rows) < number:
         wanted, text = draw.randint(shortest, longest), ""
-        while len(_ids(dialogue, text)) < wanted:
+        while len(ids_of(text)) < wanted:
             more = next(left, None)
             if more is None:
                 raise UserError(
@@ -68,24 +73,21 @@ def prepare(base: str, file: str, number: int, shortest: int, longest: int, seed
                     f"{longest} tokens, {number} are wanted: give more texts"
                 )
             text = f"{text} {more}".strip()
-        text = dialogue.decode(_ids(dialogue, text)[:wanted]).strip()
-        ids = _ids(dialogue, text)  # a text that was cut inside a word can read otherwise
+        text = dialogue.decode(ids_of(text)[:wanted]).strip()
+        ids = ids_of(text)  # a text that was cut inside a word can read otherwise
         if shortest <= len(ids) <= longest and dialogue.pad_id not in ids:
             rows.append({"text": text, "ids": ids})
     return rows
 
 
-def _ids(dialogue: Dialogue, text: str) -> list[int]:
-    return [int(i) for i in dialogue.tokenizer(text)["input_ids"]]
-
-
-def write_random(base: str, folder: str, parts: int) -> None:
+def write_random(base: str, folder: str, parts: int) -> Figures:
     """Save a random model of the same kind with a part of the layers, and the same tokenizer."""
     config = AutoConfig.from_pretrained(base)
     config.num_hidden_layers //= parts
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)
+    return {}
 
 
 def matmul_peak(size: int, repeats: int = 8) -> float:
@@ -100,40 +102,94 @@ def matmul_peak(size: int, repeats: int = 8) -> float:
     return 2.0 * size**3 / best
 
 
-def run_side(kind: str, task: Task) -> Figures:
-    """Run one side in a scratch folder."""
-    rows: list[dict[str, Any]] = read_json(Path(task.rows))["rows"]
+# ------------------------------------------------------------------ the sides
+
+
+def ours(task: Task, rows: list[dict[str, Any]], scratch: Path) -> Figures:
+    """All steps of a task on all prompts: the loop of ``make ppo``, policy, value and reward on one base."""
+    from policy.ppo.rollout import Responses
+    from policy.ppo.setup import new_backbone
+    from policy.ppo.trainer import PpoTrainer
+    from rlhf.models.base import load_base
+    from rlhf.training.metrics import Metrics
+
+    number, recipe = len(rows), task.recipe(len(rows))
+    dialogue = dialogue_of(task.base, task.response_tokens)
+    prompts: list[Prompt] = [(Message("user", row["text"]),) for row in rows]
+    if [dialogue.encode_prompt(prompt) for prompt in prompts] != [row["ids"] for row in rows]:
+        raise RuntimeError("ours: the prompts are not the token ids that theirs gets")
+    torch.manual_seed(recipe.seed)
+    base = load_base(recipe.model)
+    sizes = sizes_of(base)
+    backbone = new_backbone(base, recipe.lora, recipe.ppo, rewards=("reward",))
+    head: Any = backbone.heads["reward"]
+    head.reset_parameters()
+    backbone.heads["value"].load_state_dict(head.state_dict())
+    warning = backbone.check_architecture()
+    if warning:
+        raise RuntimeError(warning)
+
+    def score(responses: Responses) -> Tensor:
+        with backbone.folded("reward"):
+            scores_B: Tensor = backbone("reward", responses.ids_BT, responses.mask_BT, responses.hidden_BTD)
+        return scores_B
+
+    trainer = PpoTrainer(
+        backbone=backbone,
+        dialogue=dialogue,
+        prompts=prompts,
+        reward_fn=score,
+        section=recipe.ppo,
+        folder=scratch,
+        seed=recipe.seed,
+    )
+    clock, log = Clock(), Metrics.log
+
+    def log_and_cut(metrics: Metrics, step: int, values: dict[str, float]) -> None:
+        log(metrics, step, values)
+        phases = {name: values[f"time/{name}"] for name in PHASES}
+        clock.end_step(phases, values["response/length"] * number)
+
+    with patch.object(Metrics, "log", log_and_cut):
+        clock.start()
+        trainer.train()
+    cached = bool(backbone.frozen_layers)
+    method = Method(
+        task.epochs, recipe.lora.rank, recipe.lora.top_k or sizes.layers, passes=4, heads=2, adapters=3,
+        cached=cached,
+    )  # fmt: skip
+    tokens = sum(len(row["ids"]) for row in rows)
+    return {
+        **figures(clock.steps, sizes, method, rows=number, prompt_tokens=tokens),
+        "trainable_parameters": sum(p.numel() for p in backbone.parameters() if p.requires_grad),
+        "trunk_kept": cached,
+    }
+
+
+def theirs(task: Task, rows: list[dict[str, Any]], scratch: Path) -> Figures:
+    """The same with the peer's trainer."""
+    check_release()
+    from benchmarks.ppo import trl_side
+
+    return {**trl_side.theirs(task, rows, scratch), "trl": PEER[1]}
+
+
+def measured(side: Callable[[Task, list[Figures], Path], Figures], task: Task) -> Figures:
+    """One side in a scratch folder."""
     with tempfile.TemporaryDirectory() as scratch:
-        if kind == "ours":
-            from benchmarks.ppo.ours import ours as side
-        else:
-            from benchmarks.ppo.trl_side import theirs as side
-        found = side(task, rows, Path(scratch))
+        found = side(task, read_json(Path(task.rows))["rows"], Path(scratch))
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    if kind == "ours":
-        versions.pop("trl")  # ours has no part of it in PPO
     asked = {**asdict(task), "rows": "", "base": ""}
     return {**found, "threads": torch.get_num_threads(), "versions": versions, "task": asked}
 
 
-def main() -> None:
-    """The child."""
-    kind, values = sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    if kind in ("ours", "theirs", "matmul"):
-        torch.set_num_threads(values["threads"])
-    found: Figures = {}
-    if kind == "tiny":
-        write_tiny_model(Path(values["base"]))
-    elif kind == "random":
-        write_random(**values)
-    elif kind == "prepare":
-        found = {"rows": prepare(**values)}
-    elif kind == "matmul":
-        found = {"flops_per_s": matmul_peak(values["size"])}
-    else:
-        found = run_side(kind, Task(**values))
-    write_json(Path(sys.argv[3]), found)
-
+KINDS: dict[str, Callable[..., Figures]] = {
+    "random": write_random,
+    "prepare": lambda **wanted: {"rows": prepare(**wanted)},
+    "matmul": lambda size: {"flops_per_s": matmul_peak(size)},
+    "ours": lambda **values: measured(ours, Task(**values)),
+    "theirs": lambda **values: measured(theirs, Task(**values)),
+}
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(lambda: serve(KINDS))

@@ -1,14 +1,17 @@
-"""What both sides of the PPO benchmark do alike, and how a run is timed."""
+"""What both sides of the PPO benchmark do alike, how a run is timed, and how many operations it needs."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from benchmarks.harness import Figures, peak_bytes
-from benchmarks.ppo.work import Method, Sizes, step_flops
+from rlhf.recipe.load import Recipe
 from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
 
 PHASES = ("generate", "score", "update")
@@ -33,19 +36,44 @@ class Task:
     """Responses that go through an update at once."""
     value: str = "full"
     """Theirs only: their value model learns with all its weights (``full``) or with ``lora``."""
-    rank: int = 8
-    alpha: int = 16
-    temperature: float = 1.0
-    learning_rate: float = 1e-5
-    adam_epsilon: float = 1e-5
-    kl_coef: float = 0.05
-    missing_eos_penalty: float = 1.0
-    threads: int = 2
     seed: int = 0
 
-    def adapted(self, layers: int) -> int:
-        """How many of a model's layers have an adapter."""
-        return layers if self.layers == "all" else int(self.layers.removeprefix("top_"))
+    def recipe(self, rows: int) -> Recipe:
+        """The recipe that does this with so many responses a step."""
+        return Recipe.model_validate(
+            {
+                "name": "benchmark",
+                "seed": self.seed,
+                "model": {"path": self.base},
+                "lora": {"rank": 8, "alpha": 16, "layers": self.layers},
+                "dialogue": {"template": "plain", "max_response_tokens": self.response_tokens},
+                "data": {"comparisons": "none"},
+                "ppo": {
+                    "steps": self.steps,
+                    "batch_size": rows,
+                    "rollout_batch_size": rows,
+                    "micro_batch_size": min(self.micro_batch, rows),
+                    "epochs": self.epochs,
+                    "temperature": 1.0,
+                    "learning_rate": 1e-5,
+                    "adam_epsilon": 1e-5,
+                    "kl_coef": 0.05,
+                    "missing_eos": "subtract",
+                    "missing_eos_penalty": 1.0,
+                    "checkpoint_every": 1_000_000,
+                },
+            }
+        )
+
+
+def dialogue_of(base: str, response_tokens: int = 48) -> Dialogue:
+    """The token contract of both sides: plain text in, EOS behind a response."""
+    return Dialogue(
+        load_tokenizer(base), template="plain", max_prompt_tokens=4096, max_response_tokens=response_tokens
+    )
+
+
+# ---------------------------------------------------------------- time
 
 
 class Step(NamedTuple):
@@ -56,7 +84,7 @@ class Step(NamedTuple):
     cpu: float
     """Processor seconds of all threads."""
     phases: dict[str, float]
-    """``update``, and ``generate`` and ``score`` or, where they are not told apart, ``rollout``."""
+    """By name, those of :data:`PHASES`."""
     response_tokens: float
     """Of all responses, EOS included."""
 
@@ -82,6 +110,107 @@ class Clock:
         self.steps.append(Step(self.wall - wall, self.cpu - cpu, phases, response_tokens))
 
 
+# ---------------------------------------------------------------- operations
+
+
+class Linear(NamedTuple):
+    """One linear map of a layer."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The linear maps of a model, all layers alike."""
+
+    layers: int
+    linears: tuple[Linear, ...]
+    """Those of one layer."""
+    head: int
+    """Weights of the vocabulary head."""
+
+
+def sizes_of(base: Any) -> Sizes:
+    """The sizes of a causal language model without adapters."""
+    layers: Sequence[nn.Module] = base.get_decoder().layers
+    linears = tuple(
+        Linear(name.rpartition(".")[2], m.in_features, m.out_features)
+        for name, m in layers[0].named_modules()
+        if isinstance(m, nn.Linear)
+    )
+    return Sizes(len(layers), linears, int(base.get_output_embeddings().weight.numel()))
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one side does in a step."""
+
+    epochs: int
+    rank: int
+    adapted: int
+    """Layers with an adapter, the last ones."""
+    passes: int
+    """Forward passes over the finished responses that score them: of policy, reference, value, reward."""
+    heads: int
+    """How many of these need the vocabulary."""
+    adapters: int
+    """How many of these run an adapter."""
+    cached: bool = False
+    """The layers below the first adapter are computed once a rollout."""
+    full_value: bool = False
+    """The value learns with all its weights, and has no adapter."""
+
+
+def step_flops(
+    sizes: Sizes, method: Method, *, rows: int, prompt_tokens: int, response_tokens: float
+) -> dict[str, float]:
+    """Operations of the matrix products of one PPO step by phase: ``generate``, ``score``, ``update``.
+
+    Counted: the linear maps of the layers, their adapters, and the vocabulary head on response positions, all
+    on real tokens. Not counted: attention scores, norms, softmax, scalar heads, padding, anything done twice.
+    So it is what the step has to do, and the share of the machine's peak that it reaches is a lower bound.
+
+    A product of [t, i] with [i, o] is 2·t·i·o operations. A frozen map needs it forwards, and once more for
+    the gradient of its input; an adapter's two maps, and maps that learn, once more for their own gradient.
+    The maps that read the input of the lowest adapted layer need no gradient of it. Notation: t tokens, W
+    weights of a layer, A = Σ rank·(in + out) weights of a layer's adapter, L layers, k adapted, c the layers
+    of a pass (k with a cached trunk, else L), VD weights of the head.
+
+        generate  2·(L·W + k·A)·(t - rows) + 2·VD·response                   (the last token is not fed)
+        score     2·t·(passes·c·W + (L - c)·W + adapters·k·A) + heads·2·VD·response
+        policy    2·t·(c·W + k·A + k·W - W₁ + k·A + k·A - A₁) + 2·2·VD·response        an epoch
+        value     the same without the vocabulary; with all its weights 3·2·t·L·W      an epoch
+
+    W₁ and A₁: the maps that read the layer's input, and the first halves of their adapters.
+
+    Args:
+        sizes: the model.
+        method: what is done with it.
+        rows: responses of the step.
+        prompt_tokens: of all prompts.
+        response_tokens: of all responses, EOS included.
+    """
+    k, layers = method.adapted, sizes.layers
+    weights = sum(m.inputs * m.outputs for m in sizes.linears)
+    adapter = method.rank * sum(m.inputs + m.outputs for m in sizes.linears)
+    first = [m for m in sizes.linears if m.name in ("q_proj", "k_proj", "v_proj")]
+    without = sum(m.inputs * m.outputs + method.rank * m.inputs for m in first)
+    tokens = prompt_tokens + response_tokens
+    in_pass = k if method.cached else layers
+    head = 2.0 * sizes.head * response_tokens
+
+    scored = (method.passes * in_pass + layers - in_pass) * weights + method.adapters * k * adapter
+    learner = 2.0 * tokens * ((in_pass + k) * weights + 3 * k * adapter - without)
+    value = 6.0 * tokens * layers * weights if method.full_value else learner
+    return {
+        "generate": 2.0 * (layers * weights + k * adapter) * (tokens - rows) + head,
+        "score": 2.0 * tokens * scored + method.heads * head,
+        "update": method.epochs * (learner + 2.0 * head + value),
+    }
+
+
 def figures(steps: Sequence[Step], sizes: Sizes, method: Method, *, rows: int, prompt_tokens: int) -> Figures:
     """The measurement of a run; all but ``step_s`` leaves out its first step.
 
@@ -97,22 +226,15 @@ def figures(steps: Sequence[Step], sizes: Sizes, method: Method, *, rows: int, p
         response, without padding) a second, peak memory, and the operations needed.
     """
     measured = steps[1:]
-    seconds = _mean([s.seconds for s in measured])
-    response = _mean([s.response_tokens for s in measured])
+    seconds = statistics.fmean(s.seconds for s in measured)
+    response = statistics.fmean(s.response_tokens for s in measured)
     flops = step_flops(sizes, method, rows=rows, prompt_tokens=prompt_tokens, response_tokens=response)
-    found = {
-        f"{name}_s": _mean([s.phases[name] for s in measured])
-        for name in (*PHASES, "rollout")
-        if name in measured[0].phases
-    }
-    if "rollout_s" not in found:
-        found["rollout_s"] = found["generate_s"] + found["score_s"]
     return {
         "step_s": [s.seconds for s in steps],
         "measured_steps": len(measured),
         "s_per_step": seconds,
-        "cpu_s_per_step": _mean([s.cpu for s in measured]),
-        **found,
+        "cpu_s_per_step": statistics.fmean(s.cpu for s in measured),
+        **{f"{name}_s": statistics.fmean(s.phases[name] for s in measured) for name in PHASES},
         "rows": rows,
         "prompt_tokens": prompt_tokens,
         "response_tokens": response,
@@ -124,17 +246,3 @@ def figures(steps: Sequence[Step], sizes: Sizes, method: Method, *, rows: int, p
         "flops_per_s": sum(flops.values()) / seconds,
         "peak_bytes": peak_bytes(),
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def dialogue_of(base: str, response_tokens: int = 48, prompt_tokens: int = 4096) -> Dialogue:
-    """The token contract of both sides: plain text in, EOS behind a response."""
-    return Dialogue(
-        load_tokenizer(base),
-        template="plain",
-        max_prompt_tokens=prompt_tokens,
-        max_response_tokens=response_tokens,
-    )

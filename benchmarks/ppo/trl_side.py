@@ -14,31 +14,19 @@ from unittest.mock import patch
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
-import trl
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from benchmarks.harness import Figures
-from benchmarks.ppo.task import Clock, Task, dialogue_of, figures
-from benchmarks.ppo.work import Method, Sizes, sizes_of
+from benchmarks.ppo.task import Clock, Method, Task, dialogue_of, figures, sizes_of
 from rlhf.errors import UserError
+from rlhf.models.lora import lora_config
 from rlhf.models.masks import action_mask
+from rlhf.recipe.load import Recipe
+from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.runtime import seed_everything
-
-VERSION = "1.12.0"
-
-
-def check_release() -> None:
-    """Theirs must be the release that is meant.
-
-    Raises:
-        RuntimeError: it is another one.
-    """
-    if trl.__version__ != VERSION:
-        raise RuntimeError(f"theirs runs trl {trl.__version__}, {VERSION} is wanted")
 
 
 class Watch(TrainerCallback):
@@ -82,52 +70,76 @@ class Watch(TrainerCallback):
         self.generated = self.updating = None
 
 
-def lora_of(task: Task, sizes: Sizes, kind: str) -> LoraConfig:
-    """The same adapter as ours."""
-    layers = range(sizes.layers)[-task.adapted(sizes.layers) :]
-    return LoraConfig(
-        r=task.rank,
-        lora_alpha=task.alpha,
-        lora_dropout=0.0,
-        target_modules=sorted({m.name for m in sizes.linears}),
-        layers_to_transform=list(layers),
-        task_type=kind,
-    )
+def policy_of(path: str, dialogue: Dialogue) -> Any:
+    """The base as the policy that its trainer gets."""
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    policy.generation_config.pad_token_id = dialogue.pad_id
+    return policy
 
 
-def _classifier(task: Task, pad_id: int) -> Any:
+def classifier_of(path: str, dialogue: Dialogue) -> Any:
+    """The base with a fresh scalar head."""
     return AutoModelForSequenceClassification.from_pretrained(
-        task.base, num_labels=1, dtype=torch.float32, pad_token_id=pad_id
+        path, num_labels=1, dtype=torch.float32, pad_token_id=dialogue.pad_id
     )
 
 
 def train(
-    settings: dict[str, Any],
+    recipe: Recipe,
+    dialogue: Dialogue,
     rows: list[list[int]],
     models: tuple[Any, Any, Any],
-    tokenizer: Any,
     lora: LoraConfig,
     watch: Watch,
+    *,
+    at_once: int,
+    scratch: Path,
     get_reward: Any = ppo_trainer.get_reward,
 ) -> Any:
-    """Run the trainer.
+    """Run the trainer with the numbers of a recipe.
 
     Args:
-        settings: of ``PPOConfig``, beside those that make it run on a CPU and leave nothing behind.
+        recipe: its ``ppo`` section, ``seed`` and length of a response.
+        dialogue: the token contract.
         rows: token ids of the prompts.
         models: policy, value and reward.
-        tokenizer: pads on the left.
         lora: adapter of the policy.
-        watch: is told of every phase.
+        watch: is called at the end of every phase.
+        at_once: responses that go through an update at once.
+        scratch: folder for what the trainer writes.
         get_reward: how value and reward read a response.
 
     Returns:
         Its policy and value.
     """
     policy, value, reward = models
+    dialogue.tokenizer.padding_side = "left"
     dataset = Dataset.from_list([{"input_ids": ids} for ids in rows])
+    ppo = recipe.ppo
     trainer = PPOTrainer(
         args=PPOConfig(
+            output_dir=str(scratch),
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=ppo.batch_size // at_once,
+            local_rollout_forward_batch_size=ppo.batch_size,
+            num_mini_batches=ppo.minibatches,
+            num_ppo_epochs=ppo.epochs,
+            total_episodes=ppo.batch_size * ppo.steps,
+            response_length=recipe.dialogue.max_response_tokens,
+            temperature=ppo.temperature,
+            missing_eos_penalty=ppo.missing_eos_penalty if ppo.missing_eos == "subtract" else None,
+            kl_coef=ppo.kl_coef,
+            kl_estimator=ppo.kl_estimator,
+            cliprange=ppo.clip_range,
+            cliprange_value=ppo.value_clip_range,
+            vf_coef=ppo.value_coef,
+            gamma=ppo.gamma,
+            lam=ppo.lam,
+            whiten_rewards=ppo.whiten_rewards,
+            learning_rate=ppo.learning_rate,
+            lr_scheduler_type=ppo.schedule,
+            adam_epsilon=ppo.adam_epsilon,
+            seed=recipe.seed,
             stop_token="eos",
             use_cpu=True,
             bf16=False,
@@ -137,9 +149,8 @@ def train(
             eval_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            **settings,
         ),
-        processing_class=tokenizer,
+        processing_class=dialogue.tokenizer,
         model=policy,
         ref_model=None,
         reward_model=reward,
@@ -158,56 +169,29 @@ def train(
 
 def theirs(task: Task, rows: list[dict[str, Any]], scratch: Path) -> Figures:
     """All steps of a task on all prompts."""
-    check_release()
     number, micro = len(rows), min(task.micro_batch, len(rows))
     if number % micro:
         raise UserError(f"--their-micro-batch {micro}: use a divisor of {number}, the batch")
-    dialogue = dialogue_of(task.base, task.response_tokens)
-    tokenizer = dialogue.tokenizer
-    tokenizer.padding_side = "left"
+    recipe, dialogue = task.recipe(number), dialogue_of(task.base, task.response_tokens)
     seed_everything(task.seed)
-    policy = AutoModelForCausalLM.from_pretrained(task.base, dtype=torch.float32)
-    policy.generation_config.pad_token_id = dialogue.pad_id
-    sizes = sizes_of(policy)
-    value, reward = _classifier(task, dialogue.pad_id), _classifier(task, dialogue.pad_id)
+    policy = policy_of(task.base, dialogue)
+    sizes, lora = sizes_of(policy), lora_config(recipe.lora, policy)
+    value, reward = classifier_of(task.base, dialogue), classifier_of(task.base, dialogue)
     value.score.load_state_dict(reward.score.state_dict())
-    if task.value == "lora":
-        inject_adapter_in_model(lora_of(task, sizes, "SEQ_CLS"), value)
-        value.score.requires_grad_(True)
-    watch = Watch(dialogue.eos_id)
-    settings = {
-        "output_dir": str(scratch),
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": number // micro,
-        "local_rollout_forward_batch_size": number,
-        "num_mini_batches": 1,
-        "num_ppo_epochs": task.epochs,
-        "total_episodes": number * task.steps,
-        "response_length": task.response_tokens,
-        "temperature": task.temperature,
-        "missing_eos_penalty": task.missing_eos_penalty,
-        "kl_coef": task.kl_coef,
-        "learning_rate": task.learning_rate,
-        "adam_epsilon": task.adam_epsilon,
-        "seed": task.seed,
-    }
-    learners: nn.Module = train(
-        settings,
-        [row["ids"] for row in rows],
-        (policy, value, reward),
-        tokenizer,
-        lora_of(task, sizes, "CAUSAL_LM"),
-        watch,
-    )
     full = task.value == "full"
+    if not full:
+        inject_adapter_in_model(lora_config(recipe.lora, policy, "SEQ_CLS"), value)
+        value.score.requires_grad_(True)
+    watch, ids = Watch(dialogue.eos_id), [row["ids"] for row in rows]
+    learners = train(
+        recipe, dialogue, ids, (policy, value, reward), lora, watch, at_once=micro, scratch=scratch
+    )
     method = Method(
-        task.epochs, task.rank, task.adapted(sizes.layers), passes=3, heads=1, adapters=0 if full else 1,
-        full_value=full,
+        task.epochs, recipe.lora.rank, recipe.lora.top_k or sizes.layers, passes=3, heads=1,
+        adapters=0 if full else 1, full_value=full,
     )  # fmt: skip
     return {
-        **figures(
-            watch.clock.steps, sizes, method, rows=number, prompt_tokens=sum(len(row["ids"]) for row in rows)
-        ),
+        **figures(watch.clock.steps, sizes, method, rows=number, prompt_tokens=sum(map(len, ids))),
         "trainable_parameters": sum(p.numel() for p in learners.parameters() if p.requires_grad),
         "value": task.value,
     }

@@ -4,8 +4,8 @@
     python -m benchmarks.reward --comparisons hh/*.jsonl.gz         # real pairs
     python -m benchmarks.reward --quick                             # does it work? no timing
 
-Both sides train the same base, adapter and head on the same token ids, with the same optimiser, schedule,
-number of epochs and comparisons an optimiser step. They run in child processes, in turn; every ratio is the
+Both sides train the same base, adapter and head on the same token ids, with the same optimizer, schedule,
+number of epochs and comparisons an optimizer step. They run in child processes, in turn; every ratio is the
 median of theirs over the median of ours. Results: ``benchmarks/results/reward.json`` and ``reward.md``.
 """
 
@@ -16,20 +16,23 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from benchmarks.harness import (
-    Figures,
-    Turn,
-    command_line,
-    machine,
+from benchmarks.harness import MEMORY, Children, Figures, Turn, turns
+from benchmarks.report import (
+    Ratio,
+    add_options,
+    against_targets,
+    check_same_work,
+    heading,
     medians,
-    now,
-    run_all,
-    turns,
+    opening,
+    output_of,
+    publish,
+    ratio_table,
+    settings_of,
 )
-from benchmarks.paired_run import SIDES, Children, Ratio, add_options, against_targets, publish, settings_of
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.markdown import table
 from rlhf.recipe.load import files_of
@@ -38,11 +41,12 @@ from rlhf.runs.artifacts import hash_of, write_json
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 CHILD = (sys.executable, "-m", "benchmarks.reward.sides")
 MAX_TOKENS = 256
-_SPEED, _MEMORY = "s_per_comparison", "peak_bytes"
+_SPEED = "s_per_comparison"
+_BESIDE = {"by_processor_time": "cpu_s_per_comparison", "with_first_step": "whole_s_per_comparison"}
+_EQUAL = ("comparisons", "comparisons_steady", "steps", "response_tokens", "trainable_parameters", "threads")
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One comparison of the two sides."""
 
     responses: int
@@ -56,34 +60,27 @@ CASES = {
     "pairs_top_third": Case(2, True, "pairs, the top third of the layers adapted"),
     "k4": Case(4, False, "rankings of four, all layers adapted"),
 }
+_OTHER = "pairs, our top third against all layers of theirs (another adapter: not the same training)"
+
+
+def _of_one_case(figure: str, case: str, target: float) -> Ratio:
+    return Ratio(figure, case, case, CASES[case].words, target)
 
 
 RATIOS = {
-    "speed_ratio_pairs_all_layers": Ratio(
-        _SPEED, "pairs_all_layers", "pairs_all_layers", CASES["pairs_all_layers"].words, 1.6
-    ),
-    "speed_ratio_pairs_top_third": Ratio(
-        _SPEED, "pairs_top_third", "pairs_top_third", CASES["pairs_top_third"].words, 3.0
-    ),
+    "speed_ratio_pairs_all_layers": _of_one_case(_SPEED, "pairs_all_layers", 1.6),
+    "speed_ratio_pairs_top_third": _of_one_case(_SPEED, "pairs_top_third", 3.0),
     "speed_ratio_top_third_against_all_layers": Ratio(
-        _SPEED,
-        "pairs_all_layers",
-        "pairs_top_third",
-        "pairs, our top third against all layers of theirs (another adapter: not the same training)",
-        3.0,
+        _SPEED, "pairs_all_layers", "pairs_top_third", _OTHER, 3.0
     ),
-    "speed_ratio_k4": Ratio(_SPEED, "k4", "k4", CASES["k4"].words, 2.0),
-    "memory_ratio": Ratio(
-        _MEMORY, "pairs_all_layers", "pairs_all_layers", CASES["pairs_all_layers"].words, 1.0
-    ),
-    "memory_ratio_pairs_top_third": Ratio(
-        _MEMORY, "pairs_top_third", "pairs_top_third", CASES["pairs_top_third"].words, 1.0
-    ),
-    "memory_ratio_k4": Ratio(_MEMORY, "k4", "k4", CASES["k4"].words, 1.0),
+    "speed_ratio_k4": _of_one_case(_SPEED, "k4", 2.0),
+    "memory_ratio": _of_one_case(MEMORY, "pairs_all_layers", 1.0),
+    "memory_ratio_pairs_top_third": _of_one_case(MEMORY, "pairs_top_third", 1.0),
+    "memory_ratio_k4": _of_one_case(MEMORY, "k4", 1.0),
 }
 
 NOTES = [
-    "Speed: comparisons a second of steady training. The first optimiser step is left out on both sides; "
+    "Speed: comparisons a second of steady training. The first optimizer step is left out on both sides; "
     "time that ours spends before it on hidden states below the first adapted layer counts, by the share of "
     "comparisons that is left.",
     "k4: trl has no k-way loss, so there the same rankings are their C(4,2) = 6 pairs each, and 6 times as "
@@ -97,29 +94,6 @@ NOTES = [
     "Positions a comparison: token positions, padding included, that go forward through the whole decoder; "
     "they depend on no machine.",
 ]
-
-_EQUAL = ("comparisons", "comparisons_steady", "steps", "response_tokens", "trainable_parameters", "threads")
-
-
-def check_same_work(runs: Sequence[Figures]) -> None:
-    """All runs of a case must have done the same work, whichever side they are of.
-
-    Raises:
-        RuntimeError: names the case and the figure that differs.
-    """
-    for case in CASES:
-        for name in _EQUAL:
-            found = {r["side"]: r[name] for r in runs if r["case"] == case}
-            if len({r[name] for r in runs if r["case"] == case}) > 1:
-                raise RuntimeError(f"{case}: {name} differs between the runs: {found}")
-
-
-def evaluate(runs: Sequence[Figures]) -> dict[str, Figures]:
-    """Every ratio with its target; ``by_processor_time`` and ``with_first_step`` beside speeds."""
-    beside = {"by_processor_time": "cpu_s_per_comparison", "with_first_step": "whole_s_per_comparison"}
-    return against_targets(RATIOS, runs, {_SPEED: beside})
-
-
 _WORK_HEAD = (
     "work of a run",
     "comparisons",
@@ -130,19 +104,12 @@ _WORK_HEAD = (
 )
 
 
+def _speed(figures: Figures) -> str:
+    return f"{figures['comparisons_per_s']:.3f} /s"
+
+
 def markdown(report: Figures) -> str:
     """The report as a page."""
-    middle, host = report["medians"], report["machine"]
-    lines = []
-    for name, what in RATIOS.items():
-        found, speed = report["ratios"][name], what.figure == _SPEED
-        sides = [middle[what.ours]["ours"], middle[what.theirs]["theirs"]]
-        cells = [
-            f"{s['comparisons_per_s']:.3f} /s" if speed else f"{s['peak_bytes'] / 1e9:.2f} GB" for s in sides
-        ]
-        spread = f"{found['low']:.2f} to {found['high']:.2f}"
-        lines.append([f"{'speed' if speed else 'memory'}: {what.words}", *cells, f"{found['value']:.2f}",
-                      spread, f"{found['target']:.2f}"])  # fmt: skip
     work = [
         [
             f"{CASES[case].words}: {side}",
@@ -152,28 +119,19 @@ def markdown(report: Figures) -> str:
             f"{figures['trainable_parameters']:,.0f}",
             f"{figures['first_loss']:.3f} to {figures['final_loss']:.3f}",
         ]
-        for case, sides in middle.items()
+        for case, sides in report["medians"].items()
         for side, figures in sides.items()
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
-    return "\n".join(
-        [
-            "# The reward stage against trl.RewardTrainer\n",
-            f"`{report['command']}`, {report['date']}, rounds: {report['settings']['rounds']}, on "
-            f"{host['cores']} cores of {host['cpu']} ({host['memory_gb']} GB, "
-            f"{report['settings']['threads']} threads, "
-            f"load {host['load_average']} at the start); {versions}.\n",
-            table(["", "ours", "theirs", "theirs / ours (cost)", "rounds", "target"], lines),
-            table(_WORK_HEAD, work),
-            *(f"- {note}" for note in report["notes"]),
-            "",
-        ]
-    )
+    page = heading("The reward stage against trl.RewardTrainer", report)
+    page += [ratio_table(RATIOS, report, _speed), table(_WORK_HEAD, work)]
+    return "\n".join([*page, *(f"- {note}" for note in report["notes"]), ""])
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reward", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reward", description=(__doc__ or "").partition("\n")[0]
+    )
     add = parser.add_argument
     add("--comparisons", nargs="+", default=[], metavar="FILE", help="pairs; none = made with HH's lengths")
     add("--rankings", nargs="+", default=[], metavar="FILE", help="rankings of four or more; none = made")
@@ -191,18 +149,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         arguments.pairs_a_step, arguments.threads = 4, 1
     if min(arguments.pairs // arguments.pairs_a_step, arguments.ranked // arguments.rankings_a_step) < 2:
         raise UserError(
-            "--pairs and --ranked: at least two optimiser steps are needed, the first is left out"
+            "--pairs and --ranked: at least two optimizer steps are needed, the first is left out"
         )
     if arguments.rounds < 1 or arguments.threads < 1:
         raise UserError("--rounds and --threads: at least 1")
-    return arguments
-
-
-def _files(specs: Sequence[str]) -> list[str]:
-    for spec in specs:
+    for spec in (*arguments.comparisons, *arguments.rankings):
         if not files_of(spec):
             raise UserError(f"no file matches {spec}; check the path")
-    return [file for spec in specs for file in files_of(spec)]
+    return arguments
 
 
 def collect(
@@ -212,10 +166,11 @@ def collect(
     children = Children(child, scratch, arguments.threads)
     base, layers = children.base(arguments, "recipes/hh.yaml")
     data: Figures = {}
-    for responses, files, number in (
-        (2, _files(arguments.comparisons), arguments.pairs),
-        (4, _files(arguments.rankings), arguments.ranked),
+    for responses, specs, number in (
+        (2, arguments.comparisons, arguments.pairs),
+        (4, arguments.rankings, arguments.ranked),
     ):
+        files = [file for spec in specs for file in files_of(spec)]
         wanted = {"base": str(base), "files": files, "responses": responses, "number": number, "seed": 0,
                   "max_tokens": MAX_TOKENS, "scale": 0.15 if arguments.quick else 1.0}  # fmt: skip
         rows = children.ask("prepare", wanted)["rows"]
@@ -228,53 +183,42 @@ def collect(
             "sha256": hash_of(rows),
         }
 
-    def run(turn: Turn) -> Figures:
+    def task_of(turn: Turn) -> dict[str, Any]:
         case = CASES[turn.case]
-        figures = children.ask(
-            turn.side,
-            {
-                "base": str(base),
-                "rows": str(scratch / f"rows-{case.responses}.json"),
-                "layers": f"top_{max(1, layers // 3)}" if case.top_third else "all",
-                "batch_size": arguments.pairs_a_step if case.responses == 2 else arguments.rankings_a_step,
-                "epochs": arguments.epochs,
-                "max_tokens": MAX_TOKENS,
-                "tokens_per_micro_batch": arguments.tokens_per_micro_batch,
-                "their_pairs_at_once": arguments.their_pairs_at_once,
-                "threads": arguments.threads,
-            },
-        )
-        print(
-            f"round {turn.round + 1} of {arguments.rounds}, {turn.case}, {turn.side}: "
-            f"{figures['comparisons_per_s']:.3f} comparisons/s, {figures['peak_bytes'] / 1e9:.2f} GB, "
-            f"{figures['process_s']:.0f} s",
-            flush=True,
-        )
-        return figures
+        return {
+            "base": str(base),
+            "rows": str(scratch / f"rows-{case.responses}.json"),
+            "layers": f"top_{max(1, layers // 3)}" if case.top_third else "all",
+            "batch_size": arguments.pairs_a_step if case.responses == 2 else arguments.rankings_a_step,
+            "epochs": arguments.epochs,
+            "max_tokens": MAX_TOKENS,
+            "tokens_per_micro_batch": arguments.tokens_per_micro_batch,
+            "their_pairs_at_once": arguments.their_pairs_at_once,
+        }
 
-    return run_all(turns(list(CASES), SIDES, arguments.rounds), run), data
+    return children.run(turns(CASES, arguments.rounds), task_of, _speed), data
 
 
 def benchmark(words: Sequence[str], child: Sequence[str] = CHILD) -> Figures:
     """Run the benchmark of a command line; prints the page, writes the results and returns them."""
     arguments = parse(words)
-    host = machine(PACKAGES)
-    with tempfile.TemporaryDirectory() as scratch:
-        runs, data = collect(arguments, child, Path(scratch))
-    check_same_work(runs)
     report = {
         "benchmark": "reward stage against trl.RewardTrainer",
-        "date": now(),
-        "command": command_line("benchmarks.reward", words),
-        "machine": host,
+        **opening("benchmarks.reward", words, PACKAGES),
         "settings": settings_of(arguments, "comparisons", "rankings") | {"max_tokens": MAX_TOKENS},
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        runs, data = collect(arguments, child, Path(scratch))
+    for case in CASES:
+        check_same_work([run for run in runs if run["case"] == case], _EQUAL, case)
+    report |= {
         "data": data,
-        "ratios": evaluate(runs),
-        "medians": medians(runs, CASES, SIDES),
+        "ratios": against_targets(RATIOS, runs, _BESIDE),
+        "medians": medians(runs, CASES),
         "runs": runs,
         "notes": NOTES,
     }
-    publish(arguments, "reward", report, markdown(report))
+    publish("reward", report, markdown(report), output_of(arguments))
     return report
 
 

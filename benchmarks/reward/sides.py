@@ -7,11 +7,10 @@ read the same token ids, which ``prepare`` has written.
 from __future__ import annotations
 
 import itertools
-import json
-import sys
+import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,32 +18,29 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 import reward.training.trainer
-from benchmarks.harness import Figures, peak_bytes, resident_bytes
-from benchmarks.reward.rows import (
-    Wanted,
-    dialogue_of,
-    pairs_of,
-    prepare,
-    response_tokens_in,
-    response_tokens_of,
-)
-from reward.model.batch import Example
+from benchmarks.harness import Figures, peak_bytes, serve
+from benchmarks.synthetic_hh import hh_shaped
+from reward.model.batch import Example, encode
 from reward.model.model import new_reward_model
+from rlhf.data.comparisons import Comparison
+from rlhf.data.readers import read_comparisons
 from rlhf.errors import UserError, exit_on_user_error
-from rlhf.models.tiny import write_tiny_model
+from rlhf.models.lora import lora_config
 from rlhf.recipe.load import Recipe
-from rlhf.runs.artifacts import read_json, write_json
-from rlhf.runs.stage import StageRun
-from rlhf.tokenization.dialogue import Dialogue, load_dialogue
+from rlhf.runs.artifacts import read_json
+from rlhf.tokenization.dialogue import Dialogue, PromptTooLongError, load_tokenizer
 from rlhf.training.metrics import read_metrics
 from rlhf.training.runtime import seed_everything
+
+OPTIMIZER: dict[str, Any] = {"learning_rate": 1e-4, "weight_decay": 0.0, "max_grad_norm": 1.0}
+SCHEDULE, WARMUP = "cosine", 0.05  # the latter as a share of the steps
 
 
 @dataclass(frozen=True)
@@ -52,28 +48,20 @@ class Task:
     """What both sides do alike."""
 
     base: str
-    """Folder of the base model; the tiny one of the tests where ``tiny``."""
+    """Folder of the base model."""
     rows: str
     """File of the encoded comparisons."""
     layers: str
     """``all`` or ``top_<k>``: which layers have an adapter."""
     batch_size: int
-    """Comparisons an optimiser step."""
+    """Comparisons an optimizer step."""
     epochs: int = 1
-    learning_rate: float = 1e-4
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    rank: int = 8
-    alpha: int = 16
     max_tokens: int = 256
     """Longest sequence: prompt, response and closing EOS."""
     tokens_per_micro_batch: int = 4096
     """Of ours, as in a recipe."""
     their_pairs_at_once: int | None = None
     """Pairs of a forward pass of theirs; None = those of a step, which is trl's default."""
-    threads: int = 2
     seed: int = 0
 
 
@@ -84,19 +72,13 @@ def recipe_of(task: Task) -> Recipe:
             "name": "benchmark",
             "seed": task.seed,
             "model": {"path": task.base},
-            "lora": {"rank": task.rank, "alpha": task.alpha, "layers": task.layers},
-            "dialogue": {
-                "template": "chat",
-                "max_prompt_tokens": task.max_tokens,
-                "max_response_tokens": task.max_tokens,
-            },
+            "lora": {"rank": 8, "alpha": 16, "layers": task.layers},
+            "dialogue": {"template": "chat"},
             "data": {"comparisons": "none"},
             "reward": {
-                "learning_rate": task.learning_rate,
-                "schedule": task.schedule,
-                "warmup_ratio": task.warmup,
-                "weight_decay": task.weight_decay,
-                "max_grad_norm": task.max_grad_norm,
+                **OPTIMIZER,
+                "schedule": SCHEDULE,
+                "warmup_ratio": WARMUP,
                 "epochs": task.epochs,
                 "batch_size": task.batch_size,
                 "tokens_per_micro_batch": task.tokens_per_micro_batch,
@@ -104,6 +86,94 @@ def recipe_of(task: Task) -> Recipe:
             },
         }
     )
+
+
+def dialogue_of(base: str, max_tokens: int) -> Dialogue:
+    """The token contract of both sides: the chat template, EOS behind every response."""
+    return Dialogue(
+        load_tokenizer(base), template="chat", max_prompt_tokens=max_tokens, max_response_tokens=max_tokens
+    )
+
+
+# ------------------------------------------------------------------ rows
+
+
+def prepare(
+    base: str, files: list[str], responses: int, number: int, max_tokens: int, seed: int, scale: float = 1.0
+) -> list[Example]:
+    """Encode comparisons with the wanted number of responses, none of whose sequences is too long.
+
+    Args:
+        base: folder of the model, for its tokenizer.
+        files: of comparisons; none = made of the seed.
+        responses: the best so many of every comparison, without a tie.
+        number: of comparisons.
+        max_tokens: longest sequence.
+        seed: of the order, or of the made comparisons.
+        scale: of the lengths of made comparisons.
+
+    Raises:
+        UserError: the files hold too few of them.
+    """
+    dialogue = dialogue_of(base, max_tokens)
+    comparisons: Iterable[Comparison] = hh_shaped(seed, responses, scale)
+    if files:
+        comparisons, _ = read_comparisons(files, on_bad_rows="skip")
+        random.Random(seed).shuffle(comparisons)
+    rows: list[Example] = []
+    for some in filter(None, (_best(comparison, responses) for comparison in comparisons)):
+        try:
+            row = encode([some], dialogue, first=len(rows))[0]
+        except PromptTooLongError:
+            continue
+        if len(row["prompt"]) + max(map(len, row["responses"])) <= max_tokens:
+            rows.append(row)
+        if len(rows) == number:
+            return rows
+    raise UserError(
+        f"{', '.join(Path(f).name for f in files)}: {len(rows)} comparisons with {responses} "
+        f"untied responses of at most {max_tokens} tokens, {number} are wanted: ask for fewer"
+    )
+
+
+def _best(comparison: Comparison, number: int) -> Comparison | None:
+    """The best responses of a comparison in their order, None where it has not as many without a tie."""
+    ranked = sorted(zip(comparison.ranks, comparison.responses, strict=True))
+    if len(ranked) < number or len(set(comparison.ranks)) < len(ranked) or (number == 2 < len(ranked)):
+        return None
+    texts = tuple(text for _, text in ranked[:number])
+    return Comparison(comparison.prompt, texts, tuple(range(number)), comparison.source)
+
+
+def pairs_of(rows: Sequence[Example]) -> Iterator[dict[str, Any]]:
+    """All pairs of every comparison in the columns that ``trl.RewardTrainer`` takes as tokenized already.
+
+    The others give where a pair comes from; the trainer leaves them alone.
+    """
+    for row in rows:
+        whole = [[*row["prompt"], *response] for response in row["responses"]]
+        for better, worse in itertools.combinations(range(len(whole)), 2):
+            yield {
+                "chosen_ids": whole[better],
+                "rejected_ids": whole[worse],
+                "comparison": row["index"],
+                "numbers": [better, worse],
+                "prompt_tokens": len(row["prompt"]),
+            }
+
+
+def response_tokens_of(rows: Iterable[Example]) -> int:
+    """Tokens of all responses of comparisons, their closings included."""
+    return sum(len(response) for row in rows for response in row["responses"])
+
+
+def response_tokens_in(pairs: Iterable[dict[str, Any]]) -> int:
+    """The same of the comparisons that pairs are made of, each response counted once."""
+    found: dict[tuple[int, int], int] = {}
+    for pair in pairs:
+        for number, ids in zip(pair["numbers"], (pair["chosen_ids"], pair["rejected_ids"]), strict=True):
+            found[pair["comparison"], number] = len(ids) - pair["prompt_tokens"]
+    return sum(found.values())
 
 
 # ------------------------------------------------------------------ measuring
@@ -125,7 +195,7 @@ class Reading(NamedTuple):
 
 
 class Watch:
-    """Readings after every optimiser step, taken by hooks that are the same for both sides.
+    """Readings after every optimizer step, taken by hooks that are the same for both sides.
 
     Args:
         model: a sequence classifier with adapters, loaded.
@@ -141,21 +211,30 @@ class Watch:
         self.steps: list[Reading] = []
         self.trunk = Reading(0.0, 0.0, 0.0)
         """What went into states that were computed before the first step."""
-        self.resident = resident_bytes()
         self.start = self.read()
 
     def _count(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        hidden: Tensor = inputs[0]
-        self._positions += hidden.shape[0] * hidden.shape[1]
+        self._positions += inputs[0].shape[0] * inputs[0].shape[1]
 
     def read(self) -> Reading:
         """Now."""
         return Reading(time.perf_counter(), time.process_time(), self._positions / self._layers)
 
+    def timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that counts as work on the states before the first step."""
+
+        def run(*args: Any, **options: Any) -> Any:
+            before = self.read()
+            found = work(*args, **options)
+            self.trunk = self.read().since(before)
+            return found
+
+        return run
+
     def figures(self, comparisons: int, batch_size: int) -> Figures:
         """The measurement of a finished training.
 
-        Steady is everything behind the first optimiser step, and as large a share of the trunk: states below
+        Steady is everything behind the first optimizer step, and as large a share of the trunk: states below
         the first adapted layer are training time even where they are computed before the first step.
 
         Args:
@@ -163,10 +242,10 @@ class Watch:
             batch_size: comparisons of the first step, which steady leaves out.
         """
         self._hook.remove()
-        last, first = self.steps[-1], self.steps[0]
-        steady, whole = last.since(first), last.since(self.start)
+        whole = self.steps[-1].since(self.start).wall
         counted = comparisons - batch_size
         share = counted / comparisons
+        steady = self.steps[-1].since(self.steps[0])
         cost = Reading(*(a + share * b for a, b in zip(steady, self.trunk, strict=True)))
         between = itertools.pairwise([self.start, *self.steps])
         return {
@@ -176,15 +255,12 @@ class Watch:
             "step_s": [b.wall - a.wall for a, b in between],
             "trunk_s": self.trunk.wall,
             "steady_s": cost.wall,
-            "steady_cpu_s": cost.cpu,
-            "whole_s": whole.wall,
-            "whole_cpu_s": whole.cpu,
+            "whole_s": whole,
             "comparisons_per_s": counted / cost.wall,
             "s_per_comparison": cost.wall / counted,
             "cpu_s_per_comparison": cost.cpu / counted,
-            "whole_s_per_comparison": whole.wall / comparisons,
+            "whole_s_per_comparison": whole / comparisons,
             "positions_per_comparison": cost.positions / counted,
-            "resident_before_bytes": self.resident,
             "peak_bytes": peak_bytes(),
         }
 
@@ -199,33 +275,20 @@ def trainable(model: nn.Module) -> int:
 
 def ours(task: Task, rows: list[Example], scratch: Path) -> Figures:
     """The training of the reward stage as ``make reward`` does it, from a fresh model to its last step."""
-    recipe = recipe_of(task)
-    dialogue = load_dialogue(recipe)
+    recipe, dialogue = recipe_of(task), dialogue_of(task.base, task.max_tokens)
     model = new_reward_model(recipe, dialogue)
     learns = trainable(model)
-    run = StageRun("reward", scratch, recipe, {}, {}, is_main=True, lock=None)
     packed: list[Example] = []  # what has gone through the training, in its order
-    watch = Watch(model)
-
-    def build_trunk(*args: Any, **options: Any) -> Any:
-        before = watch.read()
-        trunk = build(*args, **options)
-        watch.trunk = watch.read().since(before)
-        return trunk
+    watch, module = Watch(model), reward.training.trainer
+    pack = module.pack
 
     def pack_and_note(examples: Sequence[Example], *args: Any, **options: Any) -> Any:
         packed.extend(examples)
         return pack(examples, *args, **options)
 
-    build, pack = reward.training.trainer.build_trunk, reward.training.trainer.pack
-    with (
-        patch("reward.training.trainer.build_trunk", build_trunk),
-        patch("reward.training.trainer.pack", pack_and_note),
-    ):
-        plan = reward.training.trainer.plan_forward(recipe, recipe.reward, model, rows, dialogue)
-        reward.training.trainer.train_preference_model(
-            recipe, recipe.reward, dialogue, model, rows, plan, folder=run.folder
-        )
+    with patch.multiple(module, build_trunk=watch.timed(module.build_trunk), pack=pack_and_note):
+        plan = module.plan_forward(recipe, recipe.reward, model, rows, dialogue)
+        module.train_preference_model(recipe, recipe.reward, dialogue, model, rows, plan, folder=scratch)
     return {
         **watch.figures(len(packed), task.batch_size),
         "prompts_shared": plan.share,
@@ -253,7 +316,11 @@ def theirs(task: Task, rows: list[Example], scratch: Path) -> Figures:
     """``trl.RewardTrainer`` as it comes, on the pairs of the same comparisons."""
     dialogue = dialogue_of(task.base, task.max_tokens)
     seed_everything(task.seed)
-    model = get_peft_model(*_their_model(task, dialogue))
+    base = AutoModelForSequenceClassification.from_pretrained(
+        task.base, num_labels=1, dtype=torch.float32, pad_token_id=dialogue.pad_id
+    )
+    adapter = lora_config(recipe_of(task).lora, base, task="SEQ_CLS", modules_to_save=["score"])
+    model = get_peft_model(base, adapter)
     learns = trainable(model)
     pairs = list(pairs_of(rows))
     each = len(pairs) // len(rows)  # pairs of a comparison
@@ -269,11 +336,9 @@ def theirs(task: Task, rows: list[Example], scratch: Path) -> Figures:
             per_device_train_batch_size=at_once,
             gradient_accumulation_steps=parts,
             num_train_epochs=task.epochs,
-            learning_rate=task.learning_rate,
-            lr_scheduler_type=task.schedule,
-            warmup_steps=task.warmup,
-            weight_decay=task.weight_decay,
-            max_grad_norm=task.max_grad_norm,
+            **OPTIMIZER,
+            lr_scheduler_type=SCHEDULE,
+            warmup_steps=WARMUP,
             max_length=task.max_tokens,
             seed=task.seed,
             data_seed=task.seed,
@@ -302,48 +367,23 @@ def theirs(task: Task, rows: list[Example], scratch: Path) -> Figures:
     }
 
 
-def _their_model(task: Task, dialogue: Dialogue) -> tuple[Any, LoraConfig]:
-    base = AutoModelForSequenceClassification.from_pretrained(
-        task.base, num_labels=1, dtype=torch.float32, pad_token_id=dialogue.pad_id
-    )
-    linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear)}
-    layers = base.config.num_hidden_layers
-    top = range(layers) if task.layers == "all" else range(layers)[-int(task.layers.removeprefix("top_")) :]
-    config = LoraConfig(
-        r=task.rank,
-        lora_alpha=task.alpha,
-        target_modules=sorted(linear - {"score"}),
-        layers_to_transform=list(top),
-        task_type="SEQ_CLS",
-        modules_to_save=["score"],
-    )
-    return base, config
-
-
-def main() -> None:
-    """The child."""
-    kind, task_file, result = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    values = json.loads(task_file.read_text(encoding="utf-8"))
-    if kind == "tiny":
-        write_tiny_model(Path(values["base"]))
-        write_json(result, {})
-        return
-    if kind == "prepare":
-        write_json(result, {"rows": prepare(Wanted(**values))})
-        return
-    task = Task(**values)
-    torch.set_num_threads(task.threads)
-    side = {"ours": ours, "theirs": theirs}[kind]
+def measured(side: Callable[[Task, list[Example], Path], Figures], task: Task) -> Figures:
+    """One side in a scratch folder, with everything that its rows hold."""
     rows = read_json(Path(task.rows))["rows"]
     with tempfile.TemporaryDirectory() as scratch:
         figures = side(task, rows, Path(scratch))
     found, expected = figures["response_tokens"], response_tokens_of(rows)
     if found != expected:
-        raise RuntimeError(f"{kind}: {found} response tokens went through the training, of {expected}")
+        raise RuntimeError(f"{found} response tokens went through the training, of {expected}")
     figures |= {"first_loss": figures["losses"][0], "final_loss": figures["losses"][-1]}
-    figures |= {"threads": torch.get_num_threads(), "task": {**asdict(task), "rows": "", "base": ""}}
-    write_json(result, figures)
+    return figures | {"threads": torch.get_num_threads(), "task": {**asdict(task), "rows": "", "base": ""}}
 
+
+KINDS: dict[str, Callable[..., Figures]] = {
+    "prepare": lambda **wanted: {"rows": prepare(**wanted)},
+    "ours": lambda **values: measured(ours, Task(**values)),
+    "theirs": lambda **values: measured(theirs, Task(**values)),
+}
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(lambda: serve(KINDS))
