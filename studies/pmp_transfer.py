@@ -4,7 +4,7 @@
 pre-trained on (its ``pmp`` section) and what is fine-tuned on. Arms: ``none`` (fresh adapter and head),
 ``lm`` (language-model loss on the best public answers, the control that has seen the same texts), ``ranked``
 and ``binarised`` PMP (Askell 2021, section 4; claim: PMP helps, most at few comparisons). All arms are judged
-on the same held-out comparisons; every trained model is one JSON file, so an interrupted study goes on.
+on the same held-out comparisons; every trained model is one unit, so an interrupted study goes on.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ import argparse
 import json
 import subprocess
 import sys
-import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf.errors import exit_on_user_error
+from rlhf.markdown import table
 from rlhf.recipe.load import Recipe, load
-from rlhf.runs.artifacts import read_json, write_atomically, write_json
-from rlhf.runs.stage import RUNS, StageRun
+from rlhf.runs.artifacts import hash_of, read_json, sha256_of, write_atomically
+from rlhf.runs.stage import RUNS
 from rlhf.stats.intervals import cluster_mean_interval
+from studies.engine.command import say
+from studies.engine.results import Results
+from studies.engine.units import Compute, Settings, Unit, run
 
 ARMS = {
     "none": [],
@@ -33,96 +37,113 @@ ARMS = {
 }
 
 
-def stage(module: str, recipe: str, overrides: list[str]) -> None:
-    """Run one stage the way its make target does."""
-    subprocess.run([sys.executable, "-m", module, recipe, *overrides], check=True)
+def units_of(recipe: Recipe, arms: list[str], numbers: list[int], seeds: list[int]) -> list[Unit]:
+    """A fine-tuning of every arm on the first N comparisons; the stages before it have been run."""
+    files = [RUNS / recipe.name / "comparisons" / f"{part}.jsonl" for part in ("train", "held_out")]
+    shared: Settings = {"files": [sha256_of(file) for file in files], "drawn": max(numbers)}
+    shared["recipe"] = hash_of(recipe.model_dump(mode="json"))
+    made = []
+    for seed in seeds:
+        for number in numbers:
+            for arm in arms:
+                start = None if arm == "none" else sha256_of(_pretrained(recipe, arm) / "manifest.json")
+                own = {"arm": arm, "pairs": number, "seed": seed, "start": start}
+                made.append(Unit("finetune", own | shared, cost=float(number)))
+    return made
 
 
-def fine_tuned(recipe: Recipe, work: Path, arms: list[str], numbers: list[int], seeds: list[int]) -> None:
-    """Fine-tune every arm on the first N comparisons and judge it; the trunk is computed once for all."""
+def fine_tuning(recipe: Recipe) -> Compute:
+    """What a unit does: fine-tune a start, and judge it; the trunk is computed once for all units."""
     import torch
 
     from reward.loss import pair_accuracy
     from reward.model.batch import encode, layout
     from reward.model.ensemble import MODEL
     from reward.model.model import head_of, new_reward_model, start_from
-    from reward.training.run import drawn, judge, stored
+    from reward.training.run import judge
     from reward.training.trainer import plan_forward, train_preference_model
+    from rlhf.data.comparisons import Counts, drawn
+    from rlhf.data.readers.native import read_native
     from rlhf.tokenization.dialogue import load_dialogue
 
-    todo = [
-        (s, n, a) for s in seeds for n in numbers for a in arms if not (work / f"{a}-{n}-{s}.json").is_file()
-    ]
-    if not todo:
-        return
     dialogue = load_dialogue(recipe)
-    home = StageRun("reward", RUNS / recipe.name / "reward", recipe, {}, {}, True, None)
-    train = encode(drawn(stored(home, "train"), max(numbers), recipe.seed), dialogue)
-    held_out = encode(stored(home, "held_out"), dialogue, first=len(train))
-    plan = plan_forward(
-        recipe, recipe.reward, new_reward_model(recipe, dialogue), [*train, *held_out], dialogue
-    )
-    flat_BK, ranks_BK, mask_BK = layout(held_out)
-    for done, (seed, number, arm) in enumerate(todo):
-        started = time.time()
-        folder = work / f"{arm}-{number}-{seed}"
-        run = StageRun("reward", folder, recipe, {}, {}, True, None)
+
+    @cache
+    def data(number: int) -> tuple[Any, Any, Any]:
+        """Training and held-out comparisons, and how to go over them."""
+        train, held_out = (
+            read_native(RUNS / recipe.name / "comparisons" / f"{part}.jsonl", "stop", Counts())
+            for part in ("train", "held_out")
+        )
+        rows = encode(drawn(train, number, recipe.seed), dialogue)
+        exam = encode(held_out, dialogue, first=len(rows))
+        fresh = new_reward_model(recipe, dialogue)
+        return rows, exam, plan_forward(recipe, recipe.reward, fresh, [*rows, *exam], dialogue)
+
+    def compute(unit: Unit, folder: Path) -> dict[str, Any]:
+        arm, seed = unit.settings["arm"], unit.settings["seed"]
+        rows, exam, plan = data(unit.settings["drawn"])
         model = new_reward_model(recipe, dialogue, seed)
         if arm != "none":
-            start_from(model, RUNS / f"{recipe.name}-{arm}" / "pmp" / MODEL)
+            start_from(model, _pretrained(recipe, arm) / MODEL)
         if recipe.reward.head_init == "zero" and arm in ("none", "lm"):  # these have no trained head
             torch.nn.init.zeros_(head_of(model).weight)
-        seeded = recipe.model_copy(update={"seed": seed})
         trained = train_preference_model(
-            seeded, recipe.reward, dialogue, model, train[:number], plan, folder=run.folder
+            recipe.model_copy(update={"seed": seed}),
+            recipe.reward,
+            dialogue,
+            model,
+            rows[: unit.settings["pairs"]],
+            plan,
+            folder=folder / f"{unit.kind}-{unit.key}",
         )
-        figures, scores = judge(recipe, recipe.reward, trained, held_out, dialogue, plan)
+        figures, scores = judge(recipe, recipe.reward, trained, exam, dialogue, plan)
+        flat_BK, ranks_BK, mask_BK = layout(exam)
         correct_B, pairs_B = pair_accuracy(scores[flat_BK], ranks_BK, mask_BK)
-        result = {
-            "arm": arm,
-            "comparisons": number,
-            "seed": seed,
-            "accuracy": figures["accuracy"].as_dict(),
-            "correct": correct_B.tolist(),
-            "pairs": pairs_B.tolist(),
-            "seconds": time.time() - started,
-        }
-        write_json(work / f"{arm}-{number}-{seed}.json", result)
-        mean = figures["accuracy"].mean
-        print(f"{done + 1}/{len(todo)}: {arm}, {number} comparisons, seed {seed}: {mean:.3f}", flush=True)
+        lists = {"correct": correct_B.tolist(), "pairs": pairs_B.tolist()}
+        return {"accuracy": figures["accuracy"].as_dict()} | lists
+
+    return compute
 
 
-def table(work: Path, arms: list[str], numbers: list[int], seeds: list[int]) -> tuple[dict[str, Any], str]:
+def cells_of(results: Results) -> dict[str, Any]:
     """Accuracy of every arm and its difference to ``none`` on the same held-out comparisons."""
     cells: dict[str, Any] = {}
-    for number in numbers:
-        base = _correct(work, "none", number, seeds)
-        for arm in arms:
-            own = _correct(work, arm, number, seeds)
-            pairs = own[1]
-            cell: dict[str, Any] = {"accuracy": cluster_mean_interval(own[0], pairs).as_dict()}
+    for number in results.values("finetune", "pairs"):
+        base_B, pairs_B = _correct(results, "none", number)
+        for arm in (a for a in ARMS if a in results.values("finetune", "arm")):
+            own_B, _ = _correct(results, arm, number)
+            cell: dict[str, Any] = {"accuracy": cluster_mean_interval(own_B, pairs_B).as_dict()}
             if arm != "none":
-                cell["difference"] = cluster_mean_interval(own[0] - base[0], pairs).as_dict()
+                cell["difference"] = cluster_mean_interval(own_B - base_B, pairs_B).as_dict()
             cells[f"{arm}-{number}"] = cell
-    head = "| start | " + " | ".join(f"N = {n:,}" for n in numbers) + " |"
-    lines = [head, "|---|" + "---|" * len(numbers)]
-    for arm in arms:
-        words = [arm]
-        for number in numbers:
-            cell = cells[f"{arm}-{number}"]
+    return cells
+
+
+def page(content: dict[str, Any]) -> str:
+    """The table of pmp.json: a row an arm, a column a number of comparisons."""
+    cells, numbers = content["cells"], content["numbers"]
+    rows = []
+    for arm in (a for a in ARMS if f"{a}-{numbers[0]}" in cells):
+        row = [arm]
+        for cell in (cells[f"{arm}-{number}"] for number in numbers):
             text = f"{cell['accuracy']['mean']:.3f}"
             if "difference" in cell:
                 low, high = cell["difference"]["ci95"]
                 text += f" ({cell['difference']['mean']:+.3f} [{low:+.3f}, {high:+.3f}])"
-            words.append(text)
-        lines.append("| " + " | ".join(words) + " |")
-    return cells, "\n".join(lines) + "\n"
+            row.append(text)
+        rows.append(row)
+    return table(["start", *(f"N = {n:,}" for n in numbers)], rows)
 
 
-def _correct(work: Path, arm: str, number: int, seeds: list[int]) -> tuple[Any, Any]:
+def _correct(results: Results, arm: str, number: int) -> tuple[Any, Any]:
     """Correct pairs of each held-out comparison, averaged over the seeds, and its pairs."""
-    found = [read_json(work / f"{arm}-{number}-{seed}.json") for seed in seeds]
+    found = results.by_seed("finetune", arm=arm, pairs=number)
     return np.mean([f["correct"] for f in found], axis=0), np.asarray(found[0]["pairs"], dtype=float)
+
+
+def _pretrained(recipe: Recipe, arm: str) -> Path:
+    return RUNS / f"{recipe.name}-{arm}" / "pmp"
 
 
 def main() -> None:
@@ -137,25 +158,27 @@ def main() -> None:
     given = parser.parse_args()
     arms = [a for a in ARMS if a in {*given.arms, "none"}]
     recipe = load(given.recipe, given.overrides)
-    stage("rlhf.collect", given.recipe, given.overrides)
-    for arm in arms:
-        if arm != "none":
-            own = [*given.overrides, *ARMS[arm], f"name={recipe.name}-{arm}"]
-            stage("reward.pretraining", given.recipe, own)
-    work = RUNS / recipe.name / "transfer"
-    work.mkdir(parents=True, exist_ok=True)
-    fine_tuned(recipe, work, arms, given.numbers, given.seeds)
-    cells, text = table(work, arms, given.numbers, given.seeds)
+
+    def stage(module: str, *more: str) -> None:
+        """Run a stage the way its make target does."""
+        command = [sys.executable, "-m", module, given.recipe, *given.overrides, *more]
+        subprocess.run(command, check=True)
+
+    stage("rlhf.collect")
+    for arm in arms[1:]:
+        stage("reward.pretraining", *ARMS[arm], f"name={recipe.name}-{arm}")
+    units, work = units_of(recipe, arms, given.numbers, given.seeds), RUNS / recipe.name / "transfer"
+    run(units, work, fine_tuning(recipe), say=say)
     pmp = {}
-    for arm in arms:
-        if arm != "none":
-            results = read_json(RUNS / f"{recipe.name}-{arm}" / "pmp" / "manifest.json")["results"]
-            pmp[arm] = {k: v for k, v in results.items() if k != "counts"}
+    for arm in arms[1:]:
+        results = read_json(_pretrained(recipe, arm) / "manifest.json")["results"]
+        pmp[arm] = {k: v for k, v in results.items() if k != "counts"}
+    content = {"seeds": given.seeds, "numbers": given.numbers, "pmp": pmp}
+    content["cells"] = cells_of(Results.read(units, work))
     given.out.mkdir(parents=True, exist_ok=True)
-    summary = {"seeds": given.seeds, "numbers": given.numbers, "cells": cells, "pmp": pmp}
-    write_atomically(given.out / "pmp.json", json.dumps(summary, indent=2) + "\n")
-    write_atomically(given.out / "pmp.md", text)
-    print(text, flush=True)
+    write_atomically(given.out / "pmp.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(given.out / "pmp.md", page(content))
+    say(page(content))
 
 
 if __name__ == "__main__":

@@ -49,26 +49,12 @@ def test_the_interval_of_one_seed_is_the_classical_one_of_least_squares(rungs):
     assert (found.method, found.slope.n) == (RESIDUALS, rungs)
 
 
-def test_a_straight_line_has_its_slope_and_no_misfit():
-    found = fit(SIZES, points([[2 - 0.25 * x] for x in X]))
-    assert found.slope.mean == pytest.approx(-0.25)
-    assert found.intercept == pytest.approx(2.0)
-    assert found.misfit == pytest.approx(0.0, abs=1e-12)
-    assert found.slope.high - found.slope.low == pytest.approx(0.0, abs=1e-9)
-
-
 def coverage(sizes, seeds, rng, *, spread, items, runs=1500):
     """How often the interval holds the true slope 0.1."""
     x, held = np.log(sizes), 0
     for _ in range(runs):
         truth = 0.1 * x[:, None] + spread * rng.standard_normal((len(sizes), seeds))
-        seen = [
-            [
-                Point(float(y + e * rng.standard_normal()), e)
-                for y, e in zip(row, [items] * seeds, strict=True)
-            ]
-            for row in truth
-        ]
+        seen = [[Point(float(y + items * rng.standard_normal()), items) for y in row] for row in truth]
         slope = fit(sizes, seen).slope
         held += slope.low <= 0.1 <= slope.high
     return held / runs

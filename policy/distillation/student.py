@@ -143,6 +143,17 @@ class Student:
         else:
             base.requires_grad_(True)
             check_head(base)
+        self._use(base)
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Student:
+        """The adapter ``policy`` of a backbone that was made elsewhere."""
+        student = cls.__new__(cls)
+        student.backbone, student.origin = backbone, "a backbone"
+        student._use(backbone.base)
+        return student
+
+    def _use(self, base: Any) -> None:
         self.base: Any = base
         self.head: Any = base.get_output_embeddings()
         """States to logits."""

@@ -109,13 +109,14 @@ def _check(args: argparse.Namespace, given: Given) -> None:
 def run_study(plan: Plan, given: Given, args: argparse.Namespace) -> None:
     """Run the units and write the report."""
     from studies.engine.report import content
+    from studies.engine.results import Results
     from studies.engine.units import with_needs
     from studies.scaling import claims, objectives, plots, report
     from studies.scaling.figures import Study, all_figures
     from studies.scaling.units import compute
 
     units = with_needs(units_of(plan, given))
-    rows: objectives.Rows = []
+    rows: Results | None = None
     source = "not measured on models that are given"
     with command.workers(args.jobs) as do:
         if plan.sizes and args.preference.is_file():

@@ -1,7 +1,11 @@
-"""The adapter that an intervention leaves on a rung, and the tokens that texts begin with."""
+"""The adapter that an intervention leaves on a rung, the folder of its loop, and tokens."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,6 +48,16 @@ def load_adapter(backbone: Backbone, file: Path) -> None:
     saved = load_file(file)
     for name, parameter in backbone.parameters_of(ADAPTER).items():
         parameter.copy_(saved[name])
+
+
+@contextlib.contextmanager
+def quiet_folder(folder: Path) -> Iterator[None]:
+    """A new folder for what a training loop writes, gone at the end; what it prints is dropped."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+    shutil.rmtree(folder)
 
 
 def lead_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from rlhf.stats.intervals import Estimate
+from studies.engine.results import Results
 from studies.engine.verdicts import Claim, Statement, Verdict, above, below, inside, shown
 from studies.scaling import objectives
 from studies.scaling.data.items import TASKS
@@ -37,13 +38,13 @@ def slope_of(figure: Figure) -> Estimate:
     return UNKNOWN if trend is None else trend.slope
 
 
-def all_claims(study: Study, preference: objectives.Rows) -> list[Claim]:
+def all_claims(study: Study, preference: Results | None) -> list[Claim]:
     """Every claim, in the order of their numbers."""
     first = [preference_objectives(preference)] if preference else []
     return [*first, distillation(study), tax(study), inverse_scaling(study)]
 
 
-def preference_objectives(rows: objectives.Rows) -> Claim:
+def preference_objectives(rows: Results) -> Claim:
     """Claims 1 and 2 over the ladder: the trend of the gap between preference model and imitation."""
     ranked, binary = (objectives.gap(rows, data) for data in (RANKED, BINARY))
     return Claim(

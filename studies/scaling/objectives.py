@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from rlhf.errors import UserError
 from studies.engine.command import Do
 from studies.engine.ladder import matrix_weights
 from studies.engine.results import Results
+from studies.engine.seeds import SeedMean, combine
 from studies.engine.units import Unit
 from studies.preference.plan import FULL, QUICK, units_of
 from studies.preference.report import short
@@ -27,8 +27,6 @@ from studies.scaling.plan import Plan
 from studies.scaling.trend import Point
 
 RANKED, BINARY = "ranked", "binary"
-Row = tuple[dict[str, Any], dict[str, float]]  # settings, and accuracy by score
-Rows = list[Row]
 
 
 def units(plan: Plan) -> list[Unit]:
@@ -38,17 +36,17 @@ def units(plan: Plan) -> list[Unit]:
     return [u for u in units_of(theirs) if u.settings["labels"] == "true"]
 
 
-def train(plan: Plan, folder: Path, do: Do) -> Rows:
+def train(plan: Plan, folder: Path, do: Do) -> Results:
     """Run them, where they are not done; returns their accuracies."""
     from studies.preference.units import compute
 
     wanted = units(plan)
     do(wanted, folder, compute)
     found = Results.read(wanted, folder).found
-    return [(u.settings, short(f["result"])["accuracy"]) for u, f in zip(wanted, found, strict=True)]
+    return Results(wanted, [{"result": short(f["result"])} for f in found])
 
 
-def read(file: Path) -> Rows:
+def read(file: Path) -> Results:
     """The accuracies of a report of ``python -m studies.preference``.
 
     Raises:
@@ -56,11 +54,9 @@ def read(file: Path) -> Rows:
     """
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["units"]
-        return [
-            (u["settings"], u["result"]["accuracy"])
-            for u in rows
-            if u["kind"] == "versus" and u["settings"]["labels"] == "true"
-        ]
+        some = [u for u in rows if u["kind"] == "versus" and u["settings"]["labels"] == "true"]
+        found = [{"result": {"accuracy": dict(u["result"]["accuracy"])}} for u in some]
+        return Results([Unit("versus", u["settings"]) for u in some], found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file}: not a report of `python -m studies.preference` ({type(error).__name__}: {error}); name "
@@ -68,59 +64,48 @@ def read(file: Path) -> Rows:
         ) from None
 
 
-def figures(rows: Rows) -> list[Figure]:
-    """Accuracy of each objective, and the gaps; the rungs and seeds are those of the rows."""
+def figures(results: Results) -> list[Figure]:
+    """Accuracy of each objective, and the gaps; the rungs and seeds are those of the results."""
     made = []
     for data in (RANKED, BINARY):
-        best = _best_imitation(rows, data)
-        group = f"preference objectives, {data} pairs"
+        best = _best_imitation(results, data)
         made += [
-            _figure(rows, group, "preference model", _reader(rows, data, "pm", "score")),
-            _figure(rows, group, f"imitation, scored by the {best}", _reader(rows, data, "il", best)),
-            gap(rows, data),
+            _figure(results, data, "preference model", {("pm", "score"): 1.0}),
+            _figure(results, data, f"imitation, scored by the {best}", {("il", best): 1.0}),
+            gap(results, data),
         ]
     return made
 
 
-def gap(rows: Rows, data: str) -> Figure:
+def gap(results: Results, data: str) -> Figure:
     """Accuracy of the preference model less that of imitation.
 
     The report keeps no single pairs, so the error takes the two for independent: wider than it would be.
     """
-    best = _best_imitation(rows, data)
-
-    def point(at: tuple[int, int]) -> Point:
-        pm, il = _accuracy(rows, at, data, "pm", "score"), _accuracy(rows, at, data, "il", best)
-        return Point(pm.mean - il.mean, math.hypot(pm.error, il.error))
-
-    return _figure(rows, f"preference objectives, {data} pairs", "preference model less imitation", point)
+    both = {("pm", "score"): 1.0, ("il", _best_imitation(results, data)): -1.0}
+    return _figure(results, data, "preference model less imitation", both)
 
 
-def _reader(rows: Rows, data: str, arm: str, score: str) -> Callable[[tuple[int, int]], Point]:
-    return lambda at: _accuracy(rows, at, data, arm, score)
+def _figure(results: Results, data: str, name: str, parts: Mapping[tuple[str, str], float]) -> Figure:
+    """A weighted sum of accuracies, by arm and score, each with the standard error of a share."""
 
+    def point(layers: int, seed: int) -> Point:
+        shares = []
+        for arm, score in parts:
+            place = {"layers": layers, "seed": seed, "data": data, "arm": arm}
+            share = results.one("versus", **place)["accuracy"][score]
+            (number,) = results.values("versus", "test", **place)
+            shares.append(SeedMean(share, math.sqrt(share * (1 - share) / number)))
+        total = combine(shares, [*parts.values()])
+        return Point(total.mean, total.error)
 
-def _figure(rows: Rows, group: str, name: str, point: Callable[[tuple[int, int]], Point]) -> Figure:
-    sizes, seeds = (sorted({s[key] for s, _ in rows}) for key in ("layers", "seed"))
+    sizes, seeds = (results.values("versus", key) for key in ("layers", "seed"))
     rungs = [RungOf(float(matrix_weights(layers)), layers) for layers in sizes]
-    points = [[point((layers, seed)) for seed in seeds] for layers in sizes]
-    return Figure(group, name, "share right", rungs, points)
+    points = [[point(layers, seed) for seed in seeds] for layers in sizes]
+    return Figure(f"preference objectives, {data} pairs", name, "share right", rungs, points)
 
 
-def _accuracy(rows: Iterable[Row], at: tuple[int, int], data: str, arm: str, score: str) -> Point:
-    """Accuracy with the standard error of a share."""
-    found = [
-        (accuracy[score], s["test"])
-        for s, accuracy in rows
-        if (s["layers"], s["seed"], s["data"], s["arm"]) == (*at, data, arm)
-    ]
-    if len(found) != 1:
-        raise KeyError(f"{len(found)} results for {data} {arm} at {at}")
-    share, number = found[0]
-    return Point(share, math.sqrt(share * (1 - share) / number))
-
-
-def _best_imitation(rows: Iterable[Row], data: str) -> str:
+def _best_imitation(results: Results, data: str) -> str:
     """Which score of imitation is right more often, over all rungs: the sum or the mean."""
-    found = [accuracy for s, accuracy in rows if (s["data"], s["arm"]) == (data, "il")]
+    found = [r["accuracy"] for r in results.all("versus", data=data, arm="il")]
     return max(("mean", "sum"), key=lambda score: float(np.mean([a[score] for a in found])))

@@ -154,46 +154,45 @@ def _rungs(plan: Plan, given: Given, seed: int, shared: Settings) -> list[Unit]:
             Unit("rung", {"model": m, "stamp": stamp_of_model(m), "seed": seed, "revision": REVISION})
             for m in given.models
         ]
-    made: list[Unit] = []
-    for layers in plan.sizes:
-        settings: Settings = {"layers": layers, "seed": seed, "vocabulary": plan.vocabulary}
-        settings |= {"window": plan.window, "tokens": plan.tokens, "batch": plan.batch}
-        settings |= {"learning_rate": plan.learning_rate, "text": shared["text"], "revision": REVISION}
-        made.append(Unit("rung", settings, cost=seconds(layers, plan.tokens, 0, OVERHEAD)))
-    return made
+    own = _of(plan, "vocabulary", "window", "tokens", "batch", "learning_rate")
+    own |= {"seed": seed, "text": shared["text"], "revision": REVISION}
+    return [Unit("rung", own | {"layers": n}, cost=seconds(n, plan.tokens, 0, OVERHEAD)) for n in plan.sizes]
 
 
 def _arms(plan: Plan, given: Given, rung: Unit, shared: Settings) -> list[Unit]:
     """The evaluations of all arms of one rung."""
     own: Settings = {k: rung.settings[k] for k in ("model", "layers", "seed") if k in rung.settings} | shared
-    adapter: Settings = {"rank": plan.rank, "alpha": plan.alpha}
+    adapter = _of(plan, "rank", "alpha")
 
     def unit(kind: str, settings: Settings, needs: tuple[Unit, ...], trained: int, read: int) -> Unit:
         cost = seconds(own.get("layers", LARGEST), trained, read, OVERHEAD)
         return Unit(kind, own | settings, needs, cost)
 
-    distil: Settings = adapter | {"context_words": plan.context_words, "sequences": plan.sequences}
-    distil |= {"words": plan.sequence_words, "batch": plan.sequence_batch, "top_k": plan.top_k}
-    distil |= {"learning_rate": plan.distil_rate, "epochs": plan.epochs, "test": plan.sequences_held_out}
+    distil = adapter | _of(plan, "context_words", "sequences", "top_k", "epochs", words="sequence_words")
+    distil |= _of(plan, batch="sequence_batch", learning_rate="distil_rate", test="sequences_held_out")
+    distil["revision"] = REVISION + 1  # since it is the project's own trainer that distils
     tokens = plan.epochs * plan.sequences * plan.sequence_words
     passages = plan.sequences + 4 * plan.sequences_held_out
     words = plan.context_words + plan.sequence_words
     needs: dict[str, tuple[Unit, ...]] = {BASE: (rung,), PROMPTED: (rung,)}
     needs[DISTILLED] = (rung, unit("distil", distil, (rung,), tokens, passages * words))
     for arm in (PPO, PTX):
-        ppo: Settings = adapter | {"arm": arm, "steps": plan.steps, "responses": plan.responses}
-        ppo |= {"response_tokens": plan.response_tokens, "epochs": plan.ppo_epochs, "prompts": plan.prompts}
-        ppo |= {"learning_rate": plan.ppo_rate, "kl_coef": plan.kl_coef}
-        ppo |= {"ptx_coef": plan.ptx_coef if arm == PTX else 0.0, "words": plan.sequence_words}
+        ppo = adapter | _of(plan, "steps", "responses", "response_tokens", "prompts", "kl_coef")
+        ppo |= _of(plan, epochs="ppo_epochs", learning_rate="ppo_rate", words="sequence_words")
+        ppo |= {"arm": arm, "ptx_coef": plan.ptx_coef if arm == PTX else 0.0}
         sampled = plan.steps * plan.responses * 2 * plan.response_tokens
         needs[arm] = (rung, unit("ppo", ppo, (rung,), 2 * plan.ppo_epochs * sampled, 6 * sampled))
     tasks = {name: stamped(files) for name, files in (given.tasks or {}).items()}
-    made: list[Unit] = []
-    for arm in ARMS:
-        items: Settings = {"arm": arm, "context_words": plan.context_words, "tasks": tasks}
-        items |= {"texts": plan.texts, "words": plan.text_words, "last_words": plan.last_words}
-        items |= {"items": plan.items, "judged": plan.judged, "public": plan.public}
-        items |= {"response_tokens": plan.response_tokens} | (adapter if len(needs[arm]) > 1 else {})
-        read = plan.texts * plan.text_words + 60 * plan.last_words + 120 * plan.items + 60 * plan.judged
-        made.append(unit("evaluate", items, needs[arm], 0, read))
-    return made
+    items = _of(plan, "context_words", "texts", "last_words", "items", "judged", "public", "response_tokens")
+    items |= {"words": plan.text_words, "tasks": tasks}
+    read = plan.texts * plan.text_words + 60 * plan.last_words + 120 * plan.items + 60 * plan.judged
+    return [
+        unit("evaluate", items | {"arm": arm} | (adapter if len(needs[arm]) > 1 else {}), needs[arm], 0, read)
+        for arm in ARMS
+    ]
+
+
+def _of(plan: Plan, *names: str, **renamed: str) -> Settings:
+    """Fields of a plan as settings, some under another name."""
+    fields = {name: name for name in names} | renamed
+    return {name: getattr(plan, field) for name, field in fields.items()}

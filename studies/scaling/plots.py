@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.ticker import NullFormatter
 
 from studies.engine.plots import level, line, panels
+from studies.engine.results import Results
 from studies.scaling import objectives
 from studies.scaling.claims import GONE
 from studies.scaling.data.items import TASKS
@@ -16,14 +17,14 @@ from studies.scaling.plan import ARMS, BASE, PPO
 from studies.scaling.report import PLOTS
 
 
-def canvases(study: Study, rows: objectives.Rows) -> dict[str, Any]:
+def canvases(study: Study, rows: Results | None) -> dict[str, Any]:
     """Every plot by its file name."""
     made = {1: _objectives(rows)} if rows else {}
     made |= {5: _distillation(study), 6: _tax(study), 19: _inverse(study)}
     return {PLOTS[number][0]: canvas for number, canvas in made.items()}
 
 
-def _objectives(rows: objectives.Rows) -> Any:
+def _objectives(rows: Results) -> Any:
     canvas, axes = panels(1, 1, width=5)
     for data in (objectives.RANKED, objectives.BINARY):
         _draw(axes[0][0], objectives.gap(rows, data), f"{data} pairs")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +16,11 @@ from rlhf.data.comparisons import Message, Prompt
 from rlhf.evals.model import special_start
 from rlhf.models.backbone import Backbone
 from rlhf.recipe.schema import Ppo
+from rlhf.runs.artifacts import write_jsonl
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.metrics import read_metrics
 from studies.engine.units import Settings
+from studies.scaling.adapters import quiet_folder
 from studies.scaling.data.texts import Library
 
 JUDGE = "vader"
@@ -52,14 +50,6 @@ def reinforce(
         max_response_tokens=s["response_tokens"],
         truncate_prompts=True,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    ptx: dict[str, Any] = {}
-    if s["ptx_coef"]:
-        file = folder / "texts.jsonl"
-        start = tokenizer.bos_token if special_start(tokenizer) else ""
-        lines = [json.dumps({"text": f"{start}{t}"}) for t in library.training(s["prompts"], s["words"])]
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        ptx = {"ptx_coef": s["ptx_coef"], "ptx_texts": [str(file)], "ptx_max_tokens": 2 * s["words"]}
     section = Ppo(
         steps=s["steps"],
         batch_size=s["responses"],
@@ -70,10 +60,14 @@ def reinforce(
         kl_coef=s["kl_coef"],
         missing_eos="ignore",
         checkpoint_every=10**6,
-        **ptx,
     )
-    # the loop says how far it is; the study says so itself
-    with (folder / "said.txt").open("w", encoding="utf-8") as said, contextlib.redirect_stdout(said):
+    with quiet_folder(folder):
+        if s["ptx_coef"]:
+            start = tokenizer.bos_token if special_start(tokenizer) else ""
+            texts = [{"text": f"{start}{t}"} for t in library.training(s["prompts"], s["words"])]
+            write_jsonl(folder / "texts.jsonl", texts)
+            mixed = {"ptx_coef": s["ptx_coef"], "ptx_texts": [str(folder / "texts.jsonl")]}
+            section = section.model_copy(update=mixed | {"ptx_max_tokens": 2 * s["words"]})
         trainer = PpoTrainer(
             backbone=backbone,
             dialogue=dialogue,
@@ -84,8 +78,7 @@ def reinforce(
             seed=s["seed"],
         )
         trainer.train()
-    log = read_metrics(folder)
-    shutil.rmtree(folder)
+        log = read_metrics(folder)
     few = max(1, len(log) // 10)
     found: dict[str, float] = {
         "steps": float(trainer.done),

@@ -56,7 +56,9 @@ def distilled(unit: Unit, folder: Path) -> dict[str, Any]:
     s = unit.settings
     library = library_of(s)
     own = not s["context"]
-    found = distil.distil(backbone, tokenizer, context(s, library), library, s, continued=own)
+    found = distil.distil(
+        backbone, tokenizer, context(s, library), library, s, scratch(unit, folder), continued=own
+    )
     keep(weights_path(unit, folder), lambda file: save_adapter(backbone, file))
     return found
 
@@ -65,7 +67,7 @@ def reinforced(unit: Unit, folder: Path) -> dict[str, Any]:
     """PPO."""
     backbone, tokenizer = _loaded(unit, folder, value=True)
     s = unit.settings
-    found = reinforce.reinforce(backbone, tokenizer, library_of(s), s, folder / f"ppo-{unit.key}")
+    found = reinforce.reinforce(backbone, tokenizer, library_of(s), s, scratch(unit, folder))
     keep(weights_path(unit, folder), lambda file: save_adapter(backbone, file))
     return dict(found)
 
@@ -91,6 +93,11 @@ KINDS: dict[str, Compute] = {
     "ppo": reinforced,
     "evaluate": evaluated,
 }
+
+
+def scratch(unit: Unit, folder: Path) -> Path:
+    """Where a training loop may write while the unit is done."""
+    return folder / f"{unit.kind}-{unit.key}"
 
 
 def library_of(s: Settings) -> Library:
