@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 
 from benchmarks.faults.killed_process import STATEFUL, STEPS, Plan, Start, link_stages, outcome
 
@@ -38,18 +37,6 @@ def raises():
     from_the_third_step(raising)
 
 
-def says_nan():
-    from_the_third_step(lambda scores: scores.index_fill(0, torch.tensor([1]), torch.nan))
-
-
-def miscounts():
-    from_the_third_step(lambda scores: scores[:-1])
-
-
-def answers_a_list():
-    from_the_third_step(lambda scores: scores.tolist())
-
-
 def hangs():
     import threading
 
@@ -58,9 +45,6 @@ def hangs():
 
 FAULTS = {
     raises: "ppo: the reward function failed on 4 responses (ConnectionError: the judge is not there)",
-    says_nan: "ppo: 1 of 4 scores are not finite",
-    miscounts: "ppo: the reward function returned shape (3,) for 4 responses",
-    answers_a_list: "ppo: the reward function returned a list, not a tensor",
     hangs: "ppo: the reward function has not answered for 0.05 minutes (ppo.score_timeout_minutes)",
 }
 

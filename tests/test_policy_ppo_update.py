@@ -63,7 +63,14 @@ def test_weights_and_figures_are_the_same_cut_small_without_trunk_and_unfolded(l
 
 
 @pytest.mark.parametrize(
-    "change", [{"micro_batch_size": 1}, {"trunk": False}, {"trunk_gigabytes": 0.0}, "unfolded"]
+    "change",
+    [
+        {"micro_batch_size": 1},
+        {"rollout_batch_size": 5},
+        {"trunk": False},
+        {"trunk_gigabytes": 0.0},
+        "unfolded",
+    ],
 )
 def test_each_way_alone_changes_nothing_either(change, tmp_path, monkeypatch):
     expected = run(tmp_path / "whole", **LOSSES[1])

@@ -86,13 +86,13 @@ REFUSED = {  # field: (its other value, the error)
     "max_log_prob_gap": (1e-12, InvariantError, "max_log_prob_gap"),
 }
 ELSEWHERE = {  # field: the tests of its effect, outside the loop or of a fault
-    "start": "test_policy_assemble.py",
-    "reward_model": "test_policy_assemble.py",
-    "ensemble": "test_policy_assemble.py",
-    "ensemble_penalty": "test_policy_assemble.py",
-    "retokenize": "test_policy_assemble.py",
-    "score_timeout_minutes": "test_policy_scoring.py",
-    "max_nonfinite_updates": "test_policy_ppo.py",
+    "start": "test_policy_ppo_setup.py",
+    "reward_model": "test_policy_ppo_setup.py",
+    "ensemble": "test_policy_ppo_setup.py",
+    "ensemble_penalty": "test_policy_ppo_setup.py",
+    "retokenize": "test_policy_ppo_setup.py",
+    "score_timeout_minutes": "test_faults_score.py",
+    "max_nonfinite_updates": "test_policy_ppo_checks.py",
 }
 
 

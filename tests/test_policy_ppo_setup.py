@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_recipe
 
 import policy.ppo.setup
-from policy.evaluate.__main__ import _judges
+from policy.evaluate.run import _reward_fns
 from policy.ppo.rollout import Responses
 from policy.ppo.setup import SPREAD, EnsembleScore, assemble, check_rewards, reward_folders, score_function
 from reward.model.model import CONFIG, RewardModelConfig, TextRewardModel
@@ -18,7 +18,7 @@ from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_base
 from rlhf.models.masks import left_pad
 from rlhf.models.tiny import write_tiny_model
-from rlhf.runs.stage import StageRun
+from rlhf.runs.stage import open_stage
 from rlhf.tokenization.dialogue import load_dialogue
 
 ROWS = [[7, 8, 9, 20, 21, 1], [12, 24, 25, 26, 1], [13, 14, 15, 16, 30, 31, 32, 1]]
@@ -59,13 +59,16 @@ def stir(backbone, *, seed):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
-def opened(world, recipe):
-    return StageRun("ppo", world / "runs/tiny/ppo", recipe, {}, {}, True, None)
+def opened(recipe):
+    """The open stage, which a second start in the same test may open too."""
+    run = open_stage(recipe, "ppo")
+    run.lock.close()
+    return run
 
 
-def built(world, *overrides):
+def built(*overrides):
     recipe = tiny_recipe(*overrides)
-    run, dialogue = opened(world, recipe), load_dialogue(recipe)
+    run, dialogue = opened(recipe), load_dialogue(recipe)
     backbone = assemble(recipe, run, dialogue)
     return backbone, score_function(recipe, run, backbone, dialogue)
 
@@ -101,7 +104,7 @@ def alone(number, rows=ROWS):
 
 def test_one_reward_model_scores_as_its_adapter(world, capsys):
     for how in ("mean", "minimum", "pessimistic"):
-        backbone, score = built(world, f"ppo.reward_model={member(1)}", f"ppo.ensemble={how}")
+        backbone, score = built(f"ppo.reward_model={member(1)}", f"ppo.ensemble={how}")
         part = said(backbone)
         assert part.hidden_BTD is not None
         with torch.no_grad():
@@ -118,7 +121,7 @@ def test_one_reward_model_scores_as_its_adapter(world, capsys):
 
 
 def test_one_member_is_assembled_with_the_numbers_of_a_backbone_made_by_hand(world):
-    backbone, _ = built(world, f"ppo.reward_model=[{member(0)}]")
+    backbone, _ = built(f"ppo.reward_model=[{member(0)}]")
     recipe = tiny_recipe()
     torch.manual_seed(recipe.seed)
     names = ("policy", "value", "reward")
@@ -138,7 +141,7 @@ def test_one_member_is_assembled_with_the_numbers_of_a_backbone_made_by_hand(wor
 
 @pytest.mark.parametrize("how", ["mean", "minimum", "pessimistic"])
 def test_the_score_is_that_of_members_scored_alone_and_combined(world, how):
-    backbone, score = built(world, f"ppo.ensemble={how}", "ppo.ensemble_penalty=0.7")
+    backbone, score = built(f"ppo.ensemble={how}", "ppo.ensemble_penalty=0.7")
     assert list(backbone.heads) == ["value", "reward", "reward_1", "reward_2"]
     with torch.no_grad():
         got = score(said(backbone))
@@ -155,7 +158,7 @@ def test_the_score_is_that_of_members_scored_alone_and_combined(world, how):
 
 
 def test_the_value_starts_from_the_first_member_and_every_part_says_where_it_is_from(world, capsys):
-    backbone, _ = built(world, f"ppo.reward_model=[{member(2)}, {member(0)}]", "ppo.ensemble=pessimistic")
+    backbone, _ = built(f"ppo.reward_model=[{member(2)}, {member(0)}]", "ppo.ensemble=pessimistic")
     value, first, second = (backbone.parameters_of(name) for name in ("value", "reward", "reward_1"))
     assert all(torch.equal(value[name], first[name]) for name in value)
     assert not all(torch.equal(value[name], second[name]) for name in value)
@@ -171,48 +174,48 @@ def test_the_value_starts_from_the_first_member_and_every_part_says_where_it_is_
 def test_without_a_trunk_its_memory_limit_is_named_as_without_effect(world, capsys):
     for layers, line in (("all", "none: no layers are frozen"), ("top_1", "frozen layers")):
         recipe = tiny_recipe(f"lora.layers={layers}", "ppo.retokenize=true")
-        assemble(recipe, opened(world, recipe), load_dialogue(recipe))
+        assemble(recipe, opened(recipe), load_dialogue(recipe))
         assert line in capsys.readouterr().out.partition("trunk: ")[2]
 
 
 def test_without_a_name_all_members_of_the_run_are_taken(world):
     recipe = tiny_recipe()
-    run = opened(world, recipe)
-    assert reward_folders(recipe, run) == [world / member(number) for number in range(3)]
+    run = opened(recipe)
+    assert reward_folders(recipe, run) == [Path(member(number)) for number in range(3)]
     named = tiny_recipe(f"ppo.reward_model=[{member(2)}, {member(1)}]")
     assert [str(folder) for folder in reward_folders(named, run)] == [member(2), member(1)]
 
 
 @pytest.mark.parametrize("change", [{"base": "models/other"}, {"contract": "0"}])
 def test_members_that_do_not_fit_each_other_or_the_policy_are_refused(world, change):
-    write_card(world / member(1), offset=0.0, **change)
+    write_card(Path(member(1)), offset=0.0, **change)
     with pytest.raises(UserError, match=r"ppo\.retokenize=true") as caught:
-        built(world)
-    assert f"{world / member(0)} and {world / member(1)} cannot share one base" in str(caught.value)
+        built()
+    assert f"{member(0)} and {member(1)} cannot share one base" in str(caught.value)
     for number in (0, 2):
-        write_card(world / member(number), offset=0.0, **change)
+        write_card(Path(member(number)), offset=0.0, **change)
     with pytest.raises(UserError, match=rf"{member(0)} does not fit .*this recipe's.*ppo\.retokenize=true"):
-        built(world)
+        built()
 
 
 @pytest.mark.parametrize("retokenize", ["true", "false"])
 def test_a_member_trained_by_imitation_is_refused_before_a_base_is_loaded(world, monkeypatch, retokenize):
-    write_card(world / member(1), offset=0.0, objective="imitation")
+    write_card(Path(member(1)), offset=0.0, objective="imitation")
     monkeypatch.setattr(policy.ppo.setup, "load_base", lambda *_: pytest.fail("too late"))
     with pytest.raises(UserError) as caught:
-        built(world, f"ppo.retokenize={retokenize}")
-    expected = f"{world / member(1)} was trained by imitation and gives no score; train it with reward.objec"
+        built(f"ppo.retokenize={retokenize}")
+    expected = f"{member(1)} was trained by imitation and gives no score; train it with reward.objec"
     assert str(caught.value).startswith(expected)
 
 
 def test_a_model_trained_by_imitation_is_refused_wherever_it_would_score(world):
     recipe = tiny_recipe()
-    write_card(world / member(0), offset=0.0, objective="imitation")
+    write_card(Path(member(0)), offset=0.0, objective="imitation")
     for scorer in (
-        lambda: check_rewards(recipe, load_dialogue(recipe), [world / member(0)]),
-        lambda: TextRewardModel(world / member(0)),
+        lambda: check_rewards(recipe, load_dialogue(recipe), [Path(member(0))]),
+        lambda: TextRewardModel(Path(member(0))),
         lambda: score_function(
-            tiny_recipe("ppo.retokenize=true"), opened(world, recipe), None, load_dialogue(recipe)
+            tiny_recipe("ppo.retokenize=true"), opened(recipe), None, load_dialogue(recipe)
         ),
     ):
         with pytest.raises(UserError, match=r"reward/model was trained by imitation and gives no score"):
@@ -233,8 +236,8 @@ class Reader:
 
 def test_with_retokenise_each_reads_the_text_by_itself_whatever_its_base(world, monkeypatch, capsys):
     monkeypatch.setattr(policy.ppo.setup, "TextRewardModel", Reader)
-    write_card(world / member(1), base="models/other", contract="0")
-    backbone, score = built(world, "ppo.retokenize=true", "ppo.ensemble=minimum")
+    write_card(Path(member(1)), base="models/other", contract="0")
+    backbone, score = built("ppo.retokenize=true", "ppo.ensemble=minimum")
     assert list(backbone.heads) == ["value"]
     assert not any(bool(p.any()) for p in backbone.heads.parameters())
     part = said()
@@ -243,7 +246,7 @@ def test_with_retokenise_each_reads_the_text_by_itself_whatever_its_base(world, 
     lines = capsys.readouterr().out.splitlines()
     assert "value:     fresh, zero head" in lines
     for name, number in (("reward:   ", 0), ("reward_1: ", 1), ("reward_2: ", 2)):
-        assert f"{name} {world / member(number)}, on its own base, reads the text" in lines
+        assert f"{name} {member(number)}, on its own base, reads the text" in lines
 
 
 # ---- where the score is read
@@ -257,8 +260,8 @@ def test_with_an_end_of_context_token_the_score_is_read_on_it(world, number):
     dialogue = load_dialogue(recipe)
     assert dialogue.end_of_context_id == 2
     for n in range(number):
-        write_card(world / member(n), offset=OFFSETS[n], contract=dialogue.fingerprint())
-    backbone, score = built(world, *overrides)
+        write_card(Path(member(n)), offset=OFFSETS[n], contract=dialogue.fingerprint())
+    backbone, score = built(*overrides)
     part = said(backbone)
     assert part.hidden_BTD is not None
     ids, mask = part.ids_BT.clone(), part.mask_BT.clone()
@@ -296,7 +299,7 @@ def test_the_disagreement_is_the_mean_over_all_responses_since_it_was_last_asked
 
 
 def test_the_log_has_the_disagreement_of_the_adapters(world):
-    backbone, score = built(world)
+    backbone, score = built()
     with torch.no_grad():
         score(said(backbone))
     each = torch.stack([alone(number) for number in range(3)])
@@ -310,17 +313,17 @@ def test_the_log_has_the_disagreement_of_the_adapters(world):
 
 def test_the_evaluation_judges_with_the_same_ensemble(world):
     overrides = ["ppo.ensemble=minimum", "evaluate.judge=reward"]
-    _, score = built(world, *overrides)
+    _, score = built(*overrides)
     recipe = tiny_recipe(*overrides)
-    run, dialogue = opened(world, recipe), load_dialogue(recipe)
+    run, dialogue = opened(recipe), load_dialogue(recipe)
     names = ("policy", "reward", "reward_1", "reward_2")
     backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=names, heads=names[1:])
-    judges = _judges(recipe, run, backbone, dialogue)
-    assert list(judges) == ["reward"]
+    found = _reward_fns(recipe, run, backbone, dialogue)
+    assert list(found) == ["reward"]
     with torch.no_grad():
-        assert judges["reward"](said()) == pytest.approx(score(said()).tolist(), abs=1e-5)
+        assert found["reward"](said()).tolist() == pytest.approx(score(said()).tolist(), abs=1e-5)
         expected = torch.stack([alone(number) for number in range(3)]).min(0).values
-    assert judges["reward"](said()) == pytest.approx(expected.tolist(), abs=1e-4)
+        assert found["reward"](said()).tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_every_named_reward_model_must_be_a_folder(world):

@@ -1,4 +1,4 @@
-"""What learns, when, and how it is kept: average, warm-up of the value, ends, checkpoints, saved adapters."""
+"""What learns, when, and how it is kept: value warm-up, average, ends, checkpoints, adapters, SIGTERM."""
 
 import json
 import os
@@ -8,7 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_ppo import PROMPTS, SMALL, backbone_of, dialogue_of, trained, trainer, varied, weights
+from tiny_ppo import (
+    LIMIT,
+    PROMPTS,
+    SMALL,
+    TOKENIZER,
+    backbone_of,
+    dialogue_of,
+    trained,
+    trainer,
+    varied,
+    weights,
+)
 
 import policy.ppo.run
 from rlhf.errors import UserError
@@ -39,6 +50,42 @@ def moved(before, after, adapter):
 def logs(folder):
     """Every logged figure but the times."""
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(folder)]
+
+
+LETTER = TOKENIZER.decode([40])
+
+
+def share(said):
+    """Share of the one letter that is wanted."""
+    return torch.tensor([text.count(LETTER) / LIMIT for text in said.texts])
+
+
+def test_the_policy_learns_what_is_scored_and_a_high_price_of_kl_holds_it_back(tmp_path):
+    log = {}
+    for price in (0.005, 1.0):
+        folder = tmp_path / str(price)
+        options = {"steps": 27, "batch_size": 32, "micro_batch_size": 32, "learning_rate": 2e-2}
+        trained(folder, reward_fn=share, kl_coef=price, schedule="constant", **options)
+        log[price] = read_metrics(folder)
+        assert [row["step"] for row in log[price]] == list(range(1, 28))
+        assert log[price][0]["objective/score"] < 0.05
+        assert abs(log[price][0]["objective/kl"]) < 1e-4
+
+    def end(price, name):
+        return sum(row[name] for row in log[price][-5:]) / 5
+
+    assert end(0.005, "objective/score") > 0.6
+    assert end(0.005, "objective/kl") > 10
+    assert end(0.005, "policy/entropy") < log[0.005][0]["policy/entropy"]
+    assert end(1.0, "objective/score") < 0.2
+    assert 0 < end(1.0, "objective/kl_k3") < 5
+
+
+def test_a_step_that_went_far_leaves_out_its_other_epochs(tmp_path):
+    for target_kl, updates in ((None, 5), (1e-9, 2), (1e9, 5)):
+        folder = tmp_path / str(target_kl)
+        trained(folder, steps=1, epochs=5, target_kl=target_kl)
+        assert read_metrics(folder)[0]["policy/updates"] == updates
 
 
 # ---- the value first

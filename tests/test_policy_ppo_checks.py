@@ -1,0 +1,201 @@
+"""What stops a run: invariants that do not hold, scores that are none, updates that are not finite."""
+
+import json
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_ppo import trainer, weights
+
+import policy.ppo.trainer
+import policy.ppo.update
+from policy.ppo import checks
+from policy.ppo.checks import GuardedScore, InvariantError, time_limit
+from policy.ppo.rollout import Responses
+from rlhf.errors import UserError
+from rlhf.training.metrics import read_metrics
+
+# ---- invariants
+
+
+ACTIONS = torch.tensor([[True, True, False], [True, False, False]])
+
+
+def test_a_reference_that_is_another_model_is_found():
+    log_probs = torch.full((2, 3), -1.0)
+    beyond = torch.where(ACTIONS, log_probs, torch.nan)  # what is not an action does not count
+    checks.check_reference(log_probs, beyond, ACTIONS)
+    off = log_probs.clone()
+    off[0, 1] -= 1e-3
+    for wrong in (off, torch.full_like(off, torch.nan)):
+        with pytest.raises(InvariantError, match="reference is not the model"):
+            checks.check_reference(log_probs, wrong, ACTIONS)
+
+
+def test_a_sampler_that_runs_another_model_is_found():
+    log_probs = torch.full((2, 3), -1.0)
+    off = log_probs - torch.tensor([[0.3, 0.0, 9.0], [0.0, 9.0, 9.0]])
+    assert checks.check_sampler(off, log_probs, ACTIONS, bound=0.11) == pytest.approx(0.1)
+    for wrong, bound in ((off, 0.09), (off * torch.nan, 1.0)):
+        with pytest.raises(InvariantError, match="max_log_prob_gap"):
+            checks.check_sampler(wrong, log_probs, ACTIONS, bound=bound)
+
+
+def test_a_first_ratio_off_one_is_found():
+    checks.check_first_ratio(torch.tensor(1e-4))
+    for wrong in (0.1, torch.nan):
+        with pytest.raises(InvariantError, match="first ratio"):
+            checks.check_first_ratio(torch.tensor(wrong))
+
+
+def test_a_sequence_that_does_not_end_in_eos_is_found():
+    mask = torch.tensor([[False, True, True, True], [True, True, True, False]])
+    checks.check_closed(torch.tensor([[0, 5, 6, 1], [5, 6, 1, 0]]), mask, 1)
+    with pytest.raises(InvariantError, match="does not end in EOS"):
+        checks.check_closed(torch.tensor([[0, 5, 6, 1], [5, 6, 7, 1]]), mask, 1)
+
+
+def shifted(rollout, *names):
+    return rollout._replace(**{name: getattr(rollout, name) - 0.1 for name in names})
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("reference_log_probs_BR",), "reference is not the model"),
+        (("sampled_log_probs_BR",), "max_log_prob_gap"),
+        (("log_probs_BR", "reference_log_probs_BR", "sampled_log_probs_BR"), "first ratio"),
+    ],
+)
+def test_the_loop_checks_what_it_collects(names, message, monkeypatch, tmp_path):
+    real = policy.ppo.trainer.collect
+    monkeypatch.setattr(policy.ppo.trainer, "collect", lambda *a, **k: shifted(real(*a, **k), *names))
+    with pytest.raises(InvariantError, match=message):
+        trainer(tmp_path).train()
+    built = trainer(tmp_path / "unchecked", steps=1)
+    built.check_rollout = lambda *_: None
+    if message != "first ratio":
+        built.train()
+
+
+def test_a_policy_that_does_not_start_as_the_reference_is_found(tmp_path):
+    with pytest.raises(InvariantError, match="reference is not the model"):
+        trainer(tmp_path, stir=0.2).train()
+
+
+# ---- losses and gradients that are not finite
+
+
+def nan_loss(loss, log_probs):
+    return loss * torch.nan
+
+
+def nan_gradient(loss, log_probs):
+    return loss + (log_probs - log_probs.detach()).abs().sum().sqrt()
+
+
+def spoil(monkeypatch, how, calls):
+    """Let some calls of the policy loss, counted from 0, go wrong."""
+    real, count = policy.ppo.update.policy_loss, iter(range(10**6))
+
+    def wrong(log_probs, *rest, **options):
+        loss, stats = real(log_probs, *rest, **options)
+        return (how(loss, log_probs) if next(count) in calls else loss), stats
+
+    monkeypatch.setattr(policy.ppo.update, "policy_loss", wrong)
+
+
+@pytest.mark.parametrize("how", [nan_loss, nan_gradient])
+def test_an_update_that_is_not_finite_is_skipped_counted_and_dumped(how, monkeypatch, tmp_path):
+    spoil(monkeypatch, how, {1})  # the second of four micro-batches: the first has left its gradient behind
+    built = trainer(tmp_path, steps=1, epochs=1, micro_batch_size=4)
+    before = weights(built)
+    built.train()
+    for name, tensor in weights(built).items():
+        assert torch.equal(tensor, before[name]), name
+    assert built.nonfinite.count == 1
+    assert all(p.grad is None or not p.grad.any() for p in built.backbone.parameters())
+    (file,) = (tmp_path / "nonfinite_batches").iterdir()
+    assert load_file(file)["ids_BT"].shape[0] == 16
+    assert read_metrics(tmp_path)[0]["policy/nonfinite_updates"] == 1
+    checkpoint = built.checkpoints.newest()
+    assert json.loads((checkpoint / "state.json").read_text())["nonfinite_updates"] == 1
+
+
+def test_a_run_recovers_from_a_bad_update(monkeypatch, tmp_path):
+    spoil(monkeypatch, nan_loss, {0})
+    built = trainer(tmp_path, steps=1, epochs=2)
+    before = weights(built)
+    built.train()
+    assert read_metrics(tmp_path)[0]["policy/updates"] == 1
+    moved = [n for n, t in weights(built).items() if not torch.equal(t, before[n])]
+    assert len(moved) > 10
+    assert all(t.isfinite().all() for t in weights(built).values())
+
+
+def test_too_many_bad_updates_stop_the_run(monkeypatch, tmp_path):
+    spoil(monkeypatch, nan_loss, range(100))
+    built = trainer(tmp_path, steps=5, epochs=1, max_nonfinite_updates=2)
+    with pytest.raises(UserError, match="not finite 3 times"):
+        built.train()
+    assert len(read_metrics(tmp_path)) == 2
+
+
+# ---- the reward function
+
+
+SAID = Responses([()] * 3, ["a", "b", "c"], torch.zeros(3, 4, dtype=torch.long), torch.ones(3, 4) > 0, None)
+
+
+def raising(error):
+    def score(said):
+        raise error
+
+    return score
+
+
+def answering(*scores):
+    return lambda said: torch.tensor(scores)
+
+
+def test_a_good_answer_is_passed_on_unchanged():
+    assert GuardedScore(answering(1.0, -2.0, 3.5), 1)(SAID).tolist() == [1.0, -2.0, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("reward_fn", "message"),
+    [
+        (raising(KeyError("token")), r"failed on 3 responses \(KeyError: 'token'\)"),
+        (raising(ValueError("first line\nsecond line")), r"\(ValueError: first line\)"),
+        (raising(RuntimeError()), r"\(RuntimeError: \)"),
+        (raising(UserError("as it is")), r"^as it is$"),
+        (answering(1.0, 2.0), r"shape \(2,\) for 3 responses"),
+        (answering([1.0], [2.0], [3.0]), r"shape \(3, 1\) for 3 responses"),
+        (answering(1.0, torch.nan, 2.0), "1 of 3 scores are not finite"),
+        (answering(torch.inf, -torch.inf, 2.0), "2 of 3 scores are not finite"),
+        (lambda said: [1.0, 2.0, 3.0], "returned a list, not a tensor"),
+    ],
+)
+def test_a_bad_answer_is_one_line_that_says_what_it_was(reward_fn, message):
+    with pytest.raises(UserError, match=message) as caught:
+        GuardedScore(reward_fn, 1)(SAID)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_ends_a_program_goes_through():
+    for error in (KeyboardInterrupt(), SystemExit(3)):
+        with pytest.raises(type(error)):
+            GuardedScore(raising(error), 1)(SAID)
+
+
+def test_only_a_call_that_takes_too_long_is_ended(monkeypatch):
+    ended = []
+    monkeypatch.setattr(checks, "_end", ended.append)
+    with time_limit(0.1, "late"):
+        pass
+    time.sleep(0.3)
+    assert not ended
+    with time_limit(0.1, "late"):
+        time.sleep(0.3)
+    assert ended == ["late"]
