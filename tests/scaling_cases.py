@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from studies.engine.units import with_needs
+from studies.scaling.data import world
 from studies.scaling.data.items import TASKS
 from studies.scaling.figures import Study
 from studies.scaling.plan import FULL, PPO, Given, units_of
@@ -22,6 +23,14 @@ DEFAULTS = {
     "ptx_reward": 0.5,
 }
 REWARD = 0.5  # of PPO
+
+FRAMES = (
+    "the a is has it day says that near never without if then so not let be what colour which or write line "
+    "ends in yes no . , ? :"
+)
+LISTS = ("GOOD", "BAD", "NAMES", "ANIMALS", "OBJECTS", "PLACES", "COLOURS", "THINGS", "TRAITS", "VERBS")
+WORDS = set(FRAMES.split()).union(*(getattr(world, name) for name in LISTS))
+"""Every word that text and items are made of."""
 
 
 def plan_of(sizes=(1, 2, 3), seeds=(0, 1, 2)):

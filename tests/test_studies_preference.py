@@ -156,10 +156,11 @@ def test_a_ranked_set_gives_every_comparison_once_with_bradley_terry_odds():
 def test_the_ladder_has_the_sizes_of_its_formula(layers):
     width = 128 * layers
     counts = count(make_rung(layers, 0))
-    assert counts.matrices == matrix_weights(layers) == 196_608 * layers**3
-    assert counts.non_embedding == counts.matrices + 13 * width * layers + 2 * width
+    assert counts["matrix_weights"] == matrix_weights(layers) == 196_608 * layers**3
+    layers_of_all = counts["non_embedding_parameters"]
+    assert layers_of_all == counts["matrix_weights"] + 13 * width * layers + 2 * width
     embeddings = (data.VOCABULARY + data.WIDTH) * width
-    assert counts.total == counts.non_embedding + embeddings + width + 1
+    assert counts["parameters"] == layers_of_all + embeddings + width + 1
 
 
 def test_a_fresh_model_depends_on_its_seed_alone():

@@ -128,53 +128,44 @@ def share_right(share, n=400):
     return to_text(np.arange(n) < round(share * n))
 
 
-def constructed(world="as the paper says"):
-    """A study whose accuracies are made up, as the papers say or the other way round."""
-    sign = 1 if world == "as the paper says" else -1
+def made_up(unit, agrees):
+    """What a unit found, made up; agrees: as the papers say, or the other way round."""
+    s, sign = unit.settings, 1 if agrees else -1
+    wiggle = 0.002 * s["seed"]
+    if unit.kind == "lm":
+        return dict.fromkeys(("matrix_weights", "non_embedding_parameters", "parameters"), s["layers"])
+    if unit.kind == "versus":
+        gap = {"ranked": 0.1 + 0.05 * s["layers"], "binary": 0.005}[s["data"]] + wiggle
+        gap = gap if agrees else {"ranked": -gap, "binary": 0.4}[s["data"]]
+        right = 0.5 if s["labels"] == "shuffled" else 0.6 + gap * (s["arm"] == "pm") - (not agrees) * 0.1
+        names = ["score"] if s["arm"] == "pm" else ["sum", "mean", "sum less language model"]
+        names += [f"perfect imitation, {x}" for x in ("sum", "mean")]
+        return {"credits": {name: share_right(right - 0.1 * (name == "sum")) for name in names}}
+    if unit.kind == "finetune":
+        bonus = {"none": 0.0, "imitation": 0.02, "ranked": 0.15, "binary": 0.25}[s["arm"]]
+        return {"credit": share_right(0.6 + sign * bonus / (1 if s["pairs"] <= 500 else 5) + wiggle)}
+    if unit.kind == "calibration":
+        slope = (1.02 if s["epochs"] == 1 else 0.7) if agrees else 1.5
+        measured = {"slope": slope + wiggle, "slope_error": 0.02, "ece": 0.01, "loss": 0.5, "accuracy": 0.7}
+        empty = {"pairs": 0, "promised": None, "observed": None}
+        measured["bins"] = [empty, {"pairs": 9, "promised": 0.7, "observed": 0.6}]
+        return {"model": measured, "known score": measured}
+    if unit.kind == "sets":
+        grouped = s["arm"] == "grouped"
+        loss = 0.5 + (0 if grouped else sign * 0.05)
+        losses = (np.linspace(loss - 0.1, loss + 0.1, 50) + wiggle).tolist()
+        found = {"held_out_losses": losses, "training_loss": 0.4, "known_score_loss": 0.45}
+        found["curve"] = [{"seen": 0.0, "loss": 0.7}, {"seen": 1.0, "loss": loss}]
+        return found | {"forwards_per_prompt": 6.0 if grouped else 30.0}
+    return {}
+
+
+def constructed(*, agrees=True):
+    """A plan and its results, made up."""
     plan = replace(FULL, small_sizes=(1,))
     everything = with_needs(units_of(plan))
-    found = []
-    for unit in everything:
-        s = unit.settings
-        wiggle = 0.002 * s["seed"]
-        result = {}
-        if unit.kind == "versus":
-            gap = {"ranked": 0.1 + 0.05 * s["layers"], "binary": 0.005}[s["data"]] + wiggle
-            gap = gap if sign > 0 else {"ranked": -gap, "binary": 0.4}[s["data"]]
-            right = 0.5 if s["labels"] == "shuffled" else 0.6 + gap * (s["arm"] == "pm") - (sign < 0) * 0.1
-            names = ["score"] if s["arm"] == "pm" else ["sum", "mean", "sum less language model"]
-            names += [f"perfect imitation, {x}" for x in ("sum", "mean")]
-            result = {"credits": {name: share_right(right - 0.1 * (name == "sum")) for name in names}}
-        if unit.kind == "finetune":
-            few = s["pairs"] <= 500
-            bonus = {"none": 0.0, "imitation": 0.02, "ranked": 0.15, "binary": 0.25}[s["arm"]]
-            result = {"credit": share_right(0.6 + sign * (bonus if few else bonus / 5) + wiggle)}
-        if unit.kind == "calibration":
-            slope = (1.02 if s["epochs"] == 1 else 0.7) if sign > 0 else 1.5
-            bins = [
-                {"pairs": 0, "promised": None, "observed": None},
-                {"pairs": 9, "promised": 0.7, "observed": 0.6},
-            ]
-            measured = {
-                "slope": slope + wiggle,
-                "slope_error": 0.02,
-                "ece": 0.01,
-                "loss": 0.5,
-                "accuracy": 0.7,
-            }
-            result = {"model": {**measured, "bins": bins}, "known score": {**measured, "bins": bins}}
-        if unit.kind == "sets":
-            grouped = s["arm"] == "grouped"
-            loss = 0.5 if grouped else 0.5 + sign * 0.05
-            losses = np.linspace(loss - 0.1, loss + 0.1, 50) + wiggle
-            result = {"curve": [{"seen": 0.0, "loss": 0.7}, {"seen": 1.0, "loss": loss}]}
-            result |= {"held_out_losses": losses.tolist(), "training_loss": 0.4, "known_score_loss": 0.45}
-            result["forwards_per_prompt"] = 6.0 if grouped else 30.0
-        if unit.kind == "lm":
-            sizes = ("matrix_weights", "non_embedding_parameters", "parameters")
-            result = dict.fromkeys(sizes, s["layers"])
-        found.append({"result": result, "seconds": 1.0, "cpu_seconds": 1.0})
-    return plan, Results(everything, found)
+    times = {"seconds": 1.0, "cpu_seconds": 1.0}
+    return plan, Results(everything, [{"result": made_up(unit, agrees)} | times for unit in everything])
 
 
 def test_results_as_the_papers_say_support_every_claim():
@@ -188,7 +179,7 @@ def test_results_as_the_papers_say_support_every_claim():
 
 
 def test_results_the_other_way_round_contradict_every_claim():
-    _, results = constructed("the other way round")
+    _, results = constructed(agrees=False)
     made = claims.all_claims(results)
     assert {c.verdict for c in made} == {CONTRADICTED}
 

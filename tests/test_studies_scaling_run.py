@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scaling_cases import WORDS
 
 from rlhf.errors import UserError
 from rlhf.models.tiny import tiny_model, tiny_tokenizer, write_tiny_model
@@ -16,7 +17,6 @@ from studies.engine.units import read_result, run, with_needs
 from studies.scaling import __main__ as command
 from studies.scaling import rungs
 from studies.scaling.adapters import backbone_of, bare_ids, lead_of
-from studies.scaling.data import world
 from studies.scaling.data.items import TASKS, Question
 from studies.scaling.data.texts import Library
 from studies.scaling.distil import distil
@@ -117,7 +117,7 @@ def test_the_weights_of_a_given_model_are_counted_without_embeddings():
 def test_every_word_of_the_world_is_one_token():
     tokenizer = rungs.tokenizer_of((), 0, FULL.vocabulary, FULL.window)
     assert len(tokenizer) < FULL.vocabulary  # there was room for every merge
-    longer = {w for w in world.words_of_the_world() if len(bare_ids(tokenizer, f" {w}")) > 1}
+    longer = {w for w in WORDS if len(bare_ids(tokenizer, f" {w}")) > 1}
     assert longer == set()
     ids = tokenizer(" the fox")["input_ids"]
     assert [ids[0]] == lead_of(tokenizer) == [tokenizer.bos_token_id]
@@ -192,11 +192,9 @@ def test_items_and_last_words_are_scored_as_plain_passes_say():
             sums.append(sum(float(table[len(before) - 1 + i, t]) for i, t in enumerate(own)))
         assert found["acc"][n] == float(np.argmax(sums) == item.answer_index)
         assert found["total_logprob"][n] == pytest.approx(np.logaddexp(*sums), abs=1e-4)
-    before = bare_ids(tokenizer, " so it")
-    best = int(logits_of(model, before)[-1].argmax())
-    (said,) = [tokenizer.decode([best])]
-    right = last_words(lm, [(" so it", said)]) if len(bare_ids(tokenizer, said)) == 1 else None
-    assert right is None or right["acc"] == [1.0]
+    best = tokenizer.decode([int(logits_of(model, bare_ids(tokenizer, " so it"))[-1].argmax())])
+    if len(bare_ids(tokenizer, best)) == 1:
+        assert last_words(lm, [(" so it", best)])["acc"] == [1.0]
 
 
 # models that are given
@@ -216,20 +214,12 @@ def test_models_that_are_given_are_a_ladder_too(tmp_path):
     places = tuple(str(tmp_path / name) for name in "ab")
     given = Given(models=places, text=(str(text),), tasks={PROB: (str(rows),)})
     plan = replace(for_models(TINY), sequences=8, responses=4)
-    some = [
-        u
-        for u in units(plan, given)
-        if u.kind != "ppo" and u.settings.get("arm") in (None, "base", "prompted")
-    ]
+    some = [u for u in units(plan, given) if u.settings.get("arm") in (None, "base", "prompted")]
     folder = tmp_path / "work"
     run(some, folder, compute, say=lambda _: None)
-    sizes = {u.settings["model"]: result_of(u, folder)["N"] for u in some if u.kind == "rung"}
-    assert sizes[places[0]] < sizes[places[1]]
-    (found,) = [
-        result_of(u, folder)
-        for u in some
-        if u.settings["model"] == places[0] and u.settings.get("arm") == "base" and u.kind == "evaluate"
-    ]
+    done = Study.read(some, folder)
+    assert [rung.label for rung in done.rungs] == [*places]
+    found = done.result("evaluate", done.rungs[0], 0, arm="base")
     assert len(found["neqa"]["acc"]) == 4
     assert len(found[PROB]["loss"]) == 2
     assert not list(folder.glob("rung-*.safetensors"))

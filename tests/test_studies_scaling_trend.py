@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from studies.engine.seeds import student95
-from studies.scaling.trend import RESIDUALS, SEEDS, Point, fit
+from studies.engine.seeds import SeedMean, student95
+from studies.scaling.trend import RESIDUALS, SEEDS, fit
 
 SIZES = (196_608.0, 1_572_864.0, 5_308_416.0)
 X = np.log(SIZES)
@@ -13,7 +14,7 @@ MANY = tuple(np.exp(np.arange(10.0, 17.0)))  # seven rungs
 
 def points(values):
     """values [rung][seed] as points without an error over items."""
-    return [[Point(float(y)) for y in seeds] for seeds in values]
+    return [[SeedMean(float(y)) for y in seeds] for seeds in values]
 
 
 def test_the_slope_is_that_of_polyfit_over_the_means_of_the_rungs():
@@ -54,7 +55,7 @@ def coverage(sizes, seeds, rng, *, spread, items, runs=1500):
     x, held = np.log(sizes), 0
     for _ in range(runs):
         truth = 0.1 * x[:, None] + spread * rng.standard_normal((len(sizes), seeds))
-        seen = [[Point(float(y + items * rng.standard_normal()), items) for y in row] for row in truth]
+        seen = [[SeedMean(float(y + items * rng.standard_normal()), items) for y in row] for row in truth]
         slope = fit(sizes, seen).slope
         held += slope.low <= 0.1 <= slope.high
     return held / runs
@@ -75,10 +76,10 @@ def test_items_that_all_rungs_met_are_paired():
     rng = np.random.default_rng(4)
     hard = 3.0 * rng.standard_normal(50)
     rungs = [hard + 0.2 * x + 0.01 * rng.standard_normal(50) for x in X]
-    found = fit(SIZES, [[Point.of(r)] for r in rungs]).slope
+    found = fit(SIZES, [[SeedMean.of(r)] for r in rungs]).slope
     by_item = [np.polyfit(X, [r[i] for r in rungs], 1)[0] for i in range(50)]
     assert found.mean == pytest.approx(np.mean(by_item))
-    apart = fit(SIZES, [[Point(float(r.mean()), float(r.std(ddof=1)) / math.sqrt(50))] for r in rungs]).slope
+    apart = fit(SIZES, [[replace(SeedMean.of(r), items=None)] for r in rungs]).slope
     assert apart.high - apart.low > 10 * (found.high - found.low)
 
 
@@ -87,7 +88,7 @@ def test_two_rungs_have_no_trend():
 
 
 def test_what_is_not_known_stays_unknown():
-    found = fit(SIZES, [[Point(1.0)], [Point(math.nan)], [Point(2.0)]])
+    found = fit(SIZES, [[SeedMean(1.0)], [SeedMean(math.nan)], [SeedMean(2.0)]])
     assert math.isnan(found.slope.mean)
     assert found.as_dict()["slope"] == {"mean": None, "ci95": None, "n": 3}
     assert found.as_dict()["misfit"] is None

@@ -2,6 +2,7 @@ import re
 from collections import Counter
 
 import pytest
+from scaling_cases import WORDS
 
 from rlhf.collect.judges import vader
 from rlhf.errors import UserError
@@ -26,14 +27,14 @@ def trained_on(number=1500):
 def test_the_words_of_a_mood_are_those_that_vader_knows():
     assert min(vader(world.GOOD)) > 0.3
     assert max(vader(world.BAD)) < -0.3
-    others = world.words_of_the_world() - {*world.GOOD, *world.BAD, "yes", "no"}
+    others = WORDS - {*world.GOOD, *world.BAD, "yes", "no"}
     assert {word for word in others if vader([word]) != [0.0]} == set()
 
 
 def test_every_word_of_text_and_items_is_a_known_one():
     text = " ".join(trained_on(200))
     items = " ".join(q.prompt + "".join(q.classes) for t in TASKS for q in questions(t, WORLD, 3, 60))
-    assert set(text.split()) | set(items.split()) == world.words_of_the_world()
+    assert set(text.split()) | set(items.split()) == WORDS
 
 
 def test_a_document_has_as_many_words_as_asked_for_and_a_space_before_each():

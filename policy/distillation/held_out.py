@@ -51,7 +51,7 @@ def measured(
         budget: tokens in memory at once.
         full: number of sequences, the first ones, whose KL over the whole vocabulary is measured too.
     """
-    device = next(student.module.parameters()).device
+    device = student.device
     chunk = chunk_of(student.vocabulary)
     shared = runtime.world > 1 and not runtime.shards_weights  # a pass over sharded weights is everybody's
 
@@ -97,7 +97,7 @@ def _full(
 ) -> float:
     """Sum over a sequence's places of the KL over the whole vocabulary."""
     passage = passages[row]
-    batch = collate([row], passages, file, next(student.module.parameters()).device)
+    batch = collate([row], passages, file, student.device)
     theirs_ND = teacher.states([passage])[passage.first - teacher.first_of(passage) :]
     mine_ND = student.states(batch, trunk)
     total = 0.0

@@ -166,6 +166,11 @@ class Student:
         return int(self.base.config.get_text_config().vocab_size)
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @property
     def frozen_layers(self) -> int:
         """Layers below the first that learns."""
         return self.backbone.frozen_layers if self.backbone else 0

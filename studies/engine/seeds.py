@@ -7,27 +7,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
 from rlhf.stats.intervals import Z95, Estimate
 
+Floats = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class SeedMean:
-    """A number measured in one seed, and its standard error over the items of that seed."""
+    """A number measured in one seed.
+
+    error: standard error over the items of that seed, NaN where it is not known. items: one value an item,
+    where they are to be paired with those of other measurements; their mean is ``mean``.
+    """
 
     mean: float
-    error: float
+    error: float = math.nan
+    items: Floats | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def of(items_N: ArrayLike) -> SeedMean:
         """Mean of independent items."""
         values = np.asarray(items_N, dtype=np.float64)
-        return SeedMean(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(values.size))
+        return SeedMean(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(values.size), values)
 
 
 def student95(freedom: int) -> float:

@@ -8,8 +8,6 @@ Suffixes: ``_B`` sentence, ``_T`` token, ``_D`` hidden unit. Masks: True = a rea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
@@ -19,15 +17,6 @@ from rlhf.models.log_probs import token_log_probs
 from rlhf.models.masks import last_true_index
 from studies.engine.ladder import HEAD_WIDTH, WIDTH_PER_LAYER
 from studies.preference.data import END, PAD, VOCABULARY, WIDTH
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Parameters: in the matrices of the layers, in the layers with biases and norms, in total."""
-
-    matrices: int
-    non_embedding: int
-    total: int
 
 
 class Rung(nn.Module):
@@ -85,11 +74,11 @@ def make_rung(layers: int, seed: int) -> Rung:
         return Rung(layers)
 
 
-def count(model: Rung) -> Counts:
-    """Count the parameters, for comparison with the formula."""
+def count(model: Rung) -> dict[str, int]:
+    """Parameters: in the matrices of the layers, in the layers with biases and norms, in total."""
     blocks = list(model.body.h.parameters())
-    return Counts(
-        matrices=sum(p.numel() for p in blocks if p.dim() == 2),
-        non_embedding=sum(p.numel() for p in [*blocks, *model.body.ln_f.parameters()]),
-        total=sum(p.numel() for p in model.parameters()),
-    )
+    return {
+        "matrix_weights": sum(p.numel() for p in blocks if p.dim() == 2),
+        "non_embedding_parameters": sum(p.numel() for p in [*blocks, *model.body.ln_f.parameters()]),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }

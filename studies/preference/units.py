@@ -63,11 +63,8 @@ def language_model(model: Rung, s: Settings) -> dict[str, Any]:
     rng = random(s["seed"], "test")
     test = data.sample(world, np.asarray(rng.integers(data.TOPICS, size=s["test"])), rng, part="held_out")
     tokens = int(test.mask_NT[:, 2:].sum())
-    parameters = count(model)
     return {
-        "matrix_weights": parameters.matrices,
-        "non_embedding_parameters": parameters.non_embedding,
-        "parameters": parameters.total,
+        **count(model),
         "first_loss": trained[0],
         "held_out_loss": -float(losses.scores_of(model, test, losses.summed_log_prob).sum()) / tokens,
         "entropy": -float(test.log_p_N.sum()) / tokens,

@@ -14,6 +14,7 @@ import numpy as np
 
 from rlhf.stats.intervals import Estimate
 from studies.engine.results import Results
+from studies.engine.seeds import SeedMean
 from studies.engine.verdicts import Claim, Statement, Verdict, above, below, inside, shown
 from studies.scaling import objectives
 from studies.scaling.data.items import TASKS
@@ -72,6 +73,7 @@ def distillation(study: Study) -> Claim:
     most = max(r["empty_context_kl"] for r in results)
     least = min(r["bounded"] for r in results)
     number = len(results)
+    bounded = "share of places where the KL on 51 classes is no larger than the whole"
     return Claim(
         5,
         "Context distillation does what the prompt does",
@@ -85,18 +87,8 @@ def distillation(study: Study) -> Claim:
         [
             *_at_every_rung(gone, "share of KL(teacher || student) gone", lambda t, e: above(t, e, GONE)),
             *_at_every_rung(recovered, "share of the context's log-prob", lambda t, e: above(t, e, GONE)),
-            inside(
-                "largest KL with no context before training (exact)",
-                Estimate(most, most, most, number),
-                0,
-                0,
-            ),
-            inside(
-                "share of places where the KL on 51 classes is no larger than the whole (exact)",
-                Estimate(least, least, least, number),
-                1,
-                1,
-            ),
+            _exactly(0, "largest KL with no context before training", most, number),
+            _exactly(1, bounded, least, number),
         ],
         ("", *(r.label for r in study.rungs), "slope a unit of ln N"),
         [
@@ -116,19 +108,15 @@ def tax(study: Study) -> Claim:
     loss, word = study.tax(LOSS, PPO), study.tax(WORD, PPO)
     lowered = study.change(*LOSS, PPO, before=PTX)
     reward = study.change(*JUDGED, PTX, before=PPO)
-    statements = [
-        below("slope of the tax of PPO on held-out loss, a unit of ln N", slope_of(loss), digits=4),
-    ]
+    on_loss = below("slope of the tax of PPO on held-out loss, a unit of ln N", slope_of(loss), digits=4)
     skilled = [e.low >= SKILL for e in study.level(*WORD, BASE).estimates]
     on_words = below("slope of the tax of PPO on last words, a unit of ln N", slope_of(word), digits=4)
-    statements.append(on_words if all(skilled) else _undecided(on_words))
+    statements = [on_loss, _if(all(skilled), on_words)]
     for arm in (PROMPTED, DISTILLED):
         text = f"last words lost, {arm}"
-        lost = _at_every_rung(study.tax(WORD, arm), text, lambda t, e: below(t, e, SMALL))
-        statements += [s if able else _undecided(s) for s, able in zip(lost, skilled, strict=True)]
+        statements += _at_every_rung(study.tax(WORD, arm), text, lambda t, e: below(t, e, SMALL), skilled)
     comparable = [e.low >= -COMPARABLE and e.high <= COMPARABLE for e in reward.estimates]
-    less = _at_every_rung(lowered, "tax on held-out loss, PPO less PPO-ptx", above)
-    statements += [s if fair else _undecided(s) for s, fair in zip(less, comparable, strict=True)]
+    statements += _at_every_rung(lowered, "tax on held-out loss, PPO less PPO-ptx", above, comparable)
     rows = []
     for measure, called in ((LOSS, "held-out loss, nats a byte"), (WORD, "last words lost")):
         for arm in (PROMPTED, DISTILLED, PPO, PTX):
@@ -177,14 +165,12 @@ def inverse_scaling(study: Study) -> Claim:
             figure = study.level(task, "acc", arm)
             mass = answer_mass(study, task, arm)
             text = f"slope of accuracy on {task}, {'before' if arm == BASE else 'after'} PPO, a unit of ln N"
-            judged = below(text, slope_of(figure), digits=4)
+            statements.append(_if(min(mass) >= MASS, below(text, slope_of(figure), digits=4)))
             if min(mass) < MASS:
-                judged = _undecided(judged)
                 notes.append(
                     f"{task}, {arm}: the answers hold {min(mass):.2g} of the probability at one rung, below "
                     f"{MASS:g}: accuracy there says little, so no verdict is made."
                 )
-            statements.append(judged)
             rows.append([task, arm, *_cells(figure)])
             rows.append([task, f"{arm}: mass on the answers", *(f"{m:.3f}" for m in mass), "-"])
         rows.append([task, f"{PPO} less {BASE}, paired", *_cells(study.change(task, "acc", PPO))])
@@ -214,14 +200,10 @@ def inverse_scaling(study: Study) -> Claim:
 
 def answer_mass(study: Study, task: str, arm: str) -> list[float]:
     """Mean probability of all answers together at every rung."""
-    return [
-        float(
-            np.mean(
-                [np.exp(study.items(task, "total_logprob", arm, rung, seed)).mean() for seed in study.seeds]
-            )
-        )
-        for rung in study.rungs
-    ]
+    masses = study.points(
+        lambda rung, seed: SeedMean.of(np.exp(study.items(task, "total_logprob", arm, rung, seed)))
+    )
+    return [float(np.mean([seed.mean for seed in seeds])) for seeds in masses]
 
 
 def _inverse(study: Study) -> list[str]:
@@ -229,16 +211,21 @@ def _inverse(study: Study) -> list[str]:
     return [task for task in study.tasks if {"acc", "total_logprob"} <= set(study.metrics(task))]
 
 
-def _at_every_rung(figure: Figure, text: str, judge: Callable[[str, Estimate], Statement]) -> list[Statement]:
-    return [
-        judge(f"{text}, {rung.label}", estimate)
-        for rung, estimate in zip(figure.rungs, figure.estimates, strict=True)
-    ]
+def _at_every_rung(
+    figure: Figure, text: str, judge: Callable[[str, Estimate], Statement], able: Sequence[bool] = ()
+) -> list[Statement]:
+    """A statement a rung; without a verdict where that is not ``able`` to have one."""
+    labels = [f"{text}, {rung.label}" for rung in figure.rungs]
+    made = [judge(label, estimate) for label, estimate in zip(labels, figure.estimates, strict=True)]
+    return [_if(not able or able[n], s) for n, s in enumerate(made)]
 
 
-def _undecided(statement: Statement) -> Statement:
-    """The same without a verdict: what it measures means nothing there."""
-    return replace(statement, verdict=Verdict.UNDECIDED)
+def _exactly(wanted: float, text: str, found: float, number: int) -> Statement:
+    return inside(f"{text} (exact)", Estimate(found, found, found, number), wanted, wanted)
+
+
+def _if(means_something: bool, statement: Statement) -> Statement:
+    return statement if means_something else replace(statement, verdict=Verdict.UNDECIDED)
 
 
 def _cells(figure: Figure, digits: int = 3) -> list[str]:

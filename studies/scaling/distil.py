@@ -142,7 +142,7 @@ def _without_context(student: Student, taught: Teach, some: Sequence[Passage]) -
     """The largest KL at any place from a teacher that reads what the student reads, in the same pass."""
     same = [p._replace(opening=p.lead) for p in sorted(some, key=lambda p: len(p.ids))]
     _, file = taught((), same, "nothing")
-    kl_N, _ = _measured(student, collate(range(len(same)), same, file, _device(student)))
+    kl_N, _ = _measured(student, collate(range(len(same)), same, file, student.device))
     return float(kl_N.abs().max())
 
 
@@ -156,7 +156,7 @@ def _bounded(
     """On which share of places the KL on k + 1 classes is no larger than that over the whole vocabulary."""
     holds = []
     for row in rows:
-        batch = collate([row], every, file, _device(student))
+        batch = collate([row], every, file, student.device)
         kl_N, states_ND = _measured(student, batch)
         logits = teacher.head(teacher.states([every[row]])), student.head(states_ND)
         whole_N = full_kl(*(x[:, : student.vocabulary] for x in logits))
@@ -170,7 +170,3 @@ def _measured(student: Student, batch: Batch) -> tuple[Tensor, Tensor]:
     states_ND = student.states(batch)
     chunk = chunk_of(student.vocabulary)
     return measure(states_ND, student.head, batch.teacher, batch.targets_N, chunk=chunk)[0], states_ND
-
-
-def _device(student: Student) -> torch.device:
-    return next(student.module.parameters()).device

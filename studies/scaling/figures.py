@@ -17,7 +17,7 @@ from studies.engine.results import Results
 from studies.engine.seeds import SeedMean, over_seeds
 from studies.scaling.data.items import TASKS
 from studies.scaling.plan import ARMS, BASE, PPO, PTX
-from studies.scaling.trend import Point, Trend, fit
+from studies.scaling.trend import Trend, fit
 
 Floats = NDArray[np.float64]
 LOSS, WORD, JUDGED = ("lm_loss", "nats_per_byte"), ("last_word", "acc"), ("judged", "score")
@@ -58,12 +58,12 @@ class Figure:
     name: str
     unit: str
     rungs: Sequence[RungOf]
-    points: Sequence[Sequence[Point]]
+    points: Sequence[Sequence[SeedMean]]
 
     @property
     def estimates(self) -> list[Estimate]:
         """At every rung, over the seeds."""
-        return [over_seeds([SeedMean(p.mean, p.error) for p in seeds]) for seeds in self.points]
+        return [over_seeds(seeds) for seeds in self.points]
 
     @property
     def trend(self) -> Trend | None:
@@ -119,21 +119,21 @@ class Study(Results):
         """The values of every item."""
         return np.asarray(self.result("evaluate", rung, seed, arm=arm)[task][metric], dtype=np.float64)
 
-    def points(self, point: Callable[[RungOf, int], Point]) -> list[list[Point]]:
+    def points(self, point: Callable[[RungOf, int], SeedMean]) -> list[list[SeedMean]]:
         """Something at every rung and seed."""
         return [[point(rung, seed) for seed in self.seeds] for rung in self.rungs]
 
     def level(self, task: str, metric: str, arm: str) -> Figure:
         """A metric of an arm."""
-        points = self.points(lambda rung, seed: Point.of(self.items(task, metric, arm, rung, seed)))
+        points = self.points(lambda rung, seed: SeedMean.of(self.items(task, metric, arm, rung, seed)))
         return Figure(f"{task}, {metric}", arm, UNITS.get(metric, metric), self.rungs, points)
 
     def change(self, task: str, metric: str, arm: str, before: str = BASE, sign: float = 1.0) -> Figure:
         """A metric of an arm less that of another one, item by item; sign -1 turns it round."""
 
-        def point(rung: RungOf, seed: int) -> Point:
+        def point(rung: RungOf, seed: int) -> SeedMean:
             after, first = (self.items(task, metric, a, rung, seed) for a in (arm, before))
-            return Point.of(sign * (after - first))
+            return SeedMean.of(sign * (after - first))
 
         name = f"{arm} less {before}" if sign > 0 else f"{before} less {arm}"
         unit = UNITS.get(metric, metric)
@@ -151,7 +151,7 @@ class Study(Results):
 
     def training(self, arm: str, key: str, name: str, unit: str) -> Figure:
         """A figure of the PPO log."""
-        points = self.points(lambda rung, seed: Point(self.result("ppo", rung, seed, arm=arm)[key]))
+        points = self.points(lambda rung, seed: SeedMean(self.result("ppo", rung, seed, arm=arm)[key]))
         return Figure("PPO, last tenth of its steps", f"{arm}: {name}", unit, self.rungs, points)
 
     def metrics(self, task: str) -> list[str]:
@@ -159,12 +159,12 @@ class Study(Results):
         return list(self.result("evaluate", self.rungs[0], self.seeds[0], arm=BASE)[task])
 
 
-def point_of(estimate: dict[str, Any] | None) -> Point:
+def point_of(estimate: dict[str, Any] | None) -> SeedMean:
     """An estimate of :meth:`Estimate.as_dict` as a point; NaN where there is none."""
     if estimate is None or estimate["mean"] is None:
-        return Point(math.nan)
+        return SeedMean(math.nan)
     ends = estimate["ci95"]
-    return Point(estimate["mean"], math.nan if ends is None else abs(ends[1] - ends[0]) / 2 / Z95)
+    return SeedMean(estimate["mean"], math.nan if ends is None else abs(ends[1] - ends[0]) / 2 / Z95)
 
 
 def all_figures(study: Study) -> list[Figure]:

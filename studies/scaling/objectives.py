@@ -24,7 +24,6 @@ from studies.preference.plan import FULL, QUICK, units_of
 from studies.preference.report import short
 from studies.scaling.figures import Figure, RungOf
 from studies.scaling.plan import Plan
-from studies.scaling.trend import Point
 
 RANKED, BINARY = "ranked", "binary"
 
@@ -89,15 +88,14 @@ def gap(results: Results, data: str) -> Figure:
 def _figure(results: Results, data: str, name: str, parts: Mapping[tuple[str, str], float]) -> Figure:
     """A weighted sum of accuracies, by arm and score, each with the standard error of a share."""
 
-    def point(layers: int, seed: int) -> Point:
+    def point(layers: int, seed: int) -> SeedMean:
         shares = []
         for arm, score in parts:
             place = {"layers": layers, "seed": seed, "data": data, "arm": arm}
             share = results.one("versus", **place)["accuracy"][score]
             (number,) = results.values("versus", "test", **place)
             shares.append(SeedMean(share, math.sqrt(share * (1 - share) / number)))
-        total = combine(shares, [*parts.values()])
-        return Point(total.mean, total.error)
+        return combine(shares, [*parts.values()])
 
     sizes, seeds = (results.values("versus", key) for key in ("layers", "seed"))
     rungs = [RungOf(float(matrix_weights(layers)), layers) for layers in sizes]

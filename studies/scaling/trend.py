@@ -28,33 +28,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from rlhf.stats.intervals import Estimate
 from studies.engine.seeds import SeedMean, combine, over_seeds, slope_weights, student95
 
 LEAST_RUNGS = 3
 SEEDS, RESIDUALS = "seeds", "residuals"
-
-
-@dataclass(frozen=True)
-class Point:
-    """A figure at one rung in one seed.
-
-    mean: its value. error: standard error over the items, NaN where it is not known. items: one value an
-    item, where the same items were met at every rung of the seed; their mean is ``mean``.
-    """
-
-    mean: float
-    error: float = math.nan
-    items: tuple[float, ...] | None = None
-
-    @staticmethod
-    def of(items_N: ArrayLike) -> Point:
-        """Mean of items, and the items."""
-        values = np.asarray(items_N, dtype=np.float64)
-        seed = SeedMean.of(values)
-        return Point(seed.mean, seed.error, tuple(values.tolist()))
 
 
 @dataclass(frozen=True)
@@ -81,7 +61,7 @@ class Trend:
         }
 
 
-def fit(sizes: Sequence[float], points: Sequence[Sequence[Point]]) -> Trend | None:
+def fit(sizes: Sequence[float], points: Sequence[Sequence[SeedMean]]) -> Trend | None:
     """The trend of a figure.
 
     sizes: N of every rung. points: for each rung one point a seed, in the order of the seeds. None with fewer
@@ -109,12 +89,12 @@ def fit(sizes: Sequence[float], points: Sequence[Sequence[Point]]) -> Trend | No
     return Trend(slope, intercept, float(np.abs(distance).max()), len(sizes), method)
 
 
-def _slope(of_seed: Sequence[Point], weights: Sequence[float]) -> SeedMean:
+def _slope(of_seed: Sequence[SeedMean], weights: Sequence[float]) -> SeedMean:
     """The slope of one seed: paired by item where the items are the same, else with independent errors."""
-    items = [p.items or () for p in of_seed]
-    if len(set(map(len, items))) == 1 and len(items[0]) > 1:
+    items = [s.items for s in of_seed if s.items is not None]
+    if len(items) == len(of_seed) and len({*map(len, items)}) == 1 and len(items[0]) > 1:
         return SeedMean.of(np.asarray(weights) @ np.asarray(items))
-    return combine([SeedMean(p.mean, p.error) for p in of_seed], list(weights))
+    return combine(of_seed, weights)
 
 
 def _residual_half(x: NDArray[np.float64], distance: NDArray[np.float64]) -> float:

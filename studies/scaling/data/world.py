@@ -52,16 +52,6 @@ def halves(words: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     return words[: len(words) // 2], words[len(words) // 2 :]
 
 
-def words_of_the_world() -> set[str]:
-    """Every word that text and items are made of."""
-    frames = (
-        "the a is has it day says that near never without if then so not let be what colour which or write "
-        "line ends in yes no . , ? :"
-    )
-    lists = (GOOD, BAD, NAMES, ANIMALS, OBJECTS, PLACES, COLOURS, THINGS, TRAITS, VERBS)
-    return set(frames.split()).union(*lists)
-
-
 @dataclass(frozen=True)
 class World:
     """What is the case: the colour of every thing, and the proverbs, no two of which begin alike."""
