@@ -1,6 +1,7 @@
 """What the tests share: a tiny model, the tiny recipe, and one finished run of the whole road."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,6 +57,32 @@ def road(tmp_path_factory):
     finally:
         os.chdir(before)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tax_lab(tmp_path_factory):
+    """A run in which every stage before the tax table seems to have finished. Do not change it."""
+    import tiny_tax
+
+    folder = tmp_path_factory.mktemp("tax_lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tiny_tax.build()
+    return folder
+
+
+@pytest.fixture
+def here(tax_lab, tmp_path, monkeypatch):
+    """A copy of the tax table's lab as the current folder."""
+    shutil.copytree(tax_lab, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """The tax table's, which takes a second, and is looked at elsewhere."""
+    monkeypatch.setattr("policy.alignment_tax.run.draw", lambda table, file: None)
 
 
 @pytest.fixture

@@ -139,7 +139,5 @@ def test_a_recipe_that_cannot_work_is_refused(overrides, message):
         tiny_recipe(*overrides)
 
 
-def test_a_recipe_with_best_of_n_is_accepted():
-    assert tiny_recipe().evaluate.best_of == 0
-    assert tiny_recipe("evaluate.best_of=2").evaluate.best_of_prompts is None
+def test_all_prompts_are_accepted():
     assert tiny_recipe("evaluate.best_of=64", "evaluate.best_of_prompts=24").evaluate.best_of == 64

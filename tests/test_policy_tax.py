@@ -32,20 +32,10 @@ WHOLE = ("tax.variants=[base,prompted,sft,policy]", "tax.score=true", "tax.rewar
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A run that is finished up to the tax table. Do not change it."""
-    folder = tmp_path_factory.mktemp("lab")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        tiny_tax.build()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def done(lab, tmp_path_factory):
-    """The same with a whole tax table. Do not change it."""
+def done(tax_lab, tmp_path_factory):
+    """The lab with a whole tax table. Do not change it."""
     folder = tmp_path_factory.mktemp("done")
-    shutil.copytree(lab, folder, dirs_exist_ok=True)
+    shutil.copytree(tax_lab, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         again(*WHOLE)
@@ -53,24 +43,10 @@ def done(lab, tmp_path_factory):
 
 
 @pytest.fixture
-def here(lab, tmp_path, monkeypatch):
-    """A copy of the lab as the current folder."""
-    shutil.copytree(lab, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def at(done, monkeypatch):
     """The finished table's folder as the current one."""
     monkeypatch.chdir(done)
     return done
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    """It takes a second, and is looked at elsewhere."""
-    monkeypatch.setattr(tax_work, "draw", lambda table, file: None)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------
@@ -150,12 +126,9 @@ def test_the_table_is_made_of_the_items(at):
             assert got["wins"] == sum(sign * c > 0 for c in change)
             assert got["losses"] == sum(sign * c < 0 for c in change)
             assert got["ties"] == sum(c == 0 for c in change)
-    assert not task_of(found, "lm_loss")["higher_is_better"]
-
-
-def test_variants_differ_from_each_other(at):
-    found = task_of(table(), "lm_loss")["variants"]
-    assert len({figures["mean"] for figures in found.values()}) == len(VARIANTS)
+    loss = task_of(found, "lm_loss")
+    assert not loss["higher_is_better"]
+    assert len({figures["mean"] for figures in loss["variants"].values()}) == len(VARIANTS)
 
 
 def test_what_was_written_is_kept_with_the_judge_s_scores(at):
@@ -299,9 +272,9 @@ def test_one_model_is_in_memory_at_a_time_and_the_judge_comes_last(here, monkeyp
     alive, order = [], []
     load, judge = tax_work.load_variant, tax_work.ToxicityTask.judge
 
-    def loading(variant, recipe, same):
+    def loading(variant, recipe, *, same, **options):
         order.append((variant.name, [ref() for ref in alive if ref() is not None]))
-        loaded = load(variant, recipe, same=same)
+        loaded = load(variant, recipe, same=same, **options)
         alive.append(weakref.ref(loaded.model))
         return loaded
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,18 +190,14 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=16, n_layer=2, n_head=2, n_positions=64)).eval()
 
 
-def test_transposed_matrices_are_added_to(tmp_path):
-    expected = adapted(gpt2(), tmp_path, r=2, lora_alpha=5, target_modules=["c_attn", "c_proj"])
-    model = with_adapters(gpt2(), [(tmp_path, 1.0)])
+@pytest.mark.parametrize("weights", [[1.0], [0.25, 0.75]])
+@pytest.mark.parametrize(
+    ("base", "targets"), [(gpt2, ["c_attn", "c_proj"]), (lambda: tiny_model(259).eval(), ["q_proj"])]
+)
+def test_weights_that_sum_to_one_give_the_adapter_transposed_matrices_too(base, targets, weights, tmp_path):
+    expected = adapted(base(), tmp_path, r=2, lora_alpha=5, target_modules=targets)
+    model = with_adapters(base(), [(tmp_path, weight) for weight in weights])
     torch.testing.assert_close(say(model), expected, rtol=0, atol=2e-5)
-
-
-def test_half_an_adapter_twice_is_the_adapter(tmp_path):
-    for base in (gpt2, lambda: tiny_model(259).eval()):
-        targets = ["c_attn"] if base is gpt2 else ["q_proj"]
-        expected = adapted(base(), tmp_path, r=2, target_modules=targets)
-        model = with_adapters(base(), [(tmp_path, 0.25), (tmp_path, 0.75)])
-        torch.testing.assert_close(say(model), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -221,21 +218,23 @@ def test_where_the_matrix_cannot_be_written_to_the_adapter_runs_beside_it(sectio
 # --- which variants --------------------------------------------------------------------------------------
 
 
-def test_without_names_a_variant_is_there_when_its_stage_has_finished(here):
-    recipe = recipe_of("tax.interpolate=[0.5,0.25]", "tax.models={x: start}")
-    names = ["base", "prompted", "policy_0.25", "policy_0.5", "policy", "x"]
-    assert variant_names(recipe, recipe.tax) == names
-    assert variant_stages(names) == ["ppo"]
-    recipe = recipe_of("hhh_prompt=nowhere.txt", "name=other")
-    assert variant_names(recipe, recipe.tax) == ["base"]
-
-
-def test_named_variants_are_those_alone_and_the_way_comes_with_the_policy(here):
-    recipe = recipe_of("tax.variants=[sft,distilled,policy_prompted]", "tax.interpolate=[0.5]")
-    assert variant_names(recipe, recipe.tax) == ["sft", "distilled", "policy_prompted"]
-    assert variant_stages(variant_names(recipe, recipe.tax)) == ["sft", "distill", "ppo"]
-    recipe = recipe_of("tax.variants=policy", "tax.interpolate=[0.5]")
-    assert variant_names(recipe, recipe.tax) == ["policy_0.5", "policy"]
+@pytest.mark.parametrize(
+    ("overrides", "names", "stages"),
+    [
+        (["tax.models={x: start}"], "base prompted policy_0.25 policy_0.5 policy x", ["ppo"]),
+        (["hhh_prompt=nowhere.txt", "name=other"], "base", []),  # no stage of it has finished
+        (
+            ["tax.variants=[sft,distilled,policy_prompted]"],
+            "sft distilled policy_prompted",
+            ["sft", "distill", "ppo"],
+        ),
+        (["tax.variants=policy"], "policy_0.25 policy_0.5 policy", ["ppo"]),
+    ],
+)
+def test_variants_are_those_named_or_those_whose_stage_has_finished(overrides, names, stages, here):
+    recipe = recipe_of("tax.interpolate=[0.5,0.25]", *overrides)
+    assert variant_names(recipe, recipe.tax) == names.split()
+    assert variant_stages(names.split()) == stages
 
 
 def test_variants_know_their_base_their_adapters_and_their_prompt(here, tmp_path):
@@ -282,20 +281,16 @@ def test_a_prompt_longer_than_the_window_is_told(here, tmp_path):
 def test_the_hash_knows_everything_that_decides_what_a_variant_says(here, tmp_path):
     recipe = recipe_of()
     plain = ModelVariant("a", "models/tiny", (("start", 1.0),))
-    assert variant_hash(plain, recipe) == variant_hash(
-        ModelVariant("b", "models/tiny", (("start", 1.0),), what="x"), recipe
-    )
     shutil.copytree("models/tiny", tmp_path / "moved")
-    assert variant_hash(
-        ModelVariant("a", str(tmp_path / "moved"), (("start", 1.0),)), recipe
-    ) == variant_hash(plain, recipe)
+    for equal in (replace(plain, name="b", what="x"), replace(plain, base=str(tmp_path / "moved"))):
+        assert variant_hash(equal, recipe) == variant_hash(plain, recipe)
     write_tiny_model(tmp_path / "other", seed=7)
     others = [
-        (ModelVariant("a", "models/tiny", (("start", 0.5),)), recipe),
-        (ModelVariant("a", "models/tiny", (("runs/tiny/ppo/policy", 1.0),)), recipe),
-        (ModelVariant("a", "models/tiny"), recipe),
-        (ModelVariant("a", str(tmp_path / "other"), (("start", 1.0),)), recipe),
-        (ModelVariant("a", "models/tiny", (("start", 1.0),), prompted=True), recipe),
+        (replace(plain, adapters=(("start", 0.5),)), recipe),
+        (replace(plain, adapters=(("runs/tiny/ppo/policy", 1.0),)), recipe),
+        (replace(plain, adapters=()), recipe),
+        (replace(plain, base=str(tmp_path / "other")), recipe),
+        (replace(plain, prompted=True), recipe),
         (plain, recipe_of("model.dtype=bfloat16")),
         (plain, recipe_of("dialogue.template=chat")),
         (ModelVariant("a", "hub/one"), recipe),
@@ -358,9 +353,8 @@ def test_other_models_must_be_there(here, tmp_path):
         (f"{tmp_path}/empty", "holds neither an adapter nor a model"),
         ("runs/tiny/gone/policy", r"tax\.models\.x: runs/tiny/gone/policy is not a folder"),
     ):
-        recipe = recipe_of(f"tax.models.x={place}")
         with pytest.raises(UserError, match=message):
-            check_models(recipe.tax)
+            check_models(recipe_of(f"tax.models.x={place}").tax)
     for place in ("start", "models/tiny", "owner/name", "gpt2"):
         check_models(recipe_of(f"tax.models.x={place}").tax)
 

@@ -17,41 +17,21 @@ from rlhf.errors import UserError
 from rlhf.evals.outcome import Outcome
 from rlhf.evals.sandbox import run as sandbox
 from rlhf.recipe.renamed import RENAMED
+from rlhf.runs.artifacts import hash_of
 from rlhf.runs.stage import input_hashes
 
 ALONE = "tax.variants=[base]"
 REWARD = "runs/tiny/reward/model"
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A run that is finished up to the tax table. Do not change it."""
-    folder = tmp_path_factory.mktemp("lab")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        tiny_tax.build()
-    return folder
-
-
-@pytest.fixture
-def here(lab, tmp_path, monkeypatch):
-    """A copy of the lab as the current folder."""
-    shutil.copytree(lab, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It takes a second, and is looked at elsewhere."""
-    monkeypatch.setattr(tax_work, "draw", lambda table, file: None)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 @pytest.fixture(scope="module")
-def plain(lab, tmp_path_factory):
+def plain(tax_lab, tmp_path_factory):
     """What the base writes to the toxicity prompts, and its table, with no option set."""
     folder = tmp_path_factory.mktemp("plain")
-    shutil.copytree(lab, folder, dirs_exist_ok=True)
+    shutil.copytree(tax_lab, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         found = again(ALONE, tasks=["toxicity"])
@@ -65,10 +45,7 @@ def said_by(variant):
 # --- toxicity --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "option",
-    ["max_new_tokens=3", "temperature=0.2", "top_p=0.2"],
-)
+@pytest.mark.parametrize("option", ["max_new_tokens=3", "temperature=0.2", "top_p=0.2"])
 def test_what_is_written_follows_the_options(option, here, plain):
     again(ALONE, f"tax.toxicity.{option}", tasks=["toxicity"])
     said = said_by("base")
@@ -79,9 +56,12 @@ def test_what_is_written_follows_the_options(option, here, plain):
 
 def test_results_are_kept_under_the_keys_of_earlier_versions(here):
     again(ALONE, "tax.cache=kept", tasks=["toxicity"])
-    written = json.loads(next(Path("kept").glob("base--toxicity--written--*")).read_text())["key"]
-    assert written.keys() == {"arm", "files", "limit", "items", "seed", "asked"}
-    assert written["asked"].keys() == {"samples", "max_new_tokens", "temperature", "top_p", "items"}
+    (file,) = Path("kept").glob("base--toxicity--written--*")
+    key, made_with = json.loads(file.read_text())["key"]
+    assert key.keys() == {"arm", "files", "limit", "items", "seed", "asked"}
+    assert key["asked"].keys() == {"samples", "max_new_tokens", "temperature", "top_p", "items"}
+    assert {"torch", "transformers", "peft", "lm_eval"} < made_with.keys()
+    assert file.name == f"base--toxicity--written--{hash_of([key, made_with])[:16]}.json"
 
 
 def test_several_samples_are_taken_and_the_worst_is_known(here):
@@ -103,7 +83,7 @@ def test_a_reward_model_judges_prompt_and_response(here, plain):
     assert [row["values"]["score"]["base"] for row in items()] == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) > 1
     middle = sorted(expected)[2]
-    for higher, flagged in (("true", 3), ("false", 3)):  # the middle one is flagged from both sides
+    for higher in ("true", "false"):  # the middle one is flagged from both sides
         found = again(
             ALONE,
             f"tax.toxicity.judge={REWARD}",
@@ -113,7 +93,7 @@ def test_a_reward_model_judges_prompt_and_response(here, plain):
         )
         task = task_of(found, "toxicity")
         assert task["higher_is_better"] == (higher == "true")
-        assert task["variants"]["base"]["metrics"]["flagged"]["mean"] == pytest.approx(flagged / 5, abs=0.21)
+        assert task["variants"]["base"]["metrics"]["flagged"]["mean"] == pytest.approx(3 / 5, abs=0.21)
 
 
 # --- score -----------------------------------------------------------------------------------------------
@@ -135,13 +115,14 @@ def test_the_score_takes_its_settings_from_evaluate_and_a_finished_one_knows_the
     options = (ALONE, "tax.score=true", "evaluate.samples_per_prompt=2", "evaluate.temperature=0.5")
     again(*options, "evaluate.prompts=3", tasks=[])
     assert [len(texts) for texts in said_by("base")] == [2, 2, 2]
+    as_an_earlier_version_left_it()
+    stage(tax.main, *SHORT, *options, "evaluate.prompts=3")
     with pytest.raises(UserError, match="finished with other settings of the section `evaluate`"):
         stage(tax.main, *SHORT, *options, "evaluate.prompts=4")
 
 
-def test_a_table_of_an_earlier_version_stays_finished(here):
-    options = (ALONE, "tax.score=true", "evaluate.samples_per_prompt=2", "evaluate.prompts=3")
-    again(*options, tasks=[])
+def as_an_earlier_version_left_it():
+    """Give a finished table the former keys."""
     for file, place in (("manifest", ("fingerprint", "recipe", "tax")), ("tax", ("evaluate",))):
         path = Path(f"runs/tiny/tax/{file}.json")
         written = section = json.loads(path.read_text())
@@ -151,9 +132,6 @@ def test_a_table_of_an_earlier_version_stays_finished(here):
             if former.rpartition(".")[0] == place[-1]:
                 section[former.rpartition(".")[2]] = section.pop(present.rpartition(".")[2])
         path.write_text(json.dumps(written))
-    stage(tax.main, *SHORT, *options)
-    with pytest.raises(UserError, match="finished with other settings of the section `evaluate`"):
-        stage(tax.main, *SHORT, *options, "evaluate.prompts=4")
 
 
 def test_a_prompted_variant_reads_a_held_out_prompt_as_a_new_turn(here, monkeypatch):
@@ -223,10 +201,9 @@ def test_tasks_of_lm_eval_are_rows_of_the_table_paired_item_by_item(here):
 
 
 def test_groups_are_shown_up_to_a_number(here):
-    again(ALONE, tasks=["hhh"])
-    assert "## By group of items" in Path("runs/tiny/tax/tax.md").read_text()
-    again(ALONE, "tax.groups_shown=1", tasks=["hhh"])
-    assert "## By group of items" not in Path("runs/tiny/tax/tax.md").read_text()
+    for number, shown in ((8, True), (1, False)):
+        again(ALONE, f"tax.groups_shown={number}", tasks=["hhh"])
+        assert ("## By group of items" in Path("runs/tiny/tax/tax.md").read_text()) == shown
 
 
 def test_humaneval_gets_its_options_and_leave_to_run(here, monkeypatch):

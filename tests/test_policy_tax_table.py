@@ -6,19 +6,16 @@ import statistics
 
 import pytest
 
-from policy.alignment_tax.comparison import (
-    common,
+from policy.alignment_tax.plot import draw
+from policy.alignment_tax.report import as_markdown
+from policy.alignment_tax.table import (
     difference,
-    intervals,
     item_rows,
     task_figures,
     variant_figures,
     verdict,
     verdicts,
 )
-from policy.alignment_tax.plot import draw
-from policy.alignment_tax.report import as_markdown
-from policy.alignment_tax.results_cache import Parts
 from rlhf.evals.outcome import Outcome
 
 Z = statistics.NormalDist().inv_cdf(0.975)
@@ -107,8 +104,6 @@ def test_items_are_paired_by_name_where_the_two_have_different_ones():
     same = difference(outcome(BASE[2:], ids=IDS[2:]), outcome(ARM[2:], ids=IDS[2:]))
     assert found | {"unpaired": 0} == same
     assert found["unpaired"] == 3  # f:1, f:2 and f:9
-    before, after = common(outcome(BASE), other)
-    assert before.ids == after.ids == IDS[2:]
     apart = difference(outcome(BASE), outcome([1.0], ids=["x"]))
     assert (apart["diff"], apart["ci95"], apart["n"], apart["verdict"]) == (None, None, 0, "open")
 
@@ -201,8 +196,7 @@ def test_the_page_says_what_can_be_told_and_how_many_intervals_there_are():
     tax = table()
     page = as_markdown(tax)
     assert "- `sft` against `base`: better on hhh; worse on lm_loss.\n" in page
-    assert "- `policy` against `base`: not told apart on hhh, lm_loss.\n" in page
-    assert intervals(tax["tasks"]) == 4
+    assert "- `policy` against `base`: no significant difference on hhh, lm_loss.\n" in page
     assert "The page has 4 such intervals: if nothing had changed at all, about 0.2 of them" in page
     assert verdicts(tax["tasks"], "sft") == {"better": ["hhh"], "worse": ["lm_loss"], "open": []}
     for word in (
@@ -275,20 +269,3 @@ def test_items_have_every_value_of_every_variant():
         "values": {"loss": {"base": 0.1}, "words": {"base": 0.3}},
     }
     assert found[1]["values"]["loss"] == {"base": 0.9, "x": 0.9}
-
-
-# --- pieces on the disk ----------------------------------------------------------------------------------
-
-
-def test_a_piece_is_there_for_its_key_alone(tmp_path):
-    parts = Parts(tmp_path / "parts")
-    assert parts.get("a--b/c", {"seed": 1}) is None
-    parts.put("a--b/c", {"seed": 1}, {"x": [1.0, "ä"]})
-    assert parts.get("a--b/c", {"seed": 1}) == {"x": [1.0, "ä"]}
-    assert parts.get("a--b/c", {"seed": 2}) is None
-    assert parts.get("a--b", {"seed": 1}) is None
-    parts.put("a--b/c", {"seed": 2}, {"x": [2.0]})
-    assert parts.get("a--b/c", {"seed": 1}) == {"x": [1.0, "ä"]}  # they lie side by side
-    for file in (tmp_path / "parts").iterdir():
-        file.write_text('{"key": {"seed": 1}, "val')
-    assert parts.get("a--b/c", {"seed": 1}) is None

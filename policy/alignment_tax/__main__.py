@@ -1,4 +1,4 @@
-"""The `tax` stage: what alignment cost, several models (variants) side by side on the same items.
+"""The `tax` stage: what alignment cost, several model variants side by side on the same items.
 
 ``python -m policy.alignment_tax RECIPE [section.key=value ...]`` writes ``runs/<name>/tax/tax.json``,
 ``tax.md``, ``tax.png``, ``items.jsonl`` and, where a judge scores responses, ``responses.jsonl``, and prints
@@ -12,7 +12,7 @@ from policy.alignment_tax.table import same_score_settings
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import from_command_line
 from rlhf.recipe.tax import DEFAULT_VARIANTS
-from rlhf.runs.artifacts import read_json
+from rlhf.runs.artifacts import print_page, read_json
 from rlhf.runs.initial_adapter import check_same_start
 from rlhf.runs.stage import RUNS, open_stage
 
@@ -51,10 +51,7 @@ def main() -> None:
             f"{folder} was finished with other settings of the section `evaluate`, which tax.score uses: "
             f'give the new run a name of its own (SET="name=..."), or remove {folder} to make it anew'
         )
-    page = folder / "tax.md"
-    if not page.is_file():
-        raise UserError(f"{page} is missing; remove {folder} and run `make tax` again")
-    print(page.read_text(encoding="utf-8"), flush=True)
+    print_page(folder / "tax.md")
 
 
 if __name__ == "__main__":

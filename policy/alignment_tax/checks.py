@@ -1,4 +1,4 @@
-"""What the tax stage needs: variants, stages, files and items, looked at before anything is loaded.
+"""What the tax stage needs: variants, stages, files and items, checked before anything is loaded.
 
 No torch here.
 """
@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from policy.alignment_tax.models import base_of, check_models, model_files, variant_names, variant_stages
+from policy.alignment_tax.models import PICKLED, base_of, check_models, variant_names, variant_stages
 from rlhf.collect.judges import JUDGES
 from rlhf.errors import UserError
 from rlhf.evals.registry import TASKS, canonical, draw, task_spec
 from rlhf.recipe.load import Recipe, is_path
 from rlhf.recipe.tax import Tax
-from rlhf.runs.artifacts import SETTINGS
+from rlhf.runs.artifacts import SETTINGS, model_files
 from rlhf.runs.initial_adapter import start_inputs
 
 
 def check(recipe: Recipe, section: Tax, *, planned: bool = False) -> list[str]:
-    """What can be said against the section before anything is loaded; returns the names of the variants.
+    """Refuse a section that cannot work, before anything is loaded; returns the names of the variants.
 
     planned: no stage has to have finished; the variants are those that the recipe's stages will make.
 
@@ -103,7 +103,7 @@ def inputs_of(recipe: Recipe, section: Tax, names: Sequence[str]) -> list[str]:
         places.append(section.toxicity.judge)
     if section.score and recipe.evaluate.judge == "reward":
         places += [recipe.evaluate.reward_model] if recipe.evaluate.reward_model else recipe.ppo.reward_model
-    specs += [str(file) for place in places for file in model_files(place)]
+    specs += [str(file) for place in places for file in model_files(place, PICKLED)]
     if any(name.endswith("prompted") for name in names if name not in section.models):
         specs.append(recipe.hhh_prompt)
     if "policy" in names and section.interpolate:

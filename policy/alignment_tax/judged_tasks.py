@@ -1,4 +1,4 @@
-"""Tasks in which a variant writes and a judge scores: what is asked, and who judges.
+"""Tasks in which a variant writes responses and a judge scores them: the prompts, and the judge.
 
 The variants write first, one model in memory at a time; the judge is loaded when all of them are gone.
 """
@@ -8,22 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from policy.alignment_tax.models import ModelVariant, model_hash, prompt_of
 from policy.ppo.metrics import distinct_n
+from policy.ppo.setup import reward_folders
 from reward.card.scorers import load_scorer
-from reward.model.ensemble import combine, member_folders
+from reward.model.ensemble import combine
 from reward.model.model import TextRewardModel
 from rlhf.collect.judges import JUDGES, Judge
 from rlhf.data.comparisons import Prompt, prompt_key
-from rlhf.data.stored import stored_prompts
+from rlhf.data.stored import held_out_prompts
 from rlhf.errors import UserError
 from rlhf.evals.model import LanguageModel
 from rlhf.evals.outcome import Outcome
-from rlhf.evals.tasks import hhh, toxicity
+from rlhf.evals.tasks import toxicity
 from rlhf.evals.tasks.toxicity import judged
 from rlhf.models.base import best_device
 from rlhf.recipe.load import Recipe
@@ -35,7 +36,29 @@ Responses = list[list[str]]
 """Of each prompt, its samples."""
 
 
-class ToxicityTask:
+class JudgedTask(Protocol):
+    """A task in two passes: every variant writes, then one judge scores."""
+
+    name: str
+    prompts: list[Prompt]
+
+    def asked(self) -> dict[str, Any]:
+        """What the responses depend on besides the variant; former names, so that old caches stay valid."""
+
+    def judged_by(self) -> dict[str, Any]:
+        """What their scores depend on besides the responses."""
+
+    def respond(self, variant: ModelVariant, lm: LanguageModel) -> Responses:
+        """A variant's responses."""
+
+    def judge(self) -> Judge:
+        """Load the judge."""
+
+    def outcome(self, responses: Responses, judge: Judge) -> Outcome:
+        """The figures of a variant's responses."""
+
+
+class ToxicityTask(JudgedTask):
     """The task `toxicity`.
 
     Args:
@@ -48,39 +71,32 @@ class ToxicityTask:
 
     def __init__(self, recipe: Recipe, section: Tax, items: Sequence[toxicity.Item]) -> None:
         self.recipe, self.section, self.items = recipe, section.toxicity, items
-
-    def shown(self) -> list[str]:
-        """The prompts, for the reader."""
-        return [item.text for item in self.items]
+        self.prompts = [item.messages for item in items]
+        self._sampling: dict[str, Any] = {
+            "samples": self.section.samples_per_prompt,
+            "max_new_tokens": self.section.max_new_tokens,
+            "temperature": self.section.temperature,
+            "top_p": self.section.top_p,
+        }
+        self._flagged: dict[str, Any] = {
+            "higher_is_better": self.section.higher_is_better,
+            "threshold": self.section.threshold,
+        }
 
     def asked(self) -> dict[str, Any]:
-        """What decides what the variants write."""
-        return {**self._sampling(), "items": [item.id for item in self.items]}
+        """The sampling, and the items."""
+        return {**self._sampling, "items": [item.id for item in self.items]}
 
     def judged_by(self) -> dict[str, Any]:
-        """What decides how it is scored."""
-        toxic = self.section
-        return {
-            "judge": model_hash(toxic.judge),
-            "higher_is_better": toxic.higher_is_better,
-            "threshold": toxic.threshold,
-        }
+        """The judge, and what it flags."""
+        return {"judge": model_hash(self.section.judge), **self._flagged}
 
     def respond(self, variant: ModelVariant, lm: LanguageModel) -> Responses:
-        """What a variant writes."""
-        return toxicity.respond(lm, self.items, seed=self.recipe.seed, **self._sampling())
-
-    def _sampling(self) -> dict[str, Any]:
-        toxic = self.section
-        return {
-            "samples": toxic.samples_per_prompt,
-            "max_new_tokens": toxic.max_new_tokens,
-            "temperature": toxic.temperature,
-            "top_p": toxic.top_p,
-        }
+        """Continuations of the prompts."""
+        return toxicity.respond(lm, self.items, seed=self.recipe.seed, **self._sampling)
 
     def judge(self) -> Judge:
-        """Load the judge."""
+        """A judge of texts by name, or a model."""
         name = self.section.judge
         if name in JUDGES:
             return JUDGES[name]
@@ -88,16 +104,11 @@ class ToxicityTask:
         return lambda prompts, responses: scorer.score(prompts, responses).tolist()
 
     def outcome(self, responses: Responses, judge: Judge) -> Outcome:
-        """The figures of a variant's responses."""
-        return toxicity.outcome(
-            self.items,
-            judged([item.messages for item in self.items], responses, judge),
-            threshold=self.section.threshold,
-            higher_is_better=self.section.higher_is_better,
-        )
+        """Score, and share flagged."""
+        return toxicity.outcome(self.items, judged(self.prompts, responses, judge), **self._flagged)
 
 
-class HeldOutScore:
+class HeldOutScore(JudgedTask):
     """The task `score`: responses to the run's held-out prompts, judged as the section `evaluate` says.
 
     Args:
@@ -109,17 +120,11 @@ class HeldOutScore:
 
     def __init__(self, recipe: Recipe, run: StageRun) -> None:
         self.recipe, self.run, self.section = recipe, run, recipe.evaluate
-        found = stored_prompts(run, "held_out_prompts.jsonl")
-        self.prompts: list[Prompt] = found[: self.section.prompts]
-        if len(found) < self.section.prompts:
-            print(f"tax: {len(found)} held-out prompts, fewer than the {self.section.prompts} asked for")
-
-    def shown(self) -> list[str]:
-        """The last turn of every prompt, for the reader."""
-        return [prompt[-1].content for prompt in self.prompts]
+        self.prompts = held_out_prompts(run, self.section.prompts)
+        self._by_reward_model = self.section.judge == "reward"
 
     def asked(self) -> dict[str, Any]:
-        """What decides what the variants write."""
+        """The prompts, and the sampling."""
         return {
             "prompts": [prompt_key(prompt) for prompt in self.prompts],
             "samples": self.section.samples_per_prompt,
@@ -127,20 +132,23 @@ class HeldOutScore:
         }
 
     def judged_by(self) -> dict[str, Any]:
-        """What decides how it is scored."""
-        ppo = self.recipe.ppo
-        by_text = self.section.judge != "reward"
-        ensemble = {} if by_text else {"ensemble": ppo.ensemble, "penalty": ppo.ensemble_penalty}
-        folders = [] if by_text else [model_hash(str(folder)) for folder in self._folders()]
-        return {"judge": self.section.judge, "reward_models": folders, **ensemble}
+        """The judge, by content."""
+        if not self._by_reward_model:
+            return {"judge": self.section.judge, "reward_models": []}
+        return {
+            "judge": self.section.judge,
+            "reward_models": [model_hash(str(folder)) for folder in self._folders()],
+            "ensemble": self.recipe.ppo.ensemble,
+            "penalty": self.recipe.ppo.ensemble_penalty,
+        }
 
     def respond(self, variant: ModelVariant, lm: LanguageModel) -> Responses:
-        """What a variant writes: unprompted in the form that it was trained on, prompted as a new turn."""
+        """Unprompted in the form that the variant was trained on, prompted as a new turn."""
         samples = self.section.samples_per_prompt
         dialogue = dialogue_of(self.recipe, lm.tokenizer)
         if variant.prompted:
-            behind = prompt_of(self.recipe, lm.tokenizer)
-            ids = [behind.after_dialogue(prompt, reply=True) for prompt in self.prompts]
+            context = prompt_of(self.recipe, lm.tokenizer)
+            ids = [context.after_dialogue(prompt, reply=True) for prompt in self.prompts]
         else:  # the language model puts BOS itself
             try:
                 whole = [dialogue.encode_prompt(prompt) for prompt in self.prompts]
@@ -153,37 +161,38 @@ class HeldOutScore:
             max_new_tokens=dialogue.max_response_tokens,
             temperature=self.section.temperature,
             seed=self.recipe.seed,
-            names=[f"held-out prompt {i + 1}" for i in range(len(ids)) for _ in range(samples)],
+            names=[name for name in self._ids() for _ in range(samples)],
         )
         return [texts[first : first + samples] for first in range(0, len(texts), samples)]
 
+    def _ids(self) -> list[str]:
+        return [f"held-out prompt {i + 1}" for i in range(len(self.prompts))]
+
     def _folders(self) -> list[Path]:
         """The reward models that judge: the recipe's, else those that PPO was trained against."""
-        if self.section.reward_model:
-            return [Path(self.section.reward_model)]
-        named = self.recipe.ppo.reward_model
-        return [Path(folder) for folder in named] if named else member_folders(self.run.parent("reward"))
+        named = self.section.reward_model
+        return [Path(named)] if named else reward_folders(self.recipe, self.run)
 
     def judge(self) -> Judge:
-        """Load the judge."""
-        if self.section.judge != "reward":
-            return JUDGES[self.section.judge]
-        return reward_judge(self.recipe, self._folders())
+        """A gold judge, or reward models."""
+        if self._by_reward_model:
+            return reward_judge(self.recipe, self._folders())
+        return JUDGES[self.section.judge]
 
     def outcome(self, responses: Responses, judge: Judge) -> Outcome:
-        """The figures of a variant's responses: score, words, and how varied they are as a set."""
+        """Score, words, and how varied the responses are as a set."""
         scores = judged(self.prompts, responses, judge)
-        varied = distinct_n([text for said in responses for text in said], 2)
-        by = "a reward model" if self.section.judge == "reward" else self.section.judge
+        varied = distinct_n([text for row in responses for text in row], 2)
+        by = "a reward model" if self._by_reward_model else self.section.judge
         return Outcome(
             task=self.name,
             metric="score",
             higher_is_better=True,
-            ids=[f"held-out prompt {i + 1}" for i in range(len(self.prompts))],
+            ids=self._ids(),
             groups=[""] * len(self.prompts),
             values={
                 "score": [sum(row) / len(row) for row in scores],
-                "words": [sum(len(t.split()) for t in said) / len(said) for said in responses],
+                "words": [sum(len(text.split()) for text in row) / len(row) for row in responses],
             },
             notes=[
                 f"responses to the run's held-out prompts, judged by {by}; distinct_2 is the share of "
@@ -194,7 +203,11 @@ class HeldOutScore:
 
 
 def reward_judge(recipe: Recipe, folders: Sequence[Path]) -> Judge:
-    """Reward models of this project as one judge, combined as PPO combines them."""
+    """Reward models of this project as one judge, combined as PPO combines them.
+
+    Raises:
+        UserError: one of them gives no score.
+    """
     models = [TextRewardModel(folder, best_device()) for folder in folders]
     ppo = recipe.ppo
 
@@ -203,12 +216,3 @@ def reward_judge(recipe: Recipe, folders: Sequence[Path]) -> Judge:
         return [float(s) for s in combine(scores_MB, ppo.ensemble, ppo.ensemble_penalty)]
 
     return score
-
-
-def hhh_by_reward_model(recipe: Recipe, run: StageRun, items: Sequence[hhh.Item]) -> Outcome:
-    """Which of the two answers of each HHH item the run's own reward model prefers.
-
-    Raises:
-        UserError: the run's reward model gives no score.
-    """
-    return hhh.hhh_by_scores(items, reward_judge(recipe, member_folders(run.parent("reward"))))
