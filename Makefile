@@ -53,7 +53,7 @@ $(STAMPS)/setup: pyproject.toml constraints.txt
 # The recipe is checked in a fraction of a second, before anything is loaded.
 .PHONY: recipe
 recipe: setup
-	@$(PY) -m rlhf.recipe.load $(ARGS)
+	@$(PY) -m rlhf.recipe $(ARGS)
 
 # A run of all stages takes hours: what the last one could not use is an error before the first one begins.
 .PHONY: preflight

@@ -264,14 +264,14 @@ def run(*words):
 
 def test_a_mistake_costs_a_moment_and_one_line(recipe):
     began = time.monotonic()
-    done = run("-m", "rlhf.recipe.load", recipe(), "ppo.gama=1")
+    done = run("-m", "rlhf.recipe", recipe(), "ppo.gama=1")
     assert time.monotonic() - began < 5  # under 1 s where nothing else runs
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: override 'ppo.gama=1': unknown key ppo.gama; did you mean ppo.gamma?\n"
 
 
 def test_a_valid_recipe_exits_with_0_and_says_where_it_runs(recipe):
-    done = run("-m", "rlhf.recipe.load", recipe())
+    done = run("-m", "rlhf.recipe", recipe())
     assert (done.returncode, done.stderr) == (0, "")
     assert "runs/x" in done.stdout
 

@@ -8,18 +8,28 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
-from rlhf.recipe.types import Folder, Fraction, Natural, NonNegative, Positive, Rate, Section, UnitInterval
+from rlhf.recipe.types import (
+    Files,
+    Folder,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Rate,
+    Section,
+    UnitInterval,
+)
 
 
 class DistillData(Section):
     """What is distilled on, and the teacher's words about it."""
 
-    texts: list[str] = []
+    texts: Files = []
     """Generic texts: .txt files (their lines joined), or rows with a `text` field; globs and `hub:` names as
     in data.comparisons. They stand behind the prompt in a user turn that was just opened."""
-    questions: list[str] = []
+    questions: Files = []
     """Comparisons (files as in data.comparisons): the prompt and its best response as a conversation; empty =
     the training comparisons of this run."""
     text_share: UnitInterval = 0.5
@@ -69,11 +79,6 @@ class Distill(DistillData):
     """Held-out sequences on which the KL over the whole vocabulary is measured beside; 0 = none."""
     checkpoint_every: Positive = 10
     """Optimiser steps between checkpoints."""
-
-    @field_validator("texts", "questions", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _halves(self) -> Distill:

@@ -1,7 +1,4 @@
-"""Loading a recipe: one YAML file plus `section.key=value` overrides, checked before torch is imported.
-
-Run as a module it only checks: ``python -m rlhf.recipe.load recipes/tiny.yaml ppo.steps=2``.
-"""
+"""Loading a recipe: one YAML file plus `section.key=value` overrides, checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -14,15 +11,14 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf import NAME, __version__
-from rlhf.errors import UserError, exit_on_user_error
+from rlhf.errors import UserError
 from rlhf.recipe.quick import QUICK, laid_over, origins_with, split_overrides, take_block
 from rlhf.recipe.renamed import FORMER
 from rlhf.recipe.schema import STARTS, Recipe
@@ -71,7 +67,25 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: missing file, malformed YAML, unknown key (with the nearest valid name), wrong type, or a
             combination that cannot work; the message names file, line and key.
     """
-    path = Path(path)
+    values, origins = _read(Path(path))
+    block = take_block(values, origins)
+    quick, overrides = split_overrides(overrides)
+    if quick and block is None:
+        raise UserError(f"override '{QUICK}=true': {path} has no {QUICK} block with smaller sizes; add one")
+    if block is not None and quick:
+        values, origins = laid_over(values, block), origins_with(origins)
+    elif block is not None:
+        _check_block(values, block, overrides, origins)
+    recipe = _validated(values, overrides, origins)
+    if quick:
+        recipe = recipe.model_copy(update={"name": f"{recipe.name}-{QUICK}"})
+    for key, fault in _missing(recipe):
+        raise UserError(f"{_where(key, origins)}: {key}: {fault}")
+    return recipe
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a recipe's file holds, and where each key stands by its dotted path; "" stands in the file."""
     if not path.is_file():
         known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
         hint = difflib.get_close_matches(str(path), known, n=1, cutoff=0.3)
@@ -89,30 +103,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: not a recipe: it holds itself (an alias inside its own anchor)") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, this file holds {type(values).__name__}")
-    origins: dict[str, str] = {key: f"{path}:{line}" for key, line in lines.items()}
-    block = take_block(values, origins)
-    quick, overrides = split_overrides(overrides)
-    if quick and block is None:
-        raise UserError(f"override '{QUICK}=true': {path} has no {QUICK} block with smaller sizes; add one")
-    if block is not None and not quick:
-        _check_block(values, block, overrides, path, origins)
-    elif block is not None:
-        values, origins = laid_over(values, block), origins_with(origins)
-    recipe = _validated(values, overrides, path, origins)
-    if quick:
-        recipe = recipe.model_copy(update={"name": f"{recipe.name}-{QUICK}"})
-    _check_files(recipe, path, origins)
-    _check_models(recipe, path, origins)
-    for name in recipe.trackers:
-        if importlib.util.find_spec(name) is None:
-            where = _where("trackers", origins, path)
-            raise UserError(f"{where}: trackers: {name} is not installed; run `pip install {name}`")
-    return recipe
+    return values, {"": str(path), **{key: f"{path}:{line}" for key, line in lines.items()}}
 
 
-def _validated(
-    values: dict[str, Any], overrides: Sequence[str], path: Path, origins: dict[str, str]
-) -> Recipe:
+def _validated(values: dict[str, Any], overrides: Sequence[str], origins: dict[str, str]) -> Recipe:
     """The recipe of a file's values under overrides, which are noted in ``origins``."""
     values = copy.deepcopy(values)
     for override in overrides:
@@ -120,30 +114,26 @@ def _validated(
     known = known_keys()
     for key in origins:
         if key in FORMER and key not in known:
-            raise UserError(f"{_where(key, origins, path)}: unknown key {key}; {FORMER[key]}")
+            raise UserError(f"{_where(key, origins)}: unknown key {key}; {FORMER[key]}")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, path, origins)) from None
+        raise UserError(_explain(error, origins)) from None
 
 
 def _check_block(
-    values: dict[str, Any],
-    block: dict[str, Any],
-    overrides: Sequence[str],
-    path: Path,
-    origins: dict[str, str],
+    values: dict[str, Any], block: dict[str, Any], overrides: Sequence[str], origins: dict[str, str]
 ) -> None:
     """A ``quick`` block that is not asked for must be valid too, as it stands or with the same overrides."""
     merged, lines = laid_over(values, block), origins_with(origins)
     faults = []
     for some in ((), overrides):
         try:
-            _validated(merged, some, path, lines)
+            _validated(merged, some, lines)
             return
         except UserError as error:
             faults.append(error)
-    _validated(values, overrides, path, origins)  # a fault of the recipe itself is told as such
+    _validated(values, overrides, origins)  # a fault of the recipe itself is told as such
     raise UserError(f"{faults[0]} (in the {QUICK} block)")
 
 
@@ -195,20 +185,19 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     return keys
 
 
-def _where(key: str, origins: dict[str, str], path: Path) -> str:
-    """Where a key stands, or the nearest section above it that does."""
-    parts = key.split(".")
-    while parts and ".".join(parts) not in origins:
-        parts.pop()
-    return origins.get(".".join(parts), str(path))
+def _where(key: str, origins: dict[str, str]) -> str:
+    """Where a key stands, or the nearest section above it that does, or the file."""
+    while key not in origins:
+        key = key.rpartition(".")[0]
+    return origins[key]
 
 
-def _explain(error: ValidationError, path: Path, origins: dict[str, str]) -> str:
+def _explain(error: ValidationError, origins: dict[str, str]) -> str:
     """One line for the first fault, with the remedy; the number of further ones at the end."""
     faults = error.errors()
     first = faults[0]
     key = ".".join(str(part) for part in first["loc"])
-    where = _where(key, origins, path)
+    where = _where(key, origins)
     if first["type"] == "extra_forbidden":
         keys = [*known_keys(), QUICK]
         leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
@@ -248,10 +237,10 @@ def is_path(model: str) -> bool:
     )
 
 
-def _check_files(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
-    """Every file that the recipe names must be there before anything starts."""
+def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The keys that name what is not there, each with the fault and what to do, before anything starts."""
     data, card, sft, distill, tax = recipe.data, recipe.card, recipe.sft, recipe.distill, recipe.tax
-    for key, specs in {
+    files: dict[str, Sequence[str]] = {
         "hhh_prompt": [recipe.hhh_prompt] if distill else [],
         "data.comparisons": [] if data.sampled else data.comparisons,
         "data.prompts": data.prompts,
@@ -262,43 +251,34 @@ def _check_files(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
         "card.comparisons": card.comparisons,
         "card.outliers": card.outliers,
         **{f"tax.tasks.{name}.files": task.files for name, task in (tax.tasks if tax else {}).items()},
-    }.items():
+    }
+    for key, specs in files.items():
         for spec in specs:
             if not spec.startswith("hub:") and not files_of(spec):
-                where = _where(key, origins, path)
-                raise UserError(f"{where}: {key}: no file matches {spec}; check the path")
-
-
-def _check_models(recipe: Recipe, path: Path, origins: dict[str, str]) -> None:
-    """Every folder of a model that the recipe names must be there, but those that this run will make."""
-    card, distill, tax = recipe.card, recipe.distill, recipe.tax
-    starts = {name: getattr(getattr(recipe, name), "start", None) for name in STARTS}
-    hub = ", or name a hub id"
-    named: list[tuple[str, str | None, str]] = [
-        *(("ppo.reward_model", folder, "") for folder in recipe.ppo.reward_model),
-        ("evaluate.reward_model", recipe.evaluate.reward_model, ""),
-        *(
-            (f"{name}.start", start, f", or name a stage of this run ({' or '.join(STARTS[name])})")
-            for name, start in starts.items()
-            if start not in STARTS[name]
-        ),
-        ("card.model", card.model, hub),
-        ("card.against", card.against, hub),
-        ("distill.teacher", distill.teacher if distill else None, hub),
-        *((f"tax.models.{label}", place, hub) for label, place in (tax.models if tax else {}).items()),
-        ("tax.toxicity.judge", tax.toxicity.judge if tax else None, hub),
-    ]
-    wrong = [
-        (key, place, remedy)
-        for key, place, remedy in named
-        if place is not None
-        and not os.path.isdir(os.path.expanduser(place))
-        and not (remedy is hub and place and not is_path(place))
-    ]
-    for key, place, remedy in wrong:
-        if os.path.exists(place) or not place.startswith(f"runs/{recipe.name}/"):
-            where = _where(key, origins, path)
-            raise UserError(f"{where}: {key}: {place or repr(place)} is not a folder; check the path{remedy}")
+                yield key, f"no file matches {spec}; check the path"
+    models: dict[str, str | None] = {
+        "card.model": card.model,
+        "card.against": card.against,
+        "distill.teacher": distill.teacher if distill else None,
+        **{f"tax.models.{label}": place for label, place in (tax.models if tax else {}).items()},
+        "tax.toxicity.judge": tax.toxicity.judge if tax else None,
+    }
+    starts = {f"{name}.start": getattr(getattr(recipe, name), "start", None) for name in STARTS}
+    folders: list[tuple[str, str | None]] = [("ppo.reward_model", place) for place in recipe.ppo.reward_model]
+    folders += [("evaluate.reward_model", recipe.evaluate.reward_model), *starts.items()]
+    # what is no path is a model of the hub, or a judge by name
+    folders += [(key, place) for key, place in models.items() if place == "" or (place and is_path(place))]
+    for key, place in folders:
+        stages = STARTS[key.removesuffix(".start")] if key in starts else ()
+        if place is None or place in stages or os.path.isdir(os.path.expanduser(place)):
+            continue
+        if os.path.exists(place) or not place.startswith(f"runs/{recipe.name}/"):  # else this run makes it
+            remedy = ", or name a hub id" if key in models else ""
+            remedy = f", or name a stage of this run ({' or '.join(stages)})" if stages else remedy
+            yield key, f"{place or repr(place)} is not a folder; check the path{remedy}"
+    for name in recipe.trackers:
+        if importlib.util.find_spec(name) is None:
+            yield "trackers", f"{name} is not installed; run `pip install {name}`"
 
 
 def check_batch_sizes(recipe: Recipe, processes: int) -> None:
@@ -339,13 +319,3 @@ def from_command_line(arguments: Sequence[str] | None = None) -> Recipe:
     if flags:
         raise UserError(f"{flags[0]}: there are no flags; write overrides as section.key=value")
     return load(words[0], words[1:])
-
-
-def main() -> None:
-    """Check a recipe and print nothing but its name and where it will run."""
-    recipe = from_command_line()
-    print(f"{NAME} {__version__}: the recipe {recipe.name} is valid; it runs in runs/{recipe.name}")
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from rlhf.recipe.types import (
     STARTS,
+    Files,
     Folder,
     Fraction,
     LessThanHalf,
@@ -108,15 +109,10 @@ class PreferenceTraining(Section):
 class PmpSource(Section):
     """One source of public comparisons."""
 
-    files: list[str] = Field(min_length=1)
+    files: Files = Field(min_length=1)
     """StackExchange `Posts.xml`, MediaWiki export XML, Reddit and SHP rows, comparisons; globs, hub ids."""
     weight: Rate = 1.0
     """Share of this source in the mixture, relative to the others."""
-
-    @field_validator("files", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
 
 
 class Pmp(PreferenceTraining):
@@ -184,7 +180,7 @@ class Card(Section):
     """Folder or hub id of any sequence-classification reward model; null = the one of this run."""
     against: str | None = None
     """A second reward model, judged on the same comparisons and compared by a paired test."""
-    comparisons: list[str] = []
+    comparisons: Files = []
     """Files as in data.comparisons; empty = the run's held-out comparisons."""
     limit: Positive | None = None
     """Use at most this many comparisons."""
@@ -192,15 +188,10 @@ class Card(Section):
     """Bins of the calibration table, with equal numbers of pairs."""
     near_tie: NonNegative = 0.5
     """A pair whose scores differ by less is a near-tie, in units of the normalised score."""
-    outliers: list[str] = []
+    outliers: Files = []
     """Prompts that are out of distribution (files as in data.prompts): the card then says how well
     Mahalanobis distances tell them from the run's own."""
     outlier_layer: int = -1
     """Layer whose activations are looked at; -1 = the last."""
     exposure: Natural = 0
     """Outliers shown to a linear classifier (outlier exposure, Bai 2022, section 5.4); 0 = none."""
-
-    @field_validator("comparisons", "outliers", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
-from rlhf.recipe.types import Folder, NonNegative, Positive, Rate, Section, UnitInterval
+from rlhf.recipe.types import Files, Folder, NonNegative, Positive, Rate, Section, UnitInterval
 
 CHOSEN = "chosen"  # the value of sft.data that asks for the best responses of the comparisons
 
@@ -14,7 +14,7 @@ CHOSEN = "chosen"  # the value of sft.data that asks for the best responses of t
 class Sft(Section):
     """Supervised fine-tuning (`make sft`), from which `ppo`, `pmp`, `reward` and `distill` can start."""
 
-    data: list[str] = [CHOSEN]
+    data: Files = [CHOSEN]
     """`chosen`: the best response of every training comparison; or chats: files, globs or
     `hub:NAME[:CONFIG][@SPLIT]` with messages, a prompt and a completion, or comparisons."""
     start: Folder | None = None
@@ -53,11 +53,6 @@ class Sft(Section):
     def chosen(self) -> bool:
         """Whether the demonstrations are the best responses of the run's own comparisons."""
         return self.data == [CHOSEN]
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _usable(self) -> Sft:

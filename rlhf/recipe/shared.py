@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from rlhf.recipe.types import Fraction, Positive, Rate, Section
+from rlhf.recipe.types import Files, Fraction, Positive, Rate, Section
 
 SAMPLED = "sampled"  # the value of data.comparisons that asks for the lab: sample responses, let a judge rank
 
@@ -82,11 +82,11 @@ class Dialogue(Section):
 class Data(Section):
     """Comparisons and prompts."""
 
-    comparisons: list[str] = Field(min_length=1)
+    comparisons: Files = Field(min_length=1)
     """Files, globs or `hub:NAME[:CONFIG][@SPLIT]`; or `sampled`: sample responses and let a judge rank."""
-    prompts: list[str] = []
+    prompts: Files = []
     """Prompts of the PPO rollouts (files as above); empty = the prompts of the training comparisons."""
-    held_out_prompts: list[str] = []
+    held_out_prompts: Files = []
     """Prompts of the evaluation; empty = the prompts of the held-out comparisons."""
     held_out: Fraction = 0.1
     """Share of the prompts of the comparisons that is held out, whole prompts at a time."""
@@ -94,11 +94,6 @@ class Data(Section):
     """Use at most this many comparisons, drawn by the seed after de-duplication."""
     on_bad_rows: Literal["stop", "skip"] = "stop"
     """A malformed row is an error that names file and line, or is left out and counted."""
-
-    @field_validator("comparisons", "prompts", "held_out_prompts", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
 
     @property
     def sampled(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf.recipe.types import Fraction, Natural, NonNegative, Positive, Rate, Section
+from rlhf.recipe.types import Fraction, Natural, NonNegative, OneOrMany, Positive, Rate, Section
 
 VARIANTS = {
     "base": "the base model as it is",
@@ -101,7 +101,7 @@ class Humaneval(Section):
 class Tax(Section):
     """The tax table (`make tax`): base, prompted, distilled, SFT, PPO and others on the same items."""
 
-    variants: list[str] | None = None
+    variants: Annotated[list[str] | None, OneOrMany] = None
     """Names of variants of this run: base, prompted, sft, distilled, policy, policy_prompted; null = base,
     prompted where the file is there, and those whose stage has finished."""
     interpolate: list[Fraction] = [0.25, 0.5, 0.75]
@@ -135,11 +135,6 @@ class Tax(Section):
     stage's own, dropped when it ends. A result is used again where nothing that it depends on has changed."""
     groups_shown: Natural = 8
     """Tasks with at most this many groups of items have a line for each group; 0 = none."""
-
-    @field_validator("variants", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
 
     @field_validator("variants")
     @classmethod

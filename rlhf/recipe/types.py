@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Natural = Annotated[int, Field(ge=0, strict=True)]
@@ -15,6 +15,8 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 LessThanHalf = Annotated[float, Field(ge=0, lt=0.5)]
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]
+OneOrMany = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Files = Annotated[list[str], OneOrMany]
 
 
 class Section(BaseModel):
