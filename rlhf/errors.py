@@ -73,22 +73,22 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_STATUS)
     except Exception as error:
-        lost = lost_process(error)
-        if lost is not None:
-            print(f"error: {lost_process_error(lost)}", file=sys.stderr, flush=True)
-            sys.exit(USER_ERROR_STATUS)
-        if not is_full_disk(error):
-            raise
-        file = getattr(error, "filename", None)
-        where = f" while writing {file}" if file else ""
-        print(
-            f"error: the disk is full{where}: free some space and run the same command again; "
-            "the last complete checkpoint is untouched",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {_message_of(error)}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_STATUS)
+
+
+def _message_of(error: Exception) -> str:
+    """The line for the user; raises the error again where it is nobody's but ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if (lost := lost_process(error)) is not None:
+        return str(lost_process_error(lost))
+    if not is_full_disk(error):
+        raise error
+    file = getattr(error, "filename", None)
+    where = f" while writing {file}" if file else ""
+    return (
+        f"the disk is full{where}: free some space and run the same command again; "
+        "the last complete checkpoint is untouched"
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -68,12 +68,33 @@ def problem(comparison: Comparison) -> str | None:
 
     Reasons are fixed phrases, so that they can be counted.
     """
-    return (
-        prompt_problem(comparison.prompt)
-        or _responses_problem(comparison.responses)
-        or _ranks_problem(comparison.ranks, len(comparison.responses))
-        or _confidence_problem(comparison.confidence)
-    )
+    return next(_problems(comparison), None)
+
+
+def _problems(comparison: Comparison) -> Iterator[str]:
+    responses, ranks, confidence = comparison.responses, comparison.ranks, comparison.confidence
+    if reason := prompt_problem(comparison.prompt):
+        yield reason
+    if len(responses) < 2:
+        yield "fewer than 2 responses"
+    if not all(response.strip() for response in responses):
+        yield "empty response"
+    if not all(map(_is_unicode, responses)):
+        yield "text that is not valid Unicode (a lone surrogate)"
+    if len(ranks) != len(responses):
+        yield "the number of ranks is not the number of responses"
+    if any(not _is_number(rank, int) or rank < 0 for rank in ranks):
+        yield "a rank is not an integer >= 0"
+    if len(set(ranks)) == 1:
+        yield "all responses are tied, which says nothing about preference"
+    # NaN, for which every comparison is false, is refused too
+    if confidence is not None and not (_is_number(confidence, int, float) and 0 <= confidence <= 1):
+        yield "confidence outside [0, 1]"
+
+
+def _is_number(value: object, *kinds: type) -> bool:
+    """Whether a value is of these types; a bool is an int to Python, but a row means something else by it."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def prompt_problem(prompt: Prompt) -> str | None:
@@ -94,36 +115,6 @@ def prompt_problem(prompt: Prompt) -> str | None:
     if not all(_is_unicode(message.content) for message in prompt):
         return "text that is not valid Unicode (a lone surrogate)"
     return None
-
-
-def _responses_problem(responses: tuple[str, ...]) -> str | None:
-    if len(responses) < 2:
-        return "fewer than 2 responses"
-    if not all(response.strip() for response in responses):
-        return "empty response"
-    if not all(map(_is_unicode, responses)):
-        return "text that is not valid Unicode (a lone surrogate)"
-    return None
-
-
-def _ranks_problem(ranks: tuple[int, ...], k: int) -> str | None:
-    if len(ranks) != k:
-        return "the number of ranks is not the number of responses"
-    # bool is an int to Python; a row that says `true` for a rank means something else.
-    if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 0 for rank in ranks):
-        return "a rank is not an integer >= 0"
-    if len(set(ranks)) == 1:
-        return "all responses are tied, which says nothing about preference"
-    return None
-
-
-def _confidence_problem(confidence: float | None) -> str | None:
-    # Written so that NaN, for which every comparison is false, is refused too.
-    if confidence is None or (
-        isinstance(confidence, int | float) and not isinstance(confidence, bool) and 0 <= confidence <= 1
-    ):
-        return None
-    return "confidence outside [0, 1]"
 
 
 def _is_unicode(text: str) -> bool:
@@ -165,12 +156,7 @@ class Counts:
 
     def as_dict(self) -> dict[str, int | dict[str, int]]:
         """The counts as JSON-able values, for a manifest."""
-        return {
-            "read": self.read,
-            "kept": self.kept,
-            "dropped": dict(self.dropped),
-            "duplicate_responses": self.duplicate_responses,
-        }
+        return {**asdict(self), "kept": self.kept}
 
     def __str__(self) -> str:
         line = f"read {self.read:,}, kept {self.kept:,}, dropped {sum(self.dropped.values()):,}"

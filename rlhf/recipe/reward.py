@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf.recipe.shared import Training
 from rlhf.recipe.types import (
     STARTS,
     Files,
@@ -17,7 +18,6 @@ from rlhf.recipe.types import (
     Positive,
     Rate,
     Section,
-    UnitInterval,
 )
 
 
@@ -38,7 +38,7 @@ class Collect(Section):
     """Prompts sampled together; a finished batch is kept when the run is interrupted."""
 
 
-class PreferenceTraining(Section):
+class PreferenceTraining(Training):
     """How a model learns from comparisons: the fields that `pmp` and `reward` share."""
 
     objective: Literal["ranked", "binary", "imitation"] = "ranked"
@@ -61,28 +61,12 @@ class PreferenceTraining(Section):
     learning_rate: Rate | None = None
     """Peak of AdamW; null = 0.1 (`pmp`) or 0.01 (`reward`) of model.pretraining_learning_rate (Bai 2022,
     A.2)."""
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up."""
-    warmup_ratio: UnitInterval = 0.05
-    """Share of the optimizer steps with rising learning rate."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay."""
-    max_grad_norm: Rate = 1.0
-    """Global gradient-norm clip."""
-    epochs: Positive = 1
-    """Passes over the comparisons; one is what InstructGPT and Bai 2022 use against overfitting."""
-    batch_size: Positive = 16
-    """Comparisons an optimizer step, over all processes."""
-    tokens_per_micro_batch: Positive = 2048
-    """Tokens in memory at once, padding included, a process; it does not change the result."""
     share_prompts: bool = True
     """Forward a prompt once for all its responses (one packed row, block attention mask); false = one row a
     response. Both give the same scores; an architecture that cannot pack falls back with a warning."""
     trunk_gigabytes: NonNegative = 4.0
     """Memory for the hidden states below the first adapted layer (lora.layers=top_k), which are computed once
     for all passes; where they need more, or with 0, every pass computes them anew."""
-    checkpoint_every: Positive = 10
-    """Optimiser steps between checkpoints."""
 
     @model_validator(mode="after")
     def _objective_options(self) -> PreferenceTraining:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from rlhf.recipe.types import Files, Fraction, Positive, Rate, Section
+from rlhf.recipe.types import Files, Fraction, NonNegative, Positive, Rate, Section, UnitInterval
 
 SAMPLED = "sampled"  # the value of data.comparisons that asks for the lab: sample responses, let a judge rank
 
@@ -99,6 +99,28 @@ class Data(Section):
     def sampled(self) -> bool:
         """Whether the comparisons are made by this project's own lab."""
         return self.comparisons == [SAMPLED]
+
+
+class Training(Section):
+    """How a model learns from rows, which are demonstrations (`sft`) or comparisons (`pmp`, `reward`)."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up (cosine in InstructGPT, Ouyang 2022)."""
+    warmup_ratio: UnitInterval = 0.05
+    """Share of the optimizer steps with rising learning rate."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Rate = 1.0
+    """Global gradient-norm clip."""
+    epochs: Positive = 1
+    """Passes over the rows; one is what InstructGPT and Bai 2022 use on comparisons against overfitting."""
+    batch_size: Positive = 16
+    """Rows an optimizer step, over all processes; of demonstrations the loss is the mean over their learned
+    tokens."""
+    tokens_per_micro_batch: Positive = 2048
+    """Tokens in memory at once, padding included, a process; it does not change the result."""
+    checkpoint_every: Positive = 10
+    """Optimizer steps between checkpoints."""
 
 
 class Distributed(Section):

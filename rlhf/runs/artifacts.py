@@ -22,6 +22,7 @@ from rlhf.errors import UserError, is_full_disk
 
 MANIFEST = "manifest.json"
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # what a saved adapter consists of
+_KEPT = 2  # checkpoints of a stage
 _STAGING = ".staging-"  # prefix of a folder that is being written
 
 
@@ -194,9 +195,8 @@ def step_of(checkpoint: Path | None) -> int:
 class Checkpoints:
     """The numbered checkpoints of one stage: ``checkpoints/step-<n>/``."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.keep = keep
 
     @contextlib.contextmanager
     def writing(self, step: int, *, commits: bool = True) -> Iterator[Path]:
@@ -228,7 +228,7 @@ class Checkpoints:
             shutil.rmtree(final)
         staging.rename(final)
         _sync(self.folder)
-        for old in self._all()[: -self.keep]:
+        for old in self._all()[:-_KEPT]:
             shutil.rmtree(old)
 
     def _all(self) -> list[Path]:

@@ -17,7 +17,7 @@ from rlhf.stats.intervals import Z95, Estimate, cluster_mean_interval, wilson
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
-JACKKNIFE_GROUPS = 200
+JACKKNIFE_GROUPS = 200  # of clusters, at most, each left out once; with fewer clusters each is a group
 UNKNOWN = Estimate(math.nan, math.nan, math.nan, 0)
 
 
@@ -66,7 +66,6 @@ def jackknife(
     *,
     forward: Callable[[float], float] = float,
     back: Callable[[float], float] = float,
-    groups: int = JACKKNIFE_GROUPS,
 ) -> Estimate:
     """A statistic of the items, with the delete-a-group jackknife interval (Kott 2001).
 
@@ -75,13 +74,12 @@ def jackknife(
         clusters: one integer per item; the items of a cluster go together.
         forward: the scale on which the interval is symmetric, ``math.atanh`` for a correlation.
         back: its inverse.
-        groups: most groups of clusters, each left out once; with fewer clusters each is a group.
     """
     _, owner_N = np.unique(np.asarray(clusters).ravel(), return_inverse=True)
     if not owner_N.size:
         return UNKNOWN
     number = int(owner_N.max()) + 1
-    parts = min(groups, number)
+    parts = min(JACKKNIFE_GROUPS, number)
     part_N = owner_N % parts
     whole = statistic(np.arange(owner_N.size))
     unknown = Estimate(whole, math.nan, math.nan, number)
