@@ -90,3 +90,11 @@ def inside(tmp_path, monkeypatch):
     """An empty current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def distill_lab(inside):
+    """A current folder with all that the distill stage reads."""
+    from tiny_distill import write_lab
+
+    return write_lab(inside)

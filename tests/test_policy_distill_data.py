@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from conftest import stage, tiny_recipe
-from tiny_distill import overrides, passage, results, run, write_lab
+from tiny_distill import overrides, passage, results, run
 
 from policy.distillation.data import Frame, content_hash, question, questions, split, texts
-from policy.distillation.report import Measured, figures, lines
+from policy.distillation.evaluation import Measured, figures, lines
 from policy.distillation.trainer import batch_rows
 from rlhf.collect import __main__ as collect
 from rlhf.data.comparisons import Comparison, Counts, Message, split_by_hash
@@ -16,45 +16,37 @@ from rlhf.errors import UserError
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.tokenization.prompt_prefix import Context
 
-
-@pytest.fixture
-def lab(inside):
-    """A folder with all that the stage reads."""
-    write_lab(inside)
-    return inside
-
-
 # ---- data
 
 
-def test_texts_become_windows_and_all_of_one_row_stay_together(tmp_path, lab):
+def test_texts_become_windows_and_all_of_one_row_stay_together(tmp_path, distill_lab):
     recipe = tiny_recipe(*overrides())
     dialogue = load_dialogue(recipe)
     frame = Frame(Context.read("prompt.txt", dialogue), Context.none(dialogue), dialogue, 10)
-    plain = lab / "a.txt"
+    plain = distill_lab / "a.txt"
     plain.write_text("one line\n\nanother line\nx\n", encoding="utf-8")
     whole = "one line\nanother line\nx\n"
     decode = dialogue.tokenizer.decode
     found = list(texts([str(plain)], frame))
     assert [decode(p.ids) for p in found] == [whole[i : i + 10] for i in range(0, len(whole), 10)]
     assert len({p.group for p in found}) == len(found)
-    assert decode(found[0].opening) == "<|start|>user\n"
-    assert (len(found[0].lead), found[0].first) == (0, 1)
-    rows = lab / "a.jsonl"
+    assert decode(found[0].teacher_prefix) == "<|start|>user\n"
+    assert (len(found[0].student_prefix), found[0].first) == (0, 1)
+    rows = distill_lab / "a.jsonl"
     rows.write_text(json.dumps({"text": "b" * 25}) + "\n" + json.dumps({"text": "cc"}) + "\n")
     found = list(texts([str(rows)], frame))
     assert [len(p.ids) for p in found] == [10, 10, 5, 2]
     assert len({p.group for p in found}) == 2
 
 
-def test_a_row_without_text_is_named(lab):
+def test_a_row_without_text_is_named(distill_lab):
     Path("bad.jsonl").write_text('{"text": "fine"}\n{"txt": 1}\n')
     with pytest.raises(UserError, match=r"bad\.jsonl:2: no text; distill\.texts wants"):
         run(texts="bad.jsonl")
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
-def test_a_question_and_its_best_answer_are_read_alike_with_and_without_the_prompt(template, lab):
+def test_a_question_and_its_best_answer_are_read_alike_with_and_without_the_prompt(template, distill_lab):
     recipe = tiny_recipe(*overrides(dialogue__template=template))
     dialogue = load_dialogue(recipe)
     dialogue.tokenizer.chat_template = (
@@ -66,23 +58,23 @@ def test_a_question_and_its_best_answer_are_read_alike_with_and_without_the_prom
     found = question(comparison, "g", frame)
     decode = dialogue.tokenizer.decode
     if template == "chat":
-        assert decode(found.lead) == "<|start|>system\nHm.<|end|>\n"
+        assert decode(found.student_prefix) == "<|start|>system\nHm.<|end|>\n"
         assert decode(found.ids) == "<|start|>user\nWhy?<|end|>\n<|start|>assistant\nBecause.<|end|>"
-        assert (found.first, decode(found.ids[found.spoken :])) == (0, "Because.<|end|>")
-        alone = [*found.lead, *found.ids[: found.spoken]]
+        assert (found.first, decode(found.ids[found.response_start :])) == (0, "Because.<|end|>")
+        alone = [*found.student_prefix, *found.ids[: found.response_start]]
         assert alone == dialogue.encode_prompt(comparison.prompt)
     else:
-        assert len(found.lead) == 0
+        assert len(found.student_prefix) == 0
         assert decode(found.ids) == "Human: Why?\n\nAssistant: Because."
-        assert (found.first, decode(found.ids[found.spoken :])) == (1, " Because.")
-    assert len(found.opening) == 0
-    short = frame._replace(max_tokens=found.spoken)
+        assert (found.first, decode(found.ids[found.response_start :])) == (1, " Because.")
+    assert len(found.teacher_prefix) == 0
+    short = frame._replace(max_tokens=found.response_start)
     assert question(comparison, "g", short) is None
-    cut_off = question(comparison, "g", frame._replace(max_tokens=found.spoken + 3))
-    assert len(cut_off.ids) == found.spoken + 3
+    cut_off = question(comparison, "g", frame._replace(max_tokens=found.response_start + 3))
+    assert len(cut_off.ids) == found.response_start + 3
 
 
-def test_the_runs_own_comparisons_are_the_default(lab):
+def test_the_runs_own_comparisons_are_the_default(distill_lab):
     options = {
         "questions": ...,
         "data__comparisons": "more.jsonl",
@@ -120,13 +112,18 @@ def test_every_pass_goes_over_all_rows_once():
 
 
 def test_the_hash_of_the_data_is_about_what_the_teacher_reads():
-    some = [passage("abc", opening="x"), passage("de")]
+    some = [passage("abc", teacher_prefix="x"), passage("de")]
     assert content_hash(some) == content_hash([one._replace(group="other", first=0) for one in some])
-    for other in ([passage("ab", opening="xc"), some[1]], some[::-1], some[:1], [passage("abc"), some[1]]):
+    for other in (
+        [passage("ab", teacher_prefix="xc"), some[1]],
+        some[::-1],
+        some[:1],
+        [passage("abc"), some[1]],
+    ):
         assert content_hash(other) != content_hash(some)
 
 
-def test_a_question_that_came_before_is_not_asked_again(lab):
+def test_a_question_that_came_before_is_not_asked_again(distill_lab):
     counts = Counts(read=3)
     dialogue = load_dialogue(tiny_recipe())
     frame = Frame(Context.none(dialogue), Context.none(dialogue), dialogue, 50)

@@ -1,27 +1,29 @@
-"""The distill stage interrupted: killed anywhere or asked to stop, it ends bit for bit as if left alone."""
+"""The distill stage killed, stopped, and shared by two processes: it ends as one process left alone does.
+
+After an interruption it ends bit for bit as if there had been none, whatever ZeRO shards.
+"""
 
 import gc
+import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
-from tiny_distill import results, run, steps, write_lab
+from ranks import finish, interrupt
+from test_deepspeed import alone_in, assert_close
+from tiny_distill import overrides, results, run, steps, write_lab
 
-from policy.distillation import held_out, teacher
+import policy.distillation.run
+from policy.distillation import __main__ as distill
+from policy.distillation import evaluation
 from policy.distillation import trainer as distill_train
 from policy.distillation.student import Student
 from policy.distillation.teacher_cache import TeacherCache
 from policy.distillation.trainer import DistillTrainer
 from rlhf.errors import UserError
-from rlhf.runs.artifacts import sha256_of
-
-
-@pytest.fixture
-def lab(inside):
-    """A folder with all that the stage reads."""
-    write_lab(inside)
-    return inside
+from rlhf.runs.artifacts import MANIFEST, sha256_of
 
 
 def same(folder, other):
@@ -76,7 +78,7 @@ def wholes(tmp_path_factory):
     ("method", "where", "name", "number"),
     [
         ("lora", TeacherCache, "write", 3),
-        ("lora", held_out, "measure", 1),
+        ("lora", evaluation, "kl_and_log_probs", 1),
         ("lora", DistillTrainer, "_step", 4),
         ("lora", DistillTrainer, "_checkpoint", 3),
         ("lora", Student, "export", 1),
@@ -84,7 +86,7 @@ def wholes(tmp_path_factory):
     ],
 )
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(
-    method, where, name, number, lab, wholes, monkeypatch
+    method, where, name, number, distill_lab, wholes, monkeypatch
 ):
     rate, whole = RATES[method], wholes(method)
     with monkeypatch.context() as patch:
@@ -94,14 +96,14 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(
     gc.collect()
     said = []
     with monkeypatch.context() as patch:
-        real = teacher.shard_records
-        patch.setattr(teacher, "shard_records", lambda *a: (said.append(1), real(*a))[1])
+        real = policy.distillation.run.shard_records
+        patch.setattr(policy.distillation.run, "shard_records", lambda *a: (said.append(1), real(*a))[1])
         folder = run(method=method, learning_rate=rate)
     assert len(said) == (1 if where is TeacherCache else 0)
     same(folder, whole)
 
 
-def test_a_polite_stop_saves_and_the_same_command_goes_on(lab, monkeypatch, capsys):
+def test_a_polite_stop_saves_and_the_same_command_goes_on(distill_lab, monkeypatch, capsys):
     whole = run(name="whole", checkpoint_every=100)
     with monkeypatch.context() as patch:
         real = DistillTrainer._step
@@ -123,7 +125,7 @@ def test_a_polite_stop_saves_and_the_same_command_goes_on(lab, monkeypatch, caps
     same(folder, whole)
 
 
-def test_a_stop_while_the_teacher_speaks_keeps_its_words(lab, monkeypatch, capsys):
+def test_a_stop_while_the_teacher_speaks_keeps_its_words(distill_lab, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         real = TeacherCache.write
 
@@ -140,9 +142,72 @@ def test_a_stop_while_the_teacher_speaks_keeps_its_words(lab, monkeypatch, capsy
     assert "(2 of 3 were there)" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(lab, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run(distill_lab, monkeypatch):
     monkeypatch.setattr(distill_train, "distil_kl", lambda hidden, *_, **__: hidden.sum(-1) * torch.nan)
     with pytest.raises(
         UserError, match=r"not finite in step 1: lower distill\.learning_rate, which is 0\.01"
     ):
         run()
+
+
+# ---- two processes
+
+SECTION = {
+    "batch_size": 5,  # uneven over two processes; the last batch of a pass has one sequence
+    "tokens_per_micro_batch": 60,  # some processes have more micro-batches than others
+    "max_grad_norm": 0.05,
+    "shard_sequences": 7,
+    "learning_rate": 1e-3,
+}
+
+
+def lab_in(folder):
+    folder.mkdir()
+    return write_lab(folder)
+
+
+def changed(folder, **changes):
+    files = {name: str(folder / f"{name}.jsonl") for name in ("texts", "questions")}
+    return overrides(**SECTION | files | changes)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of one process, this one, by method and layers."""
+    kept = {}
+
+    def of(method, layers):
+        if (method, layers) not in kept:
+            folder = lab_in(tmp_path_factory.mktemp("alone") / "run")
+            options = changed(folder, method=method, lora__layers=layers)
+            kept[method, layers] = alone_in(folder, distill.main, *options)
+        return kept[method, layers]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("zero", "method", "layers"),
+    [(0, "lora", "top_2"), (2, "full", "all"), (3, "lora", "top_2")],
+)
+def test_two_processes_learn_what_one_process_learns(zero, method, layers, alone, tmp_path):
+    here, whole = lab_in(tmp_path / "here"), alone(method, layers)
+    options = changed(here, method=method, lora__layers=layers, distributed__zero_stage=zero)
+    done = here / "runs" / "tiny" / "distill"
+    # every curve holds a resume
+    interrupt(here, "distill", lambda: list(done.glob("checkpoints/step-*")), done / MANIFEST, *options)
+    said = finish(here, "distill", *options)
+    assert said.count("distill: held out: KL(teacher || student)") == 1
+    assert_close(here, whole, "distill", *(() if method == "full" else ("policy",)))
+    mine, expected = (results(folder / "runs/tiny/distill") for folder in (here, whole))
+    assert (mine["processes"], expected["processes"]) == (2, 1)
+    for name in ("kl_before", "kl_after", "full_kl_before", "full_kl_after", "kl_recovered"):
+        assert mine["held_out"][name]["mean"] == pytest.approx(expected["held_out"][name]["mean"], abs=1e-5)
+    assert mine["held_out"]["tokens"] == expected["held_out"]["tokens"]
+    assert mine["teacher"] == expected["teacher"]
+    for file in sorted((whole / "runs/tiny/distill/teacher").glob("*.npy")):
+        words, wanted = np.load(done / "teacher" / file.name), np.load(file)
+        assert words["index"].tolist() == wanted["index"].tolist()
+        assert np.allclose(words["log_prob"], wanted["log_prob"], atol=1e-5)
+    index = json.loads((done / "teacher" / "index.json").read_text())
+    assert index["shards"] == {p.name: sha256_of(p) for p in (done / "teacher").glob("*.npy")}

@@ -10,9 +10,10 @@ from tiny_distill import PROMPT, dialogue_of, passage
 from transformers import MistralConfig, MistralForCausalLM
 
 from policy.distillation.data import content_hash
-from policy.distillation.prompted_model import PromptedModel, check_head, shard_records
-from policy.distillation.teacher_cache import TeacherCache, record_type
+from policy.distillation.teacher import PromptedModel
+from policy.distillation.teacher_cache import TeacherCache, record_type, shard_records
 from rlhf.errors import UserError
+from rlhf.models.log_probs import check_head
 from rlhf.models.tiny import tiny_model, tiny_tokenizer
 from rlhf.tokenization.prompt_prefix import Context
 
@@ -34,14 +35,14 @@ def rows():
     """Passages with and without openings, of unequal lengths."""
     texts = ["one", "a longer text of it", "", "x", "the last one of them"]
     return [
-        passage(text or "yes?", opening="u:" if n % 2 else "", lead="s " if n == 4 else "")
+        passage(text or "yes?", teacher_prefix="u:" if n % 2 else "", student_prefix="s " if n == 4 else "")
         for n, text in enumerate(texts)
     ]
 
 
 def expected_states(model, prefix, one):
     """States that predict a passage's tokens, from one whole pass without a cache."""
-    whole = [*prefix, *one.opening.tolist(), *one.ids.tolist()]
+    whole = [*prefix, *one.teacher_ids]
     hidden = model.get_decoder()(input_ids=torch.tensor([whole])).last_hidden_state[0]
     start = len(whole) - len(one.ids)
     return hidden[max(0, start - 1) : -1]
@@ -70,7 +71,7 @@ def test_the_prompt_is_read_once_for_all_rows(tmp_path):
     teacher = PromptedModel(model, prefix)
     for _ in range(3):
         teacher.states(rows())
-    behind = len(rows()) * max(len(one.opening) + len(one.ids) for one in rows())
+    behind = len(rows()) * max(len(one.teacher_ids) for one in rows())
     assert read == [len(prefix), behind, behind, behind]
 
 
@@ -120,7 +121,7 @@ def file_of(folder, passages, *, shard=2, key=None, k=K, vocabulary=VOCABULARY):
 def fill(file, passages, teacher):
     for number in file.missing():
         some = [passages[row] for row in file.sequences_of(number)]
-        file.write(number, shard_records(teacher, some, file, 50, VOCABULARY))
+        file.write(number, shard_records(teacher, some, file, 50))
 
 
 def test_a_record_is_small():
@@ -204,15 +205,6 @@ def test_a_damaged_shard_is_named_and_only_that_is_computed_again(tmp_path, caps
     (folder / "shard-00002.npy").unlink()
     assert file_of(folder, passages).missing() == [1, 2]
     assert "shard-00002.npy is missing" in capsys.readouterr().out
-
-
-def test_the_words_of_another_teacher_are_refused_by_what_differs(tmp_path):
-    passages, folder = rows(), tmp_path / "words"
-    key = {"teacher": {"weights": "a"}, "top_k": K}
-    fill(file_of(folder, passages, key=key), passages, PromptedModel(model_of(), []))
-    with pytest.raises(UserError, match=r"teacher\.weights: 'a' -> 'b'.*distill\.teacher_cache"):
-        file_of(folder, passages, key={"teacher": {"weights": "b"}, "top_k": K})
-    assert file_of(folder, passages, key=key).missing() == []
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])

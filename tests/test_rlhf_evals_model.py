@@ -15,7 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.errors import UserError
-from rlhf.evals.model import LanguageModel, special_start
+from rlhf.evals.model import LanguageModel
+from rlhf.tokenization.prompt_prefix import special_start
 
 PREFIX = ids_of("Below is a talk. ")
 PAIRS = [

@@ -26,18 +26,11 @@ def ids_of(text):
     return np.asarray(tiny_tokenizer()(text, add_special_tokens=False)["input_ids"], dtype=np.uint32)
 
 
-def passage(text, *, opening="", lead="", half="texts", group=None, spoken=None):
+def passage(text, *, teacher_prefix="", student_prefix="", group=None):
     """A passage of this text."""
-    first = 0 if lead else 1
-    return Passage(
-        half,
-        group or text,
-        ids_of(opening),
-        ids_of(lead),
-        ids_of(text),
-        first,
-        first if spoken is None else spoken,
-    )
+    first = 0 if student_prefix else 1
+    ids = (ids_of(part) for part in (teacher_prefix, student_prefix, text))
+    return Passage("texts", group or text, *ids, first, first)
 
 
 # ---- a folder in which the stage can run
@@ -59,25 +52,7 @@ SMALL = {
     "distill.checkpoint_every": 2,
 }
 """Options of a run that takes a second."""
-WORDS = [
-    "the",
-    "a",
-    "lamp",
-    "river",
-    "of",
-    "stone",
-    "sees",
-    "under",
-    "green",
-    "and",
-    "paper",
-    "house",
-    "goes",
-    "with",
-    "seven",
-    "birds",
-    "slow",
-]
+WORDS = "the a lamp river of stone sees under green and paper house goes with seven birds slow".split()  # noqa: SIM905
 
 
 def sentence(seed, number):
@@ -87,12 +62,11 @@ def sentence(seed, number):
 
 
 def write_lab(folder):
-    """The tiny model, a prompt, texts and questions."""
+    """The tiny model, a prompt, texts and questions; returns the folder."""
     write_tiny_model(folder / "models" / "tiny")
     (folder / "prompt.txt").write_text(PROMPT, encoding="utf-8")
     for name, first in (("texts", 0), ("others", 500)):
-        rows = [{"text": sentence(first + n, 6 + n % 5)} for n in range(60)]
-        write_rows(folder / f"{name}.jsonl", rows)
+        write_rows(folder / f"{name}.jsonl", [{"text": sentence(first + n, 6 + n % 5)} for n in range(60)])
     for name, first in (("questions", 1000), ("more", 1500)):
         rows = [
             {
@@ -104,6 +78,7 @@ def write_lab(folder):
             for n in range(60)
         ]
         write_rows(folder / f"{name}.jsonl", rows)
+    return folder
 
 
 def write_rows(file, rows):

@@ -1,4 +1,4 @@
-"""The `distill` stage: what a model says under a prompt, taught to the model without it.
+"""The `distill` stage: the distribution of a model under a prompt, taught to the model without it.
 
 ``python -m policy.distillation RECIPE [section.key=value ...]`` writes ``runs/<name>/distill/policy`` (an
 adapter) or ``runs/<name>/distill/model`` (all weights, ``distill.method=full``), and the teacher's log-probs
@@ -11,23 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf.errors import UserError, exit_on_user_error
-from rlhf.recipe.load import Recipe, from_command_line
+from rlhf.recipe.load import from_command_line
 from rlhf.runs.initial_adapter import start_inputs, start_parents
 from rlhf.runs.stage import open_stage, processes, rank
-from rlhf.tokenization.prompt_prefix import parse
-
-
-def check(recipe: Recipe) -> None:
-    """Tell a malformed prompt before anything is loaded.
-
-    Raises:
-        UserError: the prompt's file and line.
-    """
-    prompt = Path(recipe.hhh_prompt).expanduser()
-    try:
-        parse(prompt.read_text(encoding="utf-8-sig"), str(prompt))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"hhh_prompt: {prompt} cannot be read as UTF-8 text ({error})") from None
+from rlhf.tokenization.prompt_prefix import parse, read_text
 
 
 def main() -> None:
@@ -43,7 +30,8 @@ def main() -> None:
             "distill.method: full does not go with ZeRO-3, whose processes hold a part of every matrix each; "
             "use distributed.zero_stage=2, or method=lora"
         )
-    check(recipe)
+    prompt = Path(recipe.hhh_prompt).expanduser()
+    parse(read_text(prompt), str(prompt))  # a malformed one is refused before anything is loaded
     own = section.text_share < 1 and not section.questions  # answers the run's own comparisons
     run = open_stage(
         recipe,

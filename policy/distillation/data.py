@@ -8,6 +8,7 @@ tokens without the prompt.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,21 +33,36 @@ Ids = NDArray[np.uint32]
 
 
 class Passage(NamedTuple):
-    """One sequence of tokens that teacher and student both read, X of Askell 2021, and what is before it."""
+    """Tokens that teacher and student both read (X of Askell 2021), and what each reads before them."""
 
     half: str
     """``texts`` or ``questions``."""
     group: str
-    """Which text or prompt it is of: those of one group stay on one side, and depend on each other."""
-    opening: Ids
+    """The text or prompt that it is of: those of one group stay on one side, and depend on each other."""
+    teacher_prefix: Ids
     """What the teacher reads between the prompt and these tokens."""
-    lead: Ids
+    student_prefix: Ids
     """What the student reads before them: a BOS or the template's own system turn, often nothing."""
     ids: Ids
     first: int
     """Index of the first token that the student can predict: 0, or 1 where nothing is before it."""
-    spoken: int
+    response_start: int
     """Index of the first token of the answer; of a text, ``first``."""
+
+    @property
+    def places(self) -> int:
+        """Number of tokens that the student predicts."""
+        return len(self.ids) - self.first
+
+    @property
+    def student_ids(self) -> list[int]:
+        """All that the student reads."""
+        return [*self.student_prefix.tolist(), *self.ids.tolist()]
+
+    @property
+    def teacher_ids(self) -> list[int]:
+        """All that the teacher reads behind the prompt."""
+        return [*self.teacher_prefix.tolist(), *self.ids.tolist()]
 
 
 class Frame(NamedTuple):
@@ -110,7 +126,7 @@ def texts(specs: Sequence[str], frame: Frame) -> Iterator[Passage]:
         waiting: list[int] = []
         for number, row in origin.rows:
             if isinstance(row, str):
-                waiting += frame.context.after_text(row + "\n")
+                waiting += frame.dialogue.encode_text(row + "\n")
                 while len(waiting) >= size:
                     window, waiting = waiting[:size], waiting[size:]
                     yield _text(window, str(window), frame)
@@ -120,16 +136,16 @@ def texts(specs: Sequence[str], frame: Frame) -> Iterator[Passage]:
                 raise UserError(
                     f"{origin.where(number)}: no text; distill.texts wants lines or rows with a `text` field"
                 )
-            ids = frame.context.after_text(text)
+            ids = frame.dialogue.encode_text(text)
             yield from (_text(ids[i : i + size], text, frame) for i in range(0, len(ids) - 1, size))
         if len(waiting) > 1:
             yield _text(waiting, str(waiting), frame)
 
 
 def _text(ids: Sequence[int], group: str, frame: Frame) -> Passage:
-    lead = frame.bare.prefix_ids
-    first = 0 if lead else 1
-    return Passage(TEXTS, _hash(group), _ids(frame.context.opening_ids), _ids(lead), _ids(ids), first, first)
+    before, prefix = frame.context.opening_ids, frame.bare.prefix_ids
+    first = 0 if prefix else 1
+    return Passage(TEXTS, _hash(group), _ids(before), _ids(prefix), _ids(ids), first, first)
 
 
 def questions(comparisons: Iterable[Comparison], frame: Frame, counts: Counts) -> Iterator[Passage]:
@@ -154,21 +170,20 @@ def question(comparison: Comparison, group: str, frame: Frame) -> Passage | None
     With the template ``chat`` the answer ends in EOS, as everywhere; with ``plain`` nothing closes it.
     """
     best = comparison.responses[min(range(len(comparison.ranks)), key=comparison.ranks.__getitem__)]
-    chat = frame.dialogue.template == "chat"
-    said = [*frame.context.answer(best), *([frame.dialogue.eos_id] if chat else [])]
-    taught = [*frame.context.after_dialogue(comparison.prompt, reply=True), *said]
-    alone = [*frame.bare.prefix_ids, *frame.bare.after_dialogue(comparison.prompt, reply=True), *said]
-    common = next(
-        (n for n, (a, b) in enumerate(zip(taught[::-1], alone[::-1], strict=False)) if a != b), None
-    )
-    common = min(len(taught), len(alone)) if common is None else common
-    opening, ids = taught[: len(taught) - common], taught[len(taught) - common :][: frame.max_tokens]
-    lead = alone[: len(alone) - common]
-    first = 0 if lead else 1
-    spoken = max(first, common - len(said))
-    if spoken >= len(ids):
+    end = [frame.dialogue.eos_id] if frame.dialogue.template == "chat" else []
+    response = [*frame.context.answer(best), *end]
+    teacher = [*frame.context.after_dialogue(comparison.prompt, reply=True), *response]
+    student = [*frame.bare.prefix_ids, *frame.bare.after_dialogue(comparison.prompt, reply=True), *response]
+    pairs = zip(teacher[::-1], student[::-1], strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    ids = teacher[len(teacher) - common :][: frame.max_tokens]
+    prefix = student[: len(student) - common]
+    first = 0 if prefix else 1
+    response_start = max(first, common - len(response))
+    if response_start >= len(ids):
         return None
-    return Passage(QUESTIONS, group, _ids(opening), _ids(lead), _ids(ids), first, spoken)
+    before = teacher[: len(teacher) - common]
+    return Passage(QUESTIONS, group, _ids(before), _ids(prefix), _ids(ids), first, response_start)
 
 
 def _comparisons(recipe: Recipe, section: Distill, run: StageRun, counts: Counts) -> Iterable[Comparison]:
@@ -180,10 +195,7 @@ def _comparisons(recipe: Recipe, section: Distill, run: StageRun, counts: Counts
 
 
 def split(drawn: Sequence[Passage], share: float, seed: int) -> tuple[list[Passage], list[Passage]]:
-    """Passages of one half to train on and held out, whole groups at a time.
-
-    The side of a group follows from a hash of (seed, group); where chance leaves a side empty, the nearest
-    group is moved.
+    """Passages of one half to train on and held out, whole groups at a time, by a hash of (seed, group).
 
     Raises:
         UserError: there is one group only.
@@ -198,8 +210,8 @@ def content_hash(all_passages: Iterable[Passage]) -> str:
     """SHA-256 of all that a teacher reads behind its prompt, in its order."""
     digest = hashlib.sha256()
     for passage in all_passages:
-        digest.update(np.asarray([len(passage.opening), len(passage.ids)], np.int64).tobytes())
-        digest.update(passage.opening.tobytes() + passage.ids.tobytes())
+        digest.update(np.asarray([len(passage.teacher_prefix), len(passage.ids)], np.int64).tobytes())
+        digest.update(passage.teacher_prefix.tobytes() + passage.ids.tobytes())
     return digest.hexdigest()
 
 

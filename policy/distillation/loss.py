@@ -19,29 +19,26 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from rlhf.models.log_probs import is_frozen_linear
 from rlhf.models.onednn import linear
 
 
 class TopKLogProbs(NamedTuple):
-    """A distribution over k tokens and the rest."""
+    """Log-probabilities of k tokens and of all others together at N places, natural logarithm."""
 
+    indices_NK: Tensor
+    """The tokens, long; a teacher's most likely ones."""
     log_probs_NK: Tensor
-    """Of the k tokens, natural logarithm."""
     log_rest_N: Tensor
     """Of all other tokens together."""
 
-
-class TeacherTargets(NamedTuple):
-    """What a teacher says at N places."""
-
-    indices_NK: Tensor
-    """Its k most likely tokens, long."""
-    top_k: TopKLogProbs
-    """Their log-probs and the rest's."""
+    def at(self, places: slice) -> TopKLogProbs:
+        """The same at some of the places."""
+        return TopKLogProbs(*(x[places] for x in self))
 
 
 def top_k_log_probs(logits_NV: Tensor, indices_NK: Tensor) -> TopKLogProbs:
@@ -49,18 +46,23 @@ def top_k_log_probs(logits_NV: Tensor, indices_NK: Tensor) -> TopKLogProbs:
 
     logits_NV: finite, any dtype, computed in float32 or better. indices_NK: different ones, K < V.
     """
-    chosen_NK, rest_N, total_N = _masses(logits_NV, indices_NK)
-    return TopKLogProbs(chosen_NK - total_N[:, None], rest_N - total_N)
+    return _join(logits_NV, indices_NK)[0]
 
 
-def _masses(logits_NV: Tensor, indices_NK: Tensor, *, spoil: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Indexed logits, logsumexp of the others, logsumexp of all; ``spoil`` may overwrite the indexed ones."""
+def _join(
+    logits_NV: Tensor, indices_NK: Tensor, *, overwrite: bool = False
+) -> tuple[TopKLogProbs, Tensor, Tensor]:
+    """:func:`top_k_log_probs`, logsumexp of the other logits, and of all.
+
+    overwrite: put -inf at the indices of the logits, instead of into a copy.
+    """
     if logits_NV.dtype != torch.float64:
         logits_NV = logits_NV.float()
     chosen_NK = logits_NV.gather(-1, indices_NK)
-    cover = logits_NV.scatter_ if spoil else logits_NV.scatter
+    cover = logits_NV.scatter_ if overwrite else logits_NV.scatter
     rest_N = cover(-1, indices_NK, -torch.inf).logsumexp(-1)
-    return chosen_NK, rest_N, torch.logaddexp(chosen_NK.logsumexp(-1), rest_N)
+    total_N = torch.logaddexp(chosen_NK.logsumexp(-1), rest_N)
+    return TopKLogProbs(indices_NK, chosen_NK - total_N[:, None], rest_N - total_N), rest_N, total_N
 
 
 def top_k_kl(teacher: TopKLogProbs, student: TopKLogProbs) -> Tensor:
@@ -77,40 +79,34 @@ def full_kl(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
 
 
 def distil_kl(
-    hidden_ND: Tensor, head: Callable[[Tensor], Tensor], targets: TeacherTargets, *, chunk: int
+    hidden_ND: Tensor, head: Callable[[Tensor], Tensor], teacher: TopKLogProbs, *, chunk: int
 ) -> Tensor:
     """KL(teacher || student) of states that a vocabulary head maps to the student's logits, [N], nats.
 
-    hidden_ND: the student's states at the places of ``targets``. head: called on at most ``chunk`` states.
+    hidden_ND: the student's states at the places of ``teacher``. head: called on at most ``chunk`` states.
     No reduction. Gradients flow to the states, and to the head if it learns. Nothing of width V outlives its
     chunk: with a frozen linear head the gradient is worked out beside the value; any other head runs a second
     time in the backward pass.
     """
-    if _is_constant(head):
-        return _Distil.apply(hidden_ND, head.weight, targets.indices_NK, *targets.top_k, chunk)  # type: ignore[attr-defined]
+    if is_frozen_linear(head):
+        return _Distil.apply(hidden_ND, head.weight, *teacher, chunk)  # type: ignore[attr-defined]
 
-    def part(hidden_CD: Tensor, indices_CK: Tensor, log_probs_CK: Tensor, log_rest_C: Tensor) -> Tensor:
-        return top_k_kl(TopKLogProbs(log_probs_CK, log_rest_C), top_k_log_probs(head(hidden_CD), indices_CK))
+    def part(hidden_CD: Tensor, *classes: Tensor) -> Tensor:
+        teacher = TopKLogProbs(*classes)
+        return top_k_kl(teacher, top_k_log_probs(head(hidden_CD), teacher.indices_NK))
 
     pieces = []
     for start in range(0, len(hidden_ND), chunk):
-        some = slice(start, start + chunk)
-        inputs = (hidden_ND[some], targets.indices_NK[some], *(x[some] for x in targets.top_k))
+        places = slice(start, start + chunk)
+        inputs = (hidden_ND[places], *teacher.at(places))
         several = torch.is_grad_enabled() and len(hidden_ND) > chunk
         pieces.append(checkpoint(part, *inputs, use_reentrant=False) if several else part(*inputs))
     return torch.cat(pieces) if pieces else hidden_ND.float().sum(-1)
 
 
-def _is_constant(head: Any) -> bool:
-    """Whether a head is one matrix that does not learn."""
-    if type(head) is not nn.Linear or head.bias is not None:
-        return False
-    return not head.weight.requires_grad and head.weight.is_floating_point()
-
-
 def _logits(head: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> Tensor:
     """Logits without gradients, in float32; by the product that the student's loss takes, to the bit."""
-    return (linear(hidden_ND, head.weight) if _is_constant(head) else head(hidden_ND)).float()  # type: ignore[attr-defined]
+    return (linear(hidden_ND, head.weight) if is_frozen_linear(head) else head(hidden_ND)).float()  # type: ignore[attr-defined]
 
 
 class _Distil(torch.autograd.Function):
@@ -132,12 +128,12 @@ class _Distil(torch.autograd.Function):
     ) -> Tensor:
         kl_N = torch.empty(len(hidden_ND), device=hidden_ND.device)
         slope_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        whole = TopKLogProbs(indices_NK, log_probs_NK, log_rest_N)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
-            indices_CK, teacher = indices_NK[part], TopKLogProbs(log_probs_NK[part], log_rest_N[part])
+            teacher = whole.at(part)
             logits_CV = linear(hidden_ND[part], weight_VD).float()  # as _logits
-            chosen_CK, rest_C, total_C = _masses(logits_CV, indices_CK, spoil=True)
-            student = TopKLogProbs(chosen_CK - total_C[:, None], rest_C - total_C)
+            student, rest_C, _ = _join(logits_CV, teacher.indices_NK, overwrite=True)
             kl_N[part] = top_k_kl(teacher, student)
             if slope_ND is not None:
                 p_CK, p_C = teacher.log_probs_NK.exp(), teacher.log_rest_N.exp()
@@ -145,7 +141,7 @@ class _Distil(torch.autograd.Function):
                 error_C = mass_C * student.log_rest_N.exp() - p_C
                 logits_CV.sub_(rest_C[:, None]).exp_().mul_(error_C[:, None])
                 error_CK = mass_C[:, None] * student.log_probs_NK.exp() - p_CK
-                logits_CV.scatter_(-1, indices_CK, error_CK)
+                logits_CV.scatter_(-1, teacher.indices_NK, error_CK)
                 slope_ND[part] = linear(logits_CV.to(weight_VD.dtype), weight_VD.T)
         ctx.save_for_backward(slope_ND)
         return kl_N
@@ -158,7 +154,7 @@ class _Distil(torch.autograd.Function):
 
 
 @torch.no_grad()
-def teach(
+def teacher_log_probs(
     hidden_ND: Tensor,
     head: Callable[[Tensor], Tensor],
     targets_N: Tensor,
@@ -166,46 +162,42 @@ def teach(
     k: int,
     chunk: int,
     vocabulary: int,
-) -> tuple[TeacherTargets, Tensor]:
-    """What a teacher says where it has these states, and the log-prob that it gives the token that follows.
+) -> tuple[TopKLogProbs, Tensor]:
+    """The k most likely tokens where a teacher has these states, and the log-prob [N] of the next token.
 
-    hidden_ND, head, chunk as in :func:`distil_kl`. targets_N: the tokens that follow. vocabulary: logits
-    beyond it, which some models have for padding, are cut off. Returns targets of k < V tokens, and float32
-    log-probs [N].
+    hidden_ND, head, chunk as in :func:`distil_kl`. targets_N: the next tokens. vocabulary: logits beyond it,
+    which some models have for padding, are cut off; k is below it. All log-probs are float32.
     """
-    found: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(hidden_ND), chunk):
+    number = len(hidden_ND)
+    indices_NK = targets_N.new_empty(number, k)
+    log_probs_NK = torch.empty(number, k, device=hidden_ND.device)
+    log_rest_N, target_N = (torch.empty(number, device=hidden_ND.device) for _ in range(2))
+    for start in range(0, number, chunk):
         part = slice(start, start + chunk)
         logits_CV = _logits(head, hidden_ND[part])[:, :vocabulary]
-        indices_CK = logits_CV.topk(k).indices
         target_C = logits_CV.gather(-1, targets_N[part, None])[:, 0]
-        chosen_CK, rest_C, total_C = _masses(logits_CV, indices_CK, spoil=True)
-        found.append((indices_CK, chosen_CK - total_C[:, None], rest_C - total_C, target_C - total_C))
-    if not found:
-        none = hidden_ND.new_zeros(0, dtype=torch.float32)
-        nothing = torch.zeros(0, k, dtype=torch.long), TopKLogProbs(none.view(0, 1).expand(0, k), none)
-        return TeacherTargets(*nothing), none
-    indices_NK, log_probs_NK, rest_N, target_N = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return TeacherTargets(indices_NK, TopKLogProbs(log_probs_NK, rest_N)), target_N
+        found, _, total_C = _join(logits_CV, logits_CV.topk(k).indices, overwrite=True)
+        indices_NK[part], log_probs_NK[part], log_rest_N[part] = found
+        target_N[part] = target_C - total_C
+    return TopKLogProbs(indices_NK, log_probs_NK, log_rest_N), target_N
 
 
 @torch.no_grad()
-def measure(
+def kl_and_log_probs(
     hidden_ND: Tensor,
     head: Callable[[Tensor], Tensor],
-    targets: TeacherTargets,
+    teacher: TopKLogProbs,
     targets_N: Tensor,
     *,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """The KL of :func:`distil_kl`, and the student's log-prob of the token that follows, [N] each."""
+    """The KL of :func:`distil_kl`, and the student's log-prob of the next token ``targets_N``, [N] each."""
     kl_N, target_N = (torch.empty(len(hidden_ND), device=hidden_ND.device) for _ in range(2))
     for start in range(0, len(hidden_ND), chunk):
         part = slice(start, start + chunk)
-        logits_CV, indices_CK = _logits(head, hidden_ND[part]), targets.indices_NK[part]
+        logits_CV, own = _logits(head, hidden_ND[part]), teacher.at(part)
         target_C = logits_CV.gather(-1, targets_N[part, None])[:, 0]
-        chosen_CK, rest_C, total_C = _masses(logits_CV, indices_CK, spoil=True)
-        teacher = TopKLogProbs(*(x[part] for x in targets.top_k))
-        kl_N[part] = top_k_kl(teacher, TopKLogProbs(chosen_CK - total_C[:, None], rest_C - total_C))
+        student, _, total_C = _join(logits_CV, own.indices_NK, overwrite=True)
+        kl_N[part] = top_k_kl(own, student)
         target_N[part] = target_C - total_C
     return kl_N, target_N

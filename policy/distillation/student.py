@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +18,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from policy.distillation.data import Passage
-from policy.distillation.loss import TeacherTargets, TopKLogProbs
-from policy.distillation.prompted_model import check_head
+from policy.distillation.loss import TopKLogProbs
 from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
 from rlhf.models.backbone import REFERENCE, Backbone, layers_of
 from rlhf.models.base import load_base
+from rlhf.models.log_probs import check_head
 from rlhf.models.masks import positions_from_mask, right_pad
 from rlhf.models.token_batches import token_batches
 from rlhf.models.trunk_cache import TrunkCache, keeps_trunk, trunk_bytes
@@ -38,9 +37,8 @@ _TRUNK_TOKENS = 4096  # tokens of a batch whose trunk is computed; the same for 
 _WEIGHTS = "model.safetensors"
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Rows that are read together, and what the teacher said about them."""
+class Batch(NamedTuple):
+    """Passages that are read together, and the teacher's log-probs about them."""
 
     rows: list[int]
     """Their numbers."""
@@ -49,58 +47,51 @@ class Batch:
     """True = a real token."""
     before_BT: Tensor
     """True = a token whose successor is predicted; N of them."""
-    teacher: TeacherTargets
+    teacher: TopKLogProbs
     targets_N: Tensor
     """The successors."""
-    taught_N: Tensor
-    """The log-prob that the teacher gives them."""
+    teacher_log_probs_N: Tensor
+    """Of the successors."""
     row_N: Tensor
     """Index into ``rows``."""
-    spoken_N: Tensor
+    response_N: Tensor
     """True = a token of an answer, or any one of a text."""
 
 
 def collate(
-    rows: Sequence[int], passages: Sequence[Passage], file: TeacherCache, device: torch.device
+    rows: Sequence[int], passages: Sequence[Passage], cache: TeacherCache, device: torch.device
 ) -> Batch:
-    """The batch of these rows."""
+    """The batch of these rows of ``passages``."""
     some = [passages[row] for row in rows]
-    ids_BT, mask_BT = right_pad([[*p.lead.tolist(), *p.ids.tolist()] for p in some], 0)
+    ids_BT, mask_BT = right_pad([p.student_ids for p in some], 0)
     before_BT = torch.zeros_like(mask_BT)
-    records, row_N, spoken_N = [], [], []
-    for index, (row, p) in enumerate(zip(rows, some, strict=True)):
-        own = file.records(row)
-        if not np.array_equal(own["token"], p.ids):
-            raise RuntimeError(f"the teacher's log-probs of sequence {row} are about other tokens")
-        before_BT[index, len(p.lead) + p.first - 1 : len(p.lead) + len(p.ids) - 1] = True
-        records.append(own[p.first :])
-        places = np.arange(p.first, len(p.ids))
-        row_N.append(np.full(len(places), index))
-        spoken_N.append(places >= p.spoken)
-    found = np.concatenate(records)
-
-    def tensor(array: Any) -> Tensor:
-        wide = array.astype(np.int64) if array.dtype.kind in "iu" else np.array(array)
-        return torch.from_numpy(wide).to(device)
-
+    for index, p in enumerate(some):
+        end = len(p.student_ids) - 1
+        before_BT[index, end - p.places : end] = True
+    found = np.concatenate([cache.records(row, p)[p.first :] for row, p in zip(rows, some, strict=True)])
+    row_N = np.repeat(np.arange(len(some)), [p.places for p in some])
+    response_N = np.concatenate([np.arange(p.first, len(p.ids)) >= p.response_start for p in some])
+    index_NK, top_k_NK, rest_N, token_N, log_prob_N = (
+        torch.from_numpy(np.array(found[name], dtype=kind)).to(device)
+        for name, kind in (
+            ("index", np.int64),
+            ("log_prob", None),
+            ("log_rest", None),
+            ("token", np.int64),
+            ("log_prob_of_token", None),
+        )
+    )
     return Batch(
         list(rows),
         ids_BT.to(device),
         mask_BT.to(device),
         before_BT.to(device),
-        TeacherTargets(
-            tensor(found["index"]), TopKLogProbs(tensor(found["log_prob"]), tensor(found["log_rest"]))
-        ),
-        tensor(found["token"]),
-        tensor(found["log_prob_of_token"]),
-        tensor(np.concatenate(row_N)),
-        tensor(np.concatenate(spoken_N)),
+        TopKLogProbs(index_NK, top_k_NK, rest_N),
+        token_N,
+        log_prob_N,
+        torch.from_numpy(row_N).to(device),
+        torch.from_numpy(response_N).to(device),
     )
-
-
-def width(passage: Passage) -> int:
-    """Tokens that the student reads of a passage."""
-    return len(passage.lead) + len(passage.ids)
 
 
 class Student:
@@ -170,16 +161,6 @@ class Student:
         """Where the weights are."""
         return next(self.module.parameters()).device
 
-    @property
-    def frozen_layers(self) -> int:
-        """Layers below the first that learns."""
-        return self.backbone.frozen_layers if self.backbone else 0
-
-    def to(self, device: torch.device) -> Student:
-        """Move it there."""
-        self.module.to(device)
-        return self
-
     def parameters(self) -> dict[str, nn.Parameter]:
         """What learns, by its saved name."""
         if self.backbone:
@@ -195,14 +176,9 @@ class Student:
         self.head = copy.deepcopy(self.head).requires_grad_(False)
         self.backbone.drop_trunk("ZeRO 3 gathers all layers in every pass")
 
-    def as_teacher(self) -> None:
-        """Switch the adapter off: the base, which teaches."""
-        assert self.backbone, "without an adapter the base is not kept"
-        self.backbone.activate(REFERENCE)
-
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
-        """Be the base, whatever was started from or learned."""
+        """Be the base inside, whatever was started from or learned."""
         assert self.backbone, "without an adapter the base is not kept"
         self._adapted = False
         try:
@@ -219,18 +195,17 @@ class Student:
 
     def states(self, batch: Batch, trunk: TrunkCache | None = None) -> Tensor:
         """The last hidden states at the batch's places, [N, D]."""
+        inputs: dict[str, Any] = {"input_ids": batch.ids_BT}
+        part, cut_at = "all", 0
         if self.backbone:
             self.backbone.activate(ADAPTER if self._adapted else REFERENCE)
-        cut_at = self.frozen_layers
-        inputs: dict[str, Any] = {"input_ids": batch.ids_BT}
-        if cut_at:
-            kept = trunk.states(batch.rows, batch.ids_BT) if trunk else None
-            if kept is None:
-                assert self.backbone
-                kept = self.backbone.trunk(batch.ids_BT, batch.mask_BT)
-            inputs = {"inputs_embeds": kept}
+            if cut_at := self.backbone.frozen_layers:
+                kept = trunk.states(batch.rows, batch.ids_BT) if trunk else None
+                if kept is None:
+                    kept = self.backbone.trunk(batch.ids_BT, batch.mask_BT)
+                part, inputs = "top", {"inputs_embeds": kept}
         decoder: Any = self.base.get_decoder()
-        with layers_of(decoder, "top" if cut_at else "all", cut_at):
+        with layers_of(decoder, part, cut_at):
             hidden_BTD = decoder(
                 **inputs,
                 attention_mask=batch.mask_BT.long(),
@@ -275,14 +250,14 @@ def trunk_of(student: Student, passages: Sequence[Passage], section: Distill) ->
 
     They are computed in batches that depend on the rows alone, so that a resumed run has the same ones.
     """
-    backbone, widths = student.backbone, list(map(width, passages))
+    backbone, rows = student.backbone, [p.student_ids for p in passages]
+    widths = list(map(len, rows))
     needed = trunk_bytes(student.base, sum(widths))
     if not backbone or not keeps_trunk(section, backbone.frozen_layers, needed, no_trunk=backbone.no_trunk):
         return None
-    trunk = TrunkCache(student.frozen_layers)
+    trunk = TrunkCache(backbone.frozen_layers)
     for some in progress("trunk", token_batches(widths, _TRUNK_TOKENS)):
-        rows = [[*passages[n].lead.tolist(), *passages[n].ids.tolist()] for n in some]
-        ids_BT, mask_BT = (t.to(backbone.device) for t in right_pad(rows, 0))
+        ids_BT, mask_BT = (t.to(backbone.device) for t in right_pad([rows[n] for n in some], 0))
         hidden_BTD = backbone.trunk(ids_BT, mask_BT)
         assert hidden_BTD is not None
         trunk.add(some, hidden_BTD, mask_BT)

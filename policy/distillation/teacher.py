@@ -1,31 +1,106 @@
-"""Who teaches: the base itself or another model of the same tokenizer, and what its log-probs depend on."""
+"""The teacher: the base itself or another model of the same tokenizer, frozen, under the prompt.
+
+Shape suffixes: ``_B`` row, ``_T`` token of a row, ``_P`` token of the prompt, ``_D`` hidden unit, ``_N``
+place where a token is predicted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from torch import Tensor
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
-from policy.distillation.data import Passage, content_hash
-from policy.distillation.prompted_model import PromptedModel, check_head, shard_records
-from policy.distillation.student import Student
-from policy.distillation.teacher_cache import TeacherCache
+from policy.distillation.data import Passage
 from rlhf.errors import UserError
+from rlhf.generation.kv_cache import before_rows
+from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
+from rlhf.models.log_probs import check_head
+from rlhf.models.masks import positions_from_mask, right_pad
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Distill, Model
-from rlhf.runs.artifacts import hash_of, sha256_of
+from rlhf.runs.artifacts import sha256_of
 from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
 from rlhf.tokenization.prompt_prefix import Context, window_of
-from rlhf.training.runtime import Runtime
 
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 
 
+class PromptedModel:
+    """A frozen model under a prompt, which is read once: its keys and values serve all rows.
+
+    Args:
+        model: a causal language model, or a backbone, whose base it is.
+        prefix_ids: token ids of the prompt; none is no prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel | Backbone, prefix_ids: Sequence[int]) -> None:
+        self._backbone = model if isinstance(model, Backbone) else None
+        self.model: PreTrainedModel = model.base if isinstance(model, Backbone) else model
+        self.head: Any = self.model.get_output_embeddings()
+        self._decoder: Any = self.model.get_decoder()
+        self._config = self.model.config.get_text_config()
+        self._prefix = list(prefix_ids)
+        self._read: tuple[Tensor, Any] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def states(self, passages: Sequence[Passage]) -> Tensor:
+        """The last hidden states from which the tokens of passages are predicted, in their order, [N, D].
+
+        The first token of a passage has one where a prompt or a prefix is before it.
+        """
+        if self._backbone:
+            self._backbone.activate(REFERENCE)
+        ids_BT, mask_BT = (t.to(self.device) for t in right_pad([p.teacher_ids for p in passages], 0))
+        positions_BT = positions_from_mask(mask_BT)
+        rows, length = len(passages), len(self._prefix)
+        if not self._prefix:
+            hidden_BTD = self._decoder(
+                input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=positions_BT, use_cache=False
+            ).last_hidden_state
+        else:
+            last_11D, prompt = self._prompt()
+            hidden_BTD = self._decoder(
+                input_ids=ids_BT,
+                attention_mask=torch.cat([mask_BT.new_ones(rows, length), mask_BT], dim=1).long(),
+                position_ids=positions_BT + length,
+                past_key_values=before_rows(self._config, prompt, rows),
+                use_cache=True,
+            ).last_hidden_state
+            hidden_BTD = torch.cat([last_11D.expand(rows, -1, -1), hidden_BTD], dim=1)
+        wanted_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.bool, device=self.device)
+        for row, passage in enumerate(passages):
+            before = len(passage.teacher_prefix) + bool(length)  # states before the first token's own
+            wanted_BT[row, max(0, before - 1) : before - 1 + len(passage.ids)] = True
+        return hidden_BTD[wanted_BT]
+
+    def first_of(self, passage: Passage) -> int:
+        """Index of the passage's first token that this model predicts."""
+        return 0 if self._prefix or len(passage.teacher_prefix) else 1
+
+    def _prompt(self) -> tuple[Tensor, Any]:
+        """The last state of the prompt [1, 1, D] and its cache; computed at the first call."""
+        if self._read is None:
+            cache: Any = DynamicCache(config=self._config)
+            ids_1P = torch.tensor([self._prefix], device=self.device)
+            hidden_1PD = self._decoder(
+                input_ids=ids_1P, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+            self._read = hidden_1PD[:, -1:], cache
+        return self._read
+
+
 class Teacher:
-    """The teacher, loaded only when it is needed.
+    """The teacher of a recipe and its prompt; its weights are loaded only when they are needed.
 
     Args:
         recipe: the whole recipe.
@@ -33,12 +108,12 @@ class Teacher:
         dialogue: the student's tokenizer.
 
     Raises:
-        UserError: the teacher is not there, or has another tokenizer.
+        UserError: the teacher is not there, or has another tokenizer, or the prompt cannot be used.
     """
 
     def __init__(self, recipe: Recipe, section: Distill, dialogue: Dialogue) -> None:
-        self._section = section
         self._model: Model = recipe.model
+        self._is_base = section.teacher is None
         self._open: PromptedModel | None = None
         if section.teacher is not None:
             self._model = recipe.model.model_copy(update={"path": section.teacher, "revision": None})
@@ -50,40 +125,39 @@ class Teacher:
                 trust_remote_code=self._model.trust_remote_code,
             )
         except (OSError, ValueError) as error:
-            key = "model.path" if section.teacher is None else "distill.teacher"
+            key = "model.path" if self._is_base else "distill.teacher"
             raise UserError(f"{key}: no model at {self._model.path} ({str(error).splitlines()[0]})") from None
         self._commit = getattr(config, "_commit_hash", None)
+        self.origin = self._model.path
         self.window = window_of(config)
         self.vocabulary = int(config.get_text_config().vocab_size)
-
-    @property
-    def origin(self) -> str:
-        """Where the teacher's weights are from."""
-        return self._model.path
+        self.context = Context.read(recipe.hhh_prompt, dialogue, window=self.window)
 
     def weights(self) -> dict[str, Any]:
         """What tells one teacher's weights from another's: content hashes, or the hub's commit."""
-        folder = Path(self._model.path).expanduser()
+        folder = Path(self.origin).expanduser()
+        source: Any = f"{self.origin} at {self._commit or self._model.revision}"
         if folder.is_dir():
             files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})
-            source: Any = {file.name: sha256_of(file) for file in files}
-        else:
-            source = f"{self._model.path} at {self._commit or self._model.revision}"
+            source = {file.name: sha256_of(file) for file in files}
         return {"weights": source, "dtype": self._model.dtype, "quantization": self._model.quantization}
 
-    def open(self, student: Student, context: Context) -> PromptedModel:
-        """The teacher under the prompt; the student's own base where that teaches and is still there.
+    def open(self, backbone: Backbone | None) -> PromptedModel:
+        """The teacher under the prompt.
+
+        backbone: the student's, whose base is the teacher where the recipe names no other; None = the student
+        has no base of its own any more, since all its weights learn.
 
         Raises:
             UserError: the architecture is not one that can be used here.
         """
         if self._open is None:
-            if self._section.teacher is None and student.backbone:
-                self._open = PromptedModel(student.base, context.prefix_ids, student.as_teacher)
-            else:
-                model: Any = load_base(self._model)
+            model: Any = backbone
+            if not self._is_base or model is None:
+                model = load_base(self._model)
                 check_head(model)
-                self._open = PromptedModel(model.to(best_device()), context.prefix_ids)
+                model = model.to(best_device())
+            self._open = PromptedModel(model, self.context.prefix_ids)
         return self._open
 
     def release(self) -> None:
@@ -92,83 +166,20 @@ class Teacher:
 
 
 def check_tokenizer(teacher: Model, student: Model, dialogue: Dialogue) -> None:
-    """Words are ids: they mean the same to both only with one tokenizer. The template is the student's.
+    """Token ids mean the same to both only with one tokenizer. The template is the student's.
 
     Raises:
         UserError: the tokenizers differ.
     """
     limits = {"max_prompt_tokens": 1, "max_response_tokens": 1, "template": "plain"}
     pad = str(dialogue.tokenizer.convert_ids_to_tokens(dialogue.pad_id))
-    options = {"trust_remote_code": teacher.trust_remote_code}
-    theirs = load_tokenizer(teacher.path, **options)
+    theirs = load_tokenizer(teacher.path, trust_remote_code=teacher.trust_remote_code)
     try:
         other: str | None = Dialogue(theirs, pad_token=pad, **limits).fingerprint()  # type: ignore[arg-type]
     except UserError:  # no such padding token, or no EOS: not the same
         other = None
     if other != Dialogue(dialogue.tokenizer, pad_token=pad, **limits).fingerprint():  # type: ignore[arg-type]
         raise UserError(
-            f"distill.teacher: {teacher.path} has another tokenizer than {student.path}, so what it says is "
-            "about other tokens; name a teacher with the same tokenizer, or leave it out"
+            f"distill.teacher: {teacher.path} has another tokenizer than {student.path}, so its log-probs "
+            "are about other tokens; name a teacher with the same tokenizer, or leave it out"
         )
-
-
-def key_of(
-    recipe: Recipe,
-    section: Distill,
-    teacher: Teacher,
-    context: Context,
-    dialogue: Dialogue,
-    passages: Sequence[Passage],
-) -> dict[str, Any]:
-    """All that the teacher's log-probs depend on."""
-    return {
-        "teacher": teacher.weights(),
-        "tokenizer": dialogue.fingerprint(),
-        "prompt": {"sha256": context.sha256, "ids": hash_of(context.prefix_ids)},
-        "sequences": {"sha256": content_hash(passages), "number": len(passages)},
-        "max_tokens": section.max_tokens,
-        "top_k": section.top_k,
-        "shard_sequences": section.shard_sequences,
-        "seed": recipe.seed,
-    }
-
-
-def fill_cache(
-    teacher: Callable[[], PromptedModel],
-    file: TeacherCache,
-    passages: Sequence[Passage],
-    runtime: Runtime,
-    *,
-    budget: int,
-    vocabulary: int,
-    between: Callable[[], None],
-) -> int:
-    """Let the teacher say what is not in its file yet; returns how many shards that were.
-
-    Several processes read a shard each, and the first one writes them all.
-
-    Args:
-        teacher: gives the model; not called where nothing is missing.
-        file: where the log-probs are kept.
-        passages: all sequences, in the file's order.
-        runtime: the processes; all of them call this.
-        budget: tokens of the passages in memory at once.
-        vocabulary: size of the student's vocabulary.
-        between: called before every round of shards; may end the processes.
-    """
-    main = runtime.rank == 0
-    missing: list[int] = runtime.gather(file.missing() if main else None)[0]
-    for start in range(0, len(missing), runtime.world):
-        between()
-        several = missing[start : start + runtime.world]
-        if main and start % (10 * runtime.world) == 0:
-            print(f"distill: the teacher reads shard {several[0] + 1} of {file.shards}", flush=True)
-        own = None
-        if runtime.rank < len(several):
-            some = [passages[row] for row in file.sequences_of(several[runtime.rank])]
-            own = shard_records(teacher(), some, file, budget, vocabulary)
-        for number, records in zip(several, runtime.gather(own), strict=False):
-            if main:
-                file.write(number, records)
-    runtime.barrier()
-    return len(missing)

@@ -18,11 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from policy.distillation.data import Passage, content_hash
+from policy.distillation.loss import teacher_log_probs
+from policy.distillation.teacher import PromptedModel, Teacher
 from rlhf.errors import UserError
+from rlhf.models.log_probs import chunk_of
+from rlhf.models.token_batches import token_batches
+from rlhf.recipe.load import Recipe
+from rlhf.recipe.schema import Distill
 from rlhf.runs.artifacts import hash_of, read_json, sha256_of, write_atomically, write_json
 from rlhf.runs.stage import differences
+from rlhf.tokenization.dialogue import Dialogue
 
 INDEX = "index.json"
 
@@ -68,6 +77,7 @@ class TeacherCache:
         shard: int,
     ) -> None:
         self.folder, self.lengths = folder, list(lengths)
+        self.k, self.vocabulary = k, vocabulary
         self.type = record_type(k, vocabulary)
         self._shard = shard
         self._index: dict[str, Any] = {"key": key, "identity": hash_of(key), "shards": {}}
@@ -133,13 +143,74 @@ class TeacherCache:
         write_json(self.folder / INDEX, self._index)
         self._opened.pop(number, None)
 
-    def records(self, row: int) -> NDArray[Any]:
-        """The records of one sequence, memory-mapped, one a token."""
+    def records(self, row: int, passage: Passage | None = None) -> NDArray[Any]:
+        """The records of one sequence, memory-mapped, one a token.
+
+        passage: the sequence, for a check.
+
+        Raises:
+            RuntimeError: the records are about other tokens.
+        """
         number = row // self._shard
         if number not in self._opened:
             self._opened[number] = np.load(self._file(number), mmap_mode="r")
         first = sum(self.lengths[before] for before in range(number * self._shard, row))
-        return self._opened[number][first : first + self.lengths[row]]
+        found: NDArray[Any] = self._opened[number][first : first + self.lengths[row]]
+        if passage and not np.array_equal(found["token"], passage.ids):
+            raise RuntimeError(f"the teacher's log-probs of sequence {row} are about other tokens")
+        return found
 
     def _file(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.npy"
+
+
+def key_of(
+    recipe: Recipe, section: Distill, teacher: Teacher, dialogue: Dialogue, passages: Sequence[Passage]
+) -> dict[str, Any]:
+    """All that the teacher's log-probs depend on."""
+    return {
+        "teacher": teacher.weights(),
+        "tokenizer": dialogue.fingerprint(),
+        "prompt": {"sha256": teacher.context.sha256, "ids": hash_of(teacher.context.prefix_ids)},
+        "sequences": {"sha256": content_hash(passages), "number": len(passages)},
+        "max_tokens": section.max_tokens,
+        "top_k": section.top_k,
+        "shard_sequences": section.shard_sequences,
+        "seed": recipe.seed,
+    }
+
+
+def shard_records(
+    teacher: PromptedModel, passages: Sequence[Passage], cache: TeacherCache, budget: int
+) -> NDArray[Any]:
+    """The records of passages, one after the other; a token that nothing stands before has an empty one.
+
+    Args:
+        teacher: the model under the prompt.
+        passages: those of one shard.
+        cache: whose records they will be.
+        budget: tokens of the passages in memory at once.
+    """
+    starts = np.cumsum([0, *(len(p.ids) for p in passages)])
+    records = np.zeros(int(starts[-1]), dtype=cache.type)
+    records["token"] = np.concatenate([p.ids for p in passages])
+    for batch in token_batches([len(p.teacher_ids) for p in passages], budget):
+        some = [passages[n] for n in batch]
+        hidden_ND = teacher.states(some)
+        firsts = [teacher.first_of(p) for p in some]
+        targets = np.concatenate([p.ids[first:] for p, first in zip(some, firsts, strict=True)])
+        top_k, target_N = teacher_log_probs(
+            hidden_ND,
+            teacher.head,
+            torch.from_numpy(targets.astype(np.int64)).to(hidden_ND.device),
+            k=cache.k,
+            chunk=chunk_of(cache.vocabulary),
+            vocabulary=cache.vocabulary,
+        )
+        places = np.concatenate(
+            [np.arange(starts[n] + first, starts[n + 1]) for n, first in zip(batch, firsts, strict=True)]
+        )
+        for name, tensor in zip(("index", "log_prob", "log_rest"), top_k, strict=True):
+            records[name][places] = tensor.cpu().numpy()
+        records["log_prob_of_token"][places] = target_N.cpu().numpy()
+    return records

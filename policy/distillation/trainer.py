@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from policy.distillation.data import HALVES, Passage
 from policy.distillation.loss import distil_kl
-from policy.distillation.student import Batch, Student, collate, width
+from policy.distillation.student import Batch, Student, collate
 from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
 from rlhf.models.log_probs import chunk_of
@@ -30,6 +30,7 @@ from rlhf.runs.artifacts import Checkpoints, read_json, step_of, write_atomicall
 from rlhf.training.metrics import Metrics
 from rlhf.training.runtime import Runtime, all_max
 from rlhf.training.schedule import learning_rate_factor
+from rlhf.training.signals import StopRequest, leave
 
 SHOWN = {"distill/kl": ".4f"}
 _EPSILON = 1e-8  # of AdamW
@@ -64,7 +65,7 @@ class DistillTrainer:
     Args:
         student: at its start, on its device.
         runtime: the optimiser is made in it.
-        file: the teacher's log-probs on ``passages``.
+        cache: the teacher's log-probs on ``passages``.
         passages: all sequences; the first ``number`` are trained on.
         number: how many.
         trunk: states of all sequences below the first layer that learns, where they are kept.
@@ -74,6 +75,7 @@ class DistillTrainer:
         contract: fingerprint of tokenizer and template.
         folder: where checkpoints and ``metrics.jsonl`` go.
         on_checkpoint: called behind every checkpoint, on the main process.
+        stop: whether somebody asked the run to end.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class DistillTrainer:
         *,
         student: Student,
         runtime: Runtime,
-        file: TeacherCache,
+        cache: TeacherCache,
         passages: Sequence[Passage],
         number: int,
         trunk: TrunkCache | None,
@@ -91,14 +93,16 @@ class DistillTrainer:
         contract: str,
         folder: Path,
         on_checkpoint: Callable[[], None] = lambda: None,
+        stop: StopRequest | None = None,
     ) -> None:
-        self.student, self.runtime, self.file, self.trunk = student, runtime, file, trunk
+        self.stop = stop or StopRequest()
+        self.student, self.runtime, self.cache, self.trunk = student, runtime, cache, trunk
         self.passages, self.number, self.section = passages, number, section
         self.seed, self.rate, self.folder, self.on_checkpoint = seed, rate, folder, on_checkpoint
         self.is_main = runtime.rank == 0
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.steps = steps_of(section, number)
-        self._anchors = {"words": file.identity, "contract": contract}
+        self._anchors = {"words": cache.identity, "contract": contract}
         checkpoint = self.checkpoints.newest()
         self.done = self.saved = step_of(checkpoint)
         if checkpoint:
@@ -109,14 +113,12 @@ class DistillTrainer:
         if checkpoint:
             self._restore(checkpoint)
 
-    def train(self, leave: Callable[[Callable[[], None]], None]) -> None:
+    def train(self) -> None:
         """Run all remaining steps.
-
-        Args:
-            leave: called after every step with what saves it; ends the process where somebody asked for that.
 
         Raises:
             UserError: the loss or its gradient is not finite.
+            SystemExit: SIGTERM was received; a checkpoint has been written.
         """
         metrics = Metrics(
             self.folder,
@@ -134,7 +136,11 @@ class DistillTrainer:
                 self.done = step + 1
                 if self.done == self.steps or self.done % self.section.checkpoint_every == 0:
                     self._checkpoint()
-                leave(self._save)
+                if self.runtime.any_process(self.stop.asked):
+                    if self.saved != self.done:
+                        self._checkpoint()
+                    kept = f"saved after step {self.done} of {self.steps}"
+                    leave("distill", kept, is_main=self.is_main)
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimiser step: the mean KL over all tokens of the batch, a micro-batch at a time."""
@@ -143,18 +149,19 @@ class DistillTrainer:
         )
         self.runtime.set_learning_rates([rate])
         rows = batch_rows(self.seed, step, self.section.batch_size, self.number)
-        total = sum(map(self._places, rows))
+        total = sum(self.passages[row].places for row in rows)
         sums = torch.zeros(len(HALVES), 2, dtype=torch.float64)  # KL and places of each half
-        parts = self._parts(rows)
+        parts = self._micro_batches(rows)
         with self.student.folded():
             for index, (part, weight) in enumerate(parts):
-                batch = collate(part, self.passages, self.file, self.runtime.device)
+                batch = collate(part, self.passages, self.cache, self.runtime.device)
                 kl_N = weight * self.runtime.model(batch)
                 self.runtime.backward(kl_N.sum() / total, last=index == len(parts) - 1)
                 by_row = torch.zeros(len(part), device=kl_N.device).index_add(0, batch.row_N, kl_N.detach())
                 for row, kl in zip(part, by_row.tolist(), strict=True):
-                    half = HALVES.index(self.passages[row].half)
-                    sums[half] += torch.tensor([kl, weight * self._places(row)], dtype=torch.float64)
+                    passage = self.passages[row]
+                    found = torch.tensor([kl, weight * passage.places], dtype=torch.float64)
+                    sums[HALVES.index(passage.half)] += found
         norm = self.runtime.step()
         by_half = self.runtime.all_sum(sums.to(self.runtime.device)).tolist()
         loss = sum(kl for kl, _ in by_half) / total
@@ -163,40 +170,31 @@ class DistillTrainer:
                 f"distill: the loss ({loss:g}) or its gradient ({norm:g}) is not finite in step {step + 1}: "
                 f"lower distill.learning_rate, which is {self.rate:g}"
             )
-        figures = {"distill/kl": loss}
-        figures |= {
-            f"distill/kl_{half}": kl / places
-            for half, (kl, places) in zip(HALVES, by_half, strict=True)
-            if places
-        }
-        return figures | {
+        return {
+            "distill/kl": loss,
+            **{
+                f"distill/kl_{half}": kl / places
+                for half, (kl, places) in zip(HALVES, by_half, strict=True)
+                if places
+            },
             "distill/learning_rate": rate,
             "distill/grad_norm": norm,
             "distill/tokens": float(total),
         }
 
-    def _places(self, row: int) -> int:
-        """Places of a sequence where a token is predicted."""
-        return len(self.passages[row].ids) - self.passages[row].first
-
-    def _parts(self, rows: Sequence[int]) -> list[tuple[list[int], float]]:
+    def _micro_batches(self, rows: Sequence[int]) -> list[tuple[list[int], float]]:
         """This process's micro-batches of a step, each with its weight; all processes have as many.
 
         Whoever is done goes on with weight 0: a backward pass over several processes is everybody's.
         """
         own = rows[self.runtime.rank :: self.runtime.world]
-        budget = self.section.tokens_per_micro_batch
+        widths = [len(self.passages[row].student_ids) for row in own]
         parts = [
             ([own[n] for n in part], 1.0)
-            for part in token_batches([width(self.passages[r]) for r in own], budget)
+            for part in token_batches(widths, self.section.tokens_per_micro_batch)
         ]
         number = all_max(len(parts), self.runtime.device)
         return parts + [([rows[0]], 0.0)] * (number - len(parts))
-
-    def _save(self) -> None:
-        """Write a checkpoint unless there is one of this step."""
-        if self.saved != self.done:
-            self._checkpoint()
 
     def _checkpoint(self) -> None:
         """Write everything that the next step depends on."""

@@ -38,7 +38,7 @@ from rlhf.runs.artifacts import Checkpoints, read_json, step_of, write_atomicall
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.metrics import Metrics
 from rlhf.training.runtime import Runtime
-from rlhf.training.signals import StopRequest
+from rlhf.training.signals import StopRequest, leave
 
 SHOWN = {"objective/score": ".3f", "objective/kl": ".2f", "policy/entropy": ".2f", "response/length": ".1f"}
 
@@ -242,11 +242,8 @@ class PpoTrainer:
             return
         if self.saved != self.done:
             self._checkpoint()
-        if self.is_main:
-            saved = f"saved after step {self.done} of {self.section.steps}"
-            kept = saved if self.done else "no step was done"
-            print(f"ppo: asked to stop (SIGTERM); {kept}, the same command goes on from there", flush=True)
-        raise SystemExit(0)
+        saved = f"saved after step {self.done} of {self.section.steps}"
+        leave("ppo", saved if self.done else "no step was done", is_main=self.is_main)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:

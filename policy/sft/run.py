@@ -25,7 +25,6 @@ from rlhf.models.base import best_device, load_base, vocabulary_head
 from rlhf.models.packing import with_hidden_states
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Sft
-from rlhf.runs.artifacts import read_json, write_json
 from rlhf.runs.initial_adapter import ADAPTER as SAVED
 from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.stage import StageRun, processes
@@ -48,19 +47,16 @@ def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
     if packing and (warning := check_packing(model, head, train, dialogue.pad_id)):
         packing = False
         run.say(f"warning: {warning}")
-    kept = run.folder / "parts" / "before.json"
-    if kept.is_file():
-        before_B = torch.tensor(read_json(kept))
-    else:
-        before_B, _ = losses(model, head, held_out, dialogue.pad_id, packing=packing)
-        if run.is_main:
-            write_json(kept, before_B.tolist())
-            run.note_clock()
+    measured = model, head, held_out, dialogue.pad_id
+    before_B = torch.tensor(
+        run.remember("before", lambda: [*map(float, losses(*measured, packing=packing)[0])])
+    )
     new_trainer(
         recipe, section, dialogue, backbone, train,
         packing=packing, folder=run.folder, on_checkpoint=run.note_clock,
     ).fit()  # fmt: skip
-    after_B, tokens_B = losses(model.eval(), head, held_out, dialogue.pad_id, packing=packing)
+    model.eval()
+    after_B, tokens_B = losses(*measured, packing=packing)
     figures = judged(before_B, after_B, tokens_B)
     with gathered(list(backbone.parameters_of(ADAPTER).values())):
         if run.is_main:

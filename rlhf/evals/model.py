@@ -25,6 +25,7 @@ from rlhf.generation.sampling import (
     uniforms,
 )
 from rlhf.models.token_batches import token_batches
+from rlhf.tokenization.prompt_prefix import special_start
 from rlhf.training.progress import progress
 
 _GENERATED_AT_ONCE = 8  # cached tokens while generating, in units of tokens_at_once
@@ -211,13 +212,6 @@ class LanguageModel:
         more = getattr(settings, "eos_token_id", None)
         ids = [self.tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
         return frozenset(int(i) for i in ids if i is not None)
-
-
-def special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that a tokenizer puts before every text: [BOS], or nothing."""
-    whole = [int(i) for i in tokenizer("a")["input_ids"]]
-    bare = [int(i) for i in tokenizer("a", add_special_tokens=False)["input_ids"]]
-    return next(whole[:i] for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
 
 
 def _name(names: Sequence[str] | None, index: int) -> str:

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rlhf.evals.prefix_tree import Tree, common_start, fold, lay_out, target_log_probs
-from rlhf.generation.kv_cache import PrefixStates
+from rlhf.generation.kv_cache import PrefixStates, prefix_cache
 from rlhf.models.log_probs import chunk_of
 from rlhf.models.masks import right_pad
 from rlhf.models.token_batches import token_batches
@@ -89,14 +89,7 @@ class Scorer:
         self, trees: Sequence[Tree], kept: int, states: PrefixStates, node_S: Tensor, target_S: Tensor
     ) -> tuple[Tensor, Tensor]:
         ids_RW, positions_RW, mask = lay_out(trees, kept, self.model.dtype, self.device)
-        cache: Any = None
-        if states:
-            cache = DynamicCache(config=self.config)
-            for layer, (keys, values) in zip(cache.layers, states, strict=True):
-                layer.lazy_initialization(keys, values)
-                # views: the states are copied once, when the layer puts the new ones behind them
-                layer.keys = keys.expand(len(trees), -1, -1, -1)
-                layer.values = values.expand(len(trees), -1, -1, -1)
+        cache = prefix_cache(self.config, states) if states else None
         hidden_RWD = self.model.get_decoder()(
             input_ids=ids_RW,
             attention_mask=mask,

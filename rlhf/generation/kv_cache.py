@@ -7,6 +7,7 @@ it, ``_P`` prompt token, ``_T`` token so far, ``_N`` position, ``_D`` hidden uni
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,41 @@ class RoomyLayer(DynamicLayer):
 
     def _show(self, length: int) -> None:
         self.keys, self.values = (whole[:, :, :length] for whole in self._all)
+
+
+class PrefixLayer(DynamicLayer):
+    """A text's keys and values in one layer, [1, head, T, D], before those of the rows of any one pass.
+
+    Rows leave nothing behind, so the same layer serves the next ones.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> Any:
+        """The text's states and the rows' own."""
+        return tuple(
+            torch.cat([own.expand(len(new), -1, -1, -1), new], dim=-2)  # type: ignore[union-attr]
+            for own, new in ((self.keys, key_states), (self.values, value_states))
+        )
+
+
+def prefix_cache(config: Any, states: PrefixStates) -> Any:
+    """A cache that holds a text before every row of a pass."""
+    cache = DynamicCache(config=config)
+    cache.layers = [PrefixLayer(keys, values) for keys, values in states]
+    return cache
+
+
+def before_rows(config: Any, text: Any, rows: int) -> Any:
+    """A cache for one pass of so many rows, from that of a text [1, T] that stands before each of them."""
+    if all(type(layer) is DynamicLayer for layer in text.layers):
+        return prefix_cache(config, [(layer.keys, layer.values) for layer in text.layers])
+    cache = copy.deepcopy(text)  # of a kind that changes while it is used
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def new_cache(config: Any, room: int) -> Any:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
+from rlhf.errors import UserError
 from rlhf.models.onednn import linear
 
 _LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
@@ -55,7 +57,7 @@ def token_log_probs(
     hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
     if mask_BT is not None:
         hidden_ND, targets_N = hidden_BTD[mask_BT], targets_BT[mask_BT]
-    if _is_frozen_linear(head):
+    if is_frozen_linear(head):
         logp_N, entropy_N = _FrozenHeadLogProbs.apply(
             hidden_ND,
             head.weight,  # type: ignore[attr-defined]
@@ -75,7 +77,7 @@ def token_log_probs(
     return zeros_BT.index_put(where, logp_N), zeros_BT.index_put(where, entropy_N)
 
 
-def _is_frozen_linear(head: Any) -> bool:
+def is_frozen_linear(head: Any) -> bool:
     """Whether a head is one whole matrix that does not learn."""
     if type(head) is not nn.Linear or head.bias is not None:
         return False
@@ -84,6 +86,26 @@ def _is_frozen_linear(head: Any) -> bool:
         and not hasattr(head.weight, "ds_id")
         and head.weight.is_floating_point()
     )
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """A model's logits must be its vocabulary head's map of the last hidden state.
+
+    Raises:
+        UserError: they are not, as with soft-capped or scaled logits.
+    """
+    head: Any = model.get_output_embeddings()
+    decoder: Any = model.get_decoder()
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device)[None] % int(model.config.get_text_config().vocab_size)
+    with torch.no_grad():
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(head(hidden), logits, atol=1e-3):
+        raise UserError(
+            f"{model.config.name_or_path}: this architecture changes its logits after the vocabulary head, "
+            "which the log-probs here do not know; use another model"
+        )
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):

@@ -15,7 +15,6 @@ from torch import Tensor
 from rlhf.recipe.schema import Distill, Ppo, PreferenceTraining
 from rlhf.runs.stage import rank
 
-
 ALL_ADAPTED = "no layers are frozen (lora.layers adapts all of them)"
 
 

@@ -107,8 +107,11 @@ class Dialogue:
 
     def encode_response(self, text: str) -> list[int]:
         """Token ids of a response without the closing EOS, cut at ``max_response_tokens``."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [int(i) for i in ids[: self.max_response_tokens]]
+        return self.encode_text(text)[: self.max_response_tokens]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text, no special tokens added."""
+        return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     @property
     def closing(self) -> list[int]:

@@ -46,6 +46,21 @@ class PromptText(NamedTuple):
         return (Message("system", self.preamble), *(turn for turns in self.dialogues for turn in turns))
 
 
+def read_text(file: Path) -> str:
+    """The text of a prompt file, UTF-8.
+
+    Raises:
+        UserError: there is none, or it is not UTF-8 (file and line).
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{file}:{line}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}; check the path (hhh_prompt)") from None
+
+
 def parse(text: str, name: str) -> PromptText:
     """Read a prompt file's text.
 
@@ -137,20 +152,20 @@ class Context:
         self._chat = dialogue.template == "chat"
         self.name = name
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        lead = _lead(dialogue.tokenizer)
+        lead = special_start(dialogue.tokenizer)
         self.opening_ids: list[int] = []
         if not prompt:
             self.prefix_ids = lead
         elif self._chat:
-            self.prefix_ids = self._ids(self._render(self._turns, reply=False))
+            self.prefix_ids = self._dialogue.encode_text(self._render(self._turns, reply=False))
             opened = self._behind((Message("user", _PROBE),), reply=False)
-            self.opening_ids = self._ids(opened[: opened.index(_PROBE)])
+            self.opening_ids = self._dialogue.encode_text(opened[: opened.index(_PROBE)])
         else:
             whole = text.strip()
             if not _SEPARATES.fullmatch(whole.splitlines()[-1]):
                 whole = f"{whole}\n\n{SEPARATOR}"
-            self.prefix_ids = [*lead, *self._ids(f"{whole}\n\n")]
-            self.opening_ids = self._ids("Human:")
+            self.prefix_ids = [*lead, *self._dialogue.encode_text(f"{whole}\n\n")]
+            self.opening_ids = self._dialogue.encode_text("Human:")
 
     @classmethod
     def none(cls, dialogue: Dialogue) -> Context:
@@ -171,13 +186,7 @@ class Context:
                 the window, or refused by the chat template.
         """
         file = Path(path).expanduser()
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            raise UserError(f"{file}:{line}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror or error}; check the path (hhh_prompt)") from None
+        text = read_text(file)
         context = cls(dialogue, file.stem, text, parse(text, str(file)))
         context.check_window(window)
         return context
@@ -196,10 +205,6 @@ class Context:
                 f"and the model reads {window}; use a shorter prompt or text, or a model with a longer window"
             )
 
-    def after_text(self, text: str) -> list[int]:
-        """Token ids of plain text behind :attr:`prefix_ids`; no special tokens, no turn is opened."""
-        return self._ids(text)
-
     def after_dialogue(self, messages: Sequence[Message], *, reply: bool) -> list[int]:
         """Token ids of turns behind :attr:`prefix_ids`.
 
@@ -211,19 +216,15 @@ class Context:
             UserError: the chat template refuses the turns, or rewrites the prompt because of them.
         """
         if self._chat:
-            ids = self._ids(self._behind(messages, reply=reply))
+            ids = self._dialogue.encode_text(self._behind(messages, reply=reply))
             bare = not self._turns and ids[: len(self.prefix_ids)] == self.prefix_ids
             return ids[len(self.prefix_ids) :] if bare else ids
         parts = [f"{_TAGS[m.role]}: {m.content}" if m.role in _TAGS else m.content for m in messages]
-        return self._ids("\n\n".join([*parts, "Assistant:"] if reply else parts))
+        return self._dialogue.encode_text("\n\n".join([*parts, "Assistant:"] if reply else parts))
 
     def answer(self, text: str) -> list[int]:
         """Token ids of an answer behind ``after_dialogue(..., reply=True)``, not closed."""
-        return self._ids(text if self._chat else f" {text.strip()}")
-
-    def _ids(self, text: str) -> list[int]:
-        ids = self._dialogue.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [int(i) for i in ids]
+        return self._dialogue.encode_text(text if self._chat else f" {text.strip()}")
 
     def _behind(self, messages: Sequence[Message], *, reply: bool) -> str:
         """The text that turns add to that of the prompt."""
@@ -252,9 +253,7 @@ class Context:
         return str(text)
 
 
-def _lead(tokenizer: Any) -> list[int]:
-    """Ids that a tokenizer puts before every text."""
-    with_specials, bare = (list(tokenizer("a", add_special_tokens=a)["input_ids"]) for a in (True, False))
-    starts = range(len(with_specials) - len(bare) + 1)
-    at = next((n for n in starts if with_specials[n : n + len(bare)] == bare), 0)
-    return [int(i) for i in with_specials[:at]]
+def special_start(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before every text: [BOS], or nothing."""
+    whole, bare = ([int(i) for i in tokenizer("a", add_special_tokens=a)["input_ids"]] for a in (True, False))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])

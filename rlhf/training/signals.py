@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 
 class StopRequest:
@@ -29,3 +30,10 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+
+def leave(stage: str, kept: str, *, is_main: bool) -> NoReturn:
+    """End a stage that was asked to stop; one line says what is kept of its work."""
+    if is_main:
+        print(f"{stage}: asked to stop (SIGTERM); {kept}, the same command goes on from there", flush=True)
+    raise SystemExit(0)

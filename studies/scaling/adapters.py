@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.evals.model import special_start
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import best_device
 from rlhf.recipe.schema import Lora
+from rlhf.tokenization.prompt_prefix import special_start
 from studies.engine.units import Settings
 
 ADAPTER = "policy"

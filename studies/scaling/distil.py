@@ -13,15 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from policy.distillation.data import TEXTS, Passage
-from policy.distillation.held_out import measured
-from policy.distillation.loss import full_kl, measure
-from policy.distillation.prompted_model import PromptedModel
-from policy.distillation.report import figures
+from policy.distillation.evaluation import HeldOut, figures
+from policy.distillation.loss import full_kl, kl_and_log_probs
 from policy.distillation.student import Batch, Student, collate
-from policy.distillation.teacher import fill_cache
-from policy.distillation.teacher_cache import TeacherCache
+from policy.distillation.teacher import PromptedModel
+from policy.distillation.teacher_cache import TeacherCache, shard_records
 from policy.distillation.trainer import DistillTrainer
-from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.backbone import Backbone
 from rlhf.models.log_probs import chunk_of
 from rlhf.recipe.schema import Distill, Distributed
 from rlhf.training.metrics import read_metrics
@@ -94,26 +92,25 @@ def distil(
 
     def taught(prefix_ids: Sequence[int], some: Sequence[Passage], name: str) -> Taught:
         """The rung behind these tokens, and what it says about passages."""
-        model = PromptedModel(backbone.base, prefix_ids, partial(backbone.activate, REFERENCE))
+        model = PromptedModel(backbone, prefix_ids)
         k, vocabulary = min(s["top_k"], student.vocabulary - 1), student.vocabulary
-        file = TeacherCache(
+        cache = TeacherCache(
             folder / name, {}, [len(p.ids) for p in some], k=k, vocabulary=vocabulary, shard=len(some)
         )
-        options = {"budget": TOKENS_AT_ONCE, "vocabulary": vocabulary}
-        fill_cache(lambda: model, file, some, runtime, between=lambda: None, **options)
-        return model, file
+        cache.write(0, shard_records(model, some, cache, TOKENS_AT_ONCE))
+        return model, cache
 
     with quiet_folder(folder):
         nothing = _without_context(student, taught, test[:FULL_KL])
-        teacher, file = taught((*lead, *known), every, "teacher")
-        look = partial(measured, student, runtime, lambda: teacher, file, every, rows, None)
-        look = partial(look, budget=TOKENS_AT_ONCE, full=FULL_KL)
-        bounded = partial(_bounded, student, teacher, file, every, rows[:FULL_KL])
+        teacher, cache = taught((*lead, *known), every, "teacher")
+        held_out = HeldOut(cache, every, rows, None, runtime, budget=TOKENS_AT_ONCE, full=FULL_KL)
+        look = partial(held_out.measure, student, teacher)
+        bounded = partial(_bounded, student, teacher, cache, every, rows[:FULL_KL])
         before, bound = look(), bounded()
         DistillTrainer(
             student=student,
             runtime=runtime,
-            file=file,
+            cache=cache,
             passages=every,
             number=len(train),
             trunk=None,
@@ -122,7 +119,7 @@ def distil(
             rate=s["learning_rate"],
             contract="",
             folder=folder,
-        ).train(lambda save: None)
+        ).train()
         losses = [row["distill/kl"] for row in read_metrics(folder)]
         after, bound_after = look(), bounded()
     found = figures(before, after, halves, [str(n) for n in range(len(test))])
@@ -140,23 +137,23 @@ def distil(
 
 def _without_context(student: Student, taught: Teach, some: Sequence[Passage]) -> float:
     """The largest KL at any place from a teacher that reads what the student reads, in the same pass."""
-    same = [p._replace(opening=p.lead) for p in sorted(some, key=lambda p: len(p.ids))]
-    _, file = taught((), same, "nothing")
-    kl_N, _ = _measured(student, collate(range(len(same)), same, file, student.device))
+    same = [p._replace(teacher_prefix=p.student_prefix) for p in sorted(some, key=lambda p: len(p.ids))]
+    _, cache = taught((), same, "nothing")
+    kl_N, _ = _measured(student, collate(range(len(same)), same, cache, student.device))
     return float(kl_N.abs().max())
 
 
 def _bounded(
     student: Student,
     teacher: PromptedModel,
-    file: TeacherCache,
+    cache: TeacherCache,
     every: Sequence[Passage],
     rows: Sequence[int],
 ) -> float:
     """On which share of places the KL on k + 1 classes is no larger than that over the whole vocabulary."""
     holds = []
     for row in rows:
-        batch = collate([row], every, file, student.device)
+        batch = collate([row], every, cache, student.device)
         kl_N, states_ND = _measured(student, batch)
         logits = teacher.head(teacher.states([every[row]])), student.head(states_ND)
         whole_N = full_kl(*(x[:, : student.vocabulary] for x in logits))
@@ -169,4 +166,5 @@ def _measured(student: Student, batch: Batch) -> tuple[Tensor, Tensor]:
     """KL at each place of a batch, and the student's states there."""
     states_ND = student.states(batch)
     chunk = chunk_of(student.vocabulary)
-    return measure(states_ND, student.head, batch.teacher, batch.targets_N, chunk=chunk)[0], states_ND
+    kl_N, _ = kl_and_log_probs(states_ND, student.head, batch.teacher, batch.targets_N, chunk=chunk)
+    return kl_N, states_ND

@@ -13,11 +13,11 @@ from policy.ppo.rollout import Responses
 from policy.ppo.trainer import PpoTrainer
 from rlhf.collect.judges import JUDGES
 from rlhf.data.comparisons import Message, Prompt
-from rlhf.evals.model import special_start
 from rlhf.models.backbone import Backbone
 from rlhf.recipe.schema import Ppo
 from rlhf.runs.artifacts import write_jsonl
 from rlhf.tokenization.dialogue import Dialogue
+from rlhf.tokenization.prompt_prefix import special_start
 from rlhf.training.metrics import read_metrics
 from studies.engine.units import Settings
 from studies.scaling.adapters import quiet_folder

@@ -1,4 +1,4 @@
-"""What context distillation has brought, on held-out sequences: figures for the manifest, lines to print.
+"""What context distillation brings on held-out sequences: KL and log-probs before and after, with intervals.
 
 Every figure is a ratio of sums over sequences, with an interval over texts and prompts, whose sequences
 depend on each other (:func:`rlhf.stats.intervals.cluster_mean_interval`).
@@ -6,16 +6,26 @@ depend on each other (:func:`rlhf.stats.intervals.cluster_mean_interval`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
+from policy.distillation.data import HALVES, QUESTIONS, Passage
+from policy.distillation.loss import full_kl, kl_and_log_probs
+from policy.distillation.student import Student, collate
+from policy.distillation.teacher import PromptedModel
+from policy.distillation.teacher_cache import TeacherCache
+from rlhf.markdown import percent, plain
+from rlhf.models.log_probs import chunk_of
+from rlhf.models.token_batches import token_batches
+from rlhf.models.trunk_cache import TrunkCache
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
-
-Sums = NDArray[np.float64]
+from rlhf.training.progress import progress
+from rlhf.training.runtime import Runtime
 
 
 class Measured(NamedTuple):
@@ -35,6 +45,78 @@ class Measured(NamedTuple):
     """KL over the whole vocabulary of the first sequences."""
     full_coarse: Any
     """KL on the stored tokens and the rest of the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Held-out sequences, and all that a student is measured with on them."""
+
+    cache: TeacherCache
+    """The teacher's log-probs on ``passages``."""
+    passages: Sequence[Passage]
+    """All sequences."""
+    rows: Sequence[int]
+    """The held-out ones."""
+    trunk: TrunkCache | None
+    """States of all below the first layer that learns, where they are kept."""
+    runtime: Runtime
+    """The processes; they share the batches, which do not depend on their number."""
+    budget: int
+    """Tokens in memory at once."""
+    full: int
+    """Number of sequences, the first ones, whose KL over the whole vocabulary is measured too."""
+
+    @torch.no_grad()
+    def measure(self, student: Student, teacher: PromptedModel | None) -> Measured:
+        """A student's KL and log-probs; every process must call it, and gets the figures.
+
+        teacher: needed where ``full`` is not 0.
+        """
+        device, chunk = student.device, chunk_of(student.vocabulary)
+        runtime, rows = self.runtime, self.rows
+        shared = runtime.world > 1 and not runtime.shards_weights  # else every pass is everybody's
+        mine = slice(runtime.rank, None, runtime.world) if shared else slice(None)
+        sums_6R = torch.zeros(6, len(rows), dtype=torch.float64)
+        with student.folded():
+            widths = [len(self.passages[row].student_ids) for row in rows]
+            for part in progress("held out", token_batches(widths, self.budget)[mine]):
+                batch = collate([rows[n] for n in part], self.passages, self.cache, device)
+                kl_N, log_prob_N = kl_and_log_probs(
+                    student.states(batch, self.trunk),
+                    student.head,
+                    batch.teacher,
+                    batch.targets_N,
+                    chunk=chunk,
+                )
+                mask_N, ones_N = batch.response_N, torch.ones_like(kl_N)
+                taught_N = batch.teacher_log_probs_N
+                values = kl_N, ones_N, log_prob_N * mask_N, taught_N * mask_N, ones_N * mask_N
+                of = batch.row_N.cpu().numpy()
+                for sums_R, values_N in zip(sums_6R, values, strict=False):
+                    found = np.bincount(of, weights=values_N.double().cpu().numpy(), minlength=len(part))
+                    sums_R[part] = torch.from_numpy(found)
+        number = min(self.full, len(rows))
+        for n in progress("held out, whole vocabulary", range(number)[mine]):
+            assert teacher, "the KL over the whole vocabulary needs the teacher itself"
+            sums_6R[5, n] = self._full_kl(student, teacher, rows[n])
+        if shared:
+            sums_6R = runtime.all_sum(sums_6R.to(device))
+        kl, places, log_prob, taught, spoken, whole = sums_6R.tolist()
+        return Measured(kl, places, log_prob, taught, spoken, whole[:number], kl[:number])
+
+    def _full_kl(self, student: Student, teacher: PromptedModel, row: int) -> float:
+        """Sum over a sequence's places of the KL over the whole vocabulary, in nats."""
+        passage, chunk = self.passages[row], chunk_of(student.vocabulary)
+        batch = collate([row], self.passages, self.cache, student.device)
+        theirs_ND = teacher.states([passage])[passage.first - teacher.first_of(passage) :]
+        mine_ND = student.states(batch, self.trunk)
+        total = 0.0
+        for start in range(0, len(mine_ND), chunk):
+            part = slice(start, start + chunk)
+            theirs_CV, mine_CV = teacher.head(theirs_ND[part]), student.head(mine_ND[part])
+            shared = min(theirs_CV.shape[-1], mine_CV.shape[-1])
+            total += float(full_kl(theirs_CV[:, :shared], mine_CV[:, :shared]).double().sum())
+        return total
 
 
 def figures(
@@ -126,38 +208,32 @@ def _share_gone(before: Any, after: Any, groups: Sequence[str]) -> Estimate:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The figures in words, a line each."""
-    halves = {name: found[name] for name in ("texts", "questions") if name in found}
-    said = []
-    for name, part in ({"": found} | halves).items():
+    halves = {name: found[name] for name in HALVES if name in found}
+    out = []
+    for name, part in ({"held out": found} | halves).items():
         start = ""
         if "kl_start" in part:
-            share = shown(part["recovered_at_start"], percent=True)
-            start = f"{shown(part['kl_start'])} at the start ({share} recovered) -> "
-        said.append(
-            f"{name or 'held out'}: KL(teacher || student) {shown(part['kl_before'])} -> {start}"
-            f"{shown(part['kl_after'])} nats a token, {shown(part['kl_recovered'], percent=True)} of the "
+            share = percent(part["recovered_at_start"])
+            start = f"{plain(part['kl_start'], '.4f')} at the start ({share} recovered) -> "
+        out.append(
+            f"{name}: KL(teacher || student) {plain(part['kl_before'], '.4f')} -> {start}"
+            f"{plain(part['kl_after'], '.4f')} nats a token, {percent(part['kl_recovered'])} of the "
             f"prompt's effect recovered ({part['sequences']} sequences, {part['tokens']} tokens)"
         )
     if "full_kl_before" in found:
-        said.append(
-            f"whole vocabulary: {shown(found['full_kl_before'])} -> {shown(found['full_kl_after'])} nats a "
-            f"token (on the stored tokens of the same sequences {shown(found['full_coarse_kl_before'])} -> "
-            f"{shown(found['full_coarse_kl_after'])})"
+        full, coarse = (
+            " -> ".join(plain(found[f"{key}_{when}"], ".4f") for when in ("before", "after"))
+            for key in ("full_kl", "full_coarse_kl")
+        )
+        out.append(
+            f"whole vocabulary: {full} nats a token (on the stored tokens of the same sequences {coarse})"
         )
     for name, part in halves.items():
         share = part["log_prob_recovered"]
-        of = f"{shown(share, percent=True)} of it" if share else "the prompt's gain cannot be told from 0"
-        said.append(
-            f"{name}: log-prob of the {'answers' if name == 'questions' else 'texts'}: the prompt brings "
-            f"{shown(part['prompt_gain'])} nats a token, distillation {shown(part['distilled_gain'])}; {of}"
+        of = f"{percent(share)} of it" if share else "the prompt's gain cannot be told from 0"
+        out.append(
+            f"{name}: log-prob of the {'answers' if name == QUESTIONS else 'texts'}: the prompt brings "
+            f"{plain(part['prompt_gain'], '.4f')} nats a token, distillation "
+            f"{plain(part['distilled_gain'], '.4f')}; {of}"
         )
-    return said
-
-
-def shown(estimate: dict[str, Any], *, percent: bool = False) -> str:
-    """An estimate as ``mean [low, high]``."""
-    mean, ends = estimate["mean"], estimate["ci95"]
-    if mean is None:
-        return "unknown"
-    form = (lambda x: f"{100 * x:.1f}%") if percent else (lambda x: f"{x:.4f}")
-    return form(mean) + (f" [{form(ends[0])}, {form(ends[1])}]" if ends else "")
+    return out

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from policy.distillation.loss import (
-    TeacherTargets,
     TopKLogProbs,
     distil_kl,
     full_kl,
-    measure,
-    teach,
+    kl_and_log_probs,
+    teacher_log_probs,
     top_k_kl,
     top_k_log_probs,
 )
@@ -28,7 +27,7 @@ def random(seed, *shape, scale=1.0, dtype=torch.float32):
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def top(logits_NV, k=K):
+def most_likely(logits_NV, k=K):
     return logits_NV.topk(k).indices
 
 
@@ -54,9 +53,8 @@ def head_of(seed=9, *, learns=False, bias=False, scale=1.0):
     return head.requires_grad_(learns)
 
 
-def words_of(teacher_NV, k=K):
-    indices_NK = top(teacher_NV, k)
-    return TeacherTargets(indices_NK, top_k_log_probs(teacher_NV, indices_NK))
+def classes_of(teacher_NV, k=K):
+    return top_k_log_probs(teacher_NV, most_likely(teacher_NV, k))
 
 
 # ---- the value
@@ -66,7 +64,7 @@ def words_of(teacher_NV, k=K):
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.01, 8.0), k=st.integers(1, V - 1))
 def test_it_is_torchs_own_divergence_of_the_joined_classes(seed, scale, k):
     teacher, student = random(seed, 5, V, scale=scale), random(seed + 1, 5, V, scale=scale)
-    indices = top(teacher, k)
+    indices = most_likely(teacher, k)
     found = top_k_kl(top_k_log_probs(teacher.double(), indices), top_k_log_probs(student.double(), indices))
     torch.testing.assert_close(found, naive(teacher, student, indices), rtol=1e-6, atol=1e-9)
 
@@ -75,7 +73,7 @@ def test_it_is_torchs_own_divergence_of_the_joined_classes(seed, scale, k):
 @given(seed=st.integers(0, 10**6), scales=st.tuples(*[st.floats(0.01, 12.0)] * 2), k=st.integers(1, V - 1))
 def test_joining_classes_never_raises_it_and_it_is_never_negative(seed, scales, k):
     teacher, student = (random(seed + n, 5, V, scale=scale) for n, scale in enumerate(scales))
-    indices = top(teacher, k)
+    indices = most_likely(teacher, k)
     joined = top_k_kl(top_k_log_probs(teacher, indices), top_k_log_probs(student, indices))
     whole = full_kl(teacher, student)
     assert (joined <= whole + 1e-5 * (1 + whole)).all()
@@ -84,7 +82,7 @@ def test_joining_classes_never_raises_it_and_it_is_never_negative(seed, scales, 
 
 def test_with_one_token_in_the_rest_nothing_is_lost():
     teacher, student = random(0, N, V), random(1, N, V)
-    indices = top(teacher, V - 1)
+    indices = most_likely(teacher, V - 1)
     joined = top_k_kl(top_k_log_probs(teacher, indices), top_k_log_probs(student, indices))
     torch.testing.assert_close(joined, full_kl(teacher, student), rtol=1e-4, atol=1e-5)
 
@@ -101,18 +99,18 @@ def test_the_teacher_comes_first():
     joined = [(p[0], q[0]), (p[1], q[1]), (p[2], q[2])]
     forward = sum(a * math.log(a / b) for a, b in joined)
     backward = sum(b * math.log(b / a) for a, b in joined)
-    words = words_of(teacher, 2)
-    found = float(top_k_kl(words.top_k, top_k_log_probs(student, words.indices_NK)))
+    top_k = classes_of(teacher, 2)
+    found = float(top_k_kl(top_k, top_k_log_probs(student, top_k.indices_NK)))
     assert found == pytest.approx(forward, rel=1e-5)
     assert found != pytest.approx(backward, rel=1e-2)
 
 
 def test_equal_distributions_give_exactly_0():
     head, hidden = head_of(), random(0, N, D)
-    words, _ = teach(hidden, head, torch.zeros(N, dtype=torch.long), k=K, chunk=7, vocabulary=V)
-    assert distil_kl(hidden, head, words, chunk=7).tolist() == [0.0] * N
+    top_k, _ = teacher_log_probs(hidden, head, torch.zeros(N, dtype=torch.long), k=K, chunk=7, vocabulary=V)
+    assert distil_kl(hidden, head, top_k, chunk=7).tolist() == [0.0] * N
     # a head that learns goes through another library's product: 0 to rounding
-    learned = distil_kl(hidden, head_of(learns=True), words, chunk=7)
+    learned = distil_kl(hidden, head_of(learns=True), top_k, chunk=7)
     assert learned.tolist() == pytest.approx([0.0] * N, abs=1e-6)
 
 
@@ -149,7 +147,7 @@ def test_at_the_extremes_value_and_gradient_are_finite_and_right(kind, learns):
     with torch.no_grad():
         head.weight.copy_(torch.eye(V))
     head.requires_grad_(learns)
-    found = distil_kl(hidden, head, TeacherTargets(indices, top_k_log_probs(teacher, indices)), chunk=2)
+    found = distil_kl(hidden, head, top_k_log_probs(teacher, indices), chunk=2)
     found.sum().backward()
     assert found.isfinite().all()
     assert hidden.grad.isfinite().all()
@@ -164,14 +162,14 @@ def test_at_the_extremes_value_and_gradient_are_finite_and_right(kind, learns):
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.1, 2.0), chunk=st.sampled_from([1, 7, N, 10 * N]))
 def test_gradients_are_those_of_a_naive_float64_version(seed, scale, chunk):
     hidden, teacher = random(seed, N, D, scale=scale), random(seed + 1, N, V, scale=2.0)
-    words, weights = words_of(teacher), random(seed + 2, N).double()
+    top_k, weights = classes_of(teacher), random(seed + 2, N).double()
     exact_hidden = hidden.double().requires_grad_()
     exact_weight = head_of().weight.double().clone().requires_grad_()
-    exact = naive(teacher, exact_hidden @ exact_weight.T, words.indices_NK)
+    exact = naive(teacher, exact_hidden @ exact_weight.T, top_k.indices_NK)
     (exact * weights).sum().backward()
     for learns in (False, True):
         head, mine = head_of(learns=learns), hidden.clone().requires_grad_()
-        found = distil_kl(mine, head, words, chunk=chunk)
+        found = distil_kl(mine, head, top_k, chunk=chunk)
         (found * weights.float()).sum().backward()
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(mine.grad.double(), exact_hidden.grad, rtol=1e-3, atol=1e-4)
@@ -182,18 +180,18 @@ def test_gradients_are_those_of_a_naive_float64_version(seed, scale, chunk):
 
 
 def test_any_head_will_do():
-    hidden, words = random(0, N, D), words_of(random(1, N, V))
+    hidden, top_k = random(0, N, D), classes_of(random(1, N, V))
     head = head_of(bias=True)
-    expected = top_k_kl(words.top_k, top_k_log_probs(head(hidden), words.indices_NK))
+    expected = top_k_kl(top_k, top_k_log_probs(head(hidden), top_k.indices_NK))
     for chunk in (1, 8, N):
-        torch.testing.assert_close(distil_kl(hidden, head, words, chunk=chunk), expected)
+        torch.testing.assert_close(distil_kl(hidden, head, top_k, chunk=chunk), expected)
 
 
 def test_a_step_along_the_gradient_lowers_it():
-    hidden, head, words = random(0, N, D).requires_grad_(), head_of(), words_of(random(1, N, V, scale=2))
-    before = distil_kl(hidden, head, words, chunk=8).mean()
+    hidden, head, top_k = random(0, N, D).requires_grad_(), head_of(), classes_of(random(1, N, V, scale=2))
+    before = distil_kl(hidden, head, top_k, chunk=8).mean()
     before.backward()
-    after = distil_kl(hidden - 0.1 * hidden.grad, head, words, chunk=8).mean()
+    after = distil_kl(hidden - 0.1 * hidden.grad, head, top_k, chunk=8).mean()
     assert after < before
 
 
@@ -204,15 +202,13 @@ def test_a_step_along_the_gradient_lowers_it():
 def test_the_teachers_words_are_its_most_likely_tokens(chunk):
     head, hidden = head_of(), random(0, N, D)
     targets = torch.arange(N) % V
-    words, taught = teach(hidden, head, targets, k=K, chunk=chunk, vocabulary=V)
+    top_k, taught = teacher_log_probs(hidden, head, targets, k=K, chunk=chunk, vocabulary=V)
     log_p = head(hidden).double().log_softmax(-1)
     expected = np.sort(log_p.numpy(), axis=-1)[:, ::-1]
-    np.testing.assert_allclose(words.top_k.log_probs_NK, expected[:, :K], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        words.top_k.log_rest_N.exp(), np.exp(expected[:, K:]).sum(-1), rtol=1e-4, atol=1e-6
-    )
-    mine = log_p.gather(-1, words.indices_NK)
-    torch.testing.assert_close(words.top_k.log_probs_NK.double(), mine, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(top_k.log_probs_NK, expected[:, :K], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(top_k.log_rest_N.exp(), np.exp(expected[:, K:]).sum(-1), rtol=1e-4, atol=1e-6)
+    mine = log_p.gather(-1, top_k.indices_NK)
+    torch.testing.assert_close(top_k.log_probs_NK.double(), mine, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(taught.double(), log_p[torch.arange(N), targets], rtol=1e-5, atol=1e-5)
 
 
@@ -223,7 +219,8 @@ def test_logits_beyond_the_vocabulary_do_not_count():
         short.weight.copy_(head.weight[: V - 5])
     targets = torch.zeros(N, dtype=torch.long)
     cut, whole = (
-        teach(hidden, h.requires_grad_(False), targets, k=K, chunk=8, vocabulary=V - 5) for h in (head, short)
+        teacher_log_probs(hidden, h.requires_grad_(False), targets, k=K, chunk=8, vocabulary=V - 5)
+        for h in (head, short)
     )
     assert torch.equal(cut[0].indices_NK, whole[0].indices_NK)
     torch.testing.assert_close(cut[1], whole[1])
@@ -231,16 +228,18 @@ def test_logits_beyond_the_vocabulary_do_not_count():
 
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_what_is_measured_is_the_loss_and_the_log_probs(chunk):
-    head, hidden, words = head_of(), random(0, N, D), words_of(random(1, N, V))
+    head, hidden, top_k = head_of(), random(0, N, D), classes_of(random(1, N, V))
     targets = (3 * torch.arange(N)) % V
-    kl, log_prob = measure(hidden, head, words, targets, chunk=chunk)
-    torch.testing.assert_close(kl, distil_kl(hidden, head, words, chunk=chunk))
+    kl, log_prob = kl_and_log_probs(hidden, head, top_k, targets, chunk=chunk)
+    torch.testing.assert_close(kl, distil_kl(hidden, head, top_k, chunk=chunk))
     torch.testing.assert_close(log_prob, head(hidden).log_softmax(-1)[torch.arange(N), targets])
 
 
 def test_no_places_are_no_error():
     head, none = head_of(), torch.zeros(0, D)
-    words, taught = teach(none, head, torch.zeros(0, dtype=torch.long), k=K, chunk=4, vocabulary=V)
-    assert words.indices_NK.shape == (0, K)
-    assert len(taught) == len(distil_kl(none, head, words, chunk=4)) == 0
-    assert isinstance(words.top_k, TopKLogProbs)
+    top_k, taught = teacher_log_probs(
+        none, head, torch.zeros(0, dtype=torch.long), k=K, chunk=4, vocabulary=V
+    )
+    assert top_k.indices_NK.shape == (0, K)
+    assert len(taught) == len(distil_kl(none, head, top_k, chunk=4)) == 0
+    assert isinstance(top_k, TopKLogProbs)
