@@ -74,10 +74,10 @@ def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) ->
 
 
 def vocabulary_head(recipe: Recipe, base: PreTrainedModel) -> nn.Module:
-    """The frozen map from last hidden states to vocabulary logits: the base's own, without a copy unless ZeRO-3
+    """The frozen map from last hidden states to vocabulary logits: the base's own, a copy only where ZeRO-3
     will take its weights apart.
 
-    A sequence classifier has none: there it is the embeddings, where the two are tied, or read from the files.
+    A sequence classifier has none: it is the embeddings there, where the two are tied, or read from files.
     """
     apart = processes() > 1 and recipe.distributed.zero_stage == 3
     head: Any = base.get_output_embeddings()

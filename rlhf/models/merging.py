@@ -1,4 +1,4 @@
-"""A model with saved adapters added for good, each by a weight of the caller's: W' = W + sum_i w_i s_i B_i A_i.
+"""A model with saved adapters added for good, each by its weight w_i: W' = W + sum_i w_i s_i B_i A_i.
 
 Where every adapted matrix is whole and float32 the sum is written into it, so that the model runs as fast as
 without. Half precision would round small updates away, a quantized matrix cannot be written to, and one that
@@ -75,8 +75,8 @@ def _config_of(folder: Path) -> LoraConfig:
         raise UserError(f"{folder / SETTINGS}: not the settings of an adapter ({error})") from None
     if not isinstance(config, LoraConfig) or config.task_type not in (None, "CAUSAL_LM"):
         raise UserError(
-            f"{folder}: an adapter of kind {getattr(config.peft_type, 'value', None)} for {config.task_type}; name a LoRA adapter of "
-            "a language model (CAUSAL_LM)"
+            f"{folder}: an adapter of kind {getattr(config.peft_type, 'value', None)} for "
+            f"{config.task_type}; name a LoRA adapter of a language model (CAUSAL_LM)"
         )
     return config
 

@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
     ids: list[int]
     counts: list[bool]
-    """True = the log-probability of this token is wanted; the first token has none unless a shared part stands
+    """True = the log-probability of this token is wanted; the first token has none unless a shared part is
     before it."""
 
 
@@ -221,7 +221,7 @@ def packed_log_probs(hidden_NTD: Tensor, batch: PackedBatch, head: Any) -> tuple
 
 
 def sequence_log_probs(hidden_NTD: Tensor, batch: PackedBatch, head: Any) -> tuple[Tensor, Tensor]:
-    """Summed log-probability of each sequence's wanted tokens, and their number, [B] each; 0 where none is."""
+    """Summed log-probability of each sequence's wanted tokens, and their number, [B] each; 0 where none."""
     logps_S, _ = packed_log_probs(hidden_NTD, batch, head)
     zeros_B = logps_S.new_zeros(len(batch.rows_B))
     counts_B = zeros_B.index_add(0, batch.owners_S, torch.ones_like(logps_S))
