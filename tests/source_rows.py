@@ -16,6 +16,22 @@ HH = {
 }
 NATIVE = {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [1, 0, 1], "source": "me", "confidence": 0.5}
 
+SHP = {
+    "post_id": "x1",
+    "domain": "askculinary_train",
+    "history": "How do I salt water?",
+    "c_root_id_A": "a",
+    "human_ref_A": "With salt.",
+    "human_ref_B": "Slowly.",
+    "labels": 1,
+    "score_A": 12,
+    "score_B": 4,
+    "created_at_utc_A": 200,
+    "created_at_utc_B": 100,
+    "seconds_difference": 100.0,
+    "score_ratio": 3.0,
+}
+
 
 def user(text):
     return Message("user", text)
@@ -34,8 +50,8 @@ def jsonl(path, *rows):
     return str(path)
 
 
-def read(*specs, on_bad_rows="stop", **options):
-    return read_comparisons(specs, on_bad_rows=on_bad_rows, **options)
+def read(*specs, reader=read_comparisons, on_bad_rows="stop", **options):
+    return reader(specs, on_bad_rows=on_bad_rows, **options)
 
 
 def one(tmp_path, row):
@@ -44,7 +60,24 @@ def one(tmp_path, row):
     return comparison
 
 
-def refusal(*specs, **options):
+def refusal(*specs, reading=read, **options):
     with pytest.raises(UserError) as caught:
-        read(*specs, **options)
+        reading(*specs, **options)
     return str(caught.value)
+
+
+def dropped(counts):
+    assert counts.read == counts.kept + sum(counts.dropped.values())
+    return counts.dropped
+
+
+def comment(body, score=None, *replies, **more):
+    return {"body": body, "score": score, "replies": list(replies), **more}
+
+
+def hub(*answers, question="<p>q</p>"):
+    return {"qid": 7, "question": question, "answers": list(answers), "date": "2020/1/1", "metadata": []}
+
+
+def scored(number, text):
+    return {"answer_id": 1, "author": "x", "pm_score": number, "selected": True, "text": text}

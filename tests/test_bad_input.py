@@ -19,7 +19,6 @@ from rlhf.collect import __main__ as collect
 from rlhf.errors import exit_on_user_error
 from rlhf.models import prepare
 
-HH = "\n\nHuman: {}\n\nAssistant: {}"
 OPENING = {".lock", "recipe.yaml", "fingerprint.json"}  # what a stage writes before it has done anything
 
 
@@ -82,16 +81,9 @@ def results(name):
 
 # --- comparisons -----------------------------------------------------------------------------------------
 
-BAD_ROWS = {
+BAD_ROWS = {  # one of a file and one of a row; tests/test_rlhf_data_rows.py has all kinds
     "malformed": ('{"prompt": "q", ', "not valid JSON"),
     "one response": (row(9, responses=["a"], ranks=[0]), "fewer than 2 responses"),
-    "all ties": (row(9, ranks=[0, 0]), "all responses are tied"),
-    "wrong number of ranks": (row(9, ranks=[0, 1, 2]), "the number of ranks is not the number of responses"),
-    "empty response": (row(9, responses=["a", " "]), "empty response"),
-    "no shared prompt": (
-        {"chosen": HH.format("hi", "a"), "rejected": HH.format("ho", "b")},
-        "the two transcripts do not share a prompt",
-    ),
 }
 
 
@@ -120,11 +112,8 @@ def test_a_long_prompt_stops_the_run_with_the_remedies(fresh, refused):
 
 
 def test_a_long_prompt_is_skipped_and_counted(fresh):
-    stage(
-        collect.main,
-        data(fresh, *map(row, range(8)), row(8, prompt="word " * 40)),
-        "dialogue.on_long_prompts=skip",
-    )
+    spec = data(fresh, *map(row, range(8)), row(8, prompt="word " * 40))
+    stage(collect.main, spec, "dialogue.on_long_prompts=skip")
     counts = results("comparisons")["counts"]["comparisons"]
     assert counts["kept"] == 8
     assert counts["dropped"] == {"prompt longer than dialogue.max_prompt_tokens": 1}
@@ -149,26 +138,16 @@ def test_data_of_which_nothing_is_left_is_refused_with_the_counts(fresh, refused
     line = refused(collect.main, data(fresh, *map(row, range(8))), short, "dialogue.on_long_prompts=skip")
     assert line.startswith("data.prompts: nothing usable in ")
     assert "900 prompt longer than dialogue.max_prompt_tokens" in line
-    line = refused(
-        collect.main,
-        data(fresh, *map(row, range(8))),
-        "data.prompts=[]",
-        "data.held_out_prompts=[]",
-        short,
-        "dialogue.on_long_prompts=skip",
-    )
+    none = ("data.prompts=[]", "data.held_out_prompts=[]", short, "dialogue.on_long_prompts=skip")
+    line = refused(collect.main, data(fresh, *map(row, range(8))), *none)
     assert line.startswith("data.comparisons: nothing usable in ")
     assert "8 prompt longer than dialogue.max_prompt_tokens" in line
     assert made("comparisons") == OPENING
 
 
 def test_prompts_to_evaluate_on_that_were_trained_on_are_refused(fresh, refused):
-    line = refused(
-        collect.main,
-        data(fresh, *map(row, range(8))),
-        PROMPTS[0],
-        PROMPTS[0].replace("data.", "data.held_out_"),
-    )
+    same = PROMPTS[0].replace("data.", "data.held_out_")
+    line = refused(collect.main, data(fresh, *map(row, range(8))), PROMPTS[0], same)
     assert line.startswith("data.held_out_prompts: every one is also a training prompt")
 
 

@@ -1,3 +1,5 @@
+"""Intervals and tests against the standard library, scipy, and simulated coverage."""
+
 import json
 import math
 import statistics
@@ -5,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rlhf.stats.intervals import (
     Z95,
@@ -15,6 +18,7 @@ from rlhf.stats.intervals import (
     proportion_interval,
     win_rate,
 )
+from rlhf.stats.tests import sign_test
 
 RUNS = 2000
 
@@ -137,6 +141,12 @@ def test_values_that_cannot_be_paired_are_an_error():
     for function in (paired_difference, win_rate, cluster_mean_interval):
         with pytest.raises(ValueError, match="paired"):
             function([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (5, 0), (0, 6), (3, 4), (20, 9), (700, 600)])
+def test_the_sign_test_is_scipy_s_exact_one(wins, losses):
+    expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    assert sign_test(wins, losses) == pytest.approx(expected)
 
 
 def test_a_ratio_of_negative_sums_has_its_ends_in_order():

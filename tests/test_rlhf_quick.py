@@ -1,10 +1,9 @@
 """The block of smaller sizes in a recipe: laid over the rest when asked for, checked when not."""
 
-from pathlib import Path
-
 import pytest
 import yaml
-from test_rlhf_recipe import ROOT, SHIPPED, TEXT, refusal
+from recipe_cases import TEXT, refusal, writer
+from test_rlhf_recipe import ROOT, SHIPPED
 
 from rlhf.errors import UserError
 from rlhf.recipe.load import check_batch_sizes, dump, load
@@ -15,13 +14,7 @@ QUICK = TEXT + "quick:\n  ppo: {batch_size: 8}\n  data: {limit: 7}\n  pmp: null\
 @pytest.fixture
 def recipe(inside):
     """Write a recipe next to the file of comparisons that it names; returns its path."""
-    (inside / "c.jsonl").touch()
-
-    def write(text):
-        Path("r.yaml").write_text(text)
-        return "r.yaml"
-
-    return write
+    return writer(inside)
 
 
 @pytest.mark.parametrize("path", SHIPPED)
@@ -58,7 +51,7 @@ def test_overrides_count_more_than_the_quick_block(recipe):
         (
             "{batch_size: 8}",
             "{bach_size: 8}",
-            "r.yaml:8: unknown key ppo.bach_size; did you mean ppo.batch_size?",
+            "r.yaml:8: unknown key ppo.bach_size; did you mean ppo.batch_s",
         ),
         ("{batch_size: 8}", "{batch_size: no}", "r.yaml:8: ppo.batch_size: "),
         ("{batch_size: 8}", "{minibatches: 3}", "r.yaml:8: ppo: batch_size 64 does not divide into 3"),
@@ -80,10 +73,7 @@ def test_a_mistake_in_a_quick_block_is_named_with_its_line_whether_it_is_used_or
     ("text", "expected"),
     [
         (TEXT + "quick: 3\n", "r.yaml:7: quick is a mapping of sections, as the recipe (got 3)"),
-        (
-            TEXT + "quick:\n  name: y\n",
-            "r.yaml:8: quick.name: the name is the recipe's with -quick behind it",
-        ),
+        (TEXT + "quick:\n  name: y\n", "r.yaml:8: quick.name: the name is the recipe's with -quick behind"),
         (TEXT + "quik: {}\n", "r.yaml:7: unknown key quik; did you mean quick?"),
     ],
 )

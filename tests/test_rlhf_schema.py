@@ -89,131 +89,65 @@ def test_a_start_may_be_a_stage_that_runs_before():
 
 # --- combinations ----------------------------------------------------------------------------------------
 
-CONTRADICTIONS = {
-    "margin belongs to objective=ranked": {"objective": "binary", "margin": 1.0},
-    "label_smoothing belongs to objective=ranked": {"objective": "imitation", "label_smoothing": 0.1},
-    "label_noise belongs to objective=ranked": {"likelihood": "plackett_luce", "label_noise": 0.1},
-    "two answers to one question": {"label_smoothing": 0.1, "label_noise": 0.1},
-    "likelihood belongs to objective=ranked": {"objective": "binary", "likelihood": "plackett_luce"},
-    "center_rewards_coef needs a score": {"objective": "imitation", "center_rewards_coef": 0.1},
-    "is the language-model loss already": {"objective": "imitation", "lm_coef": 1.0},
-}
+CONTRADICTIONS = [
+    *(
+        (section, message, options)
+        for section in (Reward, Pmp)
+        for message, options in (
+            ("margin belongs to objective=ranked", {"objective": "binary", "margin": 1.0}),
+            (
+                "label_smoothing belongs to objective=ranked",
+                {"objective": "imitation", "label_smoothing": 0.1},
+            ),
+            ("label_noise belongs to objective=ranked", {"likelihood": "plackett_luce", "label_noise": 0.1}),
+            ("two answers to one question", {"label_smoothing": 0.1, "label_noise": 0.1}),
+            (
+                "likelihood belongs to objective=ranked",
+                {"objective": "binary", "likelihood": "plackett_luce"},
+            ),
+            ("center_rewards_coef needs a score", {"objective": "imitation", "center_rewards_coef": 0.1}),
+            ("is the language-model loss already", {"objective": "imitation", "lm_coef": 1.0}),
+        )
+    ),
+    (Reward, "needs the probe", {"head_init": "probe", "probe": False}),
+    (Reward, "would overwrite the head of reward.start", {"head_init": "probe", "start": "a"}),
+    (Reward, "fits the frozen base, which start=sft changes", {"head_init": "probe", "start": "sft"}),
+    (Reward, "members are for scores", {"members": 2, "objective": "imitation"}),
+    (Sft, "data names nothing", {"data": []}),
+    (Sft, "chosen stands alone", {"data": ["chosen", "a.jsonl"]}),
+    (Sft, "start is a folder here", {"start": "sft"}),
+    (Ppo, "k1 in the loss has no gradient", {"kl_in": "loss", "kl_estimator": "k1"}),
+    (Ppo, "adaptive multiplies kl_coef", {"kl_controller": "adaptive", "kl_coef": 0.0}),
+    (Ppo, "reinforce has no value: remove value", {"algorithm": "reinforce", "value": "shared"}),
+    (Ppo, "reinforce has no value: .* value_warmup", {"algorithm": "reinforce", "value_warmup": 2}),
+    (Ppo, "value_warmup 5 leaves the policy none of 5 steps", {"value_warmup": 5, "steps": 5}),
+    (Ppo, "warmup_steps 7 leaves nothing of 7 steps", {"warmup_steps": 7, "steps": 7}),
+    (Ppo, "does not divide into 3 minibatches", {"minibatches": 3}),
+    (Ppo, "does not divide into 5 samples_per_prompt", {"samples_per_prompt": 5}),
+]
 
 
-@pytest.mark.parametrize("message", CONTRADICTIONS)
-@pytest.mark.parametrize("section", [Reward, Pmp])
-def test_options_of_a_loss_that_contradict_each_other_are_refused(section, message):
-    options = CONTRADICTIONS[message]
+@pytest.mark.parametrize(("section", "message", "options"), CONTRADICTIONS)
+def test_options_that_contradict_each_other_are_refused(section, message, options):
     more = {"sources": [{"files": "hub:x"}]} if section is Pmp else {}
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ValidationError, match=message) as caught:
         section(**options, **more)
-    for left_out in options:  # each alone, or with its rightful companion, is accepted
-        section(**{name: value for name, value in options.items() if name != left_out}, **more)
+    assert caught.value.error_count() == 1
+    for left_out in options:  # without any one of them, or with its rightful companion, the others are fine
+        mended = {"kl_estimator": "k2", "steps": 100}.get(left_out)
+        others = {name: value for name, value in options.items() if name != left_out}
+        section(**others | ({} if mended is None else {left_out: mended}), **more)
 
 
-@pytest.mark.parametrize(
-    ("message", "options"),
-    [
-        ("needs the probe", {"head_init": "probe", "probe": False}),
-        ("would overwrite the head of reward.start", {"head_init": "probe", "start": "a"}),
-        ("fits the frozen base, which start=sft changes", {"head_init": "probe", "start": "sft"}),
-        ("members are for scores", {"members": 2, "objective": "imitation"}),
-    ],
-)
-def test_options_of_the_reward_stage_that_contradict_each_other_are_refused(message, options):
-    with pytest.raises(ValidationError, match=message):
-        Reward(**options)
-    for left_out in options:
-        Reward(**{name: value for name, value in options.items() if name != left_out})
+def test_rloo_compares_the_samples_of_a_prompt():
+    with pytest.raises(ValidationError, match="rloo compares the samples of a prompt"):
+        Ppo(algorithm="rloo", samples_per_prompt=1)
+    Ppo(algorithm="rloo", samples_per_prompt=2)
 
 
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("label_smoothing", (-0.1, 0.5, 0.9)),
-        ("label_noise", (-0.1, 0.5)),
-        ("margin", (-1.0, float("nan"), float("inf"))),
-        ("center_rewards_coef", (-1.0, float("inf"))),
-        ("lm_coef", (-0.5,)),
-        ("learning_rate", (0.0, -1.0, float("nan"))),
-        ("warmup_ratio", (-0.1, 1.1)),
-        ("tokens_per_micro_batch", (0, 2.5)),
-        ("trunk_gigabytes", (-1.0,)),
-        ("members", (0, 1.5)),
-        ("comparisons", (0,)),
-    ],
-)
-def test_numbers_out_of_their_range_are_refused(field, values):
-    for value in values:
-        with pytest.raises(ValidationError):
-            Reward(**{field: value})
-
-
-@pytest.mark.parametrize(
-    ("message", "options"),
-    [
-        ("data names nothing", {"data": []}),
-        ("chosen stands alone", {"data": ["chosen", "a.jsonl"]}),
-        ("start is a folder here", {"start": "sft"}),
-    ],
-)
-def test_options_of_the_fine_tuning_that_contradict_each_other_are_refused(message, options):
-    with pytest.raises(ValidationError, match=message):
-        Sft(**options)
+def test_the_data_of_the_fine_tuning_are_the_chosen_responses_or_files():
     assert (Sft().data, Sft(data="a.jsonl").data) == (["chosen"], ["a.jsonl"])
     assert (Sft().chosen, Sft(data="a.jsonl").chosen) == (True, False)
-
-
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("loss_on", ("prompt",)),
-        ("limit", (0,)),
-        ("eval_samples", (0, 1.5)),
-        ("learning_rate", (0.0, float("nan"))),
-        ("schedule", ("step",)),
-        ("warmup_ratio", (-0.1, 1.1)),
-        ("weight_decay", (-0.1,)),
-        ("max_grad_norm", (0.0,)),
-        ("epochs", (0,)),
-        ("batch_size", (0, 2.5)),
-        ("tokens_per_micro_batch", (0,)),
-        ("checkpoint_every", (0,)),
-    ],
-)
-def test_numbers_of_the_fine_tuning_out_of_their_range_are_refused(field, values):
-    for value in values:
-        with pytest.raises(ValidationError, match=field):
-            Sft(**{field: value})
-
-
-PPO_CONTRADICTIONS = {
-    "rloo compares the samples of a prompt": {"algorithm": "rloo", "samples_per_prompt": 1},
-    "k1 in the loss has no gradient": {"kl_in": "loss", "kl_estimator": "k1"},
-    "adaptive multiplies kl_coef": {"kl_controller": "adaptive", "kl_coef": 0.0},
-    "reinforce has no value: remove value": {"algorithm": "reinforce", "value": "shared"},
-    "reinforce has no value: .* value_warmup": {"algorithm": "reinforce", "value_warmup": 2},
-    "value_warmup 5 leaves the policy none of 5 steps": {"value_warmup": 5, "steps": 5},
-    "warmup_steps 7 leaves nothing of 7 steps": {"warmup_steps": 7, "steps": 7},
-    "does not divide into 3 minibatches": {"minibatches": 3},
-    "does not divide into 5 samples_per_prompt": {"samples_per_prompt": 5},
-}
-
-
-@pytest.mark.parametrize("message", PPO_CONTRADICTIONS)
-def test_options_of_ppo_that_contradict_each_other_are_refused(message):
-    options = PPO_CONTRADICTIONS[message]
-    with pytest.raises(ValidationError, match=message) as caught:
-        Ppo(**options)
-    assert caught.value.error_count() == 1
-    if options.get("algorithm") == "rloo":
-        Ppo(algorithm="rloo", samples_per_prompt=2)
-        Ppo(samples_per_prompt=1)
-        return
-    for changed in options:  # without any one of them the others are fine
-        others = {name: value for name, value in options.items() if name != changed}
-        mended = {"kl_estimator": "k2", "steps": 100}.get(changed)
-        Ppo(**others if mended is None else others | {changed: mended})
 
 
 def test_the_weight_of_plain_texts_and_the_texts_come_together():
@@ -240,44 +174,74 @@ def test_what_is_left_open_follows_the_algorithm(options, whitens, has_value):
     assert (section.whitens_advantages, section.has_value) == (whitens, has_value)
 
 
+OUT_OF_RANGE = {
+    Reward: {
+        "label_smoothing": (-0.1, 0.5, 0.9),
+        "label_noise": (-0.1, 0.5),
+        "margin": (-1.0, float("nan"), float("inf")),
+        "center_rewards_coef": (-1.0, float("inf")),
+        "lm_coef": (-0.5,),
+        "learning_rate": (0.0, -1.0, float("nan")),
+        "trunk_gigabytes": (-1.0,),
+        "members": (0, 1.5),
+        "limit": (0,),
+    },
+    Sft: {
+        "loss_on": ("prompt",),
+        "limit": (0,),
+        "eval_samples": (0, 1.5),
+        "learning_rate": (0.0, float("nan")),
+        "schedule": ("step",),
+        "warmup_ratio": (-0.1, 1.1),
+        "weight_decay": (-0.1,),
+        "max_grad_norm": (0.0,),
+        "epochs": (0,),
+        "batch_size": (0, 2.5),
+        "tokens_per_micro_batch": (0, 2.5),
+        "checkpoint_every": (0,),
+    },
+    Ppo: {
+        "steps": (0, 1.5),
+        "temperature": (0.0, -1.0, float("inf")),
+        "trunk_gigabytes": (-1.0,),
+        "score_clip": (0.0, -1.0),
+        "missing_eos": ("drop",),
+        "missing_eos_penalty": (-1.0, float("nan")),
+        "length_penalty": (-0.1,),
+        "length_target": (-1,),
+        "score_timeout_minutes": (0.0, float("inf")),
+        "kl_coef": (-0.1, float("nan")),
+        "kl_controller_target": (0.0,),
+        "kl_controller_horizon": (0,),
+        "kl_estimator": ("k4",),
+        "target_kl": (0.0,),
+        "max_kl": (0.0,),
+        "gamma": (-0.1, 1.1),
+        "lam": (-0.1, 1.1),
+        "clip_range": (0.0, -0.2),
+        "dual_clip": (1.0, 0.5, float("inf")),
+        "loss_level": ("response",),
+        "entropy_coef": (-0.1,),
+        "value_clip_range": (0.0,),
+        "value_coef": (-0.1,),
+        "value_warmup": (-1,),
+        "ptx_batch_size": (0,),
+        "ptx_max_tokens": (0,),
+        "epochs": (0,),
+        "learning_rate": (0.0, float("nan")),
+        "warmup_steps": (-1,),
+        "max_grad_norm": (0.0,),
+        "ema_decay": (-0.1, 1.0, 1.5),
+        "max_nonfinite_updates": (0,),
+    },
+}
+
+
 @pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("steps", (0, 1.5)),
-        ("temperature", (0.0, -1.0, float("inf"))),
-        ("trunk_gigabytes", (-1.0,)),
-        ("score_clip", (0.0, -1.0)),
-        ("missing_eos", ("drop",)),
-        ("missing_eos_penalty", (-1.0, float("nan"))),
-        ("length_penalty", (-0.1,)),
-        ("length_target", (-1,)),
-        ("score_timeout_minutes", (0.0, float("inf"))),
-        ("kl_coef", (-0.1, float("nan"))),
-        ("kl_controller_target", (0.0,)),
-        ("kl_controller_horizon", (0,)),
-        ("kl_estimator", ("k4",)),
-        ("target_kl", (0.0,)),
-        ("max_kl", (0.0,)),
-        ("gamma", (-0.1, 1.1)),
-        ("lam", (-0.1, 1.1)),
-        ("clip_range", (0.0, -0.2)),
-        ("dual_clip", (1.0, 0.5, float("inf"))),
-        ("loss_level", ("response",)),
-        ("entropy_coef", (-0.1,)),
-        ("value_clip_range", (0.0,)),
-        ("value_coef", (-0.1,)),
-        ("value_warmup", (-1,)),
-        ("ptx_batch_size", (0,)),
-        ("ptx_max_tokens", (0,)),
-        ("epochs", (0,)),
-        ("learning_rate", (0.0, float("nan"))),
-        ("warmup_steps", (-1,)),
-        ("max_grad_norm", (0.0,)),
-        ("ema_decay", (-0.1, 1.0, 1.5)),
-        ("max_nonfinite_updates", (0,)),
-    ],
+    ("section", "field"), [(section, field) for section in OUT_OF_RANGE for field in OUT_OF_RANGE[section]]
 )
-def test_numbers_of_ppo_out_of_their_range_are_refused(field, values):
-    for value in values:
+def test_values_out_of_their_range_are_refused(section, field):
+    assert field in section.model_fields
+    for value in OUT_OF_RANGE[section][field]:
         with pytest.raises(ValidationError, match=field):
-            Ppo(**{field: value})
+            section(**{field: value})

@@ -1,37 +1,12 @@
 """Reddit: SHP pairs keep their label, trees of comments become rankings by score."""
 
 import pytest
-from source_rows import REMEDY, jsonl, one, read, refusal, user
+from source_rows import SHP, comment, dropped, jsonl, one, read, user
 
 from rlhf.data.comparisons import Comparison
-from rlhf.data.prompts import read_prompts
 
 GONE, HIDDEN = "a deleted or removed comment", "a comment without a score"
 TIED = "all answers have the same score"
-SHP = {
-    "post_id": "x1",
-    "domain": "askculinary_train",
-    "history": "How do I salt water?",
-    "c_root_id_A": "a",
-    "human_ref_A": "With salt.",
-    "human_ref_B": "Slowly.",
-    "labels": 1,
-    "score_A": 12,
-    "score_B": 4,
-    "created_at_utc_A": 200,
-    "created_at_utc_B": 100,
-    "seconds_difference": 100.0,
-    "score_ratio": 3.0,
-}
-
-
-def comment(body, score=None, *replies, **more):
-    return {"body": body, "score": score, "replies": list(replies), **more}
-
-
-def dropped(counts):
-    assert counts.read == counts.kept + sum(counts.dropped.values())
-    return counts.dropped
 
 
 def test_label_1_prefers_a_and_label_0_prefers_b(tmp_path):
@@ -44,12 +19,6 @@ def test_label_1_prefers_a_and_label_0_prefers_b(tmp_path):
 def test_the_label_counts_not_the_time_or_the_scores(tmp_path):
     row = {**SHP, "score_A": 1, "score_B": 9, "created_at_utc_A": 1}
     assert one(tmp_path, row).ranks == (0, 1)
-
-
-@pytest.mark.parametrize("label", [2, -1, None, "A", True, [1]])
-def test_another_label_is_a_bad_row(tmp_path, label):
-    path = jsonl(tmp_path / "a.jsonl", SHP, {**SHP, "labels": label})
-    assert refusal(path) == f"{path}:2: labels is neither 0 nor 1: {label!r}{REMEDY}"
 
 
 def test_a_deleted_comment_of_a_pair_is_left_out(tmp_path):
@@ -114,34 +83,3 @@ def test_what_a_rule_leaves_out_is_counted_and_stops_nothing(tmp_path, mode):
         ("t\n\nhidden", ("a", "b")),
     ]
     assert dropped(counts) == {GONE: 2, HIDDEN: 1, TIED: 1, "a deleted or removed post": 1}
-
-
-@pytest.mark.parametrize(
-    ("comments", "message"),
-    [
-        ([comment("x", "9"), comment("y", 1)], "the score of a comment is not a whole number: '9'"),
-        ([comment("x", True), comment("y", 1)], "the score of a comment is not a whole number: True"),
-        ([comment(None, 2), comment("y", 1)], "a comment without text in body"),
-        ([comment(" ", 2), comment("y", 1)], "empty response"),
-        (["x", "y"], "the replies of a comment are not a list of comments"),
-        ([{**comment("x", 2), "replies": {"a": 1}}], "the replies of a comment are not a list of comments"),
-    ],
-)
-def test_a_bad_tree_is_named(tmp_path, comments, message):
-    path = jsonl(tmp_path / "a.jsonl", SHP, {"title": "t", "comments": comments})
-    assert refusal(path) == f"{path}:2: {message}{REMEDY}"
-    assert read(path, on_bad_rows="skip")[1].kept == 1
-
-
-def test_a_post_whose_text_is_no_text_is_named(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", {"title": "t", "selftext": 3, "comments": []})
-    assert "the text of a post is not a text: a int" in refusal(path)
-
-
-def test_posts_serve_as_prompts(tmp_path):
-    path = jsonl(
-        tmp_path / "a.jsonl", SHP, {"title": "t", "comments": [comment("[deleted]"), comment("x", 1)]}
-    )
-    prompts, counts = read_prompts([path], on_bad_rows="stop")
-    assert prompts == [(user("How do I salt water?"),), (user("t"),)]
-    assert dropped(counts) == {}

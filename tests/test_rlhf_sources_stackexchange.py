@@ -10,7 +10,7 @@ import pytest
 from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_rows import REMEDY, jsonl, read, refusal, user
+from source_rows import REMEDY, dropped, hub, jsonl, read, refusal, scored, user
 
 from rlhf.data.comparisons import Comparison, Counts
 from rlhf.data.prompts import read_prompts
@@ -43,11 +43,6 @@ def posts(folder, *rows, root="posts", head="\ufeff<?xml version='1.0' encoding=
     path = folder / "Posts.xml"
     path.write_text(f"{head}<{root}>\n" + "".join(map(row, rows)) + f"</{root}>", encoding="utf-8")
     return str(path)
-
-
-def dropped(counts):
-    assert counts.read == counts.kept + sum(counts.dropped.values())
-    return counts.dropped
 
 
 # --- scores and rankings ---------------------------------------------------------------------------------
@@ -294,14 +289,6 @@ def test_a_gzipped_dump_is_read_and_a_damaged_archive_is_named(tmp_path):
     assert refusal(str(path)).startswith(f"{path}: truncated or damaged gzip file")
 
 
-def hub(*answers, question="<p>q</p>"):
-    return {"qid": 7, "question": question, "answers": list(answers), "date": "2020/1/1", "metadata": []}
-
-
-def scored(number, text):
-    return {"answer_id": 1, "author": "x", "pm_score": number, "selected": True, "text": text}
-
-
 def test_a_hub_row_keeps_the_score_it_has(tmp_path):
     rows = [
         hub(scored(2, "<p>a</p>"), scored(7, "b &amp; c"), scored(2, "d"), scored(-1, "e")),
@@ -311,22 +298,6 @@ def test_a_hub_row_keeps_the_score_it_has(tmp_path):
     comparisons, counts = read(jsonl(tmp_path / "stack.jsonl", *rows))
     assert comparisons == [Comparison((user("q"),), ("a", "b & c", "d", "e"), (1, 0, 1, 2), "stack")]
     assert dropped(counts) == {FEW: 1, TIED: 1}
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (hub(scored(None, "a"), scored(1, "b")), "an answer whose pm_score is not a number: None"),
-        (hub(scored(True, "a"), scored(0, "b")), "an answer whose pm_score is not a number: True"),
-        (hub({**scored(2, "a"), "text": 3}, scored(1, "b")), "the text of an answer is not a text: a int"),
-        (hub(scored(2, ""), scored(1, "b")), "empty response"),
-        (hub("a", "b"), "an answer is not a row with fields: a str"),
-        (hub(question=3), "the question is not a text"),
-    ],
-)
-def test_a_bad_hub_row_is_named(tmp_path, bad, message):
-    path = jsonl(tmp_path / "a.jsonl", hub(scored(2, "a"), scored(1, "b")), bad)
-    assert refusal(path) == f"{path}:2: {message}{REMEDY}"
 
 
 @pytest.mark.parametrize(

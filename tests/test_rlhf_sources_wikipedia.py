@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_rows import REMEDY, jsonl, read, refusal, user
+from source_rows import REMEDY, dropped, jsonl, read, refusal, user
 
 from rlhf.data.comparisons import Comparison
 from rlhf.data.readers import wikipedia
@@ -51,11 +51,6 @@ def found(*texts):
     rows = [row for _, row in xml.rows(io.BytesIO(export(page(*texts)).encode()), "a.xml")]
     assert all(texts[int(row["revision"])] == row["undone"] for row in rows if isinstance(row, dict))
     return [(int(row["revision"]), row["restored"]) if isinstance(row, dict) else None for row in rows]
-
-
-def dropped(counts):
-    assert counts.read == counts.kept + sum(counts.dropped.values())
-    return counts.dropped
 
 
 # --- what was undone -------------------------------------------------------------------------------------

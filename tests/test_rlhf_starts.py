@@ -7,8 +7,9 @@ import pytest
 from conftest import ROOT, tiny_recipe
 
 from rlhf.errors import UserError
+from rlhf.runs.artifacts import sha256_of
 from rlhf.runs.initial_adapter import check_same_start, start_files, start_folder, start_inputs, start_parents
-from rlhf.runs.stage import StageRun
+from rlhf.runs.stage import open_stage
 
 SECTIONS = {
     "sft": ("sft.epochs=1",),
@@ -35,11 +36,10 @@ def adapter(folder, rank=4, alpha=8):
 
 
 @pytest.mark.parametrize(("section", "word"), WORDS)
-def test_a_stage_of_the_same_run_is_a_parent_and_no_file(section, word):
+def test_a_stage_of_the_same_run_is_a_parent_and_no_file(section, word, inside):
     recipe = recipe_with(section, word)
     assert start_folder(recipe, "tiny", section) == Path(f"runs/tiny/{word}/policy")
-    run = StageRun(section, Path("elsewhere/mine") / section, recipe, {}, {}, True, None)
-    assert start_folder(recipe, run, section) == Path(f"elsewhere/mine/{word}/policy")
+    assert start_folder(recipe, open_stage(recipe, section), section) == Path(f"runs/tiny/{word}/policy")
     assert start_parents(recipe, section) == (word,)
     assert start_inputs(recipe, section) == start_files(recipe, section) == []
 
@@ -128,7 +128,7 @@ def test_an_adapter_of_another_scale_is_refused(made, said, inside):
 def trained(inside):
     """A finished ppo stage, written by hand, and the open stage that looks at it."""
 
-    def write(start, *, identity="one", content=b"weights"):
+    def write(start, identity="one"):
         made = {"recipe": {"ppo": {"start": start}}, "parents": {}, "inputs": {}}
         for folder in (inside / "runs/tiny/ppo", inside / "runs/tiny/sft"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -136,15 +136,11 @@ def trained(inside):
         if start == "sft":
             made["parents"]["sft"] = identity
         elif start:
-            from rlhf.runs.artifacts import sha256_of
-
-            (adapter(inside / start) / "adapter_model.safetensors").write_bytes(content)
-            made["inputs"]["adapter_model.safetensors"] = sha256_of(
-                inside / start / "adapter_model.safetensors"
-            )
+            file = adapter(inside / start) / "adapter_model.safetensors"
+            made["inputs"][file.name] = sha256_of(file)
         (inside / "runs/tiny/ppo/manifest.json").write_text(json.dumps({"fingerprint": made}))
         recipe = recipe_with("ppo", start)
-        return recipe, StageRun("evaluate", Path("runs/tiny/evaluate"), recipe, {}, {}, True, None)
+        return recipe, open_stage(recipe, "evaluate")
 
     return write
 
@@ -155,13 +151,13 @@ def test_the_start_that_was_trained_from_is_accepted(trained, start):
 
 
 def test_another_start_than_that_of_the_training_is_refused(trained, inside):
-    _, run = trained("sft")
+    recipe, run = trained("sft")
     with pytest.raises(UserError, match=r"trained from another start \(ppo\.start: 'sft' -> None\)"):
         check_same_start(tiny_recipe(), run, "ppo")
-    recipe, run = trained("sft")
     (inside / "runs/tiny/sft/manifest.json").write_text(json.dumps({"identity": "two"}))
     with pytest.raises(UserError, match=r"another start \(the sft stage was run anew\)"):
         check_same_start(recipe, run, "ppo")
+    run.lock.close()
     recipe, run = trained("mine")
     (inside / "mine/adapter_model.safetensors").write_bytes(b"others")
     with pytest.raises(UserError, match=r"another start \(adapter_model\.safetensors was changed\)"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -33,15 +33,6 @@ class Filter:
     """What the test depends on; a cached part is good for the same name only."""
     problem: Callable[[Comparison], str | None]
     """Why one cannot be used, as a fixed phrase to be counted, or None."""
-
-    def those(self, comparisons: Iterator[Comparison], counts: Counts) -> Iterator[Comparison]:
-        """The usable ones; the others are counted by their problem."""
-        for comparison in comparisons:
-            reason = self.problem(comparison)
-            if reason is None:
-                yield comparison
-            else:
-                counts.drop(reason)
 
 
 def sample_mixture(
@@ -177,10 +168,17 @@ def _drawn(
 ) -> tuple[list[Comparison], Counts]:
     """The drawn part of a source, from the cache where it has it, with the counts of its reading."""
 
+    counts = Counts()
+
+    def usable(comparison: Comparison) -> bool:
+        reason = fits and fits.problem(comparison)
+        if reason:
+            counts.drop(reason)
+        return not reason
+
     def read() -> dict[str, Any]:
-        counts = Counts()
         stream = stream_comparisons(source.files, on_bad_rows=on_bad_rows, counts=counts, key=key)
-        kept = reservoir_sample(fits.those(stream, counts) if fits else stream, share, _random(seed, "draw"))
+        kept = reservoir_sample(filter(usable, stream), share, _random(seed, "draw"))
         if counts.kept > len(kept):
             counts.drop(NOT_DRAWN, counts.kept - len(kept))
         return {"comparisons": [asdict(comparison) for comparison in kept], "counts": asdict(counts)}

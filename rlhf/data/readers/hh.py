@@ -48,15 +48,6 @@ def before_answer(text: str) -> tuple[Message, ...]:
     return found[:-1] if found[-1] == Message("assistant", "") else found
 
 
-def recognizes(row: Row) -> bool:
-    """Whether chosen or rejected is a transcript, and there is no prompt of its own."""
-    return (
-        is_text(row, "chosen", "rejected")
-        and row.get("prompt") is None
-        and (is_transcript(row["chosen"]) or is_transcript(row["rejected"]))
-    )
-
-
 def parse(row: Row, source: str) -> Iterator[Comparison]:
     """The row's pair. Raises BadRow if the transcripts do not share a prompt or do not end in an answer."""
     yield pair_of_dialogues(
@@ -64,4 +55,12 @@ def parse(row: Row, source: str) -> Iterator[Comparison]:
     )
 
 
-READER = Reader('HH {"chosen", "rejected"} with "Human:" and "Assistant:" turns', recognizes, parse)
+READER = Reader(
+    'HH {"chosen", "rejected"} with "Human:" and "Assistant:" turns',
+    lambda row: (
+        is_text(row, "chosen", "rejected")
+        and row.get("prompt") is None
+        and (is_transcript(row["chosen"]) or is_transcript(row["rejected"]))
+    ),
+    parse,
+)

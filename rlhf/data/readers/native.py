@@ -10,11 +10,6 @@ from rlhf.data.readers.files import local
 from rlhf.data.readers.rows import BadRow, Reader, Row, confidence, prompt_of, sift
 
 
-def recognizes(row: Row) -> bool:
-    """Whether prompt, responses and ranks are there."""
-    return "prompt" in row and "responses" in row and "ranks" in row
-
-
 def parse(row: Row, source: str) -> Iterator[Comparison]:
     """The row's comparison; ``prompt`` is a string or messages. Raises BadRow for values of another type."""
     responses, ranks = row["responses"], row["ranks"]
@@ -34,7 +29,11 @@ def parse(row: Row, source: str) -> Iterator[Comparison]:
     )
 
 
-READER = Reader('native {"prompt", "responses", "ranks"}', recognizes, parse)
+READER = Reader(
+    'native {"prompt", "responses", "ranks"}',
+    lambda row: "prompt" in row and "responses" in row and "ranks" in row,
+    parse,
+)
 
 
 def read_native(path: str | Path, on_bad_rows: OnBadRows, counts: Counts) -> list[Comparison]:

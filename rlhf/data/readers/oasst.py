@@ -16,12 +16,6 @@ from rlhf.data.readers.rows import BadRow, Reader, Row, is_text
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
-def recognizes(row: Row) -> bool:
-    """Whether the prompt is the root of a tree."""
-    root = row.get("prompt")
-    return isinstance(root, Mapping) and "text" in root and "role" in root
-
-
 def parse(row: Row, source: str) -> Iterator[Comparison]:
     """The ranked sets of a tree, parents before children. Raises BadRow for a malformed message."""
     open_nodes: list[tuple[Mapping, Prompt]] = [(row["prompt"], ())]
@@ -53,4 +47,8 @@ def _replies(node: Mapping) -> list[Mapping]:
     return replies
 
 
-READER = Reader('OpenAssistant tree {"prompt": {"text", "role", "replies"}}', recognizes, parse)
+READER = Reader(
+    'OpenAssistant tree {"prompt": {"text", "role", "replies"}}',
+    lambda row: isinstance(row.get("prompt"), Mapping) and {"text", "role"} <= row["prompt"].keys(),
+    parse,
+)

@@ -23,13 +23,6 @@ from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, is_list, is_tex
 _GONE = frozenset(("[deleted]", "[removed]", "[ deleted ]", "[ removed by reddit ]"))
 
 
-def recognizes(row: Row) -> bool:
-    """Whether the row is of SHP, or a post with comments."""
-    return is_text(row, "history", "human_ref_A", "human_ref_B") or (
-        is_text(row, "title") and is_list(row, "comments" if "comments" in row else "replies")
-    )
-
-
 def parse(row: Row, source: str) -> Iterator[Comparison | LeftOut]:
     """The row's comparisons, parents before children. Raises BadRow for labels or scores of another type."""
     if "human_ref_A" in row:
@@ -93,6 +86,9 @@ def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 READER = Reader(
     'Reddit: SHP {"history", "human_ref_A", "human_ref_B", "labels"} or {"title", "selftext", "comments"}',
-    recognizes,
+    lambda row: (
+        is_text(row, "history", "human_ref_A", "human_ref_B")
+        or (is_text(row, "title") and is_list(row, "comments" if "comments" in row else "replies"))
+    ),
     parse,
 )

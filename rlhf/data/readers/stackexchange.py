@@ -25,13 +25,6 @@ from rlhf.data.readers.html import text_of
 from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, is_list, is_text, ranked_by_score
 
 
-def recognizes(row: Row) -> bool:
-    """Whether the row is a question of a dump or of the hub, with a list of answers."""
-    return is_list(row, "answers") and (
-        {"Id", "Title", "Body"} <= row.keys() or {"qid", "question"} <= row.keys()
-    )
-
-
 def parse(row: Row, source: str) -> Iterator[Comparison | LeftOut]:
     """The question's comparison. Raises BadRow for an answer without a score or of another type."""
     dump = "qid" not in row
@@ -74,4 +67,11 @@ def _score_of_hub(answer: Mapping[str, Any]) -> float:
     return value
 
 
-READER = Reader('StackExchange Posts.xml or {"qid", "question", "answers"}', recognizes, parse)
+READER = Reader(
+    'StackExchange Posts.xml or {"qid", "question", "answers"}',
+    lambda row: (
+        is_list(row, "answers")
+        and ({"Id", "Title", "Body"} <= row.keys() or {"qid", "question"} <= row.keys())
+    ),
+    parse,
+)

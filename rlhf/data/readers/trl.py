@@ -24,11 +24,6 @@ from rlhf.data.readers.rows import (
 )
 
 
-def recognizes(row: Row) -> bool:
-    """Whether chosen and rejected are both texts or both lists."""
-    return is_text(row, "chosen", "rejected") or is_list(row, "chosen", "rejected")
-
-
 def parse(row: Row, source: str) -> Iterator[Comparison]:
     """The row's pair. Raises BadRow where the sides do not share a prompt or the types do not fit."""
     prompt, chosen, rejected, certainty = row.get("prompt"), row["chosen"], row["rejected"], confidence(row)
@@ -77,4 +72,8 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     return "", chosen, rejected
 
 
-READER = Reader('TRL {"prompt"?, "chosen", "rejected"} as texts or messages', recognizes, parse)
+READER = Reader(
+    'TRL {"prompt"?, "chosen", "rejected"} as texts or messages',
+    lambda row: is_text(row, "chosen", "rejected") or is_list(row, "chosen", "rejected"),
+    parse,
+)

@@ -27,11 +27,6 @@ MAX_CONTEXT = 300
 _SPACE = re.compile(r"\s+")
 
 
-def recognizes(row: Row) -> bool:
-    """Whether title, restored and undone text are there."""
-    return is_text(row, "page", "restored", "undone")
-
-
 def parse(row: Row, source: str) -> Iterator[Comparison | LeftOut]:
     """The row's pair. A page blank on one side, and edits of white space, say nothing on writing: LeftOut."""
     title = f"Wikipedia article: {row['page']}"
@@ -122,4 +117,8 @@ def _before(text: str) -> str:
     return piece.strip()
 
 
-READER = Reader('undone edits of a MediaWiki export, {"page", "restored", "undone"}', recognizes, parse)
+READER = Reader(
+    'undone edits of a MediaWiki export, {"page", "restored", "undone"}',
+    lambda row: is_text(row, "page", "restored", "undone"),
+    parse,
+)

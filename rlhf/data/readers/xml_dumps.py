@@ -227,56 +227,9 @@ def _grouped(db: sqlite3.Connection) -> Iterator[Numbered]:
 class _Revision:
     number: str
     line: int
-    text: str
-    sha1: bytes
+    text: str | None = None  # None: the file does not have it
+    sha1: bytes = b""
     undone: bool = False
-
-
-class _Page:
-    """A page up to the place that was read: what is told of it, and its last revisions."""
-
-    def __init__(self) -> None:
-        self.title = ""
-        self.namespace = "0"
-        self.number = ""  # of the revision that is being read, like line and text
-        self.line = 0
-        self.text: str | None = None
-        self._recent: deque[_Revision] = deque(maxlen=UNDONE_WITHIN + 1)
-
-    def learn(self, field: tuple[str, ...], attributes: Mapping[str, str], value: str) -> None:
-        """Take a field; its path begins inside the page."""
-        if field == ("title",):
-            self.title = value
-        elif field == ("ns",):
-            self.namespace = value.strip()
-        elif field == ("revision", "id"):
-            self.number = value.strip()
-        elif field == ("revision", "text"):
-            lost = "deleted" in attributes or (not value and attributes.get("bytes", "0") != "0")
-            self.text = None if lost else value
-
-    def end_revision(self) -> Iterator[Numbered]:
-        """The rows of the revisions that the one just read undoes."""
-        if self.text is None:
-            yield self.line, LeftOut("a revision whose text is not in the file")
-            return
-        sha1 = hashlib.sha1(self.text.encode(), usedforsecurity=False).digest()
-        revision = _Revision(self.number, self.line, self.text, sha1)
-        recent = list(self._recent)
-        self._recent.append(revision)
-        same = [index for index, earlier in enumerate(recent) if earlier.sha1 == sha1]
-        if not same:
-            return
-        restored, between = recent[same[-1]], recent[same[-1] + 1 :]
-        revision.undone = restored.undone
-        if restored.undone:  # A, B, A, B: to call B good would contradict what was said before
-            yield revision.line, LeftOut("a text brought back that had been undone itself")
-            return
-        for earlier in between:
-            if not earlier.undone:
-                earlier.undone = True
-                texts = {"restored": revision.text, "undone": earlier.text}
-                yield earlier.line, {"page": self.title, "revision": earlier.number, **texts}
 
 
 def _undone(events: Iterator[_Event]) -> Iterator[Numbered]:
@@ -287,22 +240,53 @@ def _undone(events: Iterator[_Event]) -> Iterator[Numbered]:
     text the file does not have (deleted, or a dump of stubs) as one each.
     """
     other_namespaces: set[str] = set()  # exports before version 0.6 name them in the titles only
-    page = _Page()
+    title, namespace = "", "0"
+    recent: deque[_Revision] = deque(maxlen=UNDONE_WITHIN + 1)
+    revision = _Revision("", 0)
     for path, starts, attributes, value, line in events:
-        inner = path[1:]
-        if starts and inner == ("page",):
-            page = _Page()
-        elif starts and inner == ("page", "revision"):
-            page.number, page.line, page.text = "", line, None
-        elif starts:
-            continue
-        elif inner == ("siteinfo", "namespaces", "namespace") and attributes.get("key") != "0":
+        element = "/".join(path[1:])
+        if starts:
+            if element == "page":
+                title, namespace = "", "0"
+                recent.clear()
+            elif element == "page/revision":
+                revision = _Revision("", line)
+        elif element == "siteinfo/namespaces/namespace" and attributes.get("key") != "0":
             other_namespaces.add(value)
-        elif inner == ("page", "revision") and page.namespace == "0":
-            yield from page.end_revision()
-        elif inner == ("page",) and page.namespace != "0":
+        elif element == "page/title":
+            title = value
+            if ":" in value and value.partition(":")[0] in other_namespaces:
+                namespace = "other"
+        elif element == "page/ns":
+            namespace = value.strip()
+        elif element == "page/revision/id":
+            revision.number = value.strip()
+        elif element == "page/revision/text":
+            lost = "deleted" in attributes or (not value and attributes.get("bytes", "0") != "0")
+            revision.text = None if lost else value
+        elif element == "page/revision" and namespace == "0":
+            yield from _undone_by(revision, recent, title)
+        elif element == "page" and namespace != "0":
             yield line, LeftOut("a page outside the name space of articles")
-        elif inner[:1] == ("page",):
-            page.learn(inner[1:], attributes, value)
-            if inner[1:] == ("title",) and ":" in value and value.partition(":")[0] in other_namespaces:
-                page.namespace = "other"
+
+
+def _undone_by(revision: _Revision, recent: deque[_Revision], title: str) -> Iterator[Numbered]:
+    """The rows of the recent revisions that this one undoes, which it then joins."""
+    if revision.text is None:
+        yield revision.line, LeftOut("a revision whose text is not in the file")
+        return
+    revision.sha1 = hashlib.sha1(revision.text.encode(), usedforsecurity=False).digest()
+    earlier = list(recent)
+    recent.append(revision)
+    same = [index for index, one in enumerate(earlier) if one.sha1 == revision.sha1]
+    if not same:
+        return
+    revision.undone = earlier[same[-1]].undone
+    if revision.undone:  # A, B, A, B: to call B good would contradict what was said before
+        yield revision.line, LeftOut("a text brought back that had been undone itself")
+        return
+    for one in earlier[same[-1] + 1 :]:
+        if not one.undone:
+            one.undone = True
+            texts = {"restored": revision.text, "undone": one.text}
+            yield one.line, {"page": title, "revision": one.number, **texts}
