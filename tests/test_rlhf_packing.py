@@ -20,19 +20,22 @@ def rows(lengths, seed=0):
     ]
 
 
-def test_a_sequence_sees_itself_and_its_past_and_nothing_of_its_neighbours():
-    segments = torch.tensor([[2, 2, 3, 3, 3, 4, 0], [2, 2, 2, 2, 2, 2, 2]])
-    mask = attention_mask(segments, torch.float32)
-    assert mask.shape == (2, 1, 7, 7)
-    for n, i, j in itertools.product(range(2), range(7), range(7)):
-        may = j <= i and segments[n, i] == segments[n, j]
-        assert float(mask[n, 0, i, j]) == (0.0 if may else torch.finfo(torch.float32).min), (n, i, j)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_sees_the_shared_part_and_its_own_sequence_up_to_itself(dtype):
+    segments = torch.tensor([[2, 2, 3, 3, 3, 4, 0], [2] * 7, [1, 1, 2, 2, 3, 0, 0], [1, 2, 3, 4, 4, 4, 4]])
+    mask = attention_mask(segments, dtype)
+    assert (mask.shape, mask.dtype) == ((4, 1, 7, 7), dtype)
+    for n, i, j in itertools.product(range(4), range(7), range(7)):
+        may = j <= i and int(segments[n, j]) in (SHARED, int(segments[n, i]))
+        if segments[n, i] or i == j:  # padding sees itself, so that no row is all masked
+            assert float(mask[n, 0, i, j]) == (0.0 if may else torch.finfo(dtype).min), (n, i, j)
 
 
 def test_rows_of_one_sequence_need_no_more_than_a_plain_mask():
-    segments = torch.tensor([[2, 2, 2], [2, 0, 0]])
-    assert attention_mask(segments, torch.float32).tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert SHARED == 1  # a sequence of its own must not be taken for what all may see
+    for segments in ([[2, 2, 2], [2, 0, 0]], [[1, 2, 2], [1, 0, 0]]):
+        mask = attention_mask(torch.tensor(segments), torch.float32)
+        assert mask.dtype == torch.long
+        assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 @given(LENGTHS, st.integers(1, 60))
@@ -91,7 +94,7 @@ def test_every_learned_token_is_predicted_from_the_place_before_it_in_its_own_se
     assert bool((packed.ids_NT[packed.segments_NT == 0] == 0).all())
 
 
-def test_sequences_without_anything_to_learn_are_packed_out_too():
+def test_sequences_without_anything_to_learn_have_no_targets():
     packed = pack([Row([5, 6], [True, False])], [[0]], pad_id=0)  # the first token has nothing before it
     assert packed.targets_S.tolist() == []
     assert packed.rows_S.shape == packed.owners_S.shape == (0,)

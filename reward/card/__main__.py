@@ -13,6 +13,7 @@ import importlib.metadata
 import platform
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,6 @@ from rlhf.recipe.load import Recipe, from_command_line
 from rlhf.runs.artifacts import (
     model_files,
     print_page,
-    read_json,
     write_atomically,
     write_json,
     write_jsonl,
@@ -165,12 +165,11 @@ def comparisons_of(recipe: Recipe, run: StageRun) -> tuple[list[Comparison], Cou
     else:
         counts = Counts()
         comparisons = read_native(comparison_files(recipe)[0], "stop", counts)
-    trained = training_files(recipe)
-    keys = {prompt_key(c.prompt) for file in trained for c in read_native(file, "stop", Counts())}
-    apart = [c for c in comparisons if prompt_key(c.prompt) not in keys]
-    if len(apart) < len(comparisons):
-        counts.drop("also among the training prompts of a run", len(comparisons) - len(apart))
-    comparisons = apart
+    trained = [read_native(file, "stop", Counts()) for file in training_files(recipe)]
+    keys = {prompt_key(c.prompt) for part in trained for c in part}
+    read, comparisons = len(comparisons), [c for c in comparisons if prompt_key(c.prompt) not in keys]
+    if len(comparisons) < read:
+        counts.drop("also among the training prompts of a run", read - len(comparisons))
     if section.limit and len(comparisons) > section.limit:
         counts.drop("beyond card.limit", len(comparisons) - section.limit)
         comparisons = random.Random(recipe.seed).sample(comparisons, section.limit)
@@ -184,41 +183,37 @@ def comparisons_of(recipe: Recipe, run: StageRun) -> tuple[list[Comparison], Cou
 
 def scored(
     run: StageRun, scorer: Scorer, comparisons: Sequence[Comparison], name: str
-) -> tuple[NDArray[np.float64], NDArray[np.bool_] | None]:
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Scores of all responses in order, and which texts were cut; what is done survives an interruption."""
-    scores: list[float] = []
-    cut: list[bool] | None = []
+
+    def read(some: Sequence[Comparison]) -> dict[str, Any]:
+        prompts = [c.prompt for c in some for _ in c.responses]
+        responses = [r for c in some for r in c.responses]
+        cut = scorer.cut(prompts, responses)
+        return {"scores": scorer.score(prompts, responses).tolist(), "cut": cut.tolist()}
+
+    parts = []
     starts = range(0, len(comparisons), COMPARISONS_AT_ONCE)
     for number, start in enumerate(progress(f"card: {name}", starts, leave=True)):
-        file = run.folder / "parts" / f"{name}-{number:05d}.json"
-        if not file.is_file():
-            some = comparisons[start : start + COMPARISONS_AT_ONCE]
-            prompts = [c.prompt for c in some for _ in c.responses]
-            responses = [r for c in some for r in c.responses]
-            lost = scorer.cut(prompts, responses)
-            part = {
-                "scores": scorer.score(prompts, responses).tolist(),
-                "cut": None if lost is None else lost.tolist(),
-            }
-            write_json(file, part)
-            run.note_clock()
-        part = read_json(file)
-        scores += part["scores"]
-        cut = None if cut is None or part["cut"] is None else cut + part["cut"]
-    return np.array(scores, dtype=np.float64), None if cut is None else np.array(cut, dtype=bool)
+        some = comparisons[start : start + COMPARISONS_AT_ONCE]
+        parts.append(run.remember(f"{name}-{number:05d}", partial(read, some)))
+    scores_R, cut_R = ([x for part in parts for x in part[name]] for name in ("scores", "cut"))
+    return np.array(scores_R, dtype=np.float64), np.array(cut_R, dtype=bool)
 
 
 def write_scores(
     path: Path, comparisons: Sequence[Comparison], scores: dict[str, NDArray[np.float64] | None]
 ) -> None:
     """One comparison a line, as it was read, with the raw scores of its responses, the mean left in."""
-    rows, first = [], 0
-    for c in comparisons:
-        last = first + len(c.responses)
-        given = {name: x[first:last].tolist() for name, x in scores.items() if x is not None}
-        rows.append({**dataclasses.asdict(c), **given})
-        first = last
-    write_jsonl(path, rows)
+    ends = np.cumsum([len(c.responses) for c in comparisons])[:-1]
+    split = {name: np.split(x, ends) for name, x in scores.items() if x is not None}
+    write_jsonl(
+        path,
+        (
+            {**dataclasses.asdict(c), **{name: part[i].tolist() for name, part in split.items()}}
+            for i, c in enumerate(comparisons)
+        ),
+    )
 
 
 def main() -> None:
@@ -234,13 +229,8 @@ def main() -> None:
         card = evaluate(recipe, run)
         write_json(run.folder / "card.json", card)
         write_atomically(run.folder / "card.md", as_markdown(card))
-        run.finish(
-            {
-                "card": "card.json",
-                "accuracy": card["accuracy"]["overall"],
-                "slope": card["calibration"]["slope"],
-            }
-        )
+        shown = {"accuracy": card["accuracy"]["overall"], "slope": card["calibration"]["slope"]}
+        run.finish({"card": "card.json", **shown})
     print_page(RUNS / recipe.name / "card" / "card.md")
 
 

@@ -1,4 +1,4 @@
-"""What a reward model's scores are worth, in numbers: pairs, calibration, length. Pure numpy.
+"""What a reward model's scores are worth, in numbers: pairs, calibration, length. No torch.
 
 A gap is the score of the response that the annotator preferred minus that of the other one: > 0 is right,
 0 counts 1/2. Suffixes: ``_N`` pair, ``_R`` response (all responses of all comparisons in one row), ``_K``
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
 
 from rlhf.stats import clustered
 from rlhf.stats.clustered import Floats, Indices
 from rlhf.stats.intervals import Z95, Estimate
-from rlhf.stats.tests import sign_test
 
 _NEWTON_STEPS = 100
 
@@ -53,7 +53,7 @@ def labelled_pairs(ranks: Sequence[Sequence[int]]) -> Pairs:
 
 def right(gaps: ArrayLike) -> Floats:
     """1 where the gap is positive, 0 where it is negative, 1/2 at 0, [N]."""
-    return 0.5 * (np.sign(np.asarray(gaps, dtype=np.float64)) + 1.0)
+    return np.heaviside(np.asarray(gaps, dtype=np.float64), 0.5)
 
 
 def sigmoid(x: ArrayLike) -> Floats:
@@ -71,37 +71,19 @@ def brier(gaps: ArrayLike) -> Floats:
     return np.square(1.0 - sigmoid(gaps))
 
 
-def midranks(x: ArrayLike) -> Floats:
-    """Ranks 1..n in ascending order, equal values sharing their mean rank."""
-    values = np.asarray(x, dtype=np.float64).ravel()
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2.0)[place]
-
-
 def equal_bins(x: ArrayLike, bins: int) -> Indices:
     """The bin 0..bins-1 of every value, ascending, with equal numbers; equal values stay together."""
     values = np.asarray(x, dtype=np.float64).ravel()
-    share = (midranks(values) - 0.5) / max(values.size, 1)
+    share = (scipy.stats.rankdata(values) - 0.5) / max(values.size, 1)
     return np.minimum(np.floor(share * bins + 1e-9), bins - 1).astype(np.intp)
 
 
-class Bin(NamedTuple):
-    """Pairs with similar absolute gaps."""
+def calibration_bins(gaps: ArrayLike, clusters: ArrayLike, bins: int) -> list[dict[str, Any]]:
+    """Accuracy against prediction in bins of equal count by absolute gap; empty bins are left out.
 
-    low: float
-    high: float
-    gap: float
-    """Mean absolute gap."""
-    predicted: float
-    """Mean of sigmoid(absolute gap): the share that should be right."""
-    accuracy: Estimate
-    """The share that is."""
-    pairs: int
-
-
-def calibration_bins(gaps: ArrayLike, clusters: ArrayLike, bins: int) -> list[Bin]:
-    """Accuracy against prediction in bins of equal count by absolute gap; empty bins are left out."""
+    Each bin has its ends ``low`` and ``high``, means of the absolute gap (``mean_gap``) and of its sigmoid
+    (``predicted``, the share that should be right), the share that is, as an estimate, and its ``pairs``.
+    """
     gaps_N, clusters_N = np.asarray(gaps, dtype=np.float64), np.asarray(clusters)
     size_N, bin_N = np.abs(gaps_N), equal_bins(np.abs(gaps_N), bins)
     found = []
@@ -109,42 +91,36 @@ def calibration_bins(gaps: ArrayLike, clusters: ArrayLike, bins: int) -> list[Bi
         inside = bin_N == number
         size = size_N[inside]
         found.append(
-            Bin(
-                low=float(size.min()),
-                high=float(size.max()),
-                gap=float(size.mean()),
-                predicted=float(sigmoid(size).mean()),
-                accuracy=clustered.share(right(gaps_N[inside]), clusters_N[inside]),
-                pairs=int(inside.sum()),
-            )
+            {
+                "low": float(size.min()),
+                "high": float(size.max()),
+                "mean_gap": float(size.mean()),
+                "predicted": float(sigmoid(size).mean()),
+                **clustered.share(right(gaps_N[inside]), clusters_N[inside]).as_dict(),
+                "pairs": int(inside.sum()),
+            }
         )
     return found
 
 
-class CalibrationError(NamedTuple):
-    """Expected calibration error, and what chance alone makes of it."""
+def calibration_error(gaps: ArrayLike, clusters: ArrayLike, bins: int) -> tuple[Estimate, float]:
+    """Expected calibration error, and what chance alone makes of it.
 
-    error: Estimate
-    """Its interval takes the direction of each bin's error as given: too narrow near ``by_chance``."""
-    by_chance: float
-    """What a perfectly calibrated model would show on as many independent pairs with the same gaps."""
-
-
-def calibration_error(gaps: ArrayLike, clusters: ArrayLike, bins: int) -> CalibrationError:
-    """Mean over the pairs of |accuracy - prediction| of their bin (ECE; Naeini 2015, with equal counts).
-
-    The prediction is P(A over B) folded to >= 1/2, that is sigmoid(|gap|). By chance, a bin of n pairs is
-    off by sqrt(2 / pi * sum p (1 - p)) / n on average, p the predictions.
+    Mean over the pairs of |accuracy - prediction| of their bin (ECE; Naeini 2015, with equal counts). The
+    prediction is P(A over B) folded to >= 1/2, that is sigmoid(|gap|). The interval takes the direction of
+    each bin's error as given: too narrow near the second number, which a perfectly calibrated model would
+    show on as many independent pairs with the same gaps: a bin of n pairs is then off by
+    sqrt(2 / pi * sum p (1 - p)) / n on average, p the predictions.
     """
     gaps_N = np.asarray(gaps, dtype=np.float64)
     if not gaps_N.size:
-        return CalibrationError(clustered.UNKNOWN, math.nan)
+        return clustered.UNKNOWN, math.nan
     bin_N, predicted_N = equal_bins(np.abs(gaps_N), bins), sigmoid(np.abs(gaps_N))
     off_N, number = right(gaps_N) - predicted_N, int(bin_N.max()) + 1
     sign_B = np.sign(np.bincount(bin_N, weights=off_N, minlength=number))
     spread_B = np.bincount(bin_N, weights=predicted_N * (1 - predicted_N), minlength=number)
     by_chance = float(np.sqrt(2 / math.pi * spread_B).sum()) / gaps_N.size
-    return CalibrationError(clustered.mean(sign_B[bin_N] * off_N, clusters), by_chance)
+    return clustered.mean(sign_B[bin_N] * off_N, clusters), by_chance
 
 
 def slope(gaps: ArrayLike, clusters: ArrayLike) -> Estimate:
@@ -201,7 +177,7 @@ def correlation(x: ArrayLike, y: ArrayLike, clusters: ArrayLike, *, by_rank: boo
 
     def statistic(kept: Indices) -> float:
         some = (a[kept], b[kept])
-        return pearson(*(midranks(v) for v in some)) if by_rank else pearson(*some)
+        return pearson(*map(scipy.stats.rankdata, some)) if by_rank else pearson(*some)
 
     return clustered.jackknife(statistic, clusters, forward=math.atanh, back=math.tanh)
 
@@ -223,25 +199,3 @@ def without_length(scores: ArrayLike, lengths: ArrayLike, comparisons: ArrayLike
     square = float(lengths_R @ lengths_R)
     effect = float(lengths_R @ centred(scores_R, comparisons)) / square if square > 0 else 0.0
     return scores_R - effect * np.asarray(lengths, dtype=np.float64).ravel(), effect
-
-
-def compared(gaps: ArrayLike, other_gaps: ArrayLike, clusters: ArrayLike) -> dict[str, Any]:
-    """Two models on the same pairs: accuracies, their paired difference (first minus second), agreement.
-
-    Returns estimates ``accuracy``, ``other_accuracy``, ``difference``, ``agreement`` (share of pairs that
-    both put in the same order; where one scores equally it is 1/2), and ``only_first``,
-    ``only_second`` and McNemar's exact ``p_value`` (1947) over pairs that neither scores equally.
-    """
-    gaps_N, other_N = (np.asarray(x, dtype=np.float64).ravel() for x in (gaps, other_gaps))
-    first_N, second_N = right(gaps_N), right(other_N)
-    only_first = int(((gaps_N > 0) & (other_N < 0)).sum())
-    only_second = int(((gaps_N < 0) & (other_N > 0)).sum())
-    return {
-        "accuracy": clustered.share(first_N, clusters),
-        "other_accuracy": clustered.share(second_N, clusters),
-        "difference": clustered.mean(first_N - second_N, clusters),
-        "agreement": clustered.share(right(np.sign(gaps_N) * np.sign(other_N)), clusters),
-        "only_first": only_first,
-        "only_second": only_second,
-        "p_value": sign_test(only_first, only_second),
-    }

@@ -46,8 +46,8 @@ class Scorer(Protocol):
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
         """Scores of responses to prompts, [n]; higher is better."""
 
-    def cut(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.bool_] | None:
-        """True where prompt or response is longer than what is read, [n]; None = not known."""
+    def cut(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.bool_]:
+        """True where prompt or response is longer than what is read, [n]."""
 
     def describe(self) -> dict[str, Any]:
         """What the model is and how it reads a text, JSON-able; ``path`` is always there."""
@@ -97,18 +97,16 @@ class RewardModelScorer:
 
     def __init__(self, folder: Path, path: str) -> None:
         self.config, self.path = load_config(folder), path
-        self.gain: float | None = getattr(self.config, "gain", None)
+        self.gain: float | None = self.config.gain
         self.model = TextRewardModel(folder, best_device())
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
         """Normalised scores, [n]."""
         return _finite(self.model.score(prompts, responses), self.path)
 
-    def cut(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.bool_] | None:
+    def cut(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.bool_]:
         """True where the prompt lost its beginning or the response its end."""
-        dialogue = getattr(self.model, "dialogue", None)
-        if dialogue is None:
-            return None
+        dialogue = self.model.dialogue
         whole = copy.copy(dialogue)
         whole.max_prompt_tokens = whole.max_response_tokens = sys.maxsize
         return np.array(
@@ -168,7 +166,7 @@ class ClassifierScorer:
             scores[batch] = self._forward([rows[i] for i in batch])
         return _finite(scores, self.path)
 
-    def cut(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.bool_] | None:
+    def cut(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.bool_]:
         """True where prompt and response together are longer than the model's limit."""
         rows = (self._ids(p, r) for p, r in zip(prompts, responses, strict=True))
         return np.array([len(row) > self.limit for row in rows], dtype=bool)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward.loss import Signals, candidate_scores, needs_language, objective_loss, pair_accuracy, ranked_loss
+from reward.loss import Signals, candidate_scores, needs_language, objective_loss, pair_accuracy
 from rlhf.recipe.schema import PreferenceTraining
 
 # every option that is an objective's business, with another, allowed value than the default
@@ -89,17 +89,6 @@ def test_every_option_changes_the_loss_as_its_closed_form_says(name):
     assert len({round(value, 6) for value in EXPECTED.values()}) == len(EXPECTED) == len(SECTIONS)
     halved = _objective(name)(HAND, normalizer=2.0)
     assert float(halved.loss) == pytest.approx(EXPECTED[name] / 2, rel=1e-6)
-
-
-def test_the_defaults_are_the_plain_ranked_loss_to_the_bit():
-    signals = _signals()
-    ours, plain = (signals.scores_BK.clone().requires_grad_() for _ in range(2))
-    outcome = _objective("ranked")(Signals(ours, None, None, *signals[3:]), normalizer=5)
-    loss, correct, pairs = ranked_loss(plain, *signals[3:], normalizer=5)
-    assert torch.equal(outcome.loss, loss)
-    assert torch.equal(*(torch.autograd.grad(x, y)[0] for x, y in ((outcome.loss, ours), (loss, plain))))
-    assert torch.equal(outcome.correct, correct)
-    assert torch.equal(outcome.pairs, pairs)
 
 
 @every_section

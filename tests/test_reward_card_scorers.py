@@ -199,89 +199,85 @@ def test_an_adapter_without_a_tokenizer_takes_its_base_s(recipe):
     assert load_scorer("adapter", recipe).describe()["padding"] == "<|end|>"
 
 
-def test_an_adapter_without_its_head_is_refused(recipe):
+def changed(file, change):
+    """Write the tensors of a file anew."""
+    save_file(dict(filter(None, map(change, load_file(file).items()))), file, metadata={"format": "pt"})
+
+
+def without_score(item):
+    return None if "score" in item[0] else item
+
+
+def adapter_without_head():
     adapter()
-    file = "adapter/adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if "score" not in k}, file)
-    assert "adapter has no score.weight with one output (it is not saved)" in refusal("adapter", recipe)
+    changed("adapter/adapter_model.safetensors", without_score)
 
 
-def test_an_adapter_with_a_head_of_two_outputs_is_refused(recipe):
+def adapter_with_two_outputs():
     adapter()
-    file = "adapter/adapter_model.safetensors"
-    save_file({k: torch.cat([v, v]) if "score" in k else v for k, v in load_file(file).items()}, file)
-    assert "(its shape is (2, 16)); it is no reward model" in refusal("adapter", recipe)
+    twice = lambda item: (item[0], torch.cat([item[1]] * 2) if "score" in item[0] else item[1])  # noqa: E731
+    changed("adapter/adapter_model.safetensors", twice)
 
 
-def test_an_adapter_for_something_else_is_refused(recipe):
+def adapter_for_something_else():
     adapter()
     file = Path("adapter/adapter_config.json")
     file.write_text(file.read_text().replace("SEQ_CLS", "CAUSAL_LM"))
-    assert "is an adapter for CAUSAL_LM, not for a sequence classifier" in refusal("adapter", recipe)
 
 
-def test_an_adapter_whose_base_is_gone_names_it(recipe, inside):
+def adapter_whose_base_is_gone():
     adapter(base="./models/base")
-    (inside / "models").rename(inside / "elsewhere")
-    assert refusal("adapter", recipe) == (
-        "card.model: the base of adapter is not there: no folder ./models/base; run where it is"
-    )
+    Path("models").rename("elsewhere")
 
 
-def test_an_adapter_in_another_form_than_safetensors_is_refused(recipe, inside):
+def adapter_in_another_form():
     adapter()
-    (inside / "adapter" / "adapter_model.safetensors").rename(inside / "adapter" / "adapter_model.bin")
-    assert refusal("adapter", recipe).endswith("is not there; only safetensors are read")
+    Path("adapter/adapter_model.safetensors").rename("adapter/adapter_model.bin")
 
 
-# --- what cannot be used ---------------------------------------------------------------------------------
-
-
-def test_a_path_without_a_folder_says_which(recipe):
-    assert refusal("./none", recipe) == (
-        "card.model: ./none is not a folder; name a reward model's folder or a hub id"
-    )
-    assert refusal("runs/x/model", recipe, key="card.against").startswith("card.against: runs/x/model is not")
-
-
-def test_two_labels_are_not_a_score(recipe):
-    llama(labels=2)
-    assert refusal("model", recipe) == (
-        "card.model: model has 2 labels (LlamaForSequenceClassification); "
-        "a reward model is a sequence classifier with one (num_labels=1)"
-    )
-
-
-def test_a_language_model_is_not_a_reward_model(recipe):
+def language_model():
     tokenizer_in("model")
     tiny_model(259).save_pretrained("model")
-    assert "model has 2 labels (LlamaForCausalLM)" in refusal("model", recipe)
 
 
-def test_a_head_that_would_be_random_is_refused(recipe):
+def classifier_without_head():
     llama()
-    weights = load_file("model/model.safetensors")
-    del weights["score.weight"]
-    save_file(weights, "model/model.safetensors", metadata={"format": "pt"})
-    assert "model has no trained head (score.weight is missing)" in refusal("model", recipe)
+    changed("model/model.safetensors", without_score)
 
 
-def test_pickled_weights_are_not_read(recipe, inside):
+def pickled_weights():
     model, _ = llama()
-    (inside / "model" / "model.safetensors").unlink()
-    torch.save(model.state_dict(), inside / "model" / "pytorch_model.bin")
-    assert "only safetensors are read" in refusal("model", recipe)
+    Path("model/model.safetensors").unlink()
+    torch.save(model.state_dict(), "model/pytorch_model.bin")
 
 
-def test_a_folder_without_tokenizer_or_model_says_so(recipe, inside):
+def classifier_without_tokenizer():
     llama()
-    for file in (inside / "model").glob("tokenizer*"):
+    for file in Path("model").glob("tokenizer*"):
         file.unlink()
-    assert refusal("model", recipe) == "card.model: model has no tokenizer; save it beside the model"
-    (inside / "empty").mkdir()
-    assert refusal("empty", recipe).startswith(
-        "card.model: no sequence classifier can be loaded from empty ("
-    )
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "message"),
+    [
+        (adapter_without_head, "adapter", "has no score.weight with one output (it is not saved)"),
+        (adapter_with_two_outputs, "adapter", "(its shape is (2, 16)); it is no reward model"),
+        (adapter_for_something_else, "adapter", "an adapter for CAUSAL_LM, not for a sequence classifier"),
+        (adapter_whose_base_is_gone, "adapter", "the base of adapter is not there: no folder ./models/base;"),
+        (adapter_in_another_form, "adapter", "is not there; only safetensors are read"),
+        (lambda: llama(labels=2), "model", "model has 2 labels (LlamaForSequenceClassification); a reward"),
+        (language_model, "model", "model has 2 labels (LlamaForCausalLM)"),
+        (classifier_without_head, "model", "model has no trained head (score.weight is missing)"),
+        (pickled_weights, "model", "only safetensors are read"),
+        (classifier_without_tokenizer, "model", "model has no tokenizer; save it beside the model"),
+        (lambda: Path("empty").mkdir(), "empty", "no sequence classifier can be loaded from empty ("),
+        (lambda: None, "./none", "./none is not a folder; name a reward model's folder or a hub id"),
+    ],
+)
+def test_what_cannot_be_used_says_why(recipe, make, path, message):
+    make()
+    assert message in refusal(path, recipe)
+    assert refusal(path, recipe, key="card.against").startswith("card.against: ")
 
 
 def test_code_of_a_model_runs_only_when_the_recipe_says_so(recipe, inside):
@@ -351,7 +347,6 @@ def test_a_folder_with_our_card_is_read_by_our_own_class(recipe, ours, inside):
     assert scorer.score(PROMPTS, RESPONSES).tolist() == [31.0, 2.0, 17.0]
     assert (scorer.normalised, scorer.gain) == (True, 1.5)
     assert scorer.describe()["base"] == "b"
-    assert scorer.cut(PROMPTS, RESPONSES) is None
 
 
 def test_what_our_own_model_cuts_is_known_from_its_dialogue(recipe, ours, monkeypatch):

@@ -56,8 +56,9 @@ def looked_at(comparisons, scores, keep=lambda c, a, b: True):
 
 
 def found(comparisons, scores, **options):
-    scored = Scored(comparisons, np.asarray(scores, dtype=float), **options.pop("scored", {}))
-    return figures(scored, **{"bins": 5, "near_tie": 0.5, **options})
+    scores = np.asarray(scores, dtype=float)
+    more = {"cut_R": np.zeros(scores.size, bool)} | options.pop("scored", {})
+    return figures(Scored(comparisons, scores, **more), **{"bins": 5, "near_tie": 0.5, **options})
 
 
 def told(figure):
@@ -199,7 +200,6 @@ def test_scores_are_described_with_the_mean_taken_out():
     assert got["quantiles_of_centred"]["0.5"] == pytest.approx(np.median(scores) - scores.mean())
     assert got["quantiles_of_centred"]["0.99"] < 10
     assert got["cut"]["mean"] == pytest.approx(cut.mean())
-    assert found(cs, scores)["scores"]["cut"] is None
 
 
 def test_a_second_model_is_compared_on_the_same_pairs():
@@ -214,6 +214,18 @@ def test_a_second_model_is_compared_on_the_same_pairs():
     assert shifted["difference"] == got["difference"]
     assert shifted["correlation"]["ci95"] == pytest.approx(got["correlation"]["ci95"])
     assert found(cs, mine)["against"] is None
+
+
+def test_two_models_are_compared_pair_by_pair():
+    cs = [comparison(str(i), ["a", "b"], [0, 1]) for i in range(6)]
+    mine, other = (
+        np.ravel([[gap, 0.0] for gap in gaps]) for gaps in ([2, 1, -1, 3, 0, 0], [1, -1, 1, 2, -1, 1])
+    )
+    got = found(cs, mine, against_R=other)["against"]
+    assert [got[k]["mean"] for k in ("accuracy", "other_accuracy", "difference", "agreement")] == (
+        pytest.approx([4 / 6, 4 / 6, 0, 3 / 6])
+    )
+    assert (got["only_first"], got["only_second"], got["p_value"]) == (1, 1, 1.0)
 
 
 # --- the page --------------------------------------------------------------------------------------------
