@@ -13,7 +13,7 @@ loss is float32, or float64 if its input is.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def ranked_loss(
     margin: float = 0.0,
     label_smoothing: float = 0.0,
     label_noise: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """Ranking loss of comparisons: -log sigmoid(d), mean over the pairs, then over the rows.
 
     scores_BK: higher is better. ranks_BK: smaller is better, equal = tie. mask_BK: True = a real response.
@@ -45,8 +45,6 @@ def ranked_loss(
     Both in [0, 1), and one at a time, else ValueError.
     A comparison weighs 1 however many responses it has: its pairs are averaged, 1 / C(K, 2) each when no two
     tie. A tie gives no term. To be minimized; log 2 when all scores are equal and the options are off.
-    Returns (loss, correct, pairs): the last two are sums of :func:`pair_accuracy` over the rows, in which the
-    options have no part.
 
     Ouyang et al. 2022 (arXiv 2203.02155), eq. 1. Margin: Touvron et al. 2023 (arXiv 2307.09288), eq. 2, here
     linear in the ranks. Noise: Christiano et al. 2017 (arXiv 1706.03741), section 2.2.3, whose labeler
@@ -69,8 +67,7 @@ def ranked_loss(
         losses_BKK = -torch.logaddexp(right_BKK, math.log(label_noise) + logsigmoid(-leads_BKK))
     terms_BKK = torch.where(pairs_BKK, losses_BKK, 0.0)
     row_loss_B = terms_BKK.sum(dim=(1, 2)) / pairs_B.clamp(min=1)
-    correct_B = _correct(scores_BK, pairs_BKK)
-    return _row_mean(row_loss_B, pairs_B > 0, normalizer), correct_B.sum(), pairs_B.sum()
+    return _row_mean(row_loss_B, pairs_B > 0, normalizer)
 
 
 def plackett_luce_loss(
@@ -178,7 +175,9 @@ def pair_accuracy(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> tuple
     response. Returns float correct_B, in which a pair of EQUAL scores counts 1/2, and long pairs_B.
     """
     pairs_BKK = _untied_pairs(ranks_BK, mask_BK)
-    return _correct(_clean(scores_BK, mask_BK), pairs_BKK), pairs_BKK.sum(dim=(1, 2))
+    gaps_BKK = _gaps(_clean(scores_BK.detach(), mask_BK))
+    credit_BKK = 0.5 * (gaps_BKK.sign() + 1.0)  # 1 right order, 1/2 equal, 0 wrong order
+    return torch.where(pairs_BKK, credit_BKK, 0.0).sum(dim=(1, 2)), pairs_BKK.sum(dim=(1, 2))
 
 
 def head_init_std(d: int) -> float:
@@ -250,31 +249,26 @@ def objective_loss(section: PreferenceTraining, signals: Signals, *, normalizer:
     """
     ranks_BK, mask_BK, scored = signals.ranks_BK, signals.mask_BK, section.objective != "imitation"
     terms: dict[str, tuple[float, Tensor]] = {}  # coefficient, value
+    batch: dict[str, Any] = {"ranks_BK": ranks_BK, "mask_BK": mask_BK, "normalizer": normalizer}
     if needs_language(section):
         log_probs_BK = _given(signals.log_probs_BK, "log_probs_BK")
         lengths_BK = _given(signals.lengths_BK, "lengths_BK")
-        value = imitation_loss(log_probs_BK, lengths_BK, ranks_BK, mask_BK, normalizer=normalizer)
-        terms["language"] = section.lm_coef if scored else 1.0, value
+        coefficient = section.lm_coef if scored else 1.0
+        terms["language"] = coefficient, imitation_loss(log_probs_BK, lengths_BK, **batch)
     if scored:
         candidates_BK = _given(signals.scores_BK, "scores_BK")
         if section.objective == "binary":
-            value = binary_loss(candidates_BK, ranks_BK, mask_BK, normalizer=normalizer)
+            value = binary_loss(candidates_BK, **batch)
         elif section.likelihood == "plackett_luce":
-            value = plackett_luce_loss(candidates_BK, ranks_BK, mask_BK, normalizer=normalizer)
+            value = plackett_luce_loss(candidates_BK, **batch)
         else:
-            value, _, _ = ranked_loss(
-                candidates_BK,
-                ranks_BK,
-                mask_BK,
-                normalizer=normalizer,
-                margin=section.margin,
-                label_smoothing=section.label_smoothing,
-                label_noise=section.label_noise,
-            )
+            smoothing, noise = section.label_smoothing, section.label_noise
+            batch |= {"margin": section.margin, "label_smoothing": smoothing, "label_noise": noise}
+            value = ranked_loss(candidates_BK, **batch)
         terms["preference"] = 1.0, value
         if section.center_rewards_coef:
-            value = centering_penalty(candidates_BK, ranks_BK, mask_BK, normalizer=normalizer)
-            terms["centering"] = section.center_rewards_coef, value
+            penalty = centering_penalty(candidates_BK, ranks_BK, mask_BK, normalizer=normalizer)
+            terms["centering"] = section.center_rewards_coef, penalty
     else:
         candidates_BK = candidate_scores(log_probs_BK, lengths_BK, "mean")
         mask_BK = mask_BK & ~candidates_BK.isnan()
@@ -325,9 +319,3 @@ def _gaps(x_BK: Tensor) -> Tensor:
 def _untied_pairs(ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:
     both_real_BKK = mask_BK.unsqueeze(2) & mask_BK.unsqueeze(1)
     return both_real_BKK & (ranks_BK.unsqueeze(2) < ranks_BK.unsqueeze(1))  # [b, i, j]: i better than j
-
-
-def _correct(scores_BK: Tensor, pairs_BKK: Tensor) -> Tensor:
-    gaps_BKK = _gaps(scores_BK.detach())
-    credit_BKK = 0.5 * (gaps_BKK.sign() + 1.0)  # 1 right order, 1/2 equal, 0 wrong order
-    return torch.where(pairs_BKK, credit_BKK, 0.0).sum(dim=(1, 2))

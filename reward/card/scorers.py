@@ -6,9 +6,10 @@ own way: its tokenizer, its chat template where it has one, its dtype from the r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from peft import PeftConfig, PeftModel, load_peft_weights
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from reward.card.ood import activations
@@ -33,6 +34,10 @@ from rlhf.tokenization.dialogue import load_tokenizer
 
 TOKENS_AT_ONCE = 4096  # tokens, padding included, of one forward pass
 _NO_LIMIT = 10**9  # a tokenizer without a limit says more than this
+_NOT_LOADED = (
+    "{key}: no sequence classifier can be loaded from {path} ({{}}); check the path (only safetensors are "
+    "read, and code of the model only with model.trust_remote_code=true)"
+)
 
 
 class Scorer(Protocol):
@@ -263,68 +268,57 @@ def _load(path: str, recipe: Recipe, key: str) -> tuple[Any, str, bool]:
     if is_path(base) and not Path(base).is_dir():
         raise UserError(f"{key}: the base of {path} is not there: no folder {base}; run where it is")
     model, missing = _classifier(base, recipe, f"{key}: the base of {path}", num_labels=1)
-    try:
-        saved = load_peft_weights(path, device="cpu")
-        _check_head(model, missing, saved, f"{key}: {path}")
+    with _as_user_error(f"{key}: the adapter {path} does not fit its base {base} ({{}})"):
+        saved, own = load_peft_weights(path, device="cpu"), model.state_dict()
+        for name in missing:  # what the base's files lack must be in the adapter, or it would be random
+            shapes = [tuple(t.shape) for k, t in saved.items() if k.endswith(f".{name}")]
+            if tuple(own[name].shape) not in shapes:
+                found = f"its shape is {shapes[0]}" if shapes else "it is not saved"
+                raise UserError(
+                    f"{key}: {path} has no {name} with one output ({found}); it is no reward model"
+                )
         whole = PeftModel.from_pretrained(model, path)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{key}: the adapter {path} does not fit its base {base} ({_line(error)})") from None
     return whole, base, not local or (Path(path) / "tokenizer_config.json").is_file()
 
 
 def _adapter_of(path: str, key: str) -> PeftConfig | None:
     """The configuration of a peft adapter for a sequence classifier, None where the path is no adapter."""
-    if Path(path).is_dir() and not (Path(path) / SETTINGS).is_file():
+    local = Path(path).is_dir()
+    if local and not (Path(path) / SETTINGS).is_file():
         return None
     try:
-        adapter = PeftConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if Path(path).is_dir():
-            raise UserError(f"{key}: {path}/{SETTINGS} cannot be read ({_line(error)})") from None
-        return None
+        with _as_user_error(f"{key}: {path}/{SETTINGS} cannot be read ({{}})"):
+            adapter = PeftConfig.from_pretrained(path)
+    except UserError:
+        if local:
+            raise
+        return None  # a hub id of something else
     task = getattr(adapter.task_type, "value", adapter.task_type)
     if task != "SEQ_CLS":
         raise UserError(f"{key}: {path} is an adapter for {task}, not for a sequence classifier")
     return adapter
 
 
-def _check_head(model: nn.Module, missing: Sequence[str], saved: dict[str, Tensor], where: str) -> None:
-    """What the base's files do not have (its head) must be in the adapter, or the scores would be random.
-
-    Raises:
-        UserError: it is not there, or not for one output.
-    """
-    own = model.state_dict()
-    for name in missing:
-        shapes = [tuple(t.shape) for key, t in saved.items() if key.endswith(f".{name}")]
-        if tuple(own[name].shape) not in shapes:
-            found = f"its shape is {shapes[0]}" if shapes else "it is not saved"
-            raise UserError(f"{where} has no {name} with one output ({found}); it is no reward model")
-
-
 def _classifier(path: str, recipe: Recipe, key: str, **options: Any) -> tuple[Any, list[str]]:
     """The model and the names of the weights that its files do not have."""
     section = recipe.model
     config = _config(path, recipe, key, **options)
-    model, info = _attempt(
-        lambda: AutoModelForSequenceClassification.from_pretrained(
+    with _as_user_error(_NOT_LOADED.format(key=key, path=path)):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
             config=config,
             dtype=getattr(torch, section.dtype),
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-        ),
-        path,
-        key,
-    )
+        )
     return model, sorted(info["missing_keys"])
 
 
 def _config(path: str, recipe: Recipe, key: str, **options: Any) -> Any:
     """The configuration of a classifier with one label."""
-    options["trust_remote_code"] = recipe.model.trust_remote_code
-    config = _attempt(lambda: AutoConfig.from_pretrained(path, **options), path, key)
+    with _as_user_error(_NOT_LOADED.format(key=key, path=path)):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=recipe.model.trust_remote_code, **options)
     if config.num_labels != 1:
         kind = (config.architectures or [type(config).__name__])[0]
         raise UserError(
@@ -334,14 +328,14 @@ def _config(path: str, recipe: Recipe, key: str, **options: Any) -> Any:
     return config
 
 
-def _attempt(load: Callable[[], Any], path: str, key: str) -> Any:
+@contextlib.contextmanager
+def _as_user_error(message: str) -> Iterator[None]:
+    """A library's error as one line of ours, with its first line in the braces."""
     try:
-        return load()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(
-            f"{key}: no sequence classifier can be loaded from {path} ({_line(error)}); check the path (only "
-            "safetensors are read, and code of the model only with model.trust_remote_code=true)"
-        ) from None
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(message.replace("{}", reason)) from None
 
 
 def _tokenizer(path: str, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
@@ -349,7 +343,3 @@ def _tokenizer(path: str, trust_remote_code: bool, key: str) -> PreTrainedTokeni
         return load_tokenizer(path, trust_remote_code=trust_remote_code)
     except UserError:
         raise UserError(f"{key}: {path} has no tokenizer; save it beside the model") from None
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -49,7 +49,7 @@ def _fit(x_ND: Tensor, where: tuple[Tensor, Tensor, Tensor], penalty: float) -> 
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        loss, _, _ = ranked_loss((x_ND @ weights)[rows_BK], ranks_BK, mask_BK)
+        loss = ranked_loss((x_ND @ weights)[rows_BK], ranks_BK, mask_BK)
         loss = loss + penalty * weights.square().sum()
         loss.backward()
         return loss

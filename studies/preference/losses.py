@@ -54,9 +54,7 @@ def ordered_loss(model: Rung, sides: list[tuple[Ints, Any]]) -> Tensor:
         *_tensors(np.concatenate([s[0] for s in sides]), np.concatenate([s[1] for s in sides]))
     )
     ranks_BK = torch.arange(len(sides)).expand(rows, -1)
-    return ranked_loss(
-        scores.view(len(sides), rows).T, ranks_BK, torch.ones_like(ranks_BK, dtype=torch.bool)
-    )[0]
+    return ranked_loss(scores.view(len(sides), rows).T, ranks_BK, torch.ones_like(ranks_BK, dtype=torch.bool))
 
 
 def set_loss(model: Rung, sentences: Sentences, ranks_NK: Ints, prompts: Ints) -> Tensor:
@@ -65,7 +63,7 @@ def set_loss(model: Rung, sentences: Sentences, ranks_NK: Ints, prompts: Ints) -
     rows = (prompts[:, None] * k + np.arange(k)).ravel()
     scores = model.score(*_tensors(sentences.ids_NT[rows], sentences.mask_NT[rows]))
     ranks_BK = torch.from_numpy(ranks_NK[prompts])
-    return ranked_loss(scores.view(-1, k), ranks_BK, torch.ones_like(ranks_BK, dtype=torch.bool))[0]
+    return ranked_loss(scores.view(-1, k), ranks_BK, torch.ones_like(ranks_BK, dtype=torch.bool))
 
 
 def reward(model: Rung, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -110,7 +108,7 @@ def set_losses(scores_NK: Floats, ranks_NK: Ints) -> Floats:
     scores, ranks = torch.from_numpy(scores_NK), torch.from_numpy(ranks_NK)
     mask = torch.ones_like(ranks, dtype=torch.bool)
     rows = zip(scores.split(1), ranks.split(1), mask.split(1), strict=True)
-    return np.array([float(ranked_loss(*row)[0]) for row in rows])
+    return np.array([float(ranked_loss(*row)) for row in rows])
 
 
 def _tensors(ids_NT: Ints, mask_NT: Any) -> tuple[Tensor, Tensor]:
