@@ -7,7 +7,9 @@ bias), the base, and the fingerprint of the token contract.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from reward.loss import head_init_std
-from reward.model.batch import Example, as_example
+from reward.model.batch import Example
 from reward.model.forward import check_packing, score_examples
 from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError
@@ -218,16 +220,10 @@ class TextRewardModel:
         Neighbouring responses to one prompt are forwarded behind one copy of it.
         """
         examples: list[Example] = []
-        before: Prompt | None = None
-        for prompt, response in zip(prompts, responses, strict=True):
-            if not examples or prompt != before:
-                examples.append(
-                    as_example([]) | {"prompt": self.dialogue.encode_prompt(prompt), "responses": []}
-                )
-                before = prompt
-            examples[-1]["responses"].append(self.dialogue.close([], self.dialogue.encode_response(response)))
-        for example in examples:
-            example["ranks"] = example["spoken"] = [0] * len(example["responses"])
+        for prompt, group in itertools.groupby(zip(prompts, responses, strict=True), key=itemgetter(0)):
+            closed = [self.dialogue.close([], self.dialogue.encode_response(text)) for _, text in group]
+            own = {"prompt": self.dialogue.encode_prompt(prompt), "responses": closed, "index": -1}
+            examples.append(own | dict.fromkeys(("ranks", "spoken"), [0] * len(closed)))
         if self._share is None and any(len(e["responses"]) > 1 for e in examples):
             self._share = check_packing(self.model, examples, self.dialogue.pad_id) is None
         share = bool(self._share)
