@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_evaluate import backbone_and_dialogue
 
 from policy.evaluate import best_of_n as module
 from policy.evaluate.before_after import reward_fn_of, sample_and_score
@@ -23,10 +24,7 @@ from policy.evaluate.best_of_n import (
 )
 from policy.ppo.checks import InvariantError
 from rlhf.data.comparisons import Message
-from rlhf.models.backbone import REFERENCE, Backbone
-from rlhf.models.tiny import tiny_model, tiny_tokenizer
-from rlhf.recipe.schema import Lora
-from rlhf.tokenization.dialogue import Dialogue
+from rlhf.models.backbone import REFERENCE
 
 # --- the estimator ---------------------------------------------------------------------------------------
 
@@ -180,16 +178,7 @@ PROMPTS = [(Message("user", text),) for text in ("one", "and two", "three or so"
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    dialogue = Dialogue(tokenizer, template="plain", max_prompt_tokens=32, max_response_tokens=6)
-    dialogue.eos_id = 30  # a letter that the tiny model says now and then
-    base = tiny_model(len(tokenizer)).requires_grad_(False).eval()
-    backbone = Backbone(base, Lora(rank=4, layers="top_2"), adapters=["policy"])
-    for name, parameter in backbone.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.3)
-    return backbone, dialogue
+    return backbone_and_dialogue(stir=0.3, max_response_tokens=6)
 
 
 REWARD_FNS = {

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import torch
+from tiny_evaluate import backbone_and_dialogue
 
 from policy.evaluate.before_after import (
     EvaluatedResponses,
@@ -18,25 +18,14 @@ from policy.evaluate.before_after import (
 from policy.evaluate.report import as_markdown
 from policy.ppo.metrics import distinct_n
 from rlhf.data.comparisons import Message
-from rlhf.models.backbone import REFERENCE, Backbone
-from rlhf.models.tiny import tiny_model, tiny_tokenizer
-from rlhf.recipe.schema import Lora
-from rlhf.tokenization.dialogue import Dialogue
+from rlhf.models.backbone import REFERENCE
 
 PROMPTS = [(Message("user", text),) for text in ("one", "and two", "three or so", "4", "five")]
 FIGURE = {"before", "after", "diff", "ci95", "n"}
 
 
 def talk(role, *, stir=0.0, prompts=PROMPTS, batch_size=2, temperature=1.0, layers="top_2", seed=0):
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    dialogue = Dialogue(tokenizer, template="plain", max_prompt_tokens=32, max_response_tokens=12)
-    dialogue.eos_id = 30  # a letter that the tiny model says now and then
-    base = tiny_model(len(tokenizer)).requires_grad_(False).eval()
-    model = Backbone(base, Lora(rank=4, layers=layers), adapters=["policy"])
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=stir)
+    model, dialogue = backbone_and_dialogue(stir=stir, max_response_tokens=12, layers=layers)
     reward_fns = {"gold": reward_fn_of(lambda prompts, texts: [float(len(set(t))) for t in texts])}
     return sample_and_score(model, role, dialogue, prompts, reward_fns, seed=seed, temperature=temperature,
                batch_size=batch_size)  # fmt: skip

@@ -13,7 +13,10 @@ from transformers import (
 )
 
 from rlhf.evals.model import LanguageModel
-from rlhf.models.tiny import END, PAD, START, tiny_model
+from rlhf.models.backbone import Backbone
+from rlhf.models.tiny import END, PAD, START, tiny_model, tiny_tokenizer
+from rlhf.recipe.schema import Lora
+from rlhf.tokenization.dialogue import Dialogue
 
 
 def ascii_tokenizer():
@@ -61,6 +64,22 @@ def random_model(seed=0, window=4096):
 
 def language_model(seed=0, window=4096, **options):
     return LanguageModel(random_model(seed, window), TOKENIZER, **options)
+
+
+def backbone_and_dialogue(*, stir, max_response_tokens, layers="top_2"):
+    """A tiny backbone whose adapter `policy` has random weights, and a dialogue that now and then ends."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    dialogue = Dialogue(
+        tokenizer, template="plain", max_prompt_tokens=32, max_response_tokens=max_response_tokens
+    )
+    dialogue.eos_id = 30  # a letter that the tiny model writes now and then
+    base = tiny_model(len(tokenizer)).requires_grad_(False).eval()
+    backbone = Backbone(base, Lora(rank=4, layers=layers), adapters=["policy"])
+    for name, parameter in backbone.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=stir)
+    return backbone, dialogue
 
 
 def ids_of(text):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -36,29 +36,7 @@ Responses = list[list[str]]
 """Of each prompt, its samples."""
 
 
-class JudgedTask(Protocol):
-    """A task in two passes: every variant writes, then one judge scores."""
-
-    name: str
-    prompts: list[Prompt]
-
-    def asked(self) -> dict[str, Any]:
-        """What the responses depend on besides the variant; former names, so that old caches stay valid."""
-
-    def judged_by(self) -> dict[str, Any]:
-        """What their scores depend on besides the responses."""
-
-    def respond(self, variant: ModelVariant, lm: LanguageModel) -> Responses:
-        """A variant's responses."""
-
-    def judge(self) -> Judge:
-        """Load the judge."""
-
-    def outcome(self, responses: Responses, judge: Judge) -> Outcome:
-        """The figures of a variant's responses."""
-
-
-class ToxicityTask(JudgedTask):
+class ToxicityTask:
     """The task `toxicity`.
 
     Args:
@@ -84,11 +62,11 @@ class ToxicityTask(JudgedTask):
         }
 
     def asked(self) -> dict[str, Any]:
-        """The sampling, and the items."""
+        """What the responses depend on besides the variant; former names, so that old caches stay valid."""
         return {**self._sampling, "items": [item.id for item in self.items]}
 
     def judged_by(self) -> dict[str, Any]:
-        """The judge, and what it flags."""
+        """What the scores depend on besides the responses."""
         return {"judge": model_hash(self.section.judge), **self._flagged}
 
     def respond(self, variant: ModelVariant, lm: LanguageModel) -> Responses:
@@ -108,7 +86,7 @@ class ToxicityTask(JudgedTask):
         return toxicity.outcome(self.items, judged(self.prompts, responses, judge), **self._flagged)
 
 
-class HeldOutScore(JudgedTask):
+class HeldOutScore:
     """The task `score`: responses to the run's held-out prompts, judged as the section `evaluate` says.
 
     Args:
@@ -124,7 +102,7 @@ class HeldOutScore(JudgedTask):
         self._by_reward_model = self.section.judge == "reward"
 
     def asked(self) -> dict[str, Any]:
-        """The prompts, and the sampling."""
+        """What the responses depend on besides the variant; former names, so that old caches stay valid."""
         return {
             "prompts": [prompt_key(prompt) for prompt in self.prompts],
             "samples": self.section.samples_per_prompt,
@@ -132,7 +110,7 @@ class HeldOutScore(JudgedTask):
         }
 
     def judged_by(self) -> dict[str, Any]:
-        """The judge, by content."""
+        """What the scores depend on besides the responses."""
         if not self._by_reward_model:
             return {"judge": self.section.judge, "reward_models": []}
         return {
@@ -200,6 +178,9 @@ class HeldOutScore(JudgedTask):
             ],
             aggregate={} if math.isnan(varied) else {"distinct_2": varied},
         )
+
+
+JudgedTask = ToxicityTask | HeldOutScore
 
 
 def reward_judge(recipe: Recipe, folders: Sequence[Path]) -> Judge:

@@ -1,8 +1,7 @@
-"""A look at what the last stage of a road needs, before the first one: ``python -m
-policy.alignment_tax.preflight RECIPE``.
+"""Check what the tax stage needs before the first stage: ``python -m policy.alignment_tax.preflight RECIPE``.
 
-The tax table comes hours after the start; a task that is not known, a file that cannot be read or a reference
-that will not be there is told now.
+The tax table comes hours after the start; an unknown task, a file that cannot be read or a reference that no
+stage will make is an error at once.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ Figures = dict[str, Any]
 Outcomes = dict[str, dict[str, Outcome]]
 """By task, by variant."""
 VERDICTS = ("better", "worse", "open")
-"""Of a gain: it is above 0, below 0, or neither can be said."""
+"""Of a gain: significantly above 0, below 0, or neither."""
 LEVEL = 0.05  # of the sign test
 PER_TOKEN = ("nats_per_token", "perplexity of lm_loss")
 """What models with other tokens do not share."""
@@ -217,7 +217,7 @@ def verdict(gain_ci95: Sequence[float] | None, p_sign: float | None = None) -> s
 
 
 def verdicts(tasks: Sequence[Figures], variant: str) -> dict[str, list[str]]:
-    """The tasks on which a variant is better or worse than the reference, or neither can be said."""
+    """The tasks on which a variant is better or worse than the reference, or neither."""
     found: dict[str, list[str]] = {name: [] for name in VERDICTS}
     for task in tasks:
         if variant in task["differences"]:

@@ -3,7 +3,7 @@
 Draw n responses from the reference and keep the one that the proxy scores highest. N samples a prompt give an
 unbiased estimate for every n <= N at once, so the curve of the true score over n costs one set of samples.
 
-Shape suffixes: ``_P`` prompt, ``_N`` sample of a prompt, sorted ascending by proxy where it says so.
+Shape suffixes: ``_P`` prompt, ``_N`` sample of a prompt, sorted ascending by proxy where noted.
 """
 
 from __future__ import annotations

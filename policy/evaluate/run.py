@@ -49,19 +49,10 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     backbone.to(best_device())
     prompts = held_out_prompts(run, section.prompts)
     rows = [prompt for prompt in prompts for _ in range(section.samples_per_prompt)]
+    options = _sampling(recipe)
     with progress("evaluate", total=2 * len(rows), leave=True) as bar:
         before, after = (
-            sample_and_score(
-                backbone,
-                role,
-                dialogue,
-                rows,
-                reward_fns,
-                seed=recipe.seed,
-                temperature=section.temperature,
-                batch_size=section.batch_size,
-                progress=bar.update,
-            )
+            sample_and_score(backbone, role, dialogue, rows, reward_fns, progress=bar.update, **options)
             for role in (REFERENCE, "policy")
         )
     best_of = _best_of_n(recipe, backbone, dialogue, prompts, reward_fns, before, after)
@@ -83,6 +74,11 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         "samples": sample_pairs(rows, before, after, section.pairs_shown),
         "stages": _stage_costs(run),
     }
+
+
+def _sampling(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.evaluate
+    return {"seed": recipe.seed, "temperature": section.temperature, "batch_size": section.batch_size}
 
 
 def _backbone(recipe: Recipe, run: StageRun) -> Backbone:
@@ -130,17 +126,8 @@ def _best_of_n(
         return {}
     prompts = prompts[: section.best_of_prompts]
     with progress("best of n", total=len(prompts) * section.best_of, leave=True) as bar:
-        scores = draw(
-            backbone,
-            dialogue,
-            prompts,
-            reward_fns,
-            samples=section.best_of,
-            seed=recipe.seed,
-            temperature=section.temperature,
-            batch_size=section.batch_size,
-            progress=bar.update,
-        )
+        options = {"samples": section.best_of, "progress": bar.update, **_sampling(recipe)}
+        scores = draw(backbone, dialogue, prompts, reward_fns, **options)
 
     def first(values: Sequence[float]) -> Any:
         return per_prompt(values, section.samples_per_prompt)[: len(prompts)]

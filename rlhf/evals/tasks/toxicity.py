@@ -89,7 +89,7 @@ def respond(
     top_p: float = 0.9,
     seed: int = 0,
 ) -> list[list[str]]:
-    """What a model says to each prompt, ``samples`` texts a prompt; the defaults are those of Gehman 2020.
+    """A model's continuations, ``samples`` texts a prompt; the defaults are those of Gehman 2020.
 
     Raises:
         UserError: a prompt is too long for the model's window.
@@ -107,10 +107,10 @@ def respond(
 
 def judged(prompts: Sequence[Prompt], responses: Sequence[Sequence[str]], judge: Judge) -> list[list[float]]:
     """A judge's scores in the shape of the responses."""
-    flat = [response for said in responses for response in said]
-    of = [prompt for prompt, said in zip(prompts, responses, strict=True) for _ in said]
+    flat = [text for texts in responses for text in texts]
+    of = [prompt for prompt, texts in zip(prompts, responses, strict=True) for _ in texts]
     scores = iter([float(score) for score in judge(of, flat)])
-    return [[next(scores) for _ in said] for said in responses]
+    return [[next(scores) for _ in texts] for texts in responses]
 
 
 def flagged(score: float, *, threshold: float, higher_is_better: bool) -> bool:
