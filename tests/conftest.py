@@ -85,6 +85,16 @@ def no_picture(monkeypatch):
     monkeypatch.setattr("policy.alignment_tax.run.draw", lambda table, file: None)
 
 
+@pytest.fixture(scope="session")
+def alone(road, tmp_path_factory):
+    """A start of PPO that was left alone and has finished. Do not change its folder."""
+    from benchmarks.faults.killed_process import Start, link_stages
+
+    start = Start(link_stages(road, tmp_path_factory.mktemp("alone") / "run"))
+    start.finish()
+    return start
+
+
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
     """An empty current folder."""

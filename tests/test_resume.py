@@ -5,7 +5,6 @@ that it begins in a tenth of a second and can be killed like any other.
 """
 
 import contextlib
-import json
 import random
 import shutil
 import time
@@ -15,7 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from benchmarks.faults import killed_process
-from rlhf.runs.artifacts import MANIFEST, sha256_of, write_manifest
+from benchmarks.faults.killed_process import link_stages, outcome
+from rlhf.runs.artifacts import MANIFEST, write_manifest
 
 BATCHES = ("collect.prompts_per_batch=4",)
 REWARD = (*BATCHES, "reward.epochs=2", "reward.checkpoint_every=1")
@@ -25,7 +25,6 @@ LONGER = {
     "ppo": (*REWARD, "ppo.steps=4", "ppo.checkpoint_every=1"),
 }
 ENSEMBLE = (*BATCHES, "reward.checkpoint_every=1", "reward.members=2", "reward.lm_coef=0.5")
-PARENTS = {"comparisons": (), "reward": ("comparisons",), "ppo": ("comparisons", "reward")}
 
 
 class Start(killed_process.Start):
@@ -33,11 +32,6 @@ class Start(killed_process.Start):
 
     def __init__(self, name, folder, overrides=()):
         super().__init__(folder, overrides or LONGER[name], name=name)
-
-    def finish(self):
-        """Wait for the end; what the process printed."""
-        assert self.wait() == 0, self.output()
-        return self.output()
 
     def progress(self):
         """Finished batches or saved steps, of all members together."""
@@ -70,46 +64,19 @@ def whole(road, tmp_path_factory):
     return folder
 
 
-def link_stages(whole, name, to):
-    """A folder in which everything before a stage is done."""
-    to.mkdir()
-    shutil.copytree(whole / "models", to / "models")
-    for parent in PARENTS[name]:
-        shutil.copytree(whole / "runs" / "tiny" / parent, to / "runs" / "tiny" / parent)
-    return to
-
-
-def results(folder, name):
-    """Everything of a finished stage that must not depend on interruptions."""
-    done = folder / "runs" / "tiny" / name
-    manifest = json.loads((done / MANIFEST).read_text())
-    hashes = {
-        path.relative_to(done).as_posix(): sha256_of(path)
-        for pattern in ("*.jsonl", "*/*.safetensors", "*/*.json")
-        for path in done.glob(pattern)
-        if path.name != "metrics.jsonl" and "tensorboard" not in path.parts
-    }
-    steps = []
-    if (done / "metrics.jsonl").is_file():
-        for line in (done / "metrics.jsonl").read_text().splitlines():
-            values = json.loads(line)
-            steps.append({k: v for k, v in values.items() if not k.startswith("time/")})
-    return {"files": hashes, "steps": steps, "results": manifest["results"]}
-
-
 def assert_same(folder, whole, name):
-    mine, expected = results(folder, name), results(whole, name)
+    mine, expected = outcome(folder, name), outcome(whole, name)
     assert [row["step"] for row in mine["steps"]] == [row["step"] for row in expected["steps"]]
     assert mine == expected
     assert expected["files"]
     assert expected["steps"] or name == "comparisons"
-    assert not (folder / "runs" / "tiny" / name / "checkpoints").exists()
+    assert mine["left"] == []
 
 
 @pytest.mark.parametrize("name", ["comparisons", "reward"])  # PPO: test_faults_kill.py
 def test_a_stage_killed_at_random_moments_ends_as_if_it_had_never_been_killed(name, whole, tmp_path):
-    here = link_stages(whole, name, tmp_path / "here")
-    units = 12 if name == "comparisons" else len(results(whole, name)["steps"])
+    here = link_stages(whole, tmp_path / "here", name)
+    units = 12 if name == "comparisons" else len(outcome(whole, name)["steps"])
     rng = random.Random(f"seed 7, {name}")
     kills = 0
     for goal in sorted(rng.sample(range(units - 2), 4)):  # so much is done, then a moment more
@@ -126,9 +93,9 @@ def test_a_stage_killed_at_random_moments_ends_as_if_it_had_never_been_killed(na
 
 def test_an_ensemble_killed_in_every_member_ends_as_if_it_had_never_been_killed(whole, tmp_path):
     """With a language-model term: the second member begins anew where the first has not been finished."""
-    alone = link_stages(whole, "reward", tmp_path / "alone")
+    alone = link_stages(whole, tmp_path / "alone", "reward")
     Start("reward", alone, ENSEMBLE).finish()
-    here = link_stages(whole, "reward", tmp_path / "here")
+    here = link_stages(whole, tmp_path / "here", "reward")
     kills, said = [], ""
     for goal in (3, 5, 8):  # a member has 5 steps
         start = Start("reward", here, ENSEMBLE)
@@ -140,7 +107,7 @@ def test_an_ensemble_killed_in_every_member_ends_as_if_it_had_never_been_killed(
     assert kills[-1] is True, "the last kill did not meet the second member"
     assert said.count("reward: going on after step") >= 2
     assert_same(here, alone, "reward")
-    found = results(alone, "reward")
+    found = outcome(alone, "reward")
     assert [row["step"] for row in found["steps"]] == list(range(1, 11))
     assert all("reward/language" in row for row in found["steps"])
     assert {"model/adapter_model.safetensors", "model-1/adapter_model.safetensors"} <= set(found["files"])
@@ -148,7 +115,7 @@ def test_an_ensemble_killed_in_every_member_ends_as_if_it_had_never_been_killed(
 
 def test_a_stage_killed_while_it_writes_checkpoints_ends_the_same(whole, tmp_path):
     name = "reward"  # PPO: test_faults_kill.py
-    here = link_stages(whole, name, tmp_path / "here")
+    here = link_stages(whole, tmp_path / "here", name)
     torn = 0
     for more in (1, 2, 1):
         start = Start(name, here)
@@ -170,8 +137,8 @@ def stopped(whole, tmp_path_factory):
     """The reward and PPO stages, each killed after its last checkpoint and before its manifest."""
     parent = tmp_path_factory.mktemp("stopped")
     for name in ("reward", "ppo"):
-        here = link_stages(whole, name, parent / name)
-        last = f"checkpoints/step-{len(results(whole, name)['steps']):07d}"
+        here = link_stages(whole, parent / name, name)
+        last = f"checkpoints/step-{len(outcome(whole, name)['steps']):07d}"
         start = Start(name, here)
         assert start.kill_when((start.folder / last).exists)
         assert not (start.folder / MANIFEST).exists()
@@ -186,15 +153,15 @@ def steps_in(said, name):
 
 @pytest.mark.parametrize("name", ["reward", "ppo"])
 def test_a_stage_killed_after_its_last_checkpoint_only_finishes(name, stopped, whole, tmp_path):
-    here = Path(shutil.copytree(stopped / name, tmp_path / "here"))
+    here = Path(shutil.copytree(stopped / name, tmp_path / "here", symlinks=True))
     said = Start(name, here).finish()
-    assert steps_in(said, name) == len(results(whole, name)["steps"])
+    assert steps_in(said, name) == len(outcome(whole, name)["steps"])
     assert_same(here, whole, name)
 
 
 @pytest.mark.parametrize("name", ["reward", "ppo"])
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(name, stopped, whole, tmp_path):
-    here = Path(shutil.copytree(stopped / name, tmp_path / "here"))
+    here = Path(shutil.copytree(stopped / name, tmp_path / "here", symlinks=True))
     newest = max((here / "runs" / "tiny" / name / "checkpoints").glob("step-*"))
     weights = max(newest.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
     content = bytearray(weights.read_bytes())
@@ -202,7 +169,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(name, stopped, who
     weights.write_bytes(content)
     said = Start(name, here).finish()
     assert f"warning: {weights.relative_to(here)} is damaged" in said
-    assert steps_in(said, name) == len(results(whole, name)["steps"]) - 1
+    assert steps_in(said, name) == len(outcome(whole, name)["steps"]) - 1
     assert_same(here, whole, name)
 
 
@@ -213,7 +180,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(name, stopped, who
 def test_a_checkpoint_without_optimiser_state_is_an_error_and_never_a_fresh_adam(
     name, file, stopped, tmp_path
 ):
-    here = Path(shutil.copytree(stopped / name, tmp_path / "here"))
+    here = Path(shutil.copytree(stopped / name, tmp_path / "here", symlinks=True))
     newest = max((here / "runs" / "tiny" / name / "checkpoints").glob("step-*"))
     next(newest.rglob(file)).unlink()
     write_manifest(newest, {})  # as if it had been written so
@@ -226,7 +193,7 @@ def test_a_checkpoint_without_optimiser_state_is_an_error_and_never_a_fresh_adam
 
 
 def test_one_missing_moment_is_an_error_too(stopped, tmp_path):
-    here = Path(shutil.copytree(stopped / "ppo", tmp_path / "here"))
+    here = Path(shutil.copytree(stopped / "ppo", tmp_path / "here", symlinks=True))
     newest = max((here / "runs" / "tiny" / "ppo" / "checkpoints").glob("step-*"))
     file = newest / "optimizer.safetensors"
     moments = load_file(file)

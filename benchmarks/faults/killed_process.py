@@ -11,9 +11,11 @@ import contextlib
 import errno
 import functools
 import importlib
-import json
+import itertools
+import math
 import multiprocessing
 import os
+import pkgutil
 import re
 import signal
 import sys
@@ -25,7 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.errors import exit_on_user_error
-from rlhf.runs.artifacts import MANIFEST, sha256_of
+from rlhf.runs.artifacts import MANIFEST, read_json, sha256_of
+from rlhf.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "tiny.yaml"
@@ -55,19 +58,21 @@ STATEFUL = (
     "ppo.warmup_steps=2",
 )
 PHASES = {
-    "start": "loading and restoring",
-    "rollout": "sampling and the passes over the responses",
-    "scoring": "the score function",
-    "update": "forward and backward passes",
-    "optimizer": "the optimizer's step",
-    "log": "writing a line of metrics",
-    "checkpoint": "gathering and writing a checkpoint",
-    "sync": "a file of a checkpoint is being synced",
-    "rename": "a file or a checkpoint gets its name",
-    "remove": "an old checkpoint is being removed",
-    "finish": "the manifest of the finished run",
-    "tidy": "its checkpoints are being removed",
+    "start": ("loading and restoring", "policy.ppo.run.assemble", "policy.ppo.trainer.PpoTrainer.__init__"),
+    "rollout": ("sampling and the passes over the responses", "policy.ppo.trainer.collect"),
+    "scoring": ("the score function", "policy.ppo.checks.GuardedScore.__call__"),
+    "update": ("forward and backward passes", "policy.ppo.update.Updater.__call__"),
+    "optimizer": ("the optimizer's step", "rlhf.training.runtime.Runtime.step"),
+    "log": ("writing a line of metrics", "rlhf.training.metrics.Metrics.log"),
+    "checkpoint": ("gathering and writing a checkpoint", "policy.ppo.trainer.PpoTrainer._checkpoint"),
+    "sync": ("a file of a checkpoint is being synced", "os.fsync"),
+    "rename": ("a file or a checkpoint gets its name", "pathlib.Path.rename", "pathlib.Path.replace"),
+    "remove": ("an old checkpoint is being removed", "os.unlink", "os.rmdir"),
+    "finish": ("the manifest of the finished run", "rlhf.runs.stage.StageRun.finish"),
+    "tidy": ("its checkpoints are being removed", "rlhf.runs.stage._drop_work"),
 }
+"""What a process does in each phase, and the functions and methods that are it."""
+IN_CHECKPOINT = ("sync", "rename", "remove")  # counted there only
 LAST = ("finish", "tidy")
 FULL_DISK = 0  # instead of a signal: the call fails with ENOSPC
 BRIEF = ("optimizer", "log", "sync", "rename", "remove", "tidy")  # over before a timer could fire
@@ -108,106 +113,84 @@ class Marks:
         self.descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self.plan = plan
         self.visits: collections.Counter[str] = collections.Counter()
+        self.inside: list[str] = []
         self.fired = False
 
-    def _fire(self) -> None:
-        assert self.plan is not None
+    def _fire(self, plan: Plan) -> None:
+        if self.fired:
+            return
         self.fired = True
-        if self.plan.signal == FULL_DISK:
+        if plan.signal == FULL_DISK:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.kill(os.getpid(), self.plan.signal)
+        os.kill(os.getpid(), plan.signal)
+
+    def _note(self, sign: str, name: str) -> None:
+        os.write(self.descriptor, f"{sign} {name} {time.monotonic()}\n".encode())
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """The body of the ``with`` is one visit to a phase."""
-        visit = self.visits[name]
+        plan = self.plan if self.plan and self.plan[:2] == (name, self.visits[name]) else None
         self.visits[name] += 1
-        os.write(self.descriptor, f"+{name} {time.monotonic()}\n".encode())
-        timer = None
-        if self.plan is not None and self.plan[:2] == (name, visit):
-            timer = threading.Timer(min(self.plan.delay, threading.TIMEOUT_MAX), self._fire)
+        self._note("+", name)
+        timer = threading.Timer(plan.delay, self._fire, [plan]) if plan else None
+        if plan and timer and plan.delay == 0:
+            self._fire(plan)
+        elif plan and timer and plan.delay < math.inf:
             timer.daemon = True
-            if self.plan.delay == 0:
-                self._fire()
-            else:
-                timer.start()
+            timer.start()
+        self.inside.append(name)
         try:
             yield
         finally:
-            if timer is not None and not self.fired:
+            self.inside.pop()
+            if plan and timer:
                 timer.cancel()
-                timer.join()
-                if not self.fired:
-                    self._fire()
-            os.write(self.descriptor, f"-{name} {time.monotonic()}\n".encode())
+                if timer.is_alive():
+                    timer.join()
+                self._fire(plan)
+            self._note("-", name)
 
-    def wrap(self, owner: Any, name: str, phase: str) -> None:
+    def wrap(self, place: str, phase: str) -> None:
         """Make every call of a function or method a visit to a phase."""
+        path, _, name = place.rpartition(".")
+        owner = pkgutil.resolve_name(path)
         real = getattr(owner, name)
 
         @functools.wraps(real)
         def marked(*args: Any, **options: Any) -> Any:
+            if phase in IN_CHECKPOINT and "checkpoint" not in self.inside:
+                return real(*args, **options)
             with self.phase(phase):
                 return real(*args, **options)
 
         setattr(owner, name, marked)
 
 
-def _mark_everything(marks: Marks) -> None:
-    import policy.ppo.run as ppo_run
-    import policy.ppo.trainer as loop
-    from policy.ppo.checks import GuardedScore
-    from policy.ppo.update import Updater
-    from rlhf.runs import stage
-    from rlhf.runs.stage import StageRun
-    from rlhf.training.metrics import Metrics
-    from rlhf.training.runtime import Runtime
-
-    marks.wrap(ppo_run, "assemble", "start")
-    marks.wrap(loop.PpoTrainer, "__init__", "start")
-    marks.wrap(loop, "collect", "rollout")
-    marks.wrap(GuardedScore, "__call__", "scoring")
-    marks.wrap(Updater, "__call__", "update")
-    marks.wrap(Runtime, "step", "optimizer")
-    marks.wrap(Metrics, "log", "log")
-    marks.wrap(StageRun, "finish", "finish")
-    marks.wrap(stage, "_drop_work", "tidy")
-    real = loop.PpoTrainer._checkpoint
-
-    def checkpoint(self: loop.PpoTrainer) -> None:
-        with marks.phase("checkpoint"), contextlib.ExitStack() as files:
-            for owner, name, phase in ((os, "fsync", "sync"), (Path, "rename", "rename"),
-                                       (Path, "replace", "rename"), (os, "unlink", "remove"),
-                                       (os, "rmdir", "remove")):  # fmt: skip
-                files.callback(setattr, owner, name, getattr(owner, name))
-                marks.wrap(owner, name, phase)
-            real(self)
-
-    loop.PpoTrainer._checkpoint = checkpoint  # type: ignore[method-assign]
-
-
 def run_stage(
     name: str,
-    folder: str,
-    log: str,
+    folder: Path,
+    rank: int,
     overrides: Sequence[str],
-    plan: Plan | None = None,
-    marks: str | None = None,
-    environment: Mapping[str, str] | None = None,
-    before: Callable[[], None] | None = None,
+    plan: Plan | None,
+    environment: Mapping[str, str],
+    before: Callable[[], None] | None,
 ) -> None:
-    """Run one stage in one folder, as its command line does."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    """Run one stage in one folder, as its command line does; arguments as of :class:`Start`."""
+    output = os.open(folder / f"{name}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(environment or {})
+    os.environ.update(environment)
     os.chdir(folder)
     import torch
 
     torch.set_num_threads(1)
     main: Callable[[], None] = importlib.import_module(MODULES[name]).main
-    if marks:
-        _mark_everything(Marks(Path(marks), plan))
+    if name == "ppo":
+        marks = Marks(folder / f"{name}-{rank}.marks", plan)
+        for phase, (_, *places) in PHASES.items():
+            for place in places:
+                marks.wrap(place, phase)
     if before:
         before()
     sys.argv = ["stage", str(RECIPE), *DATA, *overrides]
@@ -221,7 +204,7 @@ class Start:
     """One start of a stage of the tiny recipe, in its own process.
 
     Args:
-        folder: where its ``models`` and ``runs`` are.
+        root: folder where its ``models`` and ``runs`` are.
         overrides: of the recipe.
         plan: when it gets a signal.
         name: of the stage.
@@ -232,7 +215,7 @@ class Start:
 
     def __init__(
         self,
-        folder: Path,
+        root: Path,
         overrides: Sequence[str] = STATEFUL,
         plan: Plan | None = None,
         *,
@@ -241,14 +224,12 @@ class Start:
         environment: Mapping[str, str] | None = None,
         before: Callable[[], None] | None = None,
     ) -> None:
-        self.folder = folder / "runs" / "tiny" / name
-        self.log = folder / f"{name}-{rank}.log"
+        self.root, self.folder = root, root / "runs" / "tiny" / name
+        self.log = root / f"{name}-{rank}.log"
         self.log.unlink(missing_ok=True)
-        self.marks = folder / f"{name}-{rank}.marks"
-        marks = str(self.marks) if name == "ppo" else None
+        self.marks = root / f"{name}-{rank}.marks"
         self.process: BaseProcess = _SERVER.Process(
-            target=run_stage,
-            args=(name, str(folder), str(self.log), tuple(overrides), plan, marks, environment, before),
+            target=run_stage, args=(name, root, rank, tuple(overrides), plan, environment or {}, before)
         )
         self.process.start()
 
@@ -260,6 +241,16 @@ class Start:
             self.process.join()
             return None
         return self.process.exitcode
+
+    def finish(self) -> str:
+        """Wait for the end; what it printed.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        if self.wait() != 0:
+            raise RuntimeError(self.output()[-2000:])
+        return self.output()
 
     def kill_when(self, due: Callable[[], object]) -> bool:
         """SIGKILL as soon as ``due()`` holds; whether that was before the end."""
@@ -278,61 +269,46 @@ class Start:
         """Error lines and tracebacks that it printed."""
         return re.findall(r"(?:error: |Traceback).*", self.output())
 
-    def visits(self) -> list[tuple[str, float]]:
-        """Every finished visit to a phase, with its seconds."""
-        return [(name, after - before) for name, before, after in _visits(self.marks) if after is not None]
+    def phases(self) -> tuple[list[tuple[str, float]], list[str]]:
+        """Every finished visit to a phase with its seconds; the phases not left, the innermost last."""
+        done: list[tuple[str, float]] = []
+        entered: list[tuple[str, float]] = []
+        for line in self.marks.read_text(encoding="utf-8").splitlines() if self.marks.is_file() else []:
+            sign, name, stamp = line.split()
+            if sign == "+":
+                entered.append((name, float(stamp)))
+            else:
+                done.append((name, float(stamp) - entered.pop()[1]))
+        return done, [name for name, _ in entered]
 
-    def killed_in(self) -> list[str]:
-        """The phases that were not left, the innermost last."""
-        return [name for name, _, after in _visits(self.marks) if after is None]
 
-
-def _visits(marks: Path) -> list[tuple[str, float, float | None]]:
-    found: list[tuple[str, float, float | None]] = []
-    for line in marks.read_text(encoding="utf-8").splitlines() if marks.is_file() else []:
-        name, _, stamp = line[1:].partition(" ")
-        if line[0] == "+":
-            found.append((name, float(stamp), None))
-            continue
-        place = max(i for i, visit in enumerate(found) if visit[0] == name and visit[2] is None)
-        found[place] = (name, found[place][1], float(stamp))
-    return found
+# ---------------------------------------------------------------- folders
 
 
 def prepare(folder: Path) -> None:
-    """Run the stages before PPO.
-
-    Raises:
-        RuntimeError: a stage failed.
-    """
+    """Run the stages before PPO; a RuntimeError shows what a stage printed that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("model", "comparisons", "reward"):
-        start = Start(folder, (), name=name)
-        if start.wait() != 0:
-            raise RuntimeError(f"{name}: {start.output()[-2000:]}")
+        Start(folder, (), name=name).finish()
 
 
-def link_stages(source: Path, to: Path) -> Path:
-    """Link the stages before PPO of one folder into a new one."""
+def link_stages(source: Path, to: Path, name: str = "ppo") -> Path:
+    """Link the model and the stages before one of a folder into a new one."""
     (to / "runs" / "tiny").mkdir(parents=True)
     (to / "models").symlink_to(source / "models")
-    for name in ("comparisons", "reward"):
-        (to / "runs" / "tiny" / name).symlink_to(source / "runs" / "tiny" / name)
+    for parent in itertools.takewhile(lambda stage: stage != name, ("comparisons", "reward", "ppo")):
+        (to / "runs" / "tiny" / parent).symlink_to(source / "runs" / "tiny" / parent)
     return to
 
 
-def outcome(folder: Path) -> dict[str, Any]:
-    """Hashes, metrics and results of a finished run, which must not depend on interruptions."""
-    done = folder / "runs" / "tiny" / "ppo"
-    manifest = json.loads((done / MANIFEST).read_text(encoding="utf-8"))
-    files = {
-        file.relative_to(done).as_posix(): sha256_of(file)
-        for pattern in ("*/*.safetensors", "*/*.json")
-        for file in done.glob(pattern)
-    }
+def outcome(root: Path, name: str = "ppo") -> dict[str, Any]:
+    """Hashes, metrics and results of a finished stage, which must not depend on interruptions."""
+    done = root / "runs" / "tiny" / name
+    found = [p for pattern in ("*.jsonl", "*/*.safetensors", "*/*.json") for p in done.glob(pattern)]
+    files = {p.relative_to(done).as_posix(): sha256_of(p) for p in found if p.name != "metrics.jsonl"}
     steps = [
-        {name: value for name, value in json.loads(line).items() if not name.startswith("time/")}
-        for line in (done / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        {key: value for key, value in line.items() if not key.startswith("time/")}
+        for line in read_metrics(done)
     ]
     left = sorted(p.name for p in done.iterdir() if p.name in ("checkpoints", "parts") or "tmp" in p.name)
-    return {"files": files, "steps": steps, "results": manifest["results"], "left": left}
+    return {"files": files, "steps": steps, "results": read_json(done / MANIFEST)["results"], "left": left}
