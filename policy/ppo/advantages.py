@@ -23,7 +23,7 @@ def gae(
     lam: float,
     samples: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimate of every action, and the return that its value is trained towards.
+    """Generalized advantage estimate of every action, and the return that its value is trained towards.
 
     rewards_BT; values_BT: the value BEFORE each action; mask_BT: True = an action. Padding may stand on the
     right only (else ValueError): an episode ends with its last action, behind which the value is 0.

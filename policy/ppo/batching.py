@@ -24,13 +24,18 @@ from rlhf.training.runtime import Runtime
 _PROMPTS, _MINIBATCHES, _TEXTS = 1, 2, 3  # set the random numbers of the purposes apart
 
 
+def _drawn(seed: int, purpose: int, positions: Sequence[int], available: int) -> list[int]:
+    """Items at some positions of endless passes over all of them, each pass in an order of its own."""
+    orders = {
+        number: np.random.default_rng([seed % 2**63, purpose, number]).permutation(available)
+        for number in {position // available for position in positions}
+    }
+    return [int(orders[position // available][position % available]) for position in positions]
+
+
 def prompt_indices(seed: int, step: int, batch_size: int, available: int) -> list[int]:
-    """Prompts of a step (counted from 0): each pass over the prompts has an order of its own."""
-    indices = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        order = np.random.default_rng([seed % 2**63, _PROMPTS, position // available]).permutation(available)
-        indices.append(int(order[position % available]))
-    return indices
+    """Prompts of a step (counted from 0)."""
+    return _drawn(seed, _PROMPTS, range(step * batch_size, (step + 1) * batch_size), available)
 
 
 def own_rows(batch_size: int, rank: int, world: int) -> list[int]:
@@ -142,12 +147,9 @@ class PtxBatches:
 
     def __call__(self, number: int) -> Texts:
         """This process's texts of an optimizer step, counted from 0 over the whole run."""
-        available = len(self.pieces)
-        chosen: list[list[int]] = []
-        for row in own_rows(self._size, self._runtime.rank, self._runtime.world):
-            position = number * self._size + row
-            order = np.random.default_rng([self._seed % 2**63, _TEXTS, position // available])
-            chosen.append(self.pieces[int(order.permutation(available)[position % available])])
+        rows = own_rows(self._size, self._runtime.rank, self._runtime.world)
+        positions = [number * self._size + row for row in rows]
+        chosen = [self.pieces[i] for i in _drawn(self._seed, _TEXTS, positions, len(self.pieces))]
         ids_BT, mask_BT = (
             torch.cat([part, part.new_full((len(part), 1), empty)], dim=1).to(self._runtime.device)
             for part, empty in zip(right_pad(chosen, self._pad_id), (self._pad_id, False), strict=True)

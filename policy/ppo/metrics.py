@@ -25,7 +25,7 @@ def rollout_metrics(
         batch_size: responses of the rollout over all processes.
 
     Returns:
-        Figures by name. KL is the tensor that is penalised (k1, summed over a response, nats); ``k3`` is the
+        Figures by name. KL is the tensor that is penalized (k1, summed over a response, nats); ``k3`` is the
         same by another estimator; a rising reward with a falling ``distinct_2`` or entropy is a collapse.
     """
     actions = rollout.actions_BR

@@ -145,7 +145,8 @@ def collect(
     scores: list[Tensor] = []
     with torch.no_grad():
         if keep and hidden_BTD is None:
-            hidden_BTD = _trunk(backbone, ids_BT, mask_BT, order)
+            states = [backbone(role="trunk", ids_BT=ids_BT[m], mask_BT=mask_BT[m]) for m in order]
+            hidden_BTD = _in_order(states, order)
         part = functools.partial(window, ids_BT, mask_BT, hidden_BTD, start)
         counted_BR = None if runtime.shards_weights else actions_BR
         whole = _scored_by_roles(model, backbone, section, part, counted_BR, order)
@@ -289,18 +290,3 @@ def close(sampled: Sampled, width: int, *, eos_id: int, pad_id: int) -> tuple[Te
         dim=1,
     )
     return ids_BT, mask_BT, actions_BR
-
-
-def _trunk(backbone: Backbone, ids_BT: Tensor, mask_BT: Tensor, order: Sequence[Tensor]) -> Tensor | None:
-    """Hidden states of the frozen trunk, computed a micro-batch at a time."""
-    if not backbone.frozen_layers:
-        return None
-    whole: Tensor | None = None
-    for micro in order:
-        part = window(ids_BT, mask_BT, None, 0, micro)
-        hidden = backbone.trunk(part.ids_BT, part.mask_BT)
-        assert hidden is not None, "a backbone with frozen layers has a trunk"
-        if whole is None:
-            whole = hidden.new_zeros(*ids_BT.shape, hidden.shape[-1])
-        whole[micro, ids_BT.shape[1] - hidden.shape[1] :] = hidden
-    return whole

@@ -258,17 +258,9 @@ class Updater:
         """The plain texts of a minibatch, a micro-batch each."""
         assert self.texts is not None, "asked for with PPO-ptx only"
         section, (epoch, number) = self.section, place
-        texts = self.texts((step * section.epochs + epoch) * section.minibatches + number)
-        size = section.micro_batch_size
-        return [
-            Texts(
-                texts.ids_BT[i : i + size],
-                texts.mask_BT[i : i + size],
-                texts.wanted_BR[i : i + size],
-                texts.total,
-            )
-            for i in range(0, len(texts.ids_BT), size)
-        ]
+        *rows, total = self.texts((step * section.epochs + epoch) * section.minibatches + number)
+        parts = zip(*(tensor.split(section.micro_batch_size) for tensor in rows), strict=True)
+        return [Texts(*part, total) for part in parts]
 
     def _text_loss(self, texts: Texts) -> Tensor:
         """The language-model loss of some plain texts."""

@@ -60,15 +60,6 @@ class RoomyLayer(DynamicLayer):
             self._all = [whole.index_select(0, indices.to(whole.device)) for whole in self._all]
             self._show(length)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The same under its other name."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row so many times."""
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(len(self._all[0])).repeat_interleave(repeats))
-
     def _show(self, length: int) -> None:
         self.keys, self.values = (whole[:, :, :length] for whole in self._all)
 
@@ -162,7 +153,7 @@ class Decoding:
 
     def select(self, rows: Tensor) -> None:
         """Let the batch consist of these of its rows; a row may come more than once."""
-        self._cache.reorder_cache(rows)
+        self._cache.batch_select_indices(rows)
         self._mask_BT, self._position_B = self._mask_BT[rows], self._position_B[rows]
 
     def _run(self, ids_BN: Tensor, attention: Tensor | None, positions_BN: Tensor) -> Tensor:

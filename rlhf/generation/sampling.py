@@ -150,7 +150,7 @@ def pick(
     """One token a row by inverting the cumulative distribution, and its log-prob; temperature 0 is greedy.
 
     One uniform a row instead of one exponential a token: cheaper than ``torch.multinomial`` over a large
-    vocabulary. The sum is taken in float64, so that rounding does not favour late tokens.
+    vocabulary. The sum is taken in float64, so that rounding does not favor late tokens.
     """
     if temperature == 0:
         return logits_BV.argmax(dim=-1), torch.zeros_like(logits_BV[:, 0], dtype=torch.float32)

