@@ -1,4 +1,4 @@
-"""Which prompts, rows and columns a rollout is made of, whatever the number of processes."""
+"""What a rollout is made of, whatever the number of processes and however the work is cut."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy.ppo import rollout as module
-from policy.ppo.batching import micro_batches, minibatch_rows, own_rows, prompt_indices, prompt_of_row
+from policy.ppo.batching import prompt_indices
 from policy.ppo.rollout import close, collect, window
 from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
@@ -19,67 +19,6 @@ from rlhf.recipe.schema import Lora, Ppo
 from rlhf.tokenization.dialogue import Dialogue
 
 EOS, PAD = 1, 0
-SEEDS = st.integers(0, 2**64)
-
-
-@given(seed=SEEDS, batch_size=st.integers(1, 9), available=st.integers(1, 12))
-def test_every_prompt_is_visited_once_a_pass(seed, batch_size, available):
-    steps = -(-3 * available // batch_size)
-    visited = [i for step in range(steps) for i in prompt_indices(seed, step, batch_size, available)]
-    for first in range(0, 3 * available, available):
-        assert sorted(visited[first : first + available]) == list(range(available))
-
-
-def test_passes_and_seeds_have_orders_of_their_own():
-    orders = [tuple(prompt_indices(seed, step, 20, 20)) for seed in (0, 1) for step in (0, 1, 2)]
-    assert len(set(orders)) == 6
-
-
-@given(
-    seed=SEEDS,
-    step=st.integers(0, 5),
-    epoch=st.integers(0, 3),
-    minibatches=st.integers(1, 4),
-    size=st.sampled_from([4, 8]),
-)
-def test_the_processes_together_take_the_same_minibatches_as_one_alone(seed, step, epoch, minibatches, size):
-    batch_size = minibatches * size
-    unions = []
-    for world in (1, 2, 4):
-        union = [[] for _ in range(minibatches)]
-        for rank in range(world):
-            own = own_rows(batch_size, rank, world)
-            assert len(own) == batch_size // world
-            parts = minibatch_rows(
-                batch_size, minibatches, seed=seed, step=step, epoch=epoch, rank=rank, world=world
-            )
-            for whole, part in zip(union, parts, strict=True):
-                assert len(part) == size // world
-                whole.extend(own[i] for i in part)
-        assert sorted(row for part in union for row in part) == list(range(batch_size))
-        unions.append([sorted(part) for part in union])
-    assert unions[0] == unions[1] == unions[2]
-
-
-def test_epochs_and_steps_are_shuffled_anew():
-    drawn = {
-        str(minibatch_rows(16, 4, seed=seed, step=step, epoch=epoch, rank=0, world=1))
-        for seed in (0, 1)
-        for step in (0, 1)
-        for epoch in (0, 1)
-    }
-    assert len(drawn) == 8
-
-
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), size=st.integers(1, 5), data=st.data())
-def test_micro_batches_are_a_partition_by_length(lengths, size, data):
-    rows = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True, min_size=1))
-    parts = [part.tolist() for part in micro_batches(rows, torch.tensor(lengths), size)]
-    flat = [row for part in parts for row in part]
-    assert sorted(flat) == sorted(rows)
-    assert all(len(part) == size for part in parts[:-1])
-    assert 1 <= len(parts[-1]) <= size
-    assert [lengths[row] for row in flat] == sorted(lengths[row] for row in rows)
 
 
 TOKENS = st.lists(st.integers(0, 4), min_size=3, max_size=3)
@@ -256,18 +195,6 @@ def test_a_score_function_sees_rows_that_belong_together():
     assert seen == [3, 3, 2]
 
 
-def test_each_row_of_a_rollout_has_a_prompt_and_samples_of_a_prompt_share_a_process():
-    assert prompt_of_row(6, 1, 4) == [0, 1, 2, 3, 4, 5]
-    assert prompt_of_row(6, 3, 2) == [0, 1, 0, 1, 0, 1]
-    for world in (1, 2, 4):
-        owners = {}
-        for rank in range(world):
-            for row in own_rows(16, rank, world):
-                owners.setdefault(prompt_of_row(16, 4, world)[row], []).append(rank)
-        assert sorted(owners) == [0, 1, 2, 3]
-        assert all(len(ranks) == 4 and len(set(ranks)) == 1 for ranks in owners.values())
-
-
 def test_samples_that_would_be_torn_apart_are_refused():
     with pytest.raises(
         UserError, match=r"ppo.batch_size / ppo.samples_per_prompt: 8 / 4 = 2 .* 4 processes.* multiple of 16"
@@ -307,10 +234,12 @@ def test_prompts_of_one_length_are_sampled_together(monkeypatch):
     assert [len(part) for part in lengths] == [3, 3, 2]
 
 
-def test_the_trunk_is_kept_while_sampling(monkeypatch):
+def test_the_trunk_is_kept_while_sampling():
     expected, _ = collected(shards_weights=True)  # computed anew
-    monkeypatch.setattr(module, "_trunk", None)
-    rollout, _ = collected(rollout_batch_size=3)
+    made, roles = stirred(), []
+    made[0].register_forward_pre_hook(lambda _m, _a, given: roles.append(given.get("role")), with_kwargs=True)
+    rollout, _ = collected(rollout_batch_size=3, made=made)
+    assert "trunk" not in roles
     mask = rollout.mask_BT
     assert torch.equal(mask, expected.mask_BT)
     whole = stirred()[0].trunk(rollout.ids_BT, mask)

@@ -12,8 +12,6 @@ ROOM = 40
 OPERATIONS = st.one_of(
     st.tuples(st.just("update"), st.integers(1, 4)),
     st.tuples(st.just("select"), st.lists(st.integers(0, 50), min_size=1, max_size=4)),
-    st.tuples(st.just("reorder"), st.lists(st.integers(0, 50), min_size=1, max_size=4)),
-    st.tuples(st.just("repeat"), st.integers(1, 2)),
     st.tuples(st.just("crop"), st.just(1)),
 )
 
@@ -31,10 +29,6 @@ def test_a_layer_with_room_holds_what_a_growing_one_holds(rows, operations):
         for layer in (mine, theirs):
             if kind == "select":
                 layer.batch_select_indices(torch.tensor(value) % rows)
-            if kind == "reorder":
-                layer.reorder_cache(torch.tensor(value) % rows)
-            if kind == "repeat":
-                layer.batch_repeat_interleave(value)
             if kind == "crop" and layer.get_seq_length() > 1:
                 layer.crop(-1)
         assert mine.get_seq_length() == theirs.get_seq_length()

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-from policy.ppo.advantages import estimate_advantages
 from policy.ppo.kl import KLController
 from policy.ppo.reward_shaping import RewardShaper
 from policy.ppo.setup import new_backbone
@@ -85,19 +84,8 @@ class Shaping:
         self.scores = self.shaper.scores
 
     def __call__(self, rollout):
-        section = self.section
         rewards_BR = self.shaper(rollout, self.controller.coef)
-        advantages_BR, returns_BR = estimate_advantages(
-            rewards_BR,
-            rollout.values_BR,
-            rollout.actions_BR,
-            algorithm=section.algorithm,
-            gamma=section.gamma,
-            lam=section.lam,
-            samples=section.samples_per_prompt,
-            whiten=section.whitens_advantages,
-            all_reduce=self.runtime.all_sum,
-        )
+        advantages_BR, returns_BR = PpoTrainer.estimate_advantages(self, rollout, rewards_BR)
         return Shaped(rewards_BR, advantages_BR, returns_BR)
 
     def state(self):

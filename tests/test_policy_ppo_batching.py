@@ -1,4 +1,4 @@
-"""PPO-ptx: which texts come when, what their loss is, and what is said about unusable ones."""
+"""Which prompts, rows and texts come when, whatever the number of processes; PPO-ptx and its loss."""
 
 import json
 from types import SimpleNamespace
@@ -9,13 +9,100 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_ppo import SMALL, TOKENIZER, trainer
 
-from policy.ppo.batching import PtxBatches, read_texts
+from policy.ppo.batching import (
+    PtxBatches,
+    micro_batches,
+    minibatch_rows,
+    own_rows,
+    prompt_indices,
+    prompt_of_row,
+    read_texts,
+)
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Ppo
 from rlhf.training.metrics import read_metrics
 
 DIALOGUE = SimpleNamespace(tokenizer=TOKENIZER, pad_id=0)
+SEEDS = st.integers(0, 2**64)
 TEXTS = ["a plain line", "and another one, longer", "xyz", "four of him"]
+
+
+# ---- prompts and rows
+
+
+@given(seed=SEEDS, batch_size=st.integers(1, 9), available=st.integers(1, 12))
+def test_every_prompt_is_visited_once_a_pass(seed, batch_size, available):
+    steps = -(-3 * available // batch_size)
+    visited = [i for step in range(steps) for i in prompt_indices(seed, step, batch_size, available)]
+    for first in range(0, 3 * available, available):
+        assert sorted(visited[first : first + available]) == list(range(available))
+
+
+def test_passes_and_seeds_have_orders_of_their_own():
+    orders = [tuple(prompt_indices(seed, step, 20, 20)) for seed in (0, 1) for step in (0, 1, 2)]
+    assert len(set(orders)) == 6
+
+
+@given(
+    seed=SEEDS,
+    step=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+    minibatches=st.integers(1, 4),
+    size=st.sampled_from([4, 8]),
+)
+def test_the_processes_together_take_the_same_minibatches_as_one_alone(seed, step, epoch, minibatches, size):
+    batch_size = minibatches * size
+    unions = []
+    for world in (1, 2, 4):
+        union = [[] for _ in range(minibatches)]
+        for rank in range(world):
+            own = own_rows(batch_size, rank, world)
+            assert len(own) == batch_size // world
+            parts = minibatch_rows(
+                batch_size, minibatches, seed=seed, step=step, epoch=epoch, rank=rank, world=world
+            )
+            for whole, part in zip(union, parts, strict=True):
+                assert len(part) == size // world
+                whole.extend(own[i] for i in part)
+        assert sorted(row for part in union for row in part) == list(range(batch_size))
+        unions.append([sorted(part) for part in union])
+    assert unions[0] == unions[1] == unions[2]
+
+
+def test_epochs_and_steps_are_shuffled_anew():
+    drawn = {
+        str(minibatch_rows(16, 4, seed=seed, step=step, epoch=epoch, rank=0, world=1))
+        for seed in (0, 1)
+        for step in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(drawn) == 8
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), size=st.integers(1, 5), data=st.data())
+def test_micro_batches_are_a_partition_by_length(lengths, size, data):
+    rows = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True, min_size=1))
+    parts = [part.tolist() for part in micro_batches(rows, torch.tensor(lengths), size)]
+    flat = [row for part in parts for row in part]
+    assert sorted(flat) == sorted(rows)
+    assert all(len(part) == size for part in parts[:-1])
+    assert 1 <= len(parts[-1]) <= size
+    assert [lengths[row] for row in flat] == sorted(lengths[row] for row in rows)
+
+
+def test_each_row_of_a_rollout_has_a_prompt_and_samples_of_a_prompt_share_a_process():
+    assert prompt_of_row(6, 1, 4) == [0, 1, 2, 3, 4, 5]
+    assert prompt_of_row(6, 3, 2) == [0, 1, 0, 1, 0, 1]
+    for world in (1, 2, 4):
+        owners = {}
+        for rank in range(world):
+            for row in own_rows(16, rank, world):
+                owners.setdefault(prompt_of_row(16, 4, world)[row], []).append(rank)
+        assert sorted(owners) == [0, 1, 2, 3]
+        assert all(len(ranks) == 4 and len(set(ranks)) == 1 for ranks in owners.values())
+
+
+# ---- texts
 
 
 def runtime(rank=0, world=1):
@@ -88,14 +175,6 @@ def test_every_piece_comes_once_a_pass(number, size, seed, tmp_path_factory):
     drawn = [row for step in range(-(-3 * number // size)) for row in rows_of(drawer(step))]
     for first in range(0, 3 * number, number):
         assert sorted(drawn[first : first + number]) == sorted(map(tuple, drawer.pieces))
-
-
-def test_passes_and_seeds_have_orders_of_their_own(tmp_path):
-    file = written(tmp_path, [chr(97 + k) * (k + 2) for k in range(9)])
-    orders = {
-        tuple(rows_of(batches(file, ptx_batch_size=9, seed=seed)(step))) for seed in (0, 1) for step in (0, 1)
-    }
-    assert len(orders) == 4
 
 
 def test_the_processes_together_draw_what_one_alone_draws(tmp_path):
