@@ -85,20 +85,16 @@ def new_backbone(
         rewards: names of adapters with a scalar head, to be loaded with reward models.
         reference_copy: make an adapter ``reference``; else the reference is the base without adapters.
     """
-    values = ("value",) if section.has_value else ()
-    own_value = bool(values) and section.value == "adapter"
+    heads = ("value",) if section.has_value else ()
+    own = heads if section.value == "adapter" else ()
+    reference = (REFERENCE,) if reference_copy else ()
     backbone = Backbone(
         base,
         lora,
-        adapters=(
-            "policy",
-            *(values if own_value else ()),
-            *rewards,
-            *((REFERENCE,) if reference_copy else ()),
-        ),
-        heads=(*values, *rewards),
-        trainable=("policy", *values),
-        shared=None if own_value or not values else {"value": "policy"},
+        adapters=("policy", *own, *rewards, *reference),
+        heads=(*heads, *rewards),
+        trainable=("policy", *heads),
+        shared={"value": "policy"} if heads and not own else None,
     )
     backbone.zero_heads()
     return backbone

@@ -71,15 +71,11 @@ class AdapterWeights:
 
     def gathered(self) -> Adapters:
         """Every learning tensor, gathered from all shards; every process must call it."""
-        whole = self.runtime.gather_state()
-        return {
-            adapter: {
-                name.removeprefix(f"{adapter}."): tensor
-                for name, tensor in whole.items()
-                if name.startswith(f"{adapter}.")
-            }
-            for adapter in self.adapters
-        }
+        found: Adapters = {adapter: {} for adapter in self.adapters}
+        for name, tensor in self.runtime.gather_state().items():
+            adapter, _, saved_name = name.partition(".")
+            found[adapter][saved_name] = tensor
+        return found
 
     def write_adapters(self, folder: Path, weights: Adapters) -> None:
         """Save adapters in peft's format, each in a folder of its name."""
