@@ -23,7 +23,7 @@ _RATIO = 1e-2  # of the first minibatch: the same operations in other batches
 
 
 class InvariantError(UserError):
-    """A run that would train on something other than what it says."""
+    """A run that would train on something other than its recipe."""
 
 
 def _must(holds: bool, message: str) -> None:

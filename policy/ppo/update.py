@@ -260,7 +260,7 @@ class Updater:
         section, (epoch, number) = self.section, place
         *rows, total = self.texts((step * section.epochs + epoch) * section.minibatches + number)
         parts = zip(*(tensor.split(section.micro_batch_size) for tensor in rows), strict=True)
-        return [Texts(*part, total) for part in parts]
+        return [Texts(ids_BT, mask_BT, wanted_BR, total) for ids_BT, mask_BT, wanted_BR in parts]
 
     def _text_loss(self, texts: Texts) -> Tensor:
         """The language-model loss of some plain texts."""

@@ -1,6 +1,6 @@
 """Decoding a batch one token at a time: a cache with room, rows that come and go, thin matrix products.
 
-None of it changes what is said, beyond rounding. Shape suffixes: ``_B`` row of the batch, ``_L`` row still in
+None of it changes a token, beyond rounding. Shape suffixes: ``_B`` row of the batch, ``_L`` row still in
 it, ``_P`` prompt token, ``_T`` token so far, ``_N`` position, ``_D`` hidden unit, ``_I`` input feature,
 ``_O`` output feature.
 """

@@ -84,7 +84,7 @@ class Backbone(nn.Module):
             self.model.add_adapter(name, config, autocast_adapter_dtype=True)
         width = int(base.config.get_text_config().hidden_size)
         self.heads = nn.ModuleDict({name: nn.Linear(width, 1, dtype=torch.float32) for name in heads})
-        self.offsets = dict.fromkeys(heads, 0.0)  # added to what a head says; constants, not weights
+        self.offsets = dict.fromkeys(heads, 0.0)  # added to a head's output; constants, not weights
         self.trainable = tuple(trainable)
         self.shared = dict(shared or {})
         self.frozen_layers = 0 if lora.top_k is None else layers - lora.top_k
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
         """Have a role's adapter folded into its weights, which must not change meanwhile
         (``rlhf.models.folding``).
 
-        It changes how fast the role runs, not what it says (to rounding); other roles run as ever.
+        It changes how fast the role runs, not its outputs (to rounding); other roles run as ever.
         """
         adapter = self.adapter_of(role)
         with contextlib.nullcontext() if adapter is None else self._folding.folded(adapter):
@@ -158,7 +158,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def zero_heads(self) -> None:
-        """Let every head say 0 until it has learned something (Ziegler 2019, official code)."""
+        """Let every head's output be 0 until it has learned something (Ziegler 2019, official code)."""
         for parameter in self.heads.parameters():
             parameter.zero_()
 
@@ -244,7 +244,7 @@ class Backbone(nn.Module):
         return self.heads[head](hidden_BRD.float()).squeeze(-1) + self.offsets[head]
 
     def drop_trunk(self, why: str) -> None:
-        """Have every pass run through all layers; ``why`` is what a user is told about it."""
+        """Have every pass run through all layers; ``why`` stands in the lines about it."""
         if self.frozen_layers:
             self.frozen_layers, self.no_trunk = 0, why
 

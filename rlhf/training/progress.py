@@ -1,7 +1,7 @@
 """How far long work is: one kind of bar for all stages.
 
 A bar goes to the standard output of the first process, shows itself only when the work has taken some
-seconds, and in a file, where nothing can be overwritten, has a new line to say seldom.
+seconds, and in a file, where nothing can be overwritten, writes a new line seldom.
 """
 
 from __future__ import annotations
