@@ -103,6 +103,7 @@ def collected(
     """One rollout of a policy that differs from its base, on one of several pretended processes."""
     model, dialogue = made or stirred(layers)
     runtime = SimpleNamespace(
+        model=model,
         rank=rank,
         world=world,
         shards_weights=shards_weights,
@@ -112,7 +113,7 @@ def collected(
     section = Ppo(batch_size=8, temperature=temperature, **({"micro_batch_size": 8} | sizes))
     reward_fn = reward_fn or (lambda said: torch.tensor([float(len(t)) for t in said.texts]))
     with torch.no_grad():
-        rollout = collect(model, model, runtime, dialogue, PROMPTS, reward_fn, section, seed=3, step=1)
+        rollout = collect(model, runtime, dialogue, PROMPTS, reward_fn, section, seed=3, step=1)
     return rollout, dialogue
 
 

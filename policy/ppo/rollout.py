@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from policy.ppo.batching import micro_batches, own_rows, prompt_indices, prompt_of_row
@@ -96,7 +97,6 @@ def window(ids_BT: Tensor, mask_BT: Tensor, hidden_BTD: Tensor | None, start: in
 
 
 def collect(
-    model: Any,
     backbone: Backbone,
     runtime: Runtime,
     dialogue: Dialogue,
@@ -110,9 +110,8 @@ def collect(
     """Sample a batch and score it once with every role.
 
     Args:
-        model: the prepared module or engine around the backbone.
         backbone: the bare module, for sampling.
-        runtime: the processes.
+        runtime: the processes; its ``model`` is the prepared module or engine around the backbone.
         dialogue: the token contract.
         prompts: all training prompts.
         reward_fn: scores of responses.
@@ -149,7 +148,7 @@ def collect(
             hidden_BTD = _in_order(states, order)
         part = functools.partial(window, ids_BT, mask_BT, hidden_BTD, start)
         counted_BR = None if runtime.shards_weights else actions_BR
-        whole = _scored_by_roles(model, backbone, section, part, counted_BR, order)
+        whole = _scored_by_roles(runtime.model, backbone, section, part, counted_BR, order)
         for micro in order:
             responses = Responses([chosen[i] for i in micro], [texts[i] for i in micro], *part(micro)[:3])
             scores.append(reward_fn(responses).to(runtime.device))
@@ -276,17 +275,11 @@ def close(sampled: Sampled, width: int, *, eos_id: int, pad_id: int) -> tuple[Te
         ids [B, width + R + 1] (prompt, response, closing column), their mask (True = a real token, the
         closing EOS included), and the action mask [B, R] (True = a sampled token).
     """
-    rows = len(sampled.response_ids_BR)
     more = width - sampled.prompt_ids_BP.shape[1]
-    device = sampled.response_ids_BR.device
-    padding = torch.full((rows, more), pad_id, device=device)
     actions_BR = action_mask(sampled.response_ids_BR, eos_id)
     open_B = ~ended(sampled.response_ids_BR, eos_id)
     closing_B1 = torch.where(open_B, eos_id, pad_id)[:, None]
     response_BR = torch.where(actions_BR, sampled.response_ids_BR, pad_id)
-    ids_BT = torch.cat([padding, sampled.prompt_ids_BP, response_BR, closing_B1], dim=1)
-    mask_BT = torch.cat(
-        [torch.zeros_like(padding, dtype=torch.bool), sampled.prompt_mask_BP, actions_BR, open_B[:, None]],
-        dim=1,
-    )
-    return ids_BT, mask_BT, actions_BR
+    ids_BT = torch.cat([sampled.prompt_ids_BP, response_BR, closing_B1], dim=1)
+    mask_BT = torch.cat([sampled.prompt_mask_BP, actions_BR, open_B[:, None]], dim=1)
+    return F.pad(ids_BT, (more, 0), value=pad_id), F.pad(mask_BT, (more, 0), value=False), actions_BR

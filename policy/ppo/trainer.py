@@ -133,7 +133,6 @@ class PpoTrainer:
         """Sample a batch of responses, score it, and compute log-probs, reference log-probs and values."""
         began = time.monotonic()
         rollout = collect(
-            self.runtime.model,
             self.backbone,
             self.runtime,
             self.dialogue,
