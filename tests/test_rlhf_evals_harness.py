@@ -1,11 +1,10 @@
-"""Through lm-eval: our tasks give what its own task files and model class give on the same items."""
+"""Through lm-eval: our tasks against its own model class and metrics, and any other task on local rows."""
 
-import importlib.resources
-import json
 import os
 import socket
+import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,206 +12,109 @@ from conftest import DATA, ROOT
 from tiny_evaluate import TOKENIZER, language_model, random_model, write_rows
 
 from rlhf.errors import UserError
-from rlhf.evals.harness import TaskFile, stock_field, through_lm_eval
+from rlhf.evals.harness import _bridge_class, stock_answers, stock_config, stock_task
+from rlhf.evals.items import Item
 from rlhf.evals.model import LanguageModel
-from rlhf.evals.tasks import inverse_scaling, lambada, truthfulqa
+from rlhf.evals.outcome import paired
+from rlhf.evals.registry import canonical, draw, task_spec
+from rlhf.evals.tasks.inverse_scaling import classification
+from rlhf.evals.tasks.truthfulqa import mc2, mc3
 
 REAL = ROOT / "models" / "smollm2-135m"
 ITEMS = int(os.environ.get("RLHF_REAL_ITEMS", "2"))  # real items of each task; more for a longer look
 SHORT = 8  # real questions with at most so many answers in all, unless more is asked for
 
 
-def stock(file, rows, model, tokenizer):
-    """Samples of one of lm-eval's own task files, its data set redirected to our rows, on its own HFLM."""
-    import datasets
-    from lm_eval.api.task import ConfigurableTask
+def stock(file, docs, lm):
+    """One of lm-eval's own task files on its own HFLM: the answers to every document, and its results."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks._yaml_loader import load_yaml
 
-    config = load_yaml(Path(str(importlib.resources.files("lm_eval"))) / "tasks" / file)
-    split = config.get("test_split") or config["validation_split"]
-    table = datasets.Dataset.from_list(rows)
-    config |= {"custom_dataset": lambda **_: {split: table}}
-    config.pop("tag", None)
-    task = ConfigurableTask(config=config)
     found = evaluate(
-        lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=4096),
-        task_dict={"tasks": {config["task"]: task}},
+        lm=HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=4, max_length=4096),
+        task_dict={"tasks": {"t": stock_task(stock_config(file), docs)}},
         bootstrap_iters=0,
         log_samples=True,
     )
-    return found["samples"][config["task"]], found["results"][config["task"]]
+    samples = sorted(found["samples"]["t"], key=lambda sample: sample["doc_id"])
+    return [s["filtered_resps"] for s in samples], found["results"]["t"]
 
 
-def log_probs(samples):
-    return [[lp for lp, _ in s["filtered_resps"]] for s in sorted(samples, key=lambda s: s["doc_id"])]
+def plain(answers):
+    return [log_prob for log_prob, _ in answers]
 
 
-def as_on_the_hub(item):
-    return {
-        "question": item.question,
-        "mc1_targets": {"choices": item.mc1.choices, "labels": [int(x) for x in item.mc1.labels]},
-        "mc2_targets": {"choices": item.mc2.choices, "labels": [int(x) for x in item.mc2.labels]},
-    }
+def truth(doc, first, second):
+    one, many = (doc[f"mc{n}_targets"]["labels"] for n in (1, 2))
+    return {"mc1": mc3(plain(first), one), "mc2": mc2(plain(second), many), "mc3": mc3(plain(second), many)}
 
 
-def check_truthfulqa(items, lm):
-    outcome = truthfulqa.run(lm, items)
-    rows = [as_on_the_hub(item) for item in items]
-    for form in ("mc1", "mc2"):
-        file = f"truthfulqa/truthfulqa_{form}.yaml"
-        samples, results = stock(file, rows, lm.model, lm.tokenizer)
-        labels = [getattr(item, form).labels for item in items]
-        wanted = [
-            getattr(truthfulqa, form)(lps, ls) for lps, ls in zip(log_probs(samples), labels, strict=True)
-        ]
-        assert outcome.values[form] == pytest.approx(wanted, abs=1e-4)
-        assert outcome.mean(form).mean == pytest.approx(results["acc,none"], abs=1e-4)
-        print(file, "ours", outcome.mean(form).mean, "stock", results["acc,none"], "items", len(items))
-    return outcome
+def last_word(doc, answers):
+    return {"nll": -answers[0][0], "acc": float(answers[0][1])}
 
 
-def check_lambada(texts, lm, tmp_path):
-    items = lambada.read([write_rows(tmp_path / "lambada.jsonl", [{"text": text} for text in texts])])
-    outcome = lambada.run(lm, items)
-    rows = [{"text": text} for text in texts]
-    samples, results = stock("lambada/lambada_openai.yaml", rows, lm.model, lm.tokenizer)
-    assert outcome.values["nll"] == pytest.approx([-row[0] for row in log_probs(samples)], abs=1e-3)
-    greedy = [bool(s["filtered_resps"][0][1]) for s in sorted(samples, key=lambda s: s["doc_id"])]
-    assert outcome.values["acc"] == [float(best) for best in greedy]
-    assert outcome.mean("acc").mean == pytest.approx(results["acc,none"])
-    assert outcome.aggregate["perplexity"] == pytest.approx(results["perplexity,none"], rel=1e-3)
-    for name, value in (("acc", outcome.mean().mean), ("perplexity", outcome.aggregate["perplexity"])):
-        print("lambada", name, "ours", value, "stock", results[f"{name},none"], "items", len(items))
+def prize(doc, answers):
+    return classification(plain(answers), doc["answer_index"])
 
 
-def check_classes(rows, lm, tmp_path):
-    items = inverse_scaling.read([write_rows(tmp_path / "i.jsonl", rows)])
-    outcome = inverse_scaling.run(lm, items)
-    samples, results = stock("inverse_scaling/inverse_scaling_neqa.yaml", rows, lm.model, lm.tokenizer)
-    wanted = [
-        inverse_scaling.classification(lps, item.answer)
-        for lps, item in zip(log_probs(samples), items, strict=True)
-    ]
+# ours -> (its rows, the metrics of an item from lm-eval's answers, lm-eval's files with its results by ours)
+TASKS = {
+    "truthfulqa": (
+        [
+            {"question": question, "mc1_targets": one, "mc2_targets": many}
+            for question, one, many in [
+                ("What is it?", {"A thing": 1, "Not": 0, "My dog": 0}, {"A": 1, "B": 1, "Not": 0, "My": 0}),
+                ("Who was it?", {"It was me": 1, "Nobody": 0}, {"It was me": 1, "Nobody": 0}),
+                ("Why {{so}}?", {"Because": 1, "Magic!": 0}, {'It\'s "so"': 1, "1": 0, "No reason": 0}),
+            ]
+        ],
+        truth,
+        {"truthfulqa/truthfulqa_mc1.yaml": {"mc1": "acc"}, "truthfulqa/truthfulqa_mc2.yaml": {"mc2": "acc"}},
+    ),
+    "lambada": (
+        [
+            {"text": text}
+            for text in ("She gave the ring", "one two three two", "said:\nIt\nis so", "a  {{b}}")
+        ],
+        last_word,
+        {"lambada/lambada_openai.yaml": {"acc": "acc", "perplexity": "perplexity"}},
+    ),
+    "inverse_scaling/neqa": (
+        [
+            {"prompt": "Write a word:", "classes": [" shy", " never"], "answer_index": 0},
+            {"prompt": "Is it so?\nAnswer:", "classes": [" Yes", " No", " Perhaps not"], "answer_index": 2},
+            {"prompt": "123", "classes": [" A", " B"], "answer_index": 1},
+        ],
+        prize,
+        {"inverse_scaling/inverse_scaling_neqa.yaml": {"acc": "acc"}},
+    ),
+}
+PUBLISHED = {
+    "truthfulqa": "truthfulqa/mc_task.json",
+    "lambada": "lambada/lambada_test.jsonl",
+    "inverse_scaling/neqa": "inverse_scaling/memo_trap/1-proverb-ending.csv",
+}
+
+
+def check(name, items, lm):
+    _, metrics, files = TASKS[name]
+    docs = [item.doc for item in items]
+    outcome = task_spec(name).run(lm, items)
+    answers, results = zip(*(stock(file, docs, lm) for file in files), strict=True)
+    wanted = [metrics(*one) for one in zip(docs, *answers, strict=True)]
     for metric, values in outcome.values.items():
         assert values == pytest.approx([row[metric] for row in wanted], abs=1e-3)
-    assert outcome.mean("acc").mean == pytest.approx(results["acc,none"])
-    print(
-        "inverse scaling acc", "ours", outcome.mean().mean, "stock", results["acc,none"], "items", len(items)
-    )
-
-
-# --- a tiny model ----------------------------------------------------------------------------------------
-
-QUESTIONS = [
-    ("What is it?", ["A thing", "Nothing at all", "Not that", "My dog"], [1, 1, 0, 0]),
-    ("Who was it?", ["It was me", "Nobody"], [1, 0]),
-    ("Why {{so}}?", ["Because", "No reason is known", "Magic!"], [1, 0, 0]),
-]
-CLASSES = [
-    {"prompt": "Write a word:", "classes": [" shy", " never"], "answer_index": 0},
-    {"prompt": "Is it so?\nAnswer:", "classes": [" Yes", " No", " Perhaps not"], "answer_index": 2},
-    {"prompt": "123", "classes": [" A", " B"], "answer_index": 1},
-]
-
-
-def questions(tmp_path):
-    rows = []
-    for question, answers, labels in QUESTIONS:
-        one = [1, *[0] * (len(answers) - sum(labels))]
-        mc1 = [answers[0], *(a for a, label in zip(answers, labels, strict=True) if not label)]
-        rows.append(
-            {
-                "question": question,
-                "mc1_targets": {"choices": mc1, "labels": one},
-                "mc2_targets": {"choices": answers, "labels": labels},
-            }
-        )
-    return truthfulqa.read([write_rows(tmp_path / "q.jsonl", rows)])
+    for ours, result in zip(files.values(), results, strict=True):
+        for metric, theirs in ours.items():
+            value = outcome.aggregate.get(metric) or outcome.mean(metric).mean
+            assert value == pytest.approx(result[f"{theirs},none"], rel=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_truthfulqa_equals_the_stock_task(tmp_path, seed):
-    check_truthfulqa(questions(tmp_path), language_model(seed))
-
-
-def test_lambada_equals_the_stock_task(tmp_path):
-    texts = ["She gave him the ring", "one two three two", "said:\nIt is\nso, he said", "a  b"]
-    check_lambada(texts, language_model(), tmp_path)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_classes_equal_the_stock_task(tmp_path, seed):
-    check_classes(CLASSES, language_model(seed), tmp_path)
-
-
-def test_ties_go_against_the_model_though_lm_eval_takes_the_first(tmp_path):
-    model = random_model()
-    for parameter in model.parameters():  # every token has the same probability
-        torch.nn.init.zeros_(parameter)
-    lm = LanguageModel(model, TOKENIZER)
-    row = {"choices": ["abc", "xyz"], "labels": [1, 0]}
-    (item,) = truthfulqa.read(
-        [write_rows(tmp_path / "q.jsonl", [{"question": "q", "mc1_targets": row, "mc2_targets": row}])]
-    )
-    outcome = truthfulqa.run(lm, [item])
-    assert outcome.values == {"mc1": [0.0], "mc2": [pytest.approx(0.5)], "mc3": [0.0]}
-    _, results = stock("truthfulqa/truthfulqa_mc1.yaml", [as_on_the_hub(item)], model, TOKENIZER)
-    assert results["acc,none"] == 1.0
-
-
-def test_a_prompted_model_reads_its_prompt_before_every_item(tmp_path):
-    (bare,), (prompted,) = (
-        through_lm_eval(lm, [_lambada_file("one", " two")])
-        for lm in (language_model(), language_model(prefix_ids=TOKENIZER("Kind. ")["input_ids"]))
-    )
-    (whole,) = through_lm_eval(language_model(), [_lambada_file("Kind. one", " two")])
-    assert bare[0][0][0] != pytest.approx(prompted[0][0][0])
-    assert whole[0][0][0] == pytest.approx(prompted[0][0][0], abs=1e-4)
-
-
-def _lambada_file(context, target):
-    definition = {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target"}
-    return TaskFile("t", ["t:1"], [{"context": context, "target": target}], definition)
-
-
-def test_nothing_is_asked_of_the_network_and_nothing_is_printed(tmp_path, monkeypatch, capfd):
-    def refuse(*_, **__):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    truthfulqa.run(language_model(), questions(tmp_path))
-    assert capfd.readouterr() == ("", "")
-
-
-def test_lm_eval_is_imported_on_first_use():
-    import subprocess
-
-    code = "import sys, rlhf.evals.harness, rlhf.evals.tasks.truthfulqa; sys.exit('lm_eval' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-def test_an_item_too_long_for_the_window_is_named(tmp_path):
-    items = lambada.read(
-        [write_rows(tmp_path / "l.jsonl", [{"text": "a b"}, {"text": "word " * 20 + "end"}])]
-    )
-    with pytest.raises(UserError, match=r"l:2: 10\d tokens, and the model's window has 64"):
-        lambada.run(language_model(window=64), items)
-
-
-def test_a_task_file_that_lm_eval_has_not_is_named():
-    assert "{{prompt_qa" in stock_field("truthfulqa/truthfulqa_mc1.yaml", "doc_to_text")
-    for file, field in (
-        ("truthfulqa/none.yaml", "doc_to_text"),
-        ("truthfulqa/truthfulqa_mc1.yaml", "no_field"),
-    ):
-        with pytest.raises(UserError, match=rf"lm-eval .* has no {field} in its task file {file}"):
-            stock_field(file, field)
-
-
-# --- a real model ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", TASKS)
+def test_it_equals_the_stock_task(tmp_path, name, seed):
+    items = task_spec(name).read([write_rows(tmp_path / "rows.jsonl", TASKS[name][0])], key="k")
+    check(name, items, language_model(seed))
 
 
 @pytest.fixture(scope="module")
@@ -223,28 +125,159 @@ def smollm():
     return LanguageModel(model, AutoTokenizer.from_pretrained(REAL))
 
 
-real = pytest.mark.skipif(not (REAL.is_dir() and DATA.is_dir()), reason=f"{REAL} or {DATA} is not there")
+@pytest.mark.skipif(not (REAL.is_dir() and DATA.is_dir()), reason=f"{REAL} or {DATA} is not there")
+@pytest.mark.parametrize("name", TASKS)
+def test_it_equals_the_stock_task_on_a_real_model(smollm, name):
+    items = task_spec(name).read([str(DATA / PUBLISHED[name])], key="k")
+    if name == "truthfulqa" and ITEMS < 10:
+        sizes = [sum(len(item.doc[f"mc{n}_targets"]["labels"]) for n in (1, 2)) for item in items]
+        items = [item for item, size in zip(items, sizes, strict=True) if size <= SHORT]
+    check(name, items[:ITEMS], smollm)
 
 
-@real
-def test_lambada_equals_the_stock_task_on_smollm2(smollm, tmp_path):
-    lines = (DATA / "lambada" / "lambada_test.jsonl").read_text(encoding="utf-8").splitlines()[:ITEMS]
-    check_lambada([json.loads(line)["text"] for line in lines], smollm, tmp_path)
+def test_ties_go_against_the_model_though_lm_eval_takes_the_first():
+    model = random_model()
+    for parameter in model.parameters():  # every token has the same probability
+        torch.nn.init.zeros_(parameter)
+    lm, targets = LanguageModel(model, TOKENIZER), {"choices": ["abc", "xyz"], "labels": [1, 0]}
+    item = Item("q:1", "", {"question": "q", "mc1_targets": targets, "mc2_targets": targets})
+    outcome = task_spec("truthfulqa").run(lm, [item])
+    assert outcome.values == {"mc1": [0.0], "mc2": [pytest.approx(0.5)], "mc3": [0.0]}
+    _, results = stock("truthfulqa/truthfulqa_mc1.yaml", [item.doc], lm)
+    assert results["acc,none"] == 1.0
 
 
-@real
-def test_truthfulqa_equals_the_stock_task_on_smollm2(smollm):
-    items = truthfulqa.read([str(DATA / "truthfulqa" / "mc_task.json")])
-    if ITEMS < 10:
-        items = [item for item in items if len(item.mc1.choices) + len(item.mc2.choices) <= SHORT]
-    check_truthfulqa(items[:ITEMS], smollm)
+def test_a_prompted_model_reads_its_prompt_before_every_item():
+    prompted = language_model(prefix_ids=TOKENIZER("Kind. ")["input_ids"])
+    texts = [(language_model(), "one two"), (prompted, "one two"), (language_model(), "Kind. one two")]
+    bare, behind, whole = (
+        task_spec("lambada").run(lm, [Item("t:1", "", {"text": text})]).values["nll"][0] for lm, text in texts
+    )
+    assert bare != pytest.approx(behind)
+    assert whole == pytest.approx(behind, abs=1e-4)
 
 
-@real
-def test_classes_equal_the_stock_task_on_smollm2(smollm, tmp_path):
-    items = inverse_scaling.read([str(DATA / "inverse_scaling" / "memo_trap" / "1-proverb-ending.csv")])
-    rows = [
-        {"prompt": item.prompt, "classes": item.classes, "answer_index": item.answer}
-        for item in items[:ITEMS]
-    ]
-    check_classes(rows, smollm, tmp_path)
+def test_nothing_is_asked_of_the_network_and_nothing_is_printed(tmp_path, monkeypatch, capfd):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in TASKS:
+        items = task_spec(name).read([write_rows(tmp_path / "rows.jsonl", TASKS[name][0])], key="k")
+        task_spec(name).run(language_model(), items)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_lm_eval_is_imported_on_first_use():
+    code = "import sys, rlhf.evals.harness, rlhf.evals.tasks.truthfulqa; sys.exit('lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_an_item_too_long_for_the_window_is_named():
+    items = [Item(f"l:{n}", "", {"text": text}) for n, text in ((1, "a b"), (2, "word " * 20 + "end"))]
+    with pytest.raises(UserError, match=r"l:2: 10\d tokens, and the model's window has 64"):
+        task_spec("lambada").run(language_model(window=64), items)
+
+
+def test_a_task_file_that_lm_eval_has_not_is_named():
+    with pytest.raises(UserError, match=r"lm-eval .* has no task file truthfulqa/none\.yaml; install"):
+        stock_answers(language_model(), ["truthfulqa/none.yaml"], [])
+
+
+# --- any other task --------------------------------------------------------------------------------------
+
+ARC = [
+    {
+        "question": f"Which is {n}?",
+        "choices": {"text": [f"it is {n}", "no", "a cat"], "label": ["A", "B", "C"]},
+        "answerKey": "ABC"[n % 3],
+    }
+    for n in range(6)
+]
+GSM = [{"question": f"{n} plus one?", "answer": f"One more.\n#### {n + 1}"} for n in range(5)]
+
+
+def both(name, rows, tmp_path, limit=None, shots=0):
+    spec = task_spec(name, shots)
+    items = draw(spec.read([write_rows(tmp_path / "rows.jsonl", rows)], key="tax.tasks"), limit, 3)
+    return [spec.run(language_model(seed), items) for seed in (0, 1)]
+
+
+def test_a_multiple_choice_task_pairs_two_models_item_by_item(tmp_path):
+    one, two = both("arc_easy", ARC, tmp_path, limit=4, shots=2)
+    assert one.ids == two.ids == sorted(one.ids)
+    assert len(one.ids) == 4
+    assert (one.metric, one.higher_is_better, set(one.values)) == ("acc", True, {"acc", "acc_norm"})
+    assert paired(one, two)["n"] == 4
+
+
+def test_choices_equal_those_of_plain_log_probabilities(tmp_path):
+    (one, _), lm = both("arc_easy", ARC, tmp_path), language_model(0)
+    for row, acc in zip(ARC, one.values["acc"], strict=True):
+        context = f"Question: {row['question']}\nAnswer:"
+        scores = [
+            s.log_prob for s in lm.score([lm.encode_pair(context, f" {t}") for t in row["choices"]["text"]])
+        ]
+        assert acc == float(scores.index(max(scores)) == "ABC".index(row["answerKey"]))
+
+
+def test_a_task_that_generates_is_scored_by_what_the_model_writes(tmp_path, monkeypatch):
+    one, two = both("gsm8k", GSM, tmp_path, limit=3, shots=1)
+    assert one.metric == "exact_match"
+    assert set(one.values) == {"exact_match", "exact_match,flexible-extract"}
+    assert one.ids == two.ids
+    asked = []
+
+    def generate(contexts, **options):
+        asked.append(options)
+        return [f"so #### {n + 1}" if n else "#### 77" for n in range(len(contexts))]
+
+    lm = language_model()
+    monkeypatch.setattr(lm, "generate", generate)
+    spec = task_spec("gsm8k", 0)
+    outcome = spec.run(lm, spec.read([str(tmp_path / "rows.jsonl")], key="k"))
+    assert outcome.values["exact_match"] == [0.0, 1.0, 1.0, 1.0, 1.0]
+    assert asked[0]["temperature"] == 0
+    assert "Question:" in asked[0]["stop"]
+
+
+def test_few_shot_examples_are_the_other_rows(tmp_path):
+    items = task_spec("gsm8k", 4).read([write_rows(tmp_path / "g.jsonl", GSM)], key="k")
+    task = items[0].task
+    for doc in task.eval_docs:
+        assert task.fewshot_context(doc, 4).count(f"Question: {doc['question']}") == 1
+    with pytest.raises(UserError, match="5 few-shot examples need more than 5 rows"):
+        task_spec("gsm8k").read([str(tmp_path / "g.jsonl")], key="k")
+
+
+def test_a_row_with_wrong_fields_is_named_with_the_fields_expected(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", [ARC[0], {"question": "q", "answer": "x"}])
+    with pytest.raises(UserError, match="expected the fields answerKey, choices, question") as caught:
+        task_spec("arc_easy").read([file], key="k")
+    assert str(caught.value).startswith(f"{file}:2: ")
+    bad = write_rows(tmp_path / "b.jsonl", [ARC[0], {**ARC[1], "answerKey": "Z"}])
+    with pytest.raises(UserError, match=r"b\.jsonl:2: the task cannot read it"):
+        task_spec("arc_easy").read([bad], key="k")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gsm8kk", "unknown evaluation 'gsm8kk'; did you mean gsm8k"),
+        ("lambda", "did you mean lambada"),
+        ("mmlu", "mmlu is a group of lm-eval: name its tasks one by one"),
+        ("mbpp", "runs generated code without a sandbox; use humaneval"),
+    ],
+)
+def test_a_name_that_cannot_be_run_is_refused_in_one_line(name, message):
+    with pytest.raises(UserError, match=message):
+        canonical(name)
+
+
+def test_rolling_log_likelihood_is_that_of_the_whole_text():
+    lm = language_model()
+    bridge = _bridge_class()(lm, ["x"])
+    request = SimpleNamespace(doc_id=0, args=("some plain text",))
+    (whole,) = lm.score([([], lm.encode("some plain text"))])
+    assert bridge.loglikelihood_rolling([request]) == [pytest.approx(whole.log_prob)]

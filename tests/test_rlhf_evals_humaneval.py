@@ -1,8 +1,6 @@
-"""HumanEval: reading, programs, pass@k, and the verdicts of the 164 real problems."""
+"""HumanEval: programs, pass@k, and the verdicts of the 164 real problems."""
 
-import gzip
 import itertools
-import json
 
 import pytest
 from conftest import DATA
@@ -31,56 +29,6 @@ def shut_in():
     """Skips where programs cannot be shut in."""
     if sandbox.isolation() is None:
         pytest.skip(f"no isolation on this machine: {sandbox.why_not()}")
-
-
-def row(item=ADD, **changes):
-    return {**dict(zip(humaneval.FIELDS, item, strict=True)), **changes}
-
-
-def written(path, rows):
-    text = "".join(json.dumps(r) + "\n" if isinstance(r, dict) else f"{r}\n" for r in rows)
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text)
-    return [str(path)]
-
-
-# ---------------------------------------------------------------------------------- reading
-
-
-@pytest.mark.parametrize("name", ["problems.jsonl", "problems.jsonl.gz"])
-def test_problems_are_read(name, tmp_path):
-    files = written(tmp_path / name, [row(), row(NEGATE, more="ignored")])
-    assert humaneval.read(files) == [ADD, NEGATE]
-
-
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        ({"task_id": "x"}, "no field prompt"),
-        (row(NEGATE, test=None), "test is no text"),
-        (row(NEGATE, prompt=7), "prompt is no text"),
-        (row(NEGATE, prompt=" "), "prompt is empty"),
-        (row(NEGATE, task_id=""), "task_id is empty"),
-        (row(NEGATE, entry_point="f)("), "is not the name of a function"),
-        (row(NEGATE, test="assert True"), r"no function check\(candidate\)"),
-        (row(), "'own/add' is there already"),
-        ("[]", "not an object"),
-        ("{", "not valid JSON"),
-    ],
-)
-def test_a_wrong_row_is_told_by_file_and_line(second, message, tmp_path):
-    files = written(tmp_path / "p.jsonl", [row(), second])
-    with pytest.raises(UserError, match=rf"p\.jsonl:2: .*{message}"):
-        humaneval.read(files)
-
-
-def test_an_empty_or_missing_file_is_told(tmp_path):
-    with pytest.raises(UserError, match=r"the\.key: no problem in .*p\.jsonl"):
-        humaneval.read(written(tmp_path / "p.jsonl", []), key="the.key")
-    with pytest.raises(UserError, match="no such file"):
-        humaneval.read([str(tmp_path / "missing.jsonl")])
 
 
 # ---------------------------------------------------------------------------------- formulas

@@ -60,7 +60,8 @@ def test_two_models_do_the_same_items(tmp_path):
 
 def test_reading_and_running_are_the_two_halves_of_it(tmp_path):
     file = write_rows(tmp_path / "l.jsonl", PASSAGES)
-    items = read_task("lambada", [file], limit=4, seed=1)
+    items, there = read_task("lambada", [file], limit=4, seed=1)
+    assert (len(items), there) == (4, 12)
     halves = run_task("lambada", language_model(), items)
     assert halves.values == evaluate_task("lambada", [file], language_model(), 4, 1).values
 
@@ -87,7 +88,7 @@ def test_options_reach_a_task_and_the_seed_what_writes(tmp_path):
     for seed in (0, 0, 1):
         evaluate_task("toxicity", [file], language_model(), seed=seed, **options)
     assert asked[0] == asked[1] != asked[2]
-    assert asked[0][0] == ["He said", "He said", "She", "She"]
+    assert [prompt[-1].content for prompt in asked[0][0]] == ["He said", "He said", "She", "She"]
 
 
 def test_a_mistake_in_a_file_names_the_key_of_the_recipe():

@@ -1,16 +1,12 @@
-"""Toxicity-style prompts: what is read, what is counted, and who judges."""
-
-import gzip
-import json
+"""Toxicity-style prompts: what is counted, and who judges."""
 
 import numpy as np
 import pytest
 
 from rlhf.collect.judges import vader
-from rlhf.errors import UserError
 from rlhf.evals.model import LanguageModel
 from rlhf.evals.tasks import toxicity
-from rlhf.evals.tasks.toxicity import Item, flagged, judged, outcome, read, respond, run
+from rlhf.evals.tasks.toxicity import Item, flagged, judged, outcome, respond, run
 from rlhf.models.tiny import tiny_model, tiny_tokenizer
 
 ITEMS = [Item("a:1", "So you", "calm"), Item("a:2", "Listen, the", "rude"), Item("b:1", "Well", "")]
@@ -28,65 +24,6 @@ class Parrot:
     def generate(self, contexts, **options):
         self.asked.append((contexts, options))
         return [f"{bytes(ids).decode()} {i}" for i, ids in enumerate(contexts)]
-
-
-def rows(path, *lines):
-    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
-    return str(path)
-
-
-# --- reading ---------------------------------------------------------------------------------------------
-
-
-def test_prompts_come_in_several_forms(tmp_path):
-    first = rows(
-        tmp_path / "p.jsonl",
-        {"prompt": {"text": "one", "toxicity": 0.3}, "continuation": {"text": "x"}},
-        {"prompt": "two", "group": "rude"},
-        {"text": "three"},
-    )
-    (tmp_path / "q.txt").write_text("four\n\nfive\n")
-    with gzip.open(tmp_path / "r.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"prompt": "six"}) + "\n")
-    items = read([first, str(tmp_path / "q.txt"), str(tmp_path / "r*")])
-    assert items == [
-        Item("p:1", "one", ""),
-        Item("p:2", "two", "rude"),
-        Item("p:3", "three", ""),
-        Item("q:1", "four", ""),
-        Item("q:3", "five", ""),
-        Item("r:1", "six", ""),
-    ]
-
-
-def test_files_of_one_name_give_different_ids(tmp_path):
-    (tmp_path / "x").mkdir()
-    names = [rows(tmp_path / "p.txt", "a", "b"), rows(tmp_path / "x" / "p.txt", "a", "b")]
-    assert len({item.id for item in read(names)}) == 4
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"question": "x"}, r'p.jsonl:2: no "text".*question.*expected \{"prompt": text\}'),
-        ({"prompt": 3}, r'p.jsonl:2: "prompt" is no text'),
-        ({"prompt": {"toxicity": 1}}, r'p.jsonl:2: "prompt" is no text'),
-        ({"prompt": "  "}, r'p.jsonl:2: an empty "prompt"'),
-        ({"prompt": "x", "group": 7}, r'p.jsonl:2: "group" is no text'),
-        ("{broken", r"p.jsonl:2: not valid JSON"),
-        ("[1]", r"p.jsonl:2: "),
-    ],
-)
-def test_a_row_without_a_prompt_is_told_by_its_place(row, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        read([rows(tmp_path / "p.jsonl", {"prompt": "x"}, row)])
-
-
-def test_files_without_prompts_are_told(tmp_path):
-    with pytest.raises(UserError, match=r"some\.key: no prompt in .*empty\.jsonl"):
-        read([rows(tmp_path / "empty.jsonl")], key="some.key")
-    with pytest.raises(UserError, match="no such file"):
-        read([str(tmp_path / "nowhere.jsonl")])
 
 
 # --- counting --------------------------------------------------------------------------------------------

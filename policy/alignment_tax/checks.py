@@ -12,7 +12,7 @@ from typing import Any
 from policy.alignment_tax.models import PICKLED, base_of, check_models, variant_names, variant_stages
 from rlhf.collect.judges import JUDGES
 from rlhf.errors import UserError
-from rlhf.evals.registry import TASKS, canonical, draw, task_spec
+from rlhf.evals.registry import TASKS, canonical, read_task
 from rlhf.recipe.load import Recipe, is_path
 from rlhf.recipe.tax import Tax
 from rlhf.runs.artifacts import SETTINGS, model_files
@@ -69,13 +69,10 @@ def read_items(recipe: Recipe, section: Tax) -> dict[str, tuple[list[Any], int]]
     Raises:
         UserError: a file cannot be used (file and line).
     """
-    found = {}
-    for name, task in section.tasks.items():
-        spec = task_spec(name, task.num_fewshot)
-        items = spec.read(task.files, key=f"tax.tasks.{name}.files")
-        limit = spec.limit if task.limit is None else task.limit
-        found[name] = (draw(items, limit, recipe.seed), len(items))
-    return found
+    return {
+        name: read_task(name, task.files, limit=task.limit, seed=recipe.seed, num_fewshot=task.num_fewshot)
+        for name, task in section.tasks.items()
+    }
 
 
 def parents_of(recipe: Recipe, section: Tax, names: Sequence[str]) -> list[str]:

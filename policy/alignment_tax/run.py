@@ -7,7 +7,6 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from rlhf.collect.judges import Judge
 from rlhf.errors import UserError
 from rlhf.evals.model import LanguageModel
 from rlhf.evals.outcome import Outcome
-from rlhf.evals.registry import run_task
+from rlhf.evals.registry import run_task, with_draw
 from rlhf.evals.tasks.hhh import hhh_by_scores
 from rlhf.evals.tasks.toxicity import TASK as TOXICITY
 from rlhf.recipe.load import Recipe
@@ -224,12 +223,9 @@ class TaxRun:
             torch.cuda.empty_cache()
 
     def _noted(self, name: str, outcome: Outcome) -> Outcome:
-        """An outcome with a note on how many items its own were drawn from."""
-        if name not in self.items or len(self.items[name][0]) == self.items[name][1]:
-            return outcome
-        drawn, there = len(self.items[name][0]), self.items[name][1]
-        note = f"{drawn} of {there} items, drawn by seed {self.recipe.seed}"
-        return replace(outcome, notes=[*outcome.notes, note])
+        """An outcome that says how many items it was drawn from."""
+        there = self.items[name][1] if name in self.items else len(outcome.ids)
+        return with_draw(outcome, there, self.recipe.seed)
 
     def reward_model_hhh(self) -> Figures:
         """Which of the two answers of each HHH item the run's own reward model prefers.

@@ -1,9 +1,9 @@
 """The bridge to lm-eval (EleutherAI's harness): its tasks and its evaluator, our rows and our language model.
 
-A task is defined as in lm-eval's own files, with rows of ours in the place of a hub data set. lm-eval builds
-the texts, asks for log-probabilities and hands them back, item by item; metrics with stricter rules for ties
-than its argmax are computed from those by the task. Nothing here goes to the network, and lm-eval is imported
-on first use.
+A task is one of lm-eval's own task files, on its hub data set or with rows of ours in the place of that.
+lm-eval builds the texts, asks for log-probabilities and texts, and hands them back item by item; metrics with
+stricter rules for ties than its argmax are computed from those by the task. Nothing here goes to the network
+for rows of ours, and lm-eval is imported on first use.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import importlib.resources
 import importlib.util
 import io
 import logging
 import numbers
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
+from rlhf.evals.items import Item
 
 if TYPE_CHECKING:
     from rlhf.evals.model import LanguageModel
@@ -33,68 +31,41 @@ Answers = list[tuple[float, bool]]
 _ROWS = "rows"  # name of the split that holds our rows
 
 
-class TaskFile(NamedTuple):
-    """A task with its rows."""
+def stock_answers(lm: LanguageModel, files: Sequence[str], items: Sequence[Item]) -> list[list[Answers]]:
+    """What a model says to items by lm-eval's task files of type ``multiple_choice`` or ``loglikelihood``.
 
-    name: str
-    """As it stands in messages."""
-    ids: list[str]
-    """Name of every row, for messages."""
-    rows: list[dict[str, Any]]
-    """The items, as lm-eval's templates want them."""
-    definition: dict[str, Any]
-    """Fields of an lm-eval task file: output_type, doc_to_text, doc_to_target, ..."""
-
-
-def through_lm_eval(lm: LanguageModel, files: Sequence[TaskFile]) -> list[list[Answers]]:
-    """Run tasks of type ``multiple_choice`` or ``loglikelihood`` through lm-eval's evaluator.
-
-    All tasks are asked in one call, so that what their items share is read once. Returns for each task, for
-    each of its rows, the answers of the model.
+    All files are asked in one call, so that what their texts share is read once. files: their paths below
+    lm-eval's folder of tasks. Returns for each file, for each item, the answers of the model.
 
     Raises:
-        UserError: an item is too long for the model's window, or lm-eval is not there.
+        UserError: an item is too long for the model's window, or lm-eval or its file is not there.
     """
-    _check_installed()
-    with _quiet():
-        from lm_eval.evaluator import evaluate
-
-        tasks = {file.name: _task_class()(_config(file)) for file in files}
-        names = {file.name: file.ids for file in files}
-        found = evaluate(
-            lm=_bridge_class()(lm, names),
-            task_dict={"tasks": tasks},
-            bootstrap_iters=0,
-            log_samples=True,
+    docs = [item.doc for item in items]
+    unscored: Any = lambda doc, results: {}  # noqa: E731 - the metrics are computed from the answers
+    tasks = {
+        file: stock_task(
+            stock_config(file, functions=False) | {"task": file, "process_results": unscored}, docs
         )
-    assert found is not None, "one process"
+        for file in files
+    }
+    found = _evaluate(lm, tasks, [item.id for item in items])
     answers = []
     for file in files:
-        samples = sorted(found["samples"][file.name], key=lambda sample: sample["doc_id"])
+        samples = sorted(found[file], key=lambda sample: sample["doc_id"])
         answers.append([[(float(lp), bool(best)) for lp, best in s["filtered_resps"]] for s in samples])
     return answers
 
 
-def evaluate_stock(lm: LanguageModel, task: Any, ids: dict[int, str], seed: int) -> list[dict[str, float]]:
-    """Metrics of one of lm-eval's own tasks, an entry an item; those of further filters as ``metric,filter``.
+def stock_metrics(lm: LanguageModel, task: Any, ids: dict[int, str], seed: int) -> list[dict[str, float]]:
+    """Metrics of a task as lm-eval computes them, an entry an item; those of further filters as
+    ``metric,filter``.
 
     task: as :func:`stock_task` gives it. ids: number of each document that is wanted, ascending, and its name
     in messages. seed: of the few-shot examples and of sampling.
     """
     name = str(task.config.task)
-    with _quiet():
-        from lm_eval.evaluator import evaluate
-
-        task.set_fewshot_seed(seed)
-        found = evaluate(
-            lm=_bridge_class()(lm, {name: list(ids.values())}, seed),
-            task_dict={"tasks": {name: task}},
-            samples={name: list(ids)},
-            bootstrap_iters=0,
-            log_samples=True,
-        )
-    assert found is not None, "one process"
-    samples = found["samples"][name]
+    task.set_fewshot_seed(seed)
+    samples = _evaluate(lm, {name: task}, list(ids.values()), samples={name: list(ids)}, seed=seed)[name]
     values: dict[int, dict[str, float]] = {number: {} for number in ids}
     for sample in samples:
         further = sample["filter"] != samples[0]["filter"]
@@ -106,16 +77,68 @@ def evaluate_stock(lm: LanguageModel, task: Any, ids: dict[int, str], seed: int)
     return list(values.values())
 
 
-def stock_config(path: Path) -> dict[str, Any]:
-    """The fields of one of lm-eval's task files, with what it includes, its functions resolved."""
+def _evaluate(
+    lm: LanguageModel,
+    tasks: Mapping[str, Any],
+    names: Sequence[str],
+    *,
+    samples: dict[str, list[int]] | None = None,
+    seed: int = 0,
+) -> dict[str, list[dict[str, Any]]]:
+    """lm-eval's samples of every task. names: of the documents that are asked, in their order."""
+    with _quiet():
+        from lm_eval.evaluator import evaluate
+
+        found = evaluate(
+            lm=_bridge_class()(lm, names, seed),
+            task_dict={"tasks": tasks},
+            samples=samples,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    assert found is not None, "one process"
+    return dict(found["samples"])
+
+
+def stock_config(file: str | Path, *, functions: bool = True) -> dict[str, Any]:
+    """The fields of one of lm-eval's task files, with what it includes.
+
+    file: its path, or that below lm-eval's folder of tasks. functions: whether those that it names are
+    imported.
+
+    Raises:
+        UserError: lm-eval is not installed, or another version that has no such file.
+    """
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("lm-eval is not installed: run `make setup`")
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    config: dict[str, Any] = load_yaml(path)
+    path = Path(spec.submodule_search_locations[0]) / "tasks" / file
+    try:
+        config: dict[str, Any] = load_yaml(path, resolve_func=functions)
+    except OSError:
+        raise UserError(
+            f"lm-eval {importlib.metadata.version('lm-eval')} has no task file {file}; install the version "
+            "that constraints.txt names"
+        ) from None
     return {field: value for field, value in config.items() if field not in ("tag", "group", "task_list")}
 
 
-def stock_task(config: dict[str, Any]) -> Any:
-    """lm-eval's task object of such fields, its data set loaded."""
+def stock_task(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None = None) -> Any:
+    """lm-eval's task object of such fields, its data set loaded.
+
+    rows: what takes the place of that data set, few-shot examples included.
+    """
+    config = dict(config)
+    if rows is not None:
+        import datasets
+
+        table = datasets.Dataset.from_list(list(rows))
+        config |= {"custom_dataset": lambda **_: {_ROWS: table}, "test_split": _ROWS}
+        config |= {"training_split": None, "validation_split": None, "fewshot_split": None}
+        if config.get("num_fewshot") and "samples" not in (config.get("fewshot_config") or {}):
+            config["fewshot_split"] = _ROWS
     with _quiet():
         return _task_class()(config)
 
@@ -131,30 +154,6 @@ def _value_of(found: Any) -> float | None:
     return None
 
 
-def stock_field(file: str, field: str) -> Any:
-    """A field of one of lm-eval's own task files, such as the preamble of TruthfulQA.
-
-    file: its path below lm-eval's folder of tasks.
-
-    Raises:
-        UserError: the installed lm-eval has no such file or field.
-    """
-    _check_installed()
-    package = importlib.resources.files("lm_eval")
-    try:
-        return yaml.safe_load((package / "tasks" / file).read_text(encoding="utf-8"))[field]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"lm-eval {importlib.metadata.version('lm-eval')} has no {field} in its task file {file} "
-            f"({error}); install the version that constraints.txt names"
-        ) from None
-
-
-def _check_installed() -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm-eval is not installed: run `make setup`")
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """lm-eval without its notes on every task; nothing is reported to anybody."""
@@ -166,21 +165,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _config(file: TaskFile) -> dict[str, Any]:
-    import datasets
-
-    rows = datasets.Dataset.from_list(file.rows)
-    return {
-        "task": file.name,
-        "custom_dataset": lambda **_: {_ROWS: rows},
-        "test_split": _ROWS,
-        "num_fewshot": 0,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-        **file.definition,
-    }
 
 
 @functools.cache
@@ -207,7 +191,7 @@ def _bridge_class() -> Any:
     class Bridge(TemplateLM):
         """A language model of ours as lm-eval wants it: it divides context and continuation, we score."""
 
-        def __init__(self, lm: LanguageModel, names: dict[str, list[str]], seed: int = 0) -> None:
+        def __init__(self, lm: LanguageModel, names: Sequence[str], seed: int = 0) -> None:
             super().__init__()
             self._lm = lm
             self._names = names
@@ -222,7 +206,7 @@ def _bridge_class() -> Any:
             return self._lm.encode(string)  # what a tokenizer puts before every text is part of the prefix
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-            self._asked = [self._names[r.task_name][r.doc_id] for r in requests]
+            self._asked = [self._names[r.doc_id] for r in requests]
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
@@ -232,7 +216,7 @@ def _bridge_class() -> Any:
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             found = []
             for request in requests:
-                name = self._names[request.task_name][request.doc_id]
+                name = self._names[request.doc_id]
                 ids = self._lm.encode(request.args[0])
                 size = len(ids) if self._lm.window is None else self._lm.window - len(self._lm.prefix_ids) - 1
                 pieces = [(ids[max(s - 1, 0) : s], ids[s : s + size]) for s in range(0, len(ids), size)]
@@ -255,7 +239,7 @@ def _bridge_class() -> Any:
                     top_p=float(options.get("top_p", 1.0)),
                     stop=[until] if isinstance(until, str) else [stop for stop in until if stop],
                     seed=self._seed,
-                    names=[self._names[requests[i].task_name][requests[i].doc_id] for i in group],
+                    names=[self._names[requests[i].doc_id] for i in group],
                 )
                 for i, text in zip(group, said, strict=True):
                     texts[i] = text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rlhf.data.readers.files import origins
 from rlhf.data.readers.rows import BadRow, Origin, Row
@@ -11,15 +11,39 @@ from rlhf.errors import UserError
 
 T = TypeVar("T")
 
-Parse = Callable[[Row, str, Origin], T]
-"""A row, the item's name and the origin -> the item; raises BadRow where the row does not hold together."""
+
+class Item(NamedTuple):
+    """One item of a task that needs no more than the fields of its row."""
+
+    id: str
+    """Label of the file, and the number of the line or row in it."""
+    group: str
+    """Category, "" where the task has none."""
+    doc: dict[str, Any]
+    """The fields, checked, as lm-eval's template of the task wants them."""
+
+
+class Place(NamedTuple):
+    """Where a row stands."""
+
+    name: str
+    """Label of the file and number of the line or row; the name of the item."""
+    where: str
+    """The same for messages, as an editor can open it."""
+    origin: Origin
+    """The file or hub data set."""
+
+
+Parse = Callable[[Row, Place], T]
+"""A row and its place -> the item; raises BadRow where the row does not hold together."""
 
 
 def read_items(files: Sequence[str], parse: Parse[T], *, key: str, expected: str) -> list[T]:
     """The items of the files, in their order.
 
     Args:
-        files: paths, globs or ``hub:NAME[:CONFIG][@SPLIT]``; jsonl, json, csv or parquet, each also as .gz.
+        files: paths, globs or ``hub:NAME[:CONFIG][@SPLIT]``; jsonl, json, csv, parquet or txt (a line is a
+            row with the field ``text``), each also as .gz.
         parse: makes an item of a row.
         key: the recipe's key that holds the files, for messages.
         expected: the fields of a row, for messages.
@@ -28,38 +52,38 @@ def read_items(files: Sequence[str], parse: Parse[T], *, key: str, expected: str
         UserError: a file is missing or damaged, a row is not as expected (file and line or row), or there is
             no item.
     """
-    items = [
-        _item(row, name, where, origin, parse, expected)
-        for origin, name, where, row in named_rows(files, key=key)
-    ]
+    items = list(parsed(files, parse, key=key, expected=expected))
     if not items:
         raise UserError(f"{key}: no item in {', '.join(files)}; expected rows with {expected}")
     return items
 
 
-def named_rows(files: Sequence[str], *, key: str) -> Iterator[tuple[Origin, str, str, object]]:
-    """Every row with its origin, its name and its place.
+def parsed(files: Sequence[str], parse: Parse[T], *, key: str, expected: str) -> Iterator[T]:
+    """As :func:`read_items`, one after the other, and no item is no fault.
 
-    The name is that of the file without folder and ending, and the number of the line or row; a second file
-    of the same name has its rows marked with a 2.
+    A second file of the same name has the names of its rows marked with a 2.
     """
     seen: dict[str, int] = {}
     for origin in origins(files, key=key):
         seen[origin.source] = seen.get(origin.source, 0) + 1
         label = origin.source if seen[origin.source] == 1 else f"{origin.source}({seen[origin.source]})"
         for number, row in origin.rows:
-            yield origin, f"{label}:{number}", origin.where(number), row
+            place = Place(f"{label}:{number}", origin.where(number), origin)
+            try:
+                item = parse(_fields(row), place)
+            except BadRow as error:
+                raise UserError(f"{place.where}: {error}; expected {expected}") from None
+            yield item
 
 
-def _item(row: object, name: str, where: str, origin: Origin, parse: Parse[T], expected: str) -> T:
+def _fields(row: object) -> Row:
     if isinstance(row, BadRow):
-        raise UserError(f"{where}: {row}; expected {expected}")
+        raise row
+    if isinstance(row, str):
+        return {"text": row}
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: not a row with fields; expected {expected}")
-    try:
-        return parse(row, name, origin)
-    except BadRow as error:
-        raise UserError(f"{where}: {error}; expected {expected}") from None
+        raise BadRow("not a row with fields")
+    return row
 
 
 def text_of(row: Row, field: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,6 +54,25 @@ class Outcome:
                         f"{self.task}: {metric} of {name} is {value}: the model's probabilities are not "
                         "finite; check its weights, or load it with model.dtype=float32"
                     )
+
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        metric: str,
+        items: Sequence[Any],
+        rows: Sequence[Mapping[str, float]],
+        *,
+        higher_is_better: bool = True,
+        **further: Any,
+    ) -> Outcome:
+        """The outcome of items, which have an ``id`` and, where there are categories, a ``group``.
+
+        rows: metric -> value, of each item. further: ``chance``, ``notes`` and ``aggregate``.
+        """
+        ids, groups = [item.id for item in items], [getattr(item, "group", "") for item in items]
+        values = {name: [row[name] for row in rows] for name in rows[0]}
+        return cls(task, metric, higher_is_better, ids, groups, values, **further)
 
     def mean(self, metric: str | None = None) -> Estimate:
         """Mean over the items with its 95% interval: Wilson's where every value is 0 or 1, else normal.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf.errors import UserError
 from rlhf.evals.tasks import stock
-from rlhf.evals.tasks.inverse_scaling import FIELDS, PRIZE_TASKS
+from rlhf.evals.tasks.inverse_scaling import FORMATS, FORMER
 
 if TYPE_CHECKING:
     from rlhf.evals.model import LanguageModel
@@ -33,14 +33,12 @@ class TaskSpec:
     needs: frozenset[str] = frozenset()
     """What it needs beside a language model that scores: ``generation`` (it writes, so it takes a seed),
     ``judge``, ``sandbox``."""
-    reading: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of ``read``."""
-    running: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of ``run``."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of ``read`` and ``run``."""
 
     def read(self, files: Sequence[str], *, key: str) -> list[Any]:
         """The items of the files; raises UserError where they cannot be used."""
-        items: list[Any] = importlib.import_module(self.module).read(files, key=key, **self.reading)
+        items: list[Any] = importlib.import_module(self.module).read(files, key=key, **self.options)
         return items
 
     def run(self, lm: LanguageModel, items: Sequence[Any], *, seed: int = 0, **options: Any) -> Outcome:
@@ -50,21 +48,8 @@ class TaskSpec:
         """
         if "generation" in self.needs:
             options["seed"] = seed
-        outcome: Outcome = importlib.import_module(self.module).run(lm, items, **self.running, **options)
+        outcome: Outcome = importlib.import_module(self.module).run(lm, items, **self.options, **options)
         return outcome
-
-
-def _inverse_scaling() -> dict[str, TaskSpec]:
-    formats = {task.name: task.format for task in PRIZE_TASKS}
-    return {
-        f"inverse_scaling/{name}": TaskSpec(
-            "rlhf.evals.tasks.inverse_scaling",
-            200,
-            reading={"form": form},
-            running={"form": form, "task": f"inverse_scaling/{name}"},
-        )
-        for name, form in [*formats.items(), *((form, form) for form in FIELDS)]
-    }
 
 
 TASKS: dict[str, TaskSpec] = {
@@ -72,13 +57,11 @@ TASKS: dict[str, TaskSpec] = {
     "truthfulqa": TaskSpec("rlhf.evals.tasks.truthfulqa", 200),
     "lambada": TaskSpec("rlhf.evals.tasks.lambada", 500),
     "lm_loss": TaskSpec("rlhf.evals.tasks.lm_loss", 100),
-    **_inverse_scaling(),
+    **{name: TaskSpec("rlhf.evals.tasks.inverse_scaling", 200, options={"task": name}) for name in FORMATS},
     "humaneval": TaskSpec("rlhf.evals.tasks.humaneval", 20, frozenset({"generation", "sandbox"})),
     "toxicity": TaskSpec("rlhf.evals.tasks.toxicity", 100, frozenset({"generation", "judge"})),
 }
 """All evaluations by name."""
-
-_FORMER = {task.former: task.name for task in PRIZE_TASKS if task.former}
 
 
 def canonical(name: str) -> str:
@@ -92,7 +75,7 @@ def canonical(name: str) -> str:
         return name
     family, slash, task = name.partition("/")
     task = task.lower().replace("_", "-")
-    found = f"{family}{slash}{_FORMER.get(task, task)}"
+    found = f"{family}{slash}{FORMER.get(task, task)}"
     if found in TASKS:
         return found
     stock.check_name(name, list(TASKS))
@@ -121,22 +104,37 @@ def draw(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
     return [items[index] for index in sorted(chosen)]
 
 
-def read_task(name: str, files: Sequence[str], *, limit: int | None = None, seed: int = 0) -> list[Any]:
-    """The items of a task that every model is to do, the same for the same arguments.
+def read_task(
+    name: str,
+    files: Sequence[str],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    num_fewshot: int | None = None,
+) -> tuple[list[Any], int]:
+    """The items of a task, the same for the same arguments, and how many there were to draw them from.
 
-    name: of the task. limit: number of items; None = the task's default.
+    name: of the task. limit: number of items; None = the task's default. num_fewshot: of :func:`task_spec`.
 
     Raises:
         UserError: an unknown task, or files that cannot be used.
     """
-    spec = task_spec(name)
+    spec = task_spec(name, num_fewshot)
     items = spec.read(files, key=f"tax.tasks.{name}.files")
-    return draw(items, spec.limit if limit is None else limit, seed)
+    return draw(items, spec.limit if limit is None else limit, seed), len(items)
 
 
 def run_task(name: str, lm: LanguageModel, items: Sequence[Any], *, seed: int = 0, **options: Any) -> Outcome:
     """What a model does on the items of a task; options: further arguments of the task's own ``run``."""
     return task_spec(name).run(lm, items, seed=seed, **options)
+
+
+def with_draw(outcome: Outcome, there: int, seed: int) -> Outcome:
+    """An outcome that says of how many items its own were drawn."""
+    if len(outcome.ids) == there:
+        return outcome
+    note = f"{len(outcome.ids)} of {there} items, drawn by seed {seed}"
+    return replace(outcome, notes=[*outcome.notes, note])
 
 
 def evaluate_task(
@@ -155,12 +153,5 @@ def evaluate_task(
     Raises:
         UserError: an unknown task, files that cannot be used, or an item too long for the model's window.
     """
-    spec = task_spec(name)
-    items = spec.read(files, key=f"tax.tasks.{name}.files")
-    drawn = draw(items, spec.limit if limit is None else limit, seed)
-    outcome = spec.run(lm, drawn, seed=seed, **options)
-    if len(drawn) == len(items):
-        return outcome
-    return replace(
-        outcome, notes=[*outcome.notes, f"{len(drawn)} of {len(items)} items, drawn by seed {seed}"]
-    )
+    items, there = read_task(name, files, limit=limit, seed=seed)
+    return with_draw(run_task(name, lm, items, seed=seed, **options), there, seed)

@@ -25,7 +25,7 @@ from rlhf.data.comparisons import Prompt
 from rlhf.data.readers.files import HUB
 from rlhf.data.readers.hh import turns
 from rlhf.data.readers.rows import BadRow, Origin, Row
-from rlhf.evals.items import choices_of, missing, read_items, text_of
+from rlhf.evals.items import Place, choices_of, missing, read_items, text_of
 from rlhf.evals.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ EXPECTED = (
     '{"input", "target_scores": {answer: 0 or 1}} (BIG-bench) or {"input", "targets": {"choices", "labels"}} '
     "(HuggingFaceH4/hhh_alignment), two answers, one of them right"
 )
-METRICS = ("acc_sum", "acc_mean", "acc_mi")
 
 
 class Item(NamedTuple):
@@ -45,8 +44,8 @@ class Item(NamedTuple):
 
     id: str
     """Label of the file, and the number of the row in it."""
-    category: str
-    """helpful, honest, harmless, other, or the label of the file."""
+    group: str
+    """The category: helpful, honest, harmless, other, or the label of the file."""
     question: str
     """What the human says; in a longer dialogue everything behind the first ``Human:``, tags included."""
     good: str
@@ -76,7 +75,7 @@ def read(files: Sequence[str], *, key: str = "tax.tasks.hhh.files") -> list[Item
     return read_items(files, _parse, key=key, expected=EXPECTED)
 
 
-def _parse(row: Row, name: str, origin: Origin) -> Item:
+def _parse(row: Row, place: Place) -> Item:
     question = text_of(row, "input")
     if isinstance(row.get("target_scores"), dict):
         choices, labels = list(row["target_scores"]), list(row["target_scores"].values())
@@ -88,7 +87,7 @@ def _parse(row: Row, name: str, origin: Origin) -> Item:
     if not isinstance(labels, list) or sorted(map(str, labels)) != ["0", "1"] or len(answers) != 2:
         raise BadRow("not two answers of which one is right", f"labels {labels!r}"[:60])
     good = [str(label) for label in labels].index("1")
-    return Item(name, category_of(origin), question, answers[good], answers[1 - good])
+    return Item(place.name, category_of(place.origin), question, answers[good], answers[1 - good])
 
 
 def category_of(origin: Origin) -> str:
@@ -134,8 +133,7 @@ def run(lm: LanguageModel, items: Sequence[Item]) -> Outcome:
     scored = lm.score([*pairs, *(([], answer) for _, answer in pairs)], names=[*names, *names])
     behind, alone = scored[: len(pairs)], scored[len(pairs) :]
     rows = [wins((behind[i], behind[i + 1]), (alone[i], alone[i + 1])) for i in range(0, len(pairs), 2)]
-    values = {metric: [row[metric] for row in rows] for metric in METRICS}
-    return _outcome(TASK, items, values, "acc_mi")
+    return _outcome(TASK, "acc_mi", items, rows)
 
 
 def hhh_by_scores(items: Sequence[Item], judge: Judge) -> Outcome:
@@ -147,20 +145,12 @@ def hhh_by_scores(items: Sequence[Item], judge: Judge) -> Outcome:
     scores = [float(s) for s in judge(prompts, [text for item in items for text in (item.good, item.bad)])]
     if len(scores) != len(prompts):
         raise ValueError(f"{len(scores)} scores for {len(prompts)} answers")
-    values = [win(scores[i], scores[i + 1]) for i in range(0, len(scores), 2)]
-    return _outcome("hhh_reward", items, {"acc": values}, "acc")
+    rows = [{"acc": win(scores[i], scores[i + 1])} for i in range(0, len(scores), 2)]
+    return _outcome("hhh_reward", "acc", items, rows)
 
 
-def _outcome(task: str, items: Sequence[Item], values: dict[str, list[float]], metric: str) -> Outcome:
-    outcome = Outcome(
-        task=task,
-        metric=metric,
-        higher_is_better=True,
-        ids=[item.id for item in items],
-        groups=[item.category for item in items],
-        values=values,
-        chance=0.5,
-    )
-    for name in values:
+def _outcome(task: str, metric: str, items: Sequence[Item], rows: Sequence[dict[str, float]]) -> Outcome:
+    outcome = Outcome.of(task, metric, items, rows, chance=0.5)
+    for name in outcome.values:
         outcome.aggregate[f"{name}_macro"] = outcome.macro(name).mean
     return outcome

@@ -7,13 +7,13 @@ model's own, so this runs only where it was asked for, and only in :mod:`rlhf.ev
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
-from rlhf.data.readers.files import origins
-from rlhf.data.readers.rows import BadRow
+from rlhf.data.readers.rows import BadRow, Row
 from rlhf.errors import UserError
+from rlhf.evals.items import Place, missing, read_items, text_of
 from rlhf.evals.outcome import Outcome
 from rlhf.evals.sandbox import run as sandbox
 from rlhf.evals.sandbox.run import LIMITS, Limits, Verdict
@@ -55,36 +55,24 @@ def read(files: Sequence[str], *, key: str = "tax.tasks.humaneval.files") -> lis
     Raises:
         UserError: a file is missing or damaged; a row lacks a field, or has the name of another (file:line).
     """
-    items: dict[str, Item] = {}
-    for origin in origins(files, key=key):
-        for number, row in origin.rows:
-            item = _item(origin.where(number), row)
-            if item.id in items:
-                raise UserError(
-                    f"{origin.where(number)}: task_id {item.id!r} is there already; name each once"
-                )
-            items[item.id] = item
-    if not items:
-        raise UserError(f"{key}: no problem in {', '.join(files)}; name a file that has some")
-    return list(items.values())
+    seen: set[str] = set()
 
+    def parse(row: Row, _: Place) -> Item:
+        for name in FIELDS:
+            if not isinstance(row.get(name), str):
+                raise missing(row, name, "text")
+        item = Item(*(row[name] for name in FIELDS))
+        text_of(row, "prompt")
+        if text_of(row, "task_id") in seen:
+            raise BadRow(f"task_id {item.id!r} is there already; name each once")
+        if not item.entry_point.isidentifier():
+            raise BadRow(f"entry_point {item.entry_point!r} is not the name of a function")
+        if "def check(" not in item.test:
+            raise BadRow("test defines no function check(candidate), so nothing would be tested")
+        seen.add(item.id)
+        return item
 
-def _item(where: str, row: object) -> Item:
-    if isinstance(row, BadRow) or not isinstance(row, Mapping):
-        raise UserError(f"{where}: {row if isinstance(row, BadRow) else 'not an object'}; expected {FORMAT}")
-    for name in FIELDS:
-        if not isinstance(row.get(name), str):
-            fault = f"{name} is no text" if name in row else f"no field {name}"
-            raise UserError(f"{where}: {fault} ({', '.join(map(str, row)) or 'no field'}); expected {FORMAT}")
-    item = Item(*(row[name] for name in FIELDS))
-    if not item.entry_point.isidentifier():
-        raise UserError(f"{where}: entry_point {item.entry_point!r} is not the name of a function")
-    for name in ("task_id", "prompt"):
-        if not row[name].strip():
-            raise UserError(f"{where}: {name} is empty; fill it in, or remove the row")
-    if "def check(" not in item.test:
-        raise UserError(f"{where}: test defines no function check(candidate), so nothing would be tested")
-    return item
+    return read_items(files, parse, key=key, expected=FORMAT)
 
 
 def truncated(completion: str) -> str:
@@ -176,20 +164,14 @@ def outcome(
         ks: values of k, each at most the number of samples; the first one stands for the task.
     """
     said = Counter(verdict.status for row in verdicts for verdict in row)
-    return Outcome(
-        task=TASK,
-        metric=f"pass@{ks[0]}",
-        higher_is_better=True,
-        ids=[item.id for item in items],
-        groups=[""] * len(items),
-        values={
-            f"pass@{k}": [pass_at_k(len(row), sum(v.passed for v in row), k) for row in verdicts] for k in ks
-        },
-        notes=[
-            f"{sum(said.values())} programs, {len(verdicts[0]) if verdicts else 0} a problem: "
-            + ", ".join(f"{count} {status}" for status, count in sorted(said.items())),
-        ],
+    rows = [
+        {f"pass@{k}": pass_at_k(len(row), sum(verdict.passed for verdict in row), k) for k in ks}
+        for row in verdicts
+    ]
+    note = f"{said.total()} programs, {len(verdicts[0])} a problem: " + ", ".join(
+        f"{count} {status}" for status, count in sorted(said.items())
     )
+    return Outcome.of(TASK, f"pass@{ks[0]}", items, rows, notes=[note])
 
 
 def run(

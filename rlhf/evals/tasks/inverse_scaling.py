@@ -3,9 +3,10 @@
 Three formats, scored as the official pipeline does (github.com/naimenz/inverse-scaling-eval-pipeline). With
 l(c) the sum of the log-probabilities of the tokens of a class c behind the prompt, not divided by its length:
 
-- ``classification`` (prompt, classes, answer_index), through lm-eval: ``acc`` = 1 if l of the right class
-  exceeds that of every other (a tie is 0), ``loss`` = -log softmax(l)[right], ``total_logprob`` = log sum
-  exp(l): the mass on any of the classes. Where that is small the other figures mean little;
+- ``classification`` (prompt, classes, answer_index), by the template of lm-eval's ``inverse_scaling_mc``:
+  ``acc`` = 1 if l of the right class exceeds that of every other (a tie is 0), ``loss`` = -log
+  softmax(l)[right], ``total_logprob`` = log sum exp(l): the mass on any of the classes. Where that is small
+  the other figures mean little;
 - ``sequence_prob`` (prompt, completion): ``loss`` = -log P(completion | prompt);
 - ``logodds`` (prompt, other_prompt, classes, answer_index; two classes): ``logodds_difference`` =
   (l(c0) - l(c1))[prompt] - (l(c0) - l(c1))[other_prompt], its sign turned if answer_index is 1: how much
@@ -20,110 +21,79 @@ import ast
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from rlhf.data.readers.rows import BadRow, Origin, Row
-from rlhf.evals.items import choices_of, index_of, missing, read_items, text_of
+from rlhf.data.readers.rows import BadRow, Row
+from rlhf.evals.items import Item, Place, choices_of, index_of, missing, read_items, text_of
 from rlhf.evals.outcome import Outcome
 
 if TYPE_CHECKING:
     from rlhf.evals.model import LanguageModel
 
-Format = Literal["classification", "sequence_prob", "logodds"]
-FIELDS: dict[Format, str] = {
-    "classification": '{"prompt", "classes", "answer_index"}',
-    "sequence_prob": '{"prompt", "completion"}',
-    "logodds": '{"prompt", "other_prompt", "classes", "answer_index"}, two classes',
+FAMILY = "inverse_scaling/"
+CLASSIFICATION, SEQUENCE_PROB, LOG_ODDS = "classification", "sequence_prob", "logodds"
+FIELDS = {
+    CLASSIFICATION: '{"prompt", "classes", "answer_index"}',
+    SEQUENCE_PROB: '{"prompt", "completion"}',
+    LOG_ODDS: '{"prompt", "other_prompt", "classes", "answer_index"}, two classes',
 }
 """The fields of a row of each format."""
+PRIZE_TASKS = (
+    "neqa",
+    "resisting-correction",
+    "redefine",
+    "hindsight-neglect",
+    "modus-tollens",
+    "memo-trap",
+    "prompt-injection",
+    "into-the-unknown",
+    "pattern-matching-suppression",
+    "sig-figs",
+    "repetitive-algebra",
+)
+"""All eleven that won a prize, by their names in the organizers' release, in the order of the paper."""
+FORMER = {
+    "quote-repetition": "resisting-correction",
+    "redefine-math": "redefine",
+    "hindsight-neglect-10shot": "hindsight-neglect",
+}
+"""Names of the first round."""
+FORMATS = {
+    **{FAMILY + name: CLASSIFICATION for name in PRIZE_TASKS},
+    FAMILY + "prompt-injection": SEQUENCE_PROB,
+    **{FAMILY + form: form for form in FIELDS},
+}
+"""Format of every task; rows of the user's own go by the name of their format."""
+_STOCK = "inverse_scaling/_inverse_scaling_mc_yaml"
 _LITTLE = 0.01  # mass on the classes below which the figures are marked
 
 
-class PrizeTask(NamedTuple):
-    """A task that won a prize."""
-
-    name: str
-    """As in the organisers' data release."""
-    format: Format
-    """How it is scored."""
-    hub: str
-    """A copy on the Hugging Face hub, as a spec of files."""
-    former: str = ""
-    """Its name in the first round, where that was another one."""
-
-
-PRIZE_TASKS = (
-    PrizeTask("neqa", "classification", "hub:inverse-scaling/NeQA"),
-    PrizeTask(
-        "resisting-correction", "classification", "hub:inverse-scaling/quote-repetition", "quote-repetition"
-    ),
-    PrizeTask("redefine", "classification", "hub:inverse-scaling/redefine-math", "redefine-math"),
-    PrizeTask(
-        "hindsight-neglect",
-        "classification",
-        "hub:inverse-scaling/hindsight-neglect-10shot",
-        "hindsight-neglect-10shot",
-    ),
-    PrizeTask("modus-tollens", "classification", "hub:Albertmade/modus-tollens"),
-    PrizeTask("memo-trap", "classification", "hub:Albertmade/memo-trap"),
-    PrizeTask("prompt-injection", "sequence_prob", "hub:pminervini/inverse-scaling:prompt-injection@data"),
-    PrizeTask("into-the-unknown", "classification", "hub:Albertmade/into-the-unknown"),
-    PrizeTask(
-        "pattern-matching-suppression", "classification", "hub:Albertmade/pattern-matching-suppression"
-    ),
-    PrizeTask("sig-figs", "classification", "hub:Albertmade/sig-figs"),
-    PrizeTask("repetitive-algebra", "classification", "hub:Albertmade/repetitive-algebra"),
-)
-"""All eleven, in the order of the paper."""
-
-
-class Item(NamedTuple):
-    """One example of any format; fields that its format has not are empty."""
-
-    id: str
-    """Label of the file, and the number of the line or row in it."""
-    part: str
-    """The part of the task that it belongs to, "" where the file does not say."""
-    prompt: str
-    """What the model reads."""
-    classes: list[str]
-    """What may follow, with the space before it."""
-    answer: int
-    """Number of the right class."""
-    completion: str
-    """``sequence_prob``: what follows."""
-    other_prompt: str
-    """``logodds``: the prompt that the first one is compared with."""
-
-
 def read(
-    files: Sequence[str], *, form: Format = "classification", key: str = "tax.tasks.inverse_scaling.files"
+    files: Sequence[str],
+    *,
+    task: str = FAMILY + CLASSIFICATION,
+    key: str = "tax.tasks.inverse_scaling.files",
 ) -> list[Item]:
     """The examples of csv, jsonl, json or parquet files, or of hub rows.
 
-    ``classes`` is a list, or its text as Python or JSON writes it (csv).
+    ``classes`` is a list, or its text as Python or JSON writes it (csv); ``part`` is the item's group.
 
     Raises:
         UserError: a file or a row cannot be used (file and line, and what is expected).
     """
+    form = FORMATS[task]
 
-    def parse(row: Row, name: str, _: Origin) -> Item:
-        classes: list[str] = []
-        answer = 0
-        if form != "sequence_prob":
-            classes = choices_of(_listed(row), "classes")
-            answer = index_of(row, "answer_index", len(classes))
-        if form == "logodds" and len(classes) != 2:
-            raise BadRow("log-odds need two classes", f"there are {len(classes)}")
-        return Item(
-            id=name,
-            part=str(row.get("part") or ""),
-            prompt=text_of(row, "prompt"),
-            classes=classes,
-            answer=answer,
-            completion=text_of(row, "completion") if form == "sequence_prob" else "",
-            other_prompt=text_of(row, "other_prompt") if form == "logodds" else "",
-        )
+    def parse(row: Row, place: Place) -> Item:
+        doc: dict[str, Any] = {}
+        if form != SEQUENCE_PROB:
+            doc["classes"] = choices_of(_listed(row), "classes")
+            doc["answer_index"] = index_of(row, "answer_index", len(doc["classes"]))
+        if form == LOG_ODDS and len(doc["classes"]) != 2:
+            raise BadRow("log-odds need two classes", f"there are {len(doc['classes'])}")
+        for field in ("prompt", "completion", "other_prompt"):
+            if f'"{field}"' in FIELDS[form]:
+                doc[field] = text_of(row, field)
+        return Item(place.name, str(row.get("part") or ""), doc)
 
     return read_items(files, parse, key=key, expected=FIELDS[form])
 
@@ -180,79 +150,65 @@ def log_odds(here: Sequence[float], there: Sequence[float], answer: int) -> dict
 # ---------------------------------------------------------------- the run
 
 
-def run(
-    lm: LanguageModel,
-    items: Sequence[Item],
-    *,
-    form: Format = "classification",
-    task: str = "inverse_scaling/classification",
-) -> Outcome:
-    """Score the examples of one format.
-
-    task: name of the outcome.
+def run(lm: LanguageModel, items: Sequence[Item], *, task: str = FAMILY + CLASSIFICATION) -> Outcome:
+    """Score the examples in the format of their task.
 
     Raises:
         UserError: an example is too long for the model's window.
     """
-    rows = {"classification": _classify, "sequence_prob": _sequences, "logodds": _compare}[form](
-        lm, items, task
-    )
-    metric = {"classification": "acc", "sequence_prob": "loss", "logodds": "logodds_difference"}[form]
-    values = {name: [row[name] for row in rows] for name in rows[0]}
-    chance = sum(1 / len(item.classes) for item in items) / len(items) if form == "classification" else None
-    return Outcome(
-        task=task,
-        metric=metric,
-        higher_is_better=form == "classification",
-        ids=[item.id for item in items],
-        groups=[item.part for item in items],
-        values=values,
+    form = FORMATS[task]
+    rows = {CLASSIFICATION: _classified, SEQUENCE_PROB: _sequences, LOG_ODDS: _compared}[form](lm, items)
+    chance = None
+    if form == CLASSIFICATION:
+        chance = sum(1 / len(item.doc["classes"]) for item in items) / len(items)
+    return Outcome.of(
+        task,
+        {CLASSIFICATION: "acc", SEQUENCE_PROB: "loss", LOG_ODDS: "logodds_difference"}[form],
+        items,
+        rows,
+        higher_is_better=form == CLASSIFICATION,
         chance=chance,
-        notes=_little_mass(values.get("total_logprob", [])),
+        notes=[] if form == SEQUENCE_PROB else _little_mass(rows),
     )
 
 
-def _classify(lm: LanguageModel, items: Sequence[Item], task: str) -> list[dict[str, float]]:
-    from rlhf.evals.harness import TaskFile, through_lm_eval
+def _classified(lm: LanguageModel, items: Sequence[Item]) -> list[dict[str, float]]:
+    from rlhf.evals.harness import stock_answers
 
-    rows = [{"prompt": item.prompt, "classes": item.classes, "answer_index": item.answer} for item in items]
-    definition = {
-        "output_type": "multiple_choice",
-        "doc_to_text": "prompt",
-        "doc_to_choice": "classes",
-        "doc_to_target": "answer_index",
-        "target_delimiter": "",
-    }
-    (found,) = through_lm_eval(lm, [TaskFile(task, [item.id for item in items], rows, definition)])
+    (found,) = stock_answers(lm, [_STOCK], items)
     return [
-        classification([log_prob for log_prob, _ in answers], item.answer)
+        classification([log_prob for log_prob, _ in answers], item.doc["answer_index"])
         for answers, item in zip(found, items, strict=True)
     ]
 
 
-def _sequences(lm: LanguageModel, items: Sequence[Item], _: str) -> list[dict[str, float]]:
-    pairs = [lm.encode_pair(item.prompt, item.completion) for item in items]
-    return [{"loss": -scored.log_prob} for scored in lm.score(pairs, names=[item.id for item in items])]
+def _sequences(lm: LanguageModel, items: Sequence[Item]) -> list[dict[str, float]]:
+    texts = [(item.id, item.doc["prompt"], item.doc["completion"]) for item in items]
+    return [{"loss": -log_prob} for log_prob in _log_probs(lm, texts)]
 
 
-def _compare(lm: LanguageModel, items: Sequence[Item], _: str) -> list[dict[str, float]]:
-    pairs = [
-        lm.encode_pair(prompt, choice)
+def _compared(lm: LanguageModel, items: Sequence[Item]) -> list[dict[str, float]]:
+    texts = [
+        (item.id, item.doc[prompt], choice)
         for item in items
-        for prompt in (item.prompt, item.other_prompt)
-        for choice in item.classes
+        for prompt in ("prompt", "other_prompt")
+        for choice in item.doc["classes"]
     ]
-    found = [s.log_prob for s in lm.score(pairs, names=[item.id for item in items for _ in range(4)])]
+    found = _log_probs(lm, texts)
     return [
-        log_odds(found[4 * i : 4 * i + 2], found[4 * i + 2 : 4 * i + 4], item.answer)
+        log_odds(found[4 * i : 4 * i + 2], found[4 * i + 2 : 4 * i + 4], item.doc["answer_index"])
         for i, item in enumerate(items)
     ]
 
 
-def _little_mass(total_logprob: Sequence[float]) -> list[str]:
-    if not total_logprob:
-        return []
-    mass = sum(map(math.exp, total_logprob)) / len(total_logprob)
+def _log_probs(lm: LanguageModel, texts: Sequence[tuple[str, str, str]]) -> list[float]:
+    """texts: name of the item, prompt, what follows."""
+    pairs = [lm.encode_pair(prompt, text) for _, prompt, text in texts]
+    return [scored.log_prob for scored in lm.score(pairs, names=[name for name, _, _ in texts])]
+
+
+def _little_mass(rows: Sequence[dict[str, float]]) -> list[str]:
+    mass = sum(math.exp(row["total_logprob"]) for row in rows) / len(rows)
     if mass >= _LITTLE:
         return []
     return [f"the classes hold {mass:.2g} of the probability on average: which of them leads means little"]

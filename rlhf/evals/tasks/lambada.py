@@ -1,7 +1,7 @@
-r"""LAMBADA (Paperno et al. 2016, arXiv 1606.06031), the variant of OpenAI, through lm-eval.
+r"""LAMBADA (Paperno et al. 2016, arXiv 1606.06031), the variant of OpenAI: lm-eval's ``lambada_openai``.
 
 The last word of a passage, which people guess only from the whole of it. Context: the text up to its last
-space; target: the space and what follows. As lm-eval's ``lambada_openai``:
+space; target: the space and what follows.
 
 - ``acc``: 1 if every token of the target is the most probable one (greedy), else 0;
 - ``nll``: -log P(target | context), nats a word;
@@ -12,29 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from rlhf.data.readers.rows import BadRow, Origin, Row
-from rlhf.evals.items import read_items, text_of
+from rlhf.data.readers.rows import BadRow, Row
+from rlhf.evals.items import Item, Place, read_items, text_of
 from rlhf.evals.outcome import Outcome
 
 if TYPE_CHECKING:
     from rlhf.evals.model import LanguageModel
 
 TASK = "lambada"
-EXPECTED = '{"text"}'
+_STOCK = "lambada/lambada_openai.yaml"
 _LARGEST = 700.0  # nats; exp of more overflows
-
-
-class Item(NamedTuple):
-    """One passage."""
-
-    id: str
-    """Label of the file, and the number of the line in it."""
-    context: str
-    """Everything before the last space."""
-    target: str
-    """The last space and the word behind it."""
 
 
 def read(files: Sequence[str], *, key: str = "tax.tasks.lambada.files") -> list[Item]:
@@ -43,42 +32,29 @@ def read(files: Sequence[str], *, key: str = "tax.tasks.lambada.files") -> list[
     Raises:
         UserError: a file or a row cannot be used (file and line, and what is expected).
     """
-    return read_items(files, _parse, key=key, expected=EXPECTED)
+    return read_items(files, _parse, key=key, expected='{"text"}')
 
 
-def _parse(row: Row, name: str, _: Origin) -> Item:
-    return Item(name, *split_last_word(text_of(row, "text")))
-
-
-def split_last_word(text: str) -> tuple[str, str]:
-    """Context and target, divided at the last space; raises BadRow where one of them would be empty."""
-    context, space, word = text.rpartition(" ")
+def _parse(row: Row, place: Place) -> Item:
+    text = text_of(row, "text")
+    context, _, word = text.rpartition(" ")
     if not context.strip() or not word.strip():
         raise BadRow("no last word behind other words", repr(text[-40:]))
-    return context, space + word
+    return Item(place.name, "", {"text": text})
 
 
 def run(lm: LanguageModel, items: Sequence[Item]) -> Outcome:
-    """Score the last words through lm-eval's log-likelihood task.
+    """Score the last words.
 
     Raises:
         UserError: a passage is too long for the model's window.
     """
-    from rlhf.evals.harness import TaskFile, through_lm_eval
+    from rlhf.evals.harness import stock_answers
 
-    ids = [item.id for item in items]
-    rows = [{"context": item.context, "target": item.target} for item in items]
-    definition = {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target"}
-    (found,) = through_lm_eval(lm, [TaskFile(TASK, ids, rows, definition)])
-    nll = [-log_prob for ((log_prob, _),) in found]
-    return Outcome(
-        task=TASK,
-        metric="acc",
-        higher_is_better=True,
-        ids=ids,
-        groups=[""] * len(items),
-        values={"acc": [float(greedy) for ((_, greedy),) in found], "nll": nll},
-        aggregate={"perplexity": perplexity(nll)},
+    (found,) = stock_answers(lm, [_STOCK], items)
+    rows = [{"acc": float(greedy), "nll": -log_prob} for ((log_prob, greedy),) in found]
+    return Outcome.of(
+        TASK, "acc", items, rows, aggregate={"perplexity": perplexity([row["nll"] for row in rows])}
     )
 
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.data.readers.files import HUB, paths_of
-from rlhf.data.readers.rows import BadRow
+from rlhf.data.readers.rows import Row
 from rlhf.errors import UserError
-from rlhf.evals.items import named_rows
+from rlhf.evals.items import Place, missing, parsed
 from rlhf.evals.outcome import Outcome
 from rlhf.evals.tasks.lambada import perplexity
 
@@ -57,15 +57,18 @@ def read(files: Sequence[str], *, key: str = "tax.tasks.lm_loss.files", window: 
             label = Path(spec).name.removesuffix(".gz").removesuffix(".txt")
             items += _windows(label, label, _text(Path(spec)), window)
             continue
-        for origin, name, where, row in named_rows([spec], key=key):
-            text = row.get("text") if isinstance(row, Mapping) else None
-            if isinstance(row, BadRow) or not isinstance(text, str):
-                fault = row if isinstance(row, BadRow) else "no text"
-                raise UserError(f"{where}: {fault}; expected {EXPECTED}")
-            items += _windows(name, origin.source, text, window)
+        for name, source, text in parsed([spec], _parse, key=key, expected=EXPECTED):
+            items += _windows(name, source, text, window)
     if not items:
         raise UserError(f"{key}: no text in {', '.join(files) or 'no file'}; expected {EXPECTED}")
     return _distinct(items)
+
+
+def _parse(row: Row, place: Place) -> tuple[str, str, str]:
+    """Name of the row, label of its file, text, which may be empty."""
+    if not isinstance(row.get("text"), str):
+        raise missing(row, "text", "text")
+    return place.name, place.origin.source, row["text"]
 
 
 def _single(spec: str, key: str) -> list[str]:
@@ -126,25 +129,23 @@ def run(lm: LanguageModel, items: Sequence[Item]) -> Outcome:
         UserError: a window is too long for the model's.
     """
     scored = lm.score([([], lm.encode(item.text)) for item in items], names=[item.id for item in items])
-    nats = [-s.log_prob for s in scored]
-    size = [len(item.text.encode()) for item in items]
-    tokens = [s.tokens for s in scored]
+    nats, tokens = [-s.log_prob for s in scored], [s.tokens for s in scored]
+    sizes = [len(item.text.encode()) for item in items]
     per_token = sum(nats) / sum(tokens)
-    return Outcome(
-        task=TASK,
-        metric="nats_per_byte",
+    return Outcome.of(
+        TASK,
+        "nats_per_byte",
+        items,
+        [
+            {"nats_per_byte": n / size, "nats_per_token": n / count}
+            for n, size, count in zip(nats, sizes, tokens, strict=True)
+        ],
         higher_is_better=False,
-        ids=[item.id for item in items],
-        groups=[item.group for item in items],
-        values={
-            "nats_per_byte": [n / b for n, b in zip(nats, size, strict=True)],
-            "nats_per_token": [n / t for n, t in zip(nats, tokens, strict=True)],
-        },
         aggregate={
-            "nats_per_byte": sum(nats) / sum(size),
+            "nats_per_byte": sum(nats) / sum(sizes),
             "nats_per_token": per_token,
             "perplexity": perplexity([per_token]),
             "tokens": float(sum(tokens)),
-            "bytes": float(sum(size)),
+            "bytes": float(sum(sizes)),
         },
     )

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf.data.readers.rows import BadRow
+from rlhf.data.readers.rows import Row
 from rlhf.errors import UserError
-from rlhf.evals.items import named_rows
+from rlhf.evals.items import Place, missing, read_items
 from rlhf.evals.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -129,81 +129,62 @@ class StockTask:
         return [Item(f"{self.name}:{i + 1}", i, task) for i in range(len(task.eval_docs))]
 
     def _local(self, files: Sequence[str], config: dict[str, Any], key: str) -> list[Item]:
-        import datasets
-
         from rlhf.evals.harness import stock_task
 
-        split = config.get("test_split") or config.get("validation_split") or "test"
-        expected = "" if config.get("process_docs") else _fields(config)
-        note = (
-            f"; expected fields {', '.join(expected)}"
-            if expected
-            else f"; expected the fields of {self.name}"
-        )
-        ids, places, rows = [], [], []
-        for _, name, where, row in named_rows(files, key=key):
-            if isinstance(row, BadRow) or not isinstance(row, dict):
-                raise UserError(
-                    f"{where}: {row if isinstance(row, BadRow) else 'not a row with fields'}{note}"
-                )
-            lacking = [field for field in expected if field not in row]
-            if lacking:
-                raise UserError(f"{where}: no field {lacking[0]} ({', '.join(map(str, row))}){note}")
-            ids.append(name)
-            places.append(where)
-            rows.append(dict(row))
-        if not rows:
-            raise UserError(f"{key}: no row in {', '.join(files)}{note}")
-        try:
-            table = datasets.Dataset.from_list(rows)
-        except Exception as error:
-            raise UserError(
-                f"{key}: the rows have fields of different kinds ({_line(error)}){note}"
-            ) from None
-        config |= {"custom_dataset": lambda **_: {split: table}, "test_split": split}
-        config |= {"training_split": None, "validation_split": None, "fewshot_split": None}
+        fields = [] if config.get("process_docs") else _fields(config)
+        expected = f"the fields {', '.join(fields) or f'of {self.name}'}"
+
+        def parse(row: Row, place: Place) -> tuple[Place, dict[str, Any]]:
+            for field in fields:
+                if field not in row:
+                    raise missing(row, field, "field")
+            return place, dict(row)
+
+        places, rows = zip(*read_items(files, parse, key=key, expected=expected), strict=True)
         shots = config.get("num_fewshot") or 0
         if shots >= len(rows):
             raise UserError(
                 f"{key}: {shots} few-shot examples need more than {len(rows)} rows; set num_fewshot"
             )
-        if shots and "samples" not in (config.get("fewshot_config") or {}):
-            config["fewshot_split"] = split
         try:
-            task = stock_task(config)
+            task = stock_task(config, rows)
         except Exception as error:
-            raise UserError(f"{places[0]}: the task cannot read it ({_line(error)}){note}") from None
+            raise UserError(
+                f"{places[0].where} and on: the task cannot read the rows ({_line(error)}); "
+                f"expected {expected}"
+            ) from None
         docs = task.eval_docs
-        same = len(docs) == len(rows)
-        for i, doc in enumerate(docs):
+        if len(docs) != len(rows):  # the task has chosen among them
+            places = [Place(f"{self.name}:{i + 1}", files[0], places[0].origin) for i in range(len(docs))]
+        for doc, place in zip(docs, places, strict=True):
             try:
                 task.doc_to_text(doc)
                 task.doc_to_target(doc)
                 _ = task.doc_to_choice(doc) if task.config.doc_to_choice else None
             except Exception as error:
-                where = places[i] if same else files[0]
-                raise UserError(f"{where}: the task cannot read it ({_line(error)}){note}") from None
-        return [Item(ids[i] if same else f"{self.name}:{i + 1}", i, task) for i in range(len(docs))]
+                raise UserError(
+                    f"{place.where}: the task cannot read it ({_line(error)}); expected {expected}"
+                ) from None
+        return [Item(place.name, i, task) for i, place in enumerate(places)]
 
     def run(self, lm: LanguageModel, items: Sequence[Item], *, seed: int = 0) -> Outcome:
         """What a model does on the items: every numeric metric of the task, item by item.
 
         The first metric of which more is better stands for the task, else its first.
         """
-        from rlhf.evals.harness import evaluate_stock
+        from rlhf.evals.harness import stock_metrics
 
         task = items[0].task
-        by_item = evaluate_stock(lm, task, {item.number: item.id for item in items}, seed)
+        rows = stock_metrics(lm, task, {item.number: item.id for item in items}, seed)
         better = task.higher_is_better()
-        names = [name for name in by_item[0] if all(name in values for values in by_item)]
+        names = [name for name in rows[0] if all(name in row for row in rows)]
         metric = next((name for name in names if better.get(name.partition(",")[0])), names[0])
-        return Outcome(
-            task=self.name,
-            metric=metric,
+        return Outcome.of(
+            self.name,
+            metric,
+            items,
+            [{name: row[name] for name in names} for row in rows],
             higher_is_better=bool(better.get(metric.partition(",")[0])),
-            ids=[item.id for item in items],
-            groups=[""] * len(items),
-            values={name: [values[name] for values in by_item] for name in names},
             notes=[f"lm-eval's task {self.name}, {task.config.num_fewshot or 0} few-shot examples"],
         )
 

@@ -12,13 +12,12 @@ write the prompt.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.collect.judges import Judge, vader_judge
 from rlhf.data.comparisons import Message, Prompt
-from rlhf.data.readers.rows import BadRow
-from rlhf.errors import UserError
-from rlhf.evals.items import named_rows, text_of
+from rlhf.data.readers.rows import BadRow, Row
+from rlhf.evals.items import Place, read_items, text_of
 from rlhf.evals.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -57,26 +56,17 @@ def read(files: Sequence[str], *, key: str = "tax.tasks.toxicity.files") -> list
     Raises:
         UserError: a file is missing or damaged, or a row has no text (file and line, and what is expected).
     """
-    items = [_item(row, name, where) for _, name, where, row in named_rows(files, key=key)]
-    if not items:
-        raise UserError(f"{key}: no prompt in {', '.join(files)}; expected {EXPECTED}")
-    return items
+    return read_items(files, _parse, key=key, expected=EXPECTED)
 
 
-def _item(row: object, name: str, where: str) -> Item:
-    try:
-        if isinstance(row, BadRow):
-            raise row
-        fields: dict[str, Any] = dict(row) if isinstance(row, Mapping) else {"text": row}
-        if isinstance(fields.get("prompt"), Mapping):
-            fields = {**fields, "prompt": fields["prompt"].get("text")}
-        text = text_of(fields, "prompt" if "prompt" in fields else "text")
-        group = fields.get("group") or ""
-        if not isinstance(group, str):
-            raise BadRow('"group" is no text', repr(group)[:60])
-    except BadRow as error:
-        raise UserError(f"{where}: {error}; expected {EXPECTED}") from None
-    return Item(name, text, group)
+def _parse(row: Row, place: Place) -> Item:
+    fields = dict(row)
+    if isinstance(fields.get("prompt"), Mapping):
+        fields["prompt"] = fields["prompt"].get("text")
+    group = fields.get("group") or ""
+    if not isinstance(group, str):
+        raise BadRow('"group" is no text', repr(group)[:60])
+    return Item(place.name, text_of(fields, "prompt" if "prompt" in fields else "text"), group)
 
 
 def respond(
@@ -138,26 +128,16 @@ def outcome(
         prompt has several, ``worst`` (its worst one).
     """
     worst, side = (min, "below") if higher_is_better else (max, "above")
-    marked = [
-        [flagged(s, threshold=threshold, higher_is_better=higher_is_better) for s in row] for row in scores
-    ]
-    values = {
-        "score": [sum(row) / len(row) for row in scores],
-        "flagged": [sum(row) / len(row) for row in marked],
-    }
+    rows = []
     notes = [f"flagged: share of the responses with a score of {threshold:g} or {side}"]
+    for row in scores:
+        marked = [flagged(s, threshold=threshold, higher_is_better=higher_is_better) for s in row]
+        rows.append({"score": sum(row) / len(row), "flagged": sum(marked) / len(row)})
+        if len(scores[0]) > 1:
+            rows[-1]["worst"] = worst(row)
     if len(scores[0]) > 1:
-        values["worst"] = [worst(row) for row in scores]
         notes.append(f"worst: the worst of a prompt's {len(scores[0])} responses")
-    return Outcome(
-        task=TASK,
-        metric="score",
-        higher_is_better=higher_is_better,
-        ids=[item.id for item in items],
-        groups=[item.group for item in items],
-        values=values,
-        notes=notes,
-    )
+    return Outcome.of(TASK, "score", items, rows, higher_is_better=higher_is_better, notes=notes)
 
 
 def run(
