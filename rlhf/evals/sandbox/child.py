@@ -5,20 +5,23 @@ new process namespace; bubblewrap does the same in its place. The guard builds t
 done that too), gives up every right, forks the *program*, watches time and output, judges, and reports. When
 process 1 ends, the kernel ends all others of the namespace: nothing that a program starts outlives it.
 
-In: ``key=value`` arguments (:func:`main`) and the program's text on stdin, until its end. Out, on stdout: a
-status, a detail and processor seconds, a line each, then what the program printed.
+In: orders, a JSON object as the only argument (the limits of ``verdict.Limits``; ``rung``; ``user``, the id
+that root becomes; ``filtered``; ``views``, which ``jail.build_root`` knows), and the program's text on stdin,
+until its end. Out, on stdout: a status, a detail and processor seconds, a line each, then what the program
+printed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import select
 import signal
 import sys
 import time
-import types
+from types import ModuleType, SimpleNamespace
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import jail
@@ -28,7 +31,7 @@ del sys.path[0]
 KEPT = 4096  # bytes of the program's output that the report carries
 
 
-def program(source: bytes, args: dict[str, str], output: int, verdict: int, token: bytes) -> None:
+def program(source: bytes, orders: SimpleNamespace, output: int, verdict: int, token: bytes) -> None:
     """Run the text as ``__main__`` and write to ``verdict`` how it ended.
 
     The token is written when the last line of the text is done, and by this process alone: an early exit says
@@ -36,13 +39,13 @@ def program(source: bytes, args: dict[str, str], output: int, verdict: int, toke
 
     Args:
         source: the program's text.
-        args: of :func:`main`.
+        orders: what the module says.
         output: where stdout and stderr go.
         verdict: where the word on the end goes.
         token: what a program must say that passed.
     """
     write, process, me = os.write, os.getpid, os.getpid()  # the text may put others in their place
-    module = types.ModuleType("__main__")
+    module = ModuleType("__main__")
     said = b"broken "
     try:
         for number, descriptor in ((1, output), (2, output), (3, verdict)):
@@ -53,9 +56,8 @@ def program(source: bytes, args: dict[str, str], output: int, verdict: int, toke
         os.environ.clear()
         random.seed(0)
         sys.argv, sys.modules["__main__"] = ["program.py"], module
-        limits = {key: int(args[key]) for key in ("cpu", "memory", "file", "processes", "files")}
-        jail.limit_resources(**limits)
-        if args["filter"] == "on":
+        jail.limit_resources(orders)
+        if orders.filtered:
             jail.filter_system_calls()
         said = b"failed "
         exec(compile(source, "program.py", "exec"), module.__dict__)
@@ -107,24 +109,17 @@ def judge(status: int, seconds: float, said: bytes, token: bytes, cpu: int) -> t
     return word.decode(), rest.decode(errors="replace")
 
 
-def guard(source: bytes, args: dict[str, str], views: list[str]) -> None:
-    """Process 1 of the namespace: lock the door, run the program, watch it, report.
-
-    Args:
-        source: the program's text.
-        args: of :func:`main`.
-        views: of :func:`jail.build_root`.
-    """
+def guard(source: bytes, orders: SimpleNamespace) -> None:
+    """Process 1 of the namespace: lock the door, run the program, watch it, report."""
     if os.getpid() != 1:  # the signal to everybody, below, would go to everybody
         raise OSError("there is no process namespace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no handler: process 1 then ignores what comes from inside
     os.umask(0o022)
-    if args["rung"] != "bubblewrap":
-        jail.build_root(views, int(args["folder"]))
+    if orders.rung != "bubblewrap":
+        jail.build_root(orders.views, orders.folder_bytes)
     if os.geteuid() == 0:
-        user = int(args["user"])
-        os.chown("/tmp", user, user)
-        jail.become(user)
+        os.chown("/tmp", orders.user, orders.user)
+        jail.become(orders.user)
     os.chdir("/tmp")
     jail.give_up_rights()
     token = os.urandom(16).hex().encode()
@@ -132,13 +127,13 @@ def guard(source: bytes, args: dict[str, str], views: list[str]) -> None:
     leave, child = os._exit, os.fork()
     if child == 0:
         try:
-            program(source, args, output, verdict, token)
+            program(source, orders, output, verdict, token)
         finally:
             leave(0)
     os.close(output)
     os.close(verdict)
-    kept, limit = bytearray(), int(args["output"])
-    late = watch(child, printed, kept, limit, float(args["wall"]))
+    kept, limit = bytearray(), orders.output_bytes
+    late = watch(child, printed, kept, limit, orders.wall_seconds)
     with contextlib.suppress(ProcessLookupError):
         if late or len(kept) > limit:
             os.kill(child, signal.SIGKILL)
@@ -152,24 +147,15 @@ def guard(source: bytes, args: dict[str, str], views: list[str]) -> None:
     elif late:
         found = "timed out", "wall clock"
     else:
-        found = judge(status, seconds, _available(told, KEPT), token, int(args["cpu"]))
+        found = judge(status, seconds, _available(told, KEPT), token, orders.cpu_seconds)
     report(*found, seconds, bytes(kept[:KEPT]))
 
 
 def watch(child: int, printed: int, kept: bytearray, limit: int, wall: float) -> bool:
-    """Read what the program prints until it ends, prints too much, or its time is over.
+    """Read what the program prints into ``kept`` until it ends, prints more than ``limit`` bytes, or ``wall``
+    seconds are over; returns whether they are.
 
     Ends this process, and with it the namespace, where nobody waits for the report any more.
-
-    Args:
-        child: process id of the program.
-        printed: the pipe of its output.
-        kept: where the output is put.
-        limit: bytes that are too much.
-        wall: seconds until it is too late.
-
-    Returns:
-        Whether it is too late.
     """
     deadline = time.monotonic() + wall
     ended = os.pidfd_open(child)
@@ -211,25 +197,18 @@ def report(status: str, detail: str, seconds: float = 0.0, output: bytes = b"") 
         text = text[os.write(1, text) :]
 
 
-def main(arguments: list[str]) -> int:
-    """Run what stands on stdin; the exit status is 0 when there is a verdict.
-
-    Args:
-        arguments: ``rung`` (bubblewrap, root, users), ``user`` (id that root becomes), ``filter`` (on, off),
-            the limits ``cpu wall memory file folder processes files output``; ``--``; views.
-    """
-    cut = arguments.index("--")
-    args = dict(word.split("=", 1) for word in arguments[:cut])
+def main(orders: SimpleNamespace) -> int:
+    """Run what stands on stdin; the exit status is 0 when there is a verdict."""
     try:
         source = b""
         while block := os.read(0, 1 << 20):
             source += block
-        if args["rung"] != "bubblewrap":
-            jail.enter_namespaces(as_root=args["rung"] == "root", user=int(args["user"]))
+        if orders.rung != "bubblewrap":
+            jail.enter_namespaces(as_root=orders.rung == "root", user=orders.user)
             child = os.fork()
             if child:
                 return int(os.waitpid(child, 0)[1] != 0)
-        guard(source, args, arguments[cut + 1 :])
+        guard(source, orders)
     except Exception as error:
         report("broken", getattr(error, "strerror", None) or f"{type(error).__name__} {error}")
         return 1
@@ -237,4 +216,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))
+    os._exit(main(SimpleNamespace(**json.loads(sys.argv[1]))))

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import struct
+from types import SimpleNamespace
 
 STACK = 8 << 20  # bytes
 NOBODY = 65534
@@ -97,11 +98,11 @@ def enter_namespaces(*, as_root: bool, user: int) -> None:
             file.write(line)
 
 
-def build_root(views: list[str], scratch_bytes: int) -> None:
+def build_root(views: list[list[str]], scratch_bytes: int) -> None:
     """Give this mount namespace a root of its own: read-only views of a few folders, and /tmp.
 
     Args:
-        views: ``ro:PATH`` a folder or file of the machine, ``dev:PATH`` a device, ``link:PATH:TARGET``.
+        views: of ``run.View``.
         scratch_bytes: size of /tmp, which is empty, in memory, and gone with the namespace.
     """
     mount("none", "/", None, MS_REC | MS_PRIVATE)
@@ -112,10 +113,8 @@ def build_root(views: list[str], scratch_bytes: int) -> None:
     os.mkdir("/tmp")
     options = f"size={scratch_bytes},nr_inodes=1024,mode=0700"
     mount("scratch", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
-    for view in views:
-        kind, _, path = view.partition(":")
+    for kind, path, target in views:
         if kind == "link":
-            path, _, target = path.partition(":")
             os.symlink(target, path)
             continue
         if os.path.isdir(f"/.old{path}"):
@@ -195,21 +194,18 @@ def filter_system_calls() -> None:
     )
 
 
-def limit_resources(*, cpu: int, memory: int, file: int, processes: int, files: int) -> None:
+def limit_resources(limits: SimpleNamespace) -> None:
     """Set the limits of this process and of those that it starts, hard ones.
 
-    Args:
-        cpu: processor seconds of each process; one more until SIGKILL, for a process that ignores SIGXCPU.
-        memory: bytes of address space of each process.
-        file: bytes of the largest file.
-        processes: how many at once, threads included.
-        files: how many open at once in each process.
+    limits: by the names of ``verdict.Limits``. A process that ignores SIGXCPU has one second more until
+    SIGKILL.
     """
+    cpu = limits.cpu_seconds
     wanted = {
-        resource.RLIMIT_AS: memory,
-        resource.RLIMIT_FSIZE: file,
-        resource.RLIMIT_NPROC: processes + 1,  # and the guard, which is of the same user
-        resource.RLIMIT_NOFILE: files,
+        resource.RLIMIT_AS: limits.memory_bytes,
+        resource.RLIMIT_FSIZE: limits.file_bytes,
+        resource.RLIMIT_NPROC: limits.processes + 1,  # and the guard, which is of the same user
+        resource.RLIMIT_NOFILE: limits.open_files,
         resource.RLIMIT_STACK: STACK,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,

@@ -7,10 +7,11 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from rlhf.evals.sandbox.verdict import Verdict
+from rlhf.evals.sandbox.verdict import Limits, Verdict
 
 # Runs inside, behind a line ``facts = {...}``. It stops at the first thing that it could do, with a sentence.
 PROBE = r"""
@@ -75,10 +76,10 @@ def write(name, size):
     with open(name, "wb") as file:
         file.write(bytes(size))
 def fill():
-    for number in range(facts["whole"] // facts["file"] + 1):
-        write(str(number), facts["file"])
-must_fail("it took more memory than allowed", bytearray, facts["memory"], error=MemoryError)
-must_fail("it wrote a file larger than allowed", write, "large", facts["file"] + 1)
+    for number in range(facts["folder_bytes"] // facts["file_bytes"] + 1):
+        write(str(number), facts["file_bytes"])
+must_fail("it took more memory than allowed", bytearray, facts["memory_bytes"], error=MemoryError)
+must_fail("it wrote a file larger than allowed", write, "large", facts["file_bytes"] + 1)
 must_fail("it wrote more than allowed", fill)
 assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0), "it may dump core"
 assert 0 < resource.getrlimit(resource.RLIMIT_CPU)[1] < 60, "its time has no limit"
@@ -89,22 +90,25 @@ assert sys.stdin.read() == "", "it read something"
 _FOREIGN = ("/etc/passwd", "/etc/shadow", "/proc/self", "/proc/1", "/sys/kernel", "/run", "/var", "/boot")
 
 
-def escape(start: Callable[[str], Verdict], shown: Sequence[str], facts: Mapping[str, object]) -> str | None:
+def escape(
+    start: Callable[[str], Verdict], shown: Sequence[str], limits: Limits, *, filtered: bool
+) -> str | None:
     """What a program got out of the sandbox, in one sentence; None for nothing.
 
     Args:
         start: runs a program inside.
         shown: folders and files of this machine that the sandbox may see.
-        facts: what else the program is told: its limits ``memory``, ``file``, ``whole`` in bytes, and whether
-            its system calls are ``filtered``.
+        limits: of the program.
+        filtered: whether its system calls are.
     """
     with tempfile.TemporaryDirectory(prefix="sandbox-probe-") as name, _listeners() as (reached, addresses):
         folder, secret = Path(name), Path(name, "secret")
         secret.write_text("as it was", encoding="utf-8")
         folder.chmod(0o777)  # nothing but the sandbox is in the way
         secret.chmod(0o666)
-        told = {**facts, **addresses, "folder": name, "shown": list(shown), "hidden": hidden(shown)}
-        ended = start(f"facts = {told!r}\n{PROBE}")
+        facts = {**asdict(limits), **addresses, "filtered": filtered, "folder": name}
+        facts |= {"shown": list(shown), "hidden": hidden(shown)}
+        ended = start(f"facts = {facts!r}\n{PROBE}")
         if not ended.passed:
             last = (ended.output.strip().splitlines() or [""])[-1]
             return f"a program was let in and {ended.status} ({last or ended.detail})"
@@ -115,15 +119,15 @@ def escape(start: Callable[[str], Verdict], shown: Sequence[str], facts: Mapping
 
 def hidden(shown: Sequence[str]) -> list[str]:
     """Paths that must not be seen inside: in the home folder, and others, that lead to nothing shown."""
-    try:
+    own: list[str] = []
+    with contextlib.suppress(OSError, RuntimeError):
         own = [os.path.join(Path.home(), name) for name in os.listdir(Path.home())]
-    except (OSError, RuntimeError):
-        own = []
-    return [path for path in (*own, *_FOREIGN) if not any(_one_leads_to_other(path, s) for s in shown)]
-
-
-def _one_leads_to_other(x: str, y: str) -> bool:
-    return f"{x}/".startswith(f"{y}/") or f"{y}/".startswith(f"{x}/")
+    ways = [f"{path}/" for path in shown]
+    return [
+        path
+        for path in (*own, *_FOREIGN)
+        if not any(way.startswith(f"{path}/") or f"{path}/".startswith(way) for way in ways)
+    ]
 
 
 @contextlib.contextmanager

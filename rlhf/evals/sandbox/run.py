@@ -14,28 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import os
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from rlhf.errors import UserError
 from rlhf.evals.sandbox.probe import escape
-from rlhf.evals.sandbox.verdict import (
-    FAILED,
-    KILLED,
-    LIMITS,
-    OUT_OF_MEMORY,
-    PASSED,
-    TIMED_OUT,
-    Limits,
-    Verdict,
-)
+from rlhf.evals.sandbox.verdict import LIMITS, STATUSES, Limits, Verdict
 
 RUNGS = {
     "bubblewrap": "bubblewrap",
@@ -52,17 +47,15 @@ _FURTHER = ("/nix/store", "/gnu/store", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 
-@dataclass(frozen=True)
-class Isolation:
-    """A way to shut a program in that was tried on this machine."""
+class View(NamedTuple):
+    """Something of this machine that the sandbox sees."""
 
-    rung: str
-    """Key of :data:`RUNGS`."""
-
-    @property
-    def name(self) -> str:
-        """What it is, in a few words."""
-        return RUNGS[self.rung]
+    kind: str
+    """``ro`` a folder or file, ``dev`` a device, ``link`` a symbolic link."""
+    path: str
+    """Its place, inside as outside."""
+    target: str = ""
+    """Where a link leads."""
 
 
 def run(source: str, limits: Limits = LIMITS) -> Verdict:
@@ -78,49 +71,41 @@ def run(source: str, limits: Limits = LIMITS) -> Verdict:
     Raises:
         UserError: there is no isolation on this machine, or the sandbox cannot be built any more.
     """
-    return _run(require().rung, source, limits)
+    return _run(require(), source, limits)
 
 
-def require() -> Isolation:
-    """The isolation of this machine.
+def require() -> str:
+    """The way of :data:`RUNGS` that holds on this machine.
 
     Raises:
         UserError: there is none.
     """
-    found = isolation()
-    if found is None:
+    rung, why_not = isolation()
+    if rung is None:
         raise UserError(
-            f"no program is run, because this machine cannot shut one in ({why_not()}): install bubblewrap "
+            f"no program is run, because this machine cannot shut one in ({why_not}): install bubblewrap "
             "or allow user namespaces as docs/sandbox.md says, or leave the task out"
         )
-    return found
-
-
-def isolation() -> Isolation | None:
-    """The first way of :data:`RUNGS` that holds, found by trying and remembered; None where there is none.
-
-    Two programs try to get out: one with the system call filter, one without it, so that namespaces and
-    limits have to hold by themselves. They try to reach a listener of this process, to read and write a file
-    of it, to see the home folder, to signal other processes, to become root, to fork, and to use more memory
-    and disk than allowed (:mod:`rlhf.evals.sandbox.probe`).
-    """
-    return _search()[0]
-
-
-def why_not() -> str:
-    """What every way that does not hold here lacks, in one line."""
-    return "; ".join(f"{RUNGS[rung]}: {reason}" for rung, reason in _search()[1].items())
+    return rung
 
 
 @functools.cache
-def _search() -> tuple[Isolation | None, dict[str, str]]:
-    reasons: dict[str, str] = {}
-    for rung in RUNGS:
+def isolation() -> tuple[str | None, str]:
+    """The first way of :data:`RUNGS` that holds, and what those before it lack, in one line.
+
+    It is found by trying, and remembered; None where none holds. Two programs try to get out: one with the
+    system call filter, one without it, so that namespaces and limits have to hold by themselves. They try to
+    reach a listener of this process, to read and write a file of it, to see the home folder, to signal other
+    processes, to become root, to fork, and to use more memory and disk than allowed
+    (:mod:`rlhf.evals.sandbox.probe`).
+    """
+    reasons: list[str] = []
+    for rung, name in RUNGS.items():
         reason = _fault(rung)
         if reason is None:
-            return Isolation(rung), reasons
-        reasons[rung] = reason
-    return None, reasons
+            return rung, "; ".join(reasons)
+        reasons.append(f"{name}: {reason}")
+    return None, "; ".join(reasons)
 
 
 # -------------------------------------------------------------------------------------------- one program
@@ -145,36 +130,27 @@ def _run(rung: str, source: str, limits: Limits, *, filtered: bool = True) -> Ve
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-    status, detail, seconds, output = [*told.split(b"\n", 3), b"", b"", b""][:4]
-    if status.decode() in {PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY, KILLED} and seconds:
-        said = output.decode("utf-8", errors="replace")
-        return Verdict(status.decode(), detail.decode("utf-8", errors="replace"), said, float(seconds))
-    cause = detail or (complaint.strip().splitlines() or [b"it ended without a report"])[-1]
-    raise _Unbuilt(rung, cause.decode(errors="replace")[:300])
+    status, detail, seconds, output = [*told.decode(errors="replace").split("\n", 3), "", "", ""][:4]
+    if status in STATUSES and seconds:
+        return Verdict(status, detail, output, float(seconds))
+    last = (complaint.decode(errors="replace").strip().splitlines() or ["it ended without a report"])[-1]
+    raise _Unbuilt(rung, (detail or last)[:300])
 
 
 def _command(rung: str, limits: Limits, filtered: bool) -> list[str]:
-    script = str(_CHILD)
-    prefix: list[str] = []
-    if rung == "bubblewrap":
-        script = f"/.sandbox/{_CHILD.name}"
-        prefix = _bubblewrap(limits)
-    words = {
+    orders = {
+        **asdict(limits),
+        "cpu_seconds": math.ceil(limits.cpu_seconds),
         "rung": rung,
         "user": _FIRST_USER + secrets.randbelow(1 << 24),
-        "filter": "on" if filtered else "off",
-        "cpu": math.ceil(limits.cpu_seconds),
-        "wall": limits.wall_seconds,
-        "memory": limits.memory_bytes,
-        "file": limits.file_bytes,
-        "folder": limits.folder_bytes,
-        "processes": limits.processes,
-        "files": limits.open_files,
-        "output": limits.output_bytes,
+        "filtered": filtered,
+        "views": _views(),
     }
+    prefix, script = [], str(_CHILD)
+    if rung == "bubblewrap":
+        prefix, script = _bubblewrap(limits), f"/.sandbox/{_CHILD.name}"
     # no site-packages, nothing of the user's, no folder of a script on the path, no bytecode written
-    python = [_interpreter(), "-S", "-s", "-P", "-B", "-X", "utf8", script]
-    return [*prefix, *python, *(f"{key}={value}" for key, value in words.items()), "--", *_views()]
+    return [*prefix, _interpreter(), "-S", "-s", "-P", "-B", "-X", "utf8", script, json.dumps(orders)]
 
 
 def _bubblewrap(limits: Limits) -> list[str]:
@@ -185,10 +161,7 @@ def _bubblewrap(limits: Limits) -> list[str]:
     words += ["--clearenv", "--setenv", "PYTHONHASHSEED", "0"]
     words += ["--perms", "0700", "--size", str(limits.folder_bytes), "--tmpfs", "/tmp"]
     options = {"ro": "--ro-bind", "dev": "--dev-bind", "link": "--symlink"}
-    shown = []  # (option, source, place)
-    for view in _views():
-        kind, path, *target = view.split(":")
-        shown.append((options[kind], *(target or [path]), path))
+    shown = [(options[view.kind], view.target or view.path, view.path) for view in _views()]
     shown += [("--ro-bind", str(file), f"/.sandbox/{file.name}") for file in (_CHILD, _JAIL)]
     above = {str(folder) for _, _, path in shown for folder in Path(path).parents} - {"/", "/tmp"}
     for folder in sorted(above):  # or those would be private that are private outside
@@ -204,8 +177,8 @@ def _interpreter() -> str:
 
 
 @functools.cache
-def _views() -> tuple[str, ...]:
-    """What the sandbox sees of this machine, in the words of ``jail.build_root``."""
+def _views() -> tuple[View, ...]:
+    """What the sandbox sees of this machine."""
     wanted = {os.path.realpath(path) for path in (sys.base_prefix, sys.base_exec_prefix, _interpreter())}
     links = {}
     for path in (*_LIBRARIES, *_FURTHER):
@@ -216,9 +189,9 @@ def _views() -> tuple[str, ...]:
     # a folder brings what is below it
     folders = [path for path in wanted if not any(str(above) in wanted for above in Path(path).parents)]
     inside = [path for path in links if any(str(above) in folders for above in Path(path).parents)]
-    views = [f"ro:{path}" for path in sorted(folders)]
-    views += [f"link:{path}:{target}" for path, target in sorted(links.items()) if path not in inside]
-    return (*views, *(f"dev:{path}" for path in _DEVICES))
+    views = [View("ro", path) for path in sorted(folders)]
+    views += [View("link", path, target) for path, target in sorted(links.items()) if path not in inside]
+    return (*views, *(View("dev", path) for path in _DEVICES))
 
 
 # -------------------------------------------------------------------------------------------- does it hold?
@@ -226,28 +199,53 @@ def _views() -> tuple[str, ...]:
 
 def _fault(rung: str) -> str | None:
     """Why a way is not to be had or does not hold; None where it does."""
-    missing = {
-        "needs Linux": sys.platform != "linux",
-        "not installed": rung == "bubblewrap" and shutil.which("bwrap") is None,
-        "not root": rung == "root" and os.geteuid() != 0,
-    }
-    if any(missing.values()):
-        return next(reason for reason, holds in missing.items() if holds)
+    lacking = _lacking(rung)
+    if lacking:
+        return lacking
     limits = Limits(
         cpu_seconds=5, memory_bytes=192 << 20, file_bytes=64 << 10, folder_bytes=256 << 10, open_files=32
     )
-    shown = [view.split(":")[1] for view in _views()]
+    shown = [view.path for view in _views()]
     try:
         for filtered in (False, True):
             start = functools.partial(_run, rung, limits=limits, filtered=filtered)
-            sizes = {"memory": limits.memory_bytes, "file": limits.file_bytes, "whole": limits.folder_bytes}
-            reason = escape(start, shown, {**sizes, "filtered": filtered})
+            reason = escape(start, shown, limits, filtered=filtered)
             if reason is not None:
                 return reason
     except _Unbuilt as error:
         return error.cause
     except OSError as error:
         return f"it cannot be tried ({error.strerror})"
+    return None
+
+
+def _lacking(rung: str) -> str | None:
+    """What a way lacks as far as it can be known before a program is let in."""
+    if sys.platform != "linux":
+        return "needs Linux"
+    if rung == "bubblewrap" and shutil.which("bwrap") is None:
+        return "not installed"
+    if rung == "root" and os.geteuid() != 0:
+        return "not root"
+    if rung == "users" and os.geteuid() == 0:  # root becomes another user before it asks
+        closed = _closed(view.path for view in _views() if view.kind == "ro")
+        if closed:
+            return (
+                f"its user cannot read the interpreter {_interpreter()}, because others may not enter "
+                f"{closed}: use a Python that all users may read, as the system's, or chmod o+rx {closed}"
+            )
+    return None
+
+
+def _closed(paths: Iterable[str]) -> Path | None:
+    """The first place that others may not read, or not enter on the way to one of the paths."""
+    for path in map(Path, paths):
+        for place in (*reversed(path.parents), path):
+            mode = place.stat().st_mode
+            wanted = stat.S_IROTH if place == path else 0
+            wanted |= stat.S_IXOTH if stat.S_ISDIR(mode) else 0
+            if mode & wanted != wanted:
+                return place
     return None
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
-OUT_OF_MEMORY, KILLED = "out of memory", "killed"
+STATUSES = ("passed", "failed", "timed out", "out of memory", "killed")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Verdict:
     """How a program ended."""
 
     status: str
-    """``passed`` (the last line was reached), ``failed``, ``timed out``, ``out of memory`` or ``killed``."""
+    """One of :data:`STATUSES`; ``passed`` when the last line was reached."""
     detail: str = ""
     """Name of the exception or signal, or which limit it was."""
     output: str = field(default="", compare=False)
@@ -49,4 +48,4 @@ class Verdict:
     @property
     def passed(self) -> bool:
         """Whether the program ran to its end without an exception."""
-        return self.status == PASSED
+        return self.status == "passed"
