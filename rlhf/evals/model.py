@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
@@ -50,7 +49,6 @@ class LanguageModel:
         tokenizer: its tokenizer. What it puts before every text (BOS) begins the fixed text.
         prefix_ids: the fixed text that the model runs under, as tokens; none by default.
         tokens_at_once: tokens that the model reads at a time, the fixed text not counted.
-        device: where to move the model; None leaves it where it is.
 
     Raises:
         UserError: the fixed text fills the model's window.
@@ -63,11 +61,8 @@ class LanguageModel:
         *,
         prefix_ids: Sequence[int] = (),
         tokens_at_once: int = 2048,
-        device: torch.device | str | None = None,
     ) -> None:
         self.model = model.eval()
-        if device is not None:
-            self.model.to(device)
         self.tokenizer = tokenizer
         self.tokens_at_once = tokens_at_once
         start, prefix = special_start(tokenizer), [int(i) for i in prefix_ids]

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens behind a fixed text: by trees where the model takes them, else by rows.
+"""Log-probabilities of tokens behind a fixed text: by trees where the model takes them, else by whole rows.
 
 Shape suffixes: ``_B`` row, ``_T`` token, ``_R`` tree, ``_W`` node of a tree, ``_S`` place that is read,
 ``_D`` hidden unit, ``_V`` vocabulary entry.
@@ -6,7 +6,7 @@ Shape suffixes: ``_B`` row, ``_T`` token, ``_R`` tree, ``_W`` node of a tree, ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,37 +58,51 @@ class Scorer:
 
         prefix: the fixed text before every job.
         """
-        return self.by_trees(prefix, jobs) if self.takes_trees() else self.by_rows(prefix, jobs)
+        return self._score(prefix, jobs, trees=self.takes_trees())
 
-    def by_trees(self, prefix: list[int], jobs: Sequence[Job]) -> tuple[list[float], list[bool]]:
-        """As :meth:`score`; what all jobs begin with is read once, and its states stay for the next call."""
+    def _score(
+        self, prefix: list[int], jobs: Sequence[Job], *, trees: bool
+    ) -> tuple[list[float], list[bool]]:
+        """trees: what all jobs begin with is read once, and its states stay for the next call; jobs that
+        begin alike share a tree. Otherwise each is a whole row by itself."""
         if not jobs:
             return [], []
-        shared = [*prefix, *common_start([job.inputs[: job.first + 1] for job in jobs])]
-        # the last shared token begins every tree: its state predicts, so it is not only looked at
-        kept = shared[:-1]
-        states = self.states_of(kept)
+        kept: list[int] = []
+        if trees:
+            shared = [*prefix, *common_start([job.inputs[: job.first + 1] for job in jobs])]
+            # the last shared token begins every tree: its state predicts, so it is not only looked at
+            kept = shared[:-1]
         lead, skip = prefix[len(kept) :], max(0, len(kept) - len(prefix))
         rows = [[*lead, *job.inputs[skip:]] for job in jobs]
-        capacity = max(*map(len, rows), min(self.tokens_at_once, max(_FILLED_UP_TO, len(kept) // 2)), 0)
+        capacity, at_once = 0, self.tokens_at_once // 4  # logits of all positions at once
+        if trees:
+            at_once = self.tokens_at_once
+            capacity = max(*map(len, rows), min(at_once, max(_FILLED_UP_TO, len(kept) // 2)), 0)
         log_probs = torch.zeros(len(jobs), dtype=torch.float64)
         greedy = torch.ones(len(jobs), dtype=torch.bool)
         with progress("score", total=len(jobs)) as bar:
-            trees = fold(rows, capacity)
-            sizes = [len(tree.tokens) for tree in trees]
-            for several in token_batches(sizes, self.tokens_at_once, longest_first=True):
-                batch = [trees[n] for n in several]
+            folded = fold(rows, capacity)
+            sizes = [len(tree.tokens) for tree in folded]
+            for several in token_batches(sizes, at_once, longest_first=True):
+                batch = [folded[n] for n in several]
                 owner_S, node_S, target_S = _places(batch, jobs, len(lead) - skip)
-                logp_S, best_S = self._read(batch, len(kept), states, node_S, target_S)
+                states_ND, head = self._behind(kept, batch) if trees else self._plain(batch)
+                logp_S, best_S = target_log_probs(
+                    states_ND,
+                    head,
+                    node_S.to(self.device),
+                    target_S.to(self.device),
+                    chunk=chunk_of(int(self.config.vocab_size)),
+                )
                 log_probs.index_add_(0, owner_S, logp_S.double().cpu())
                 greedy[owner_S[~best_S.cpu()]] = False
                 bar.update(sum(len(tree.paths) for tree in batch))
         return log_probs.tolist(), greedy.tolist()
 
-    def _read(
-        self, trees: Sequence[Tree], kept: int, states: PrefixStates, node_S: Tensor, target_S: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ids_RW, positions_RW, mask = lay_out(trees, kept, self.model.dtype, self.device)
+    def _behind(self, kept: list[int], trees: Sequence[Tree]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """State of every node behind what is kept, and the head that makes logits of states."""
+        states = self.states_of(kept)
+        ids_RW, positions_RW, mask = lay_out(trees, len(kept), self.model.dtype, self.device)
         cache = prefix_cache(self.config, states) if states else None
         hidden_RWD = self.model.get_decoder()(
             input_ids=ids_RW,
@@ -97,13 +111,15 @@ class Scorer:
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
-        return target_log_probs(
-            hidden_RWD.flatten(0, 1),
-            self.model.get_output_embeddings(),
-            node_S.to(self.device),
-            target_S.to(self.device),
-            chunk=chunk_of(int(self.config.vocab_size)),
-        )
+        return hidden_RWD.flatten(0, 1), self.model.get_output_embeddings()
+
+    def _plain(self, rows: Sequence[Tree]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits of every place by the model's own forward, and the head that leaves them as they are."""
+        ids_BT, mask_BT = right_pad([row.tokens for row in rows], 0)
+        logits_BTV = self.model(
+            input_ids=ids_BT.to(self.device), attention_mask=mask_BT.long().to(self.device)
+        ).logits
+        return logits_BTV.flatten(0, 1), lambda logits: logits
 
     @torch.no_grad()
     def states_of(self, ids: list[int]) -> PrefixStates:
@@ -117,26 +133,6 @@ class Scorer:
             )
             self._states = ids, [(layer.keys, layer.values) for layer in cache.layers]
         return self._states[1]
-
-    def by_rows(self, prefix: list[int], jobs: Sequence[Job]) -> tuple[list[float], list[bool]]:
-        """As :meth:`score`, with the model's own forward on whole rows, padded on the right."""
-        log_probs, greedy = [0.0] * len(jobs), [True] * len(jobs)
-        lengths = [len(prefix) + len(job.inputs) for job in jobs]
-        at_once = self.tokens_at_once // 4  # logits of all positions at once
-        with progress("score", total=len(jobs)) as bar:
-            for batch in token_batches(lengths, at_once, longest_first=True):
-                ids_BT, mask_BT = right_pad([[*prefix, *jobs[i].inputs] for i in batch], 0)
-                logits_BTV = self.model(
-                    input_ids=ids_BT.to(self.device), attention_mask=mask_BT.long().to(self.device)
-                ).logits
-                for row, i in enumerate(batch):
-                    start = len(prefix) + jobs[i].first
-                    target_S = torch.tensor(jobs[i].targets, device=self.device)
-                    logp_SV = logits_BTV[row, start : start + len(target_S)].float().log_softmax(-1)
-                    log_probs[i] = float(logp_SV.gather(-1, target_S[:, None]).double().sum())
-                    greedy[i] = bool((logp_SV.argmax(-1) == target_S).all())
-                bar.update(len(batch))
-        return log_probs, greedy
 
     @torch.no_grad()
     def takes_trees(self) -> bool:
@@ -159,9 +155,9 @@ class Scorer:
             Job([*ids[3:5], *ids[6:8]], 1, ids[6:9]),
             Job(ids[4:6], 0, ids[5:7]),
         ]
-        rows = torch.tensor(self.by_rows(ids[:3], jobs)[0])
+        rows = torch.tensor(self._score(ids[:3], jobs, trees=False)[0])
         try:
-            trees = torch.tensor(self.by_trees(ids[:3], jobs)[0])
+            trees = torch.tensor(self._score(ids[:3], jobs, trees=True)[0])
         except (AttributeError, TypeError, RuntimeError, ValueError, IndexError):
             return False
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
