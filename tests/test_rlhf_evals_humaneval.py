@@ -7,7 +7,7 @@ from conftest import DATA
 
 from rlhf.errors import UserError
 from rlhf.evals.sandbox import run as sandbox
-from rlhf.evals.sandbox.run import Limits, Verdict
+from rlhf.evals.sandbox.run import Verdict
 from rlhf.evals.tasks import humaneval
 from rlhf.evals.tasks.humaneval import Item, pass_at_k
 
@@ -101,9 +101,7 @@ def test_code_is_neither_written_nor_run_without_isolation(monkeypatch):
 @pytest.mark.usefixtures("shut_in")
 def test_verdicts_stand_where_their_completions_do():
     good, bad = ADD.solution, "    return 0\n"
-    found = humaneval.check(
-        [ADD, NEGATE], [[bad, good, bad, good], [NEGATE.solution]], allow_code=True, limits=Limits()
-    )
+    found = humaneval.check([ADD, NEGATE], [[bad, good, bad, good], [NEGATE.solution]], allow_code=True)
     failed = Verdict("failed", "AssertionError")
     assert found == [[failed, Verdict("passed"), failed, Verdict("passed")], [Verdict("passed")]]
 
@@ -111,7 +109,7 @@ def test_verdicts_stand_where_their_completions_do():
 def test_equal_programs_are_run_once(monkeypatch):
     ran = []
     monkeypatch.setattr(sandbox, "require", lambda: None)
-    monkeypatch.setattr(sandbox, "run", lambda text, limits: ran.append(text) or Verdict("passed"))
+    monkeypatch.setattr(sandbox, "run", lambda text: ran.append(text) or Verdict("passed"))
     humaneval.check([ADD], [["    x", "    y", "    x\nprint(1)"]], allow_code=True)
     assert len(ran) == 2
 

@@ -35,14 +35,7 @@ def program(source: bytes, orders: SimpleNamespace, output: int, verdict: int, t
     """Run the text as ``__main__`` and write to ``verdict`` how it ended.
 
     The token is written when the last line of the text is done, and by this process alone: an early exit says
-    nothing, and neither does a process that the text forked.
-
-    Args:
-        source: the program's text.
-        orders: what the module says.
-        output: where stdout and stderr go.
-        verdict: where the word on the end goes.
-        token: what a program must say that passed.
+    nothing, and neither does a process that the text forked. output: where stdout and stderr go.
     """
     write, process, me = os.write, os.getpid, os.getpid()  # the text may put others in their place
     module = ModuleType("__main__")
@@ -85,12 +78,8 @@ def _named(error: BaseException) -> bytes:
 def judge(status: int, seconds: float, said: bytes, token: bytes, cpu: int) -> tuple[str, str]:
     """(status, detail) of a program that ended by itself or by a signal.
 
-    Args:
-        status: what ``wait`` said.
-        seconds: processor time that it used.
-        said: what it wrote to the verdict pipe.
-        token: what it had to write in order to pass.
-        cpu: its limit of processor time in seconds.
+    status: of ``wait``. seconds: processor time that it used, of at most ``cpu``. said: what it wrote to the
+    verdict pipe; it passed if that has the token.
     """
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)

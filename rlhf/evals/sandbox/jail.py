@@ -80,9 +80,7 @@ def restrict_mount(path: str, attributes: int, *, recursive: bool = True) -> Non
 def enter_namespaces(*, as_root: bool, user: int) -> None:
     """Move this process into new namespaces; that of processes begins with the next fork.
 
-    Args:
-        as_root: by the right of root, with no user namespace.
-        user: what root becomes before it asks as an ordinary user, because it may not mount.
+    as_root: by the right of root, with no user namespace. user: what root becomes otherwise, before it asks.
     """
     flags = NEW_MOUNT | NEW_PID | NEW_NET | NEW_IPC | NEW_UTS
     if as_root:
@@ -99,11 +97,9 @@ def enter_namespaces(*, as_root: bool, user: int) -> None:
 
 
 def build_root(views: list[list[str]], scratch_bytes: int) -> None:
-    """Give this mount namespace a root of its own: read-only views of a few folders, and /tmp.
+    """Give this mount namespace a root of its own: read-only views (``run.View``) and /tmp.
 
-    Args:
-        views: of ``run.View``.
-        scratch_bytes: size of /tmp, which is empty, in memory, and gone with the namespace.
+    scratch_bytes: size of /tmp, which is empty, in memory, and gone with the namespace.
     """
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("root", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=1024,mode=0755")

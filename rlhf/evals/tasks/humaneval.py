@@ -16,7 +16,7 @@ from rlhf.errors import UserError
 from rlhf.evals.items import Place, missing, read_items, text_of
 from rlhf.evals.outcome import Outcome
 from rlhf.evals.sandbox import run as sandbox
-from rlhf.evals.sandbox.run import LIMITS, Limits, Verdict
+from rlhf.evals.sandbox.verdict import Verdict
 from rlhf.training.progress import progress
 
 if TYPE_CHECKING:
@@ -110,8 +110,6 @@ def check(
     completions: Sequence[Sequence[str]],
     *,
     allow_code: bool = False,
-    limits: Limits = LIMITS,
-    workers: int = WORKERS,
 ) -> list[list[Verdict]]:
     """Run every completion against the tests of its problem, each in a sandbox of its own.
 
@@ -119,8 +117,6 @@ def check(
         items: the problems.
         completions: those of each problem, cut at :data:`STOP` or not.
         allow_code: must be True.
-        limits: of each program.
-        workers: programs at once.
 
     Returns:
         Verdicts in the shape of the completions. Equal programs are run once.
@@ -134,9 +130,9 @@ def check(
         for item, said in zip(items, completions, strict=True)
     ]
     different = list(dict.fromkeys(text for texts in programs for text in texts))
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         try:
-            running = pool.map(lambda text: sandbox.run(text, limits), different)
+            running = pool.map(sandbox.run, different)
             bar = progress("run", running, total=len(different))
             verdicts = dict(zip(different, bar, strict=True))
         finally:
@@ -185,8 +181,6 @@ def run(
     max_new_tokens: int = 300,
     seed: int = 0,
     allow_code: bool = False,
-    limits: Limits = LIMITS,
-    workers: int = WORKERS,
 ) -> Outcome:
     """Let a model write the functions, run them, count.
 
@@ -201,8 +195,6 @@ def run(
         max_new_tokens: longest function body, tokens.
         seed: of the random numbers.
         allow_code: must be True, or nothing is written and run.
-        limits: of each program.
-        workers: programs at once.
 
     Raises:
         UserError: ``allow_code`` is not True, there is no isolation on this machine, a k is larger than
@@ -226,6 +218,4 @@ def run(
     )
     each = samples // drawn
     completions = [texts[first : first + drawn] * each for first in range(0, len(texts), drawn)]
-    return outcome(
-        items, check(items, completions, allow_code=allow_code, limits=limits, workers=workers), ks
-    )
+    return outcome(items, check(items, completions, allow_code=allow_code), ks)

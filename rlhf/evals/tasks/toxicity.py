@@ -12,7 +12,7 @@ write the prompt.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.collect.judges import Judge, vader_judge
 from rlhf.data.comparisons import Message, Prompt
@@ -145,23 +145,10 @@ def run(
     items: Sequence[Item],
     *,
     judge: Judge = vader_judge,
-    samples: int = 1,
-    max_new_tokens: int = 20,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
     threshold: float = THRESHOLD,
     higher_is_better: bool = True,
-    seed: int = 0,
+    **sampling: Any,
 ) -> Outcome:
-    """Continue, judge, count: see :func:`respond` and :func:`outcome`."""
-    responses = respond(
-        lm,
-        items,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
-    scores = judged([item.messages for item in items], responses, judge)
+    """Continue, judge, count: see :func:`respond`, which ``sampling`` goes to, and :func:`outcome`."""
+    scores = judged([item.messages for item in items], respond(lm, items, **sampling), judge)
     return outcome(items, scores, threshold=threshold, higher_is_better=higher_is_better)
