@@ -206,6 +206,20 @@ def test_the_stored_transfer_of_pre_training_gives_its_page():
     assert page(content) == (folder / "pmp.md").read_text(encoding="utf-8")
 
 
+def test_the_transfer_of_pre_training_is_paired_by_held_out_comparison():
+    from studies.pmp_transfer import cells_of
+
+    right = {("none", 0): [1, 0, 2], ("none", 1): [0, 1, 2], ("lm", 0): [1, 1, 3], ("lm", 1): [1, 0, 3]}
+    made = [Unit("finetune", {"arm": arm, "pairs": 4, "seed": seed}) for arm, seed in right]
+    found = [{"result": {"correct": correct, "pairs": [1, 1, 3]}} for correct in right.values()]
+    cells = cells_of(Results(made, found))
+    assert [*cells["none-4"]] == ["accuracy"]
+    assert cells["none-4"]["accuracy"]["mean"] == pytest.approx(3 / 5)
+    assert cells["lm-4"]["accuracy"]["mean"] == pytest.approx(4.5 / 5)
+    assert cells["lm-4"]["difference"]["mean"] == pytest.approx(1.5 / 5)
+    assert cells["lm-4"]["difference"]["n"] == 3
+
+
 # the command line
 
 

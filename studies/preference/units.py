@@ -14,6 +14,7 @@ the purpose alone: models of all sizes and arms see the same sentences.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,15 @@ def versus(model: Rung, s: Settings) -> dict[str, Any]:
     Imitation is scored by the sum and the mean of the log-probabilities, and by the sum less that of the
     language model it started from, which takes out how common the words are.
     """
-    world = world_of(s["seed"])
-    draw = DRAW[s["data"]]
-    pairs = draw(world, s["pairs"], random(s["seed"], "training"), part="train")
-    test = draw(world, s["test"], random(s["seed"], "test"), part="held_out")
+    pairs, test = _drawn(DRAW[s["data"]], s, s["pairs"])
     if s["labels"] == "shuffled":
         pairs = data.in_random_order(pairs, random(s["seed"], "labels"))
     if s["arm"] == "pm":
-        trained = _fit(model, s, len(pairs), lambda i: losses.preference_loss(model, pairs, i))
+        trained = _fit(model, s, len(pairs), partial(losses.preference_loss, model, pairs))
         credits = {"score": _credit(model, test, losses.reward)}
     else:
         before = _both(model, test, losses.summed_log_prob)
-        trained = _fit(model, s, len(pairs), lambda i: losses.imitation_loss(model, pairs.good, i))
+        trained = _fit(model, s, len(pairs), partial(losses.imitation_loss, model, pairs.good))
         after = _both(model, test, losses.summed_log_prob)
         tokens = [side.mask_NT[:, 2:].sum(axis=1) for side in (test.good, test.bad)]
         credits = {
@@ -111,19 +109,13 @@ def pretrain(model: Rung, s: Settings) -> dict[str, Any]:
     imitation: language modelling on the good sides, the control that sees the same sentences without their
     order. ranked: the pairs as they are. binary: the two control-token comparisons of every pair.
     """
-    world = world_of(s["seed"])
-    pairs = data.ranked_pairs(world, s["pairs"], random(s["seed"], "training"), part="train")
-    trained = _fit(
-        model,
-        s,
-        len(pairs),
-        {
-            "imitation": lambda i: losses.imitation_loss(model, pairs.good, i),
-            "ranked": lambda i: losses.preference_loss(model, pairs, i),
-            "binary": lambda i: losses.binarised_loss(model, pairs, i),
-        }[s["arm"]],
-    )
-    test = data.ranked_pairs(world, s["test"], random(s["seed"], "test"), part="held_out")
+    pairs, test = _drawn(data.ranked_pairs, s, s["pairs"])
+    loss: dict[str, Callable[[Ints], torch.Tensor]] = {
+        "imitation": partial(losses.imitation_loss, model, pairs.good),
+        "ranked": partial(losses.preference_loss, model, pairs),
+        "binary": partial(losses.binarised_loss, model, pairs),
+    }
+    trained = _fit(model, s, len(pairs), loss[s["arm"]])
     return {
         "source_accuracy": float(_credit(model, test, losses.reward).mean()),
         "source_accuracy_by_control": float(_credit(model, test, losses.good_less_bad).mean()),
@@ -137,7 +129,7 @@ def finetune(model: Rung, s: Settings) -> dict[str, Any]:
     if s["pairs"] == 0:
         return {"credit": to_text(_credit(model, test, losses.reward))}
     pairs = target_pairs(s, FINETUNING_POOL, part="train").take(np.arange(s["pairs"]))
-    trained = _fit(model, s, len(pairs), lambda i: losses.preference_loss(model, pairs, i))
+    trained = _fit(model, s, len(pairs), partial(losses.preference_loss, model, pairs))
     return {"credit": to_text(_credit(model, test, losses.reward)), "last_loss": _last(trained)}
 
 
@@ -156,12 +148,10 @@ def target_pairs(s: Settings, n: int, *, part: Part) -> Pairs:
 
 def calibrate(model: Rung, s: Settings) -> dict[str, Any]:
     """Train on Bradley-Terry labels for some passes; how the gaps of held-out pairs foretell their labels."""
-    world, sharp = world_of(s["seed"]), s["sharpness"]
-    pairs = data.noisy_pairs(world, s["pairs"], random(s["seed"], "training"), part="train", sharpness=sharp)
-    test = data.noisy_pairs(world, s["test"], random(s["seed"], "test"), part="held_out", sharpness=sharp)
-    trained = _fit(model, s, len(pairs), lambda i: losses.preference_loss(model, pairs, i))
+    pairs, test = _drawn(data.noisy_pairs, s, s["pairs"], sharpness=s["sharpness"])
+    trained = _fit(model, s, len(pairs), partial(losses.preference_loss, model, pairs))
     good, bad = _both(model, test, losses.reward)
-    known = sharp * (test.good.quality_N - test.bad.quality_N)
+    known = s["sharpness"] * (test.good.quality_N - test.bad.quality_N)
     return {
         "model": calibration(good - bad),
         "known score": calibration(known.astype(np.float64)),
@@ -175,43 +165,41 @@ def ranked_sets(model: Rung, s: Settings) -> dict[str, Any]:
     grouped: a step takes b prompts whole. shuffled: it takes as many single comparisons, b K (K - 1) / 2,
     drawn from all prompts. Both see every comparison once, in the same number of steps.
     """
-    world, k, sharp = world_of(s["seed"]), s["k"], s["sharpness"]
-    rng, rng_test = random(s["seed"], "training"), random(s["seed"], "test")
-    sentences, ranks_NK = data.ranked_sets(world, s["prompts"], k, rng, part="train", sharpness=sharp)
-    test, test_NK = data.ranked_sets(world, s["test"], k, rng_test, part="held_out", sharpness=sharp)
-    comparisons = k * (k - 1) // 2
+    k, sharp = s["k"], s["sharpness"]
+    train_sets, test_sets = _drawn(data.ranked_sets, s, s["prompts"], k=k, sharpness=sharp)
     steps = s["prompts"] // s["batch"]
     curve: list[dict[str, float]] = []
     forwards = 0
 
+    def losses_N(sentences: data.Sentences, ranks_NK: Ints) -> Floats:
+        """Loss of every set of K."""
+        return losses.set_losses(losses.scores_of(model, sentences, losses.reward).reshape(-1, k), ranks_NK)
+
     def measure(step: int) -> None:
         if step in {round(steps * i / s["points"]) for i in range(s["points"] + 1)}:
-            scores_NK = losses.scores_of(model, test, losses.reward).reshape(-1, k)
-            curve.append({"seen": step / steps, "loss": float(losses.set_losses(scores_NK, test_NK).mean())})
+            curve.append({"seen": step / steps, "loss": float(losses_N(*test_sets).mean())})
 
     def loss(items: Ints) -> torch.Tensor:
         nonlocal forwards
         if s["arm"] == "grouped":
             forwards += len(items) * k
-            return losses.set_loss(model, sentences, ranks_NK, items)
+            return losses.set_loss(model, train_sets[0], train_sets[1], items)
         forwards += len(items) * 2
         return losses.preference_loss(model, pairs, items)
 
-    pairs = data.pairs_of_sets(sentences, ranks_NK)
+    pairs = data.pairs_of_sets(*train_sets)
     measure(0)
     if s["arm"] == "grouped":
         trained = _fit(model, s, s["prompts"], loss, after_step=measure)
     else:
-        in_pairs = {**s, "batch": s["batch"] * comparisons}
+        in_pairs = {**s, "batch": s["batch"] * k * (k - 1) // 2}
         trained = _fit(model, in_pairs, len(pairs), loss, after_step=measure)
-    held_out_N = losses.set_losses(losses.scores_of(model, test, losses.reward).reshape(-1, k), test_NK)
-    seen_N = losses.set_losses(losses.scores_of(model, sentences, losses.reward).reshape(-1, k), ranks_NK)
-    known = sharp * test.quality_N.reshape(-1, k).astype(np.float64)
+    known = sharp * test_sets[0].quality_N.reshape(-1, k).astype(np.float64)
     return {
         "curve": curve,
-        "held_out_losses": [round(float(x), 5) for x in held_out_N],
-        "training_loss": float(seen_N.mean()),
-        "known_score_loss": float(losses.set_losses(known, test_NK).mean()),
+        "held_out_losses": [round(float(x), 5) for x in losses_N(*test_sets)],
+        "training_loss": float(losses_N(*train_sets).mean()),
+        "known_score_loss": float(losses.set_losses(known, test_sets[1]).mean()),
         "forwards_per_prompt": forwards / (steps * s["batch"]),
         "last_loss": _last(trained),
     }
@@ -226,6 +214,15 @@ KINDS: dict[str, Callable[[Rung, Settings], dict[str, Any]]] = {
     "sets": ranked_sets,
 }
 LEAVING_WEIGHTS = {"lm", "pmp"}
+
+
+def _drawn(draw: Callable[..., Any], s: Settings, number: int, **more: Any) -> tuple[Any, Any]:
+    """What is trained on, so many, and what is held out, drawn in the same way."""
+    world = world_of(s["seed"])
+    return (
+        draw(world, number, rng=random(s["seed"], "training"), part="train", **more),
+        draw(world, s["test"], rng=random(s["seed"], "test"), part="held_out", **more),
+    )
 
 
 def _fit(
