@@ -84,32 +84,39 @@ def test_distillation_has_to_take_over_four_fifths_on_the_whole_interval(told, v
 
 # claim 6
 
-
-def test_a_tax_that_falls_with_size_and_that_text_lowers_is_supported():
-    claim = claims.tax(study())
-    assert verdicts(claim, "slope of the tax of PPO on held-out loss") == {SUPPORTED}
-    assert verdicts(claim, "tax on held-out loss, PPO less PPO-ptx") == {SUPPORTED}
-    assert not any("same reward" in note for note in claim.notes)
+ON_LOSS = "slope of the tax of PPO on held-out loss"
+ON_WORDS = "slope of the tax of PPO on last words"
+LOWERED = "tax on held-out loss, PPO less PPO-ptx"
+LESS_REWARD, NOTHING_TO_LOSE = "same reward", "nothing to lose"
 
 
-def test_a_tax_that_grows_is_contradicted_and_one_that_stays_undecided():
-    grows = claims.tax(study(tax=lambda layers: 0.03 * layers))
-    assert verdicts(grows, "slope of the tax of PPO on held-out loss") == {CONTRADICTED}
-    stays = claims.tax(study(tax=lambda layers: 0.03))
-    assert verdicts(stays, "slope of the tax of PPO on held-out loss") == {UNDECIDED}
+@pytest.mark.parametrize(
+    ("made_up", "expected", "noted"),
+    [
+        ({}, {ON_LOSS: SUPPORTED, LOWERED: SUPPORTED}, None),
+        ({"tax": lambda layers: 0.03 * layers}, {ON_LOSS: CONTRADICTED}, None),
+        ({"tax": lambda layers: 0.03}, {ON_LOSS: UNDECIDED}, None),
+        ({"ptx": 1.5}, {LOWERED: CONTRADICTED}, None),
+        ({"ptx_reward": 0.2}, {LOWERED: UNDECIDED}, LESS_REWARD),
+        ({"ptx_reward": 0.2, "ptx": 1.5}, {LOWERED: UNDECIDED}, LESS_REWARD),
+        (
+            {"word": 0.0, "word_tax": lambda layers: 0.0},  # rungs that never knew the last word
+            {"last words lost": UNDECIDED, ON_WORDS: UNDECIDED},
+            NOTHING_TO_LOSE,
+        ),
+    ],
+)
+def test_a_tax_has_to_fall_with_size_and_with_text_where_that_can_be_judged(made_up, expected, noted):
+    claim = claims.tax(study(**made_up))
+    for text, verdict in expected.items():
+        assert verdicts(claim, text) == {verdict}
+    for note in (LESS_REWARD, NOTHING_TO_LOSE):
+        assert sum(note in n for n in claim.notes) == (3 if note == noted else 0)
 
 
-def test_text_that_does_not_lower_the_tax_is_told():
-    assert verdicts(claims.tax(study(ptx=1.5)), "tax on held-out loss, PPO less") == {CONTRADICTED}
-
-
-def test_a_tax_that_is_lower_for_less_reward_is_told_and_not_judged():
-    claim = claims.tax(study(ptx_reward=0.2))
-    assert verdicts(claim, "tax on held-out loss, PPO less PPO-ptx") == {UNDECIDED}
-    assert sum("same reward" in note for note in claim.notes) == 3
-    (row,) = [row for row in claim.rows if row[0].startswith("reward on held-out openings")]
+def test_a_lower_reward_is_in_the_table():
+    (row,) = [r for r in claims.tax(study(ptx_reward=0.2)).rows if r[0].startswith("reward on held-out")]
     assert row[2].startswith("-0.300")
-    assert verdicts(claims.tax(study(ptx_reward=0.2, ptx=1.5)), "tax on held-out") == {UNDECIDED}
 
 
 def test_a_tax_that_is_paid_is_told_and_not_judged():
@@ -121,15 +128,6 @@ def test_a_tax_that_is_paid_is_told_and_not_judged():
     assert not [s for s in claim.statements if "pays" in s.text]
 
 
-def test_a_rung_that_never_knew_the_last_word_has_nothing_to_lose():
-    able = claims.tax(study())
-    assert verdicts(able, "last words lost, prompted") <= {SUPPORTED, UNDECIDED}
-    unable = claims.tax(study(word=0.0, word_tax=lambda layers: 0.0))
-    assert verdicts(unable, "last words lost") == {UNDECIDED}
-    assert verdicts(unable, "slope of the tax of PPO on last words") == {UNDECIDED}
-    assert sum("nothing to lose" in note for note in unable.notes) == 3
-
-
 # claim 19
 
 
@@ -137,20 +135,17 @@ def test_accuracy_that_falls_with_size_is_inverse_scaling():
     claim = claims.inverse_scaling(study())
     assert claim.verdict is SUPPORTED
     assert len(claim.statements) == 8  # four tasks, before and after
+    assert sum(row[1] == "ppo less base, paired" for row in claim.rows) == 4
     rises = claims.inverse_scaling(study(accuracy=lambda layers: 0.2 + 0.2 * layers))
     assert rises.verdict is CONTRADICTED
 
 
-def test_a_change_of_accuracy_by_ppo_is_paired_and_beside_the_trend():
-    claim = claims.inverse_scaling(study())
-    assert sum(row[1] == "ppo less base, paired" for row in claim.rows) == 4
-
-
 def test_where_the_answers_have_no_probability_nothing_is_decided():
-    claim = claims.inverse_scaling(study(mass=0.01))
+    done = study(mass=0.01)
+    claim = claims.inverse_scaling(done)
     assert claim.verdict is UNDECIDED
     assert sum("accuracy there says little" in note for note in claim.notes) == 8
-    assert claims.answer_mass(study(mass=0.01), "neqa", PPO) == pytest.approx([0.01] * 3)
+    assert claims.answer_mass(done, "neqa", PPO) == pytest.approx([0.01] * 3)
 
 
 # fewer rungs
