@@ -1,8 +1,8 @@
 """A tiny policy and encoded demonstrations for the tests of fine-tuning."""
 
-import os
 import random
 
+import pytest
 import torch
 from conftest import ROOT, stage
 from preference_cases import tiny as tiny_recipe_and_dialogue
@@ -27,14 +27,11 @@ def begun(folder):
     from rlhf.collect import __main__ as collect
     from rlhf.models import prepare
 
-    before = os.getcwd()
     folder.mkdir(exist_ok=True)
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         for main in (prepare.main, collect.main):
             stage(main, *FAST)
-    finally:
-        os.chdir(before)
     return folder
 
 

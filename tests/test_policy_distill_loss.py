@@ -80,13 +80,6 @@ def test_joining_classes_never_raises_it_and_it_is_never_negative(seed, scales, 
     assert (joined >= -1e-5).all()
 
 
-def test_with_one_token_in_the_rest_nothing_is_lost():
-    teacher, student = random(0, N, V), random(1, N, V)
-    indices = most_likely(teacher, V - 1)
-    joined = top_k_kl(top_k_log_probs(teacher, indices), top_k_log_probs(student, indices))
-    torch.testing.assert_close(joined, full_kl(teacher, student), rtol=1e-4, atol=1e-5)
-
-
 def test_the_whole_divergence_is_torchs_own():
     teacher, student = random(0, N, V, scale=3), random(1, N, V, scale=3)
     expected = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
@@ -185,14 +178,6 @@ def test_any_head_will_do():
     expected = top_k_kl(top_k, top_k_log_probs(head(hidden), top_k.indices_NK))
     for chunk in (1, 8, N):
         torch.testing.assert_close(distil_kl(hidden, head, top_k, chunk=chunk), expected)
-
-
-def test_a_step_along_the_gradient_lowers_it():
-    hidden, head, top_k = random(0, N, D).requires_grad_(), head_of(), classes_of(random(1, N, V, scale=2))
-    before = distil_kl(hidden, head, top_k, chunk=8).mean()
-    before.backward()
-    after = distil_kl(hidden - 0.1 * hidden.grad, head, top_k, chunk=8).mean()
-    assert after < before
 
 
 # ---- what the teacher says, and what is measured

@@ -58,17 +58,13 @@ def dies_at(monkeypatch, where, name, number):
 @pytest.fixture(scope="module")
 def wholes(tmp_path_factory):
     """The folder of a run that was left alone, by method."""
-    folder, kept = tmp_path_factory.mktemp("wholes"), {}
-    write_lab(folder)
+    folder, kept = write_lab(tmp_path_factory.mktemp("wholes")), {}
 
     def of(method):
         if method not in kept:
-            before = os.getcwd()
-            os.chdir(folder)
-            try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
                 kept[method] = folder / run(name=method, method=method, learning_rate=RATES[method])
-            finally:
-                os.chdir(before)
         return kept[method]
 
     return of

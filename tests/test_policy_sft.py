@@ -14,7 +14,7 @@ from policy.sft.run import judged, new_backbone
 from rlhf.errors import UserError
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_base, vocabulary_head
-from rlhf.models.packing import Row, micro_batches
+from rlhf.models.packing import micro_batches
 from rlhf.training.hf_trainer import ADAPTER
 
 MIXED = [*cases(6, 1), *cases(1, 2, prompt=(60, 60)), *cases(2, 3, said=(20, 25))]
@@ -81,17 +81,6 @@ def test_the_loss_is_that_of_trls_own_trainer(tmp_path):
     mine = trainer.training_step(backbone.model, batch_of(MIXED))
     assert float(mine) == pytest.approx(float(theirs.detach()), rel=1e-5)
     assert_equal(gradients(backbone), expected)
-
-
-def test_what_is_not_learned_has_no_say_in_the_loss(tmp_path):
-    backbone = awake()
-    row = Row([7, 8, 9, 10, 11], [False, False, False, True, True])
-    trainer = trainer_of(tmp_path, backbone, [row])
-    logps = backbone.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
-    expected = -(logps[2, 10] + logps[3, 11]) / 2
-    assert float(trainer.training_step(backbone.model, batch_of([row]))) == pytest.approx(
-        float(expected.detach()), rel=1e-5
-    )
 
 
 def test_parts_without_weight_change_neither_gradients_nor_figures(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """The assistant's road on a tiny model: each stage starts from the one before, and is refused otherwise."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -40,23 +39,20 @@ def assistant(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("assistant")
     (folder / "recipes").symlink_to(ROOT / "recipes")
-    before, beginnings = os.getcwd(), []
+    beginnings = []
 
     def watched(recipe, section, dialogue, model, *rest, **options):
         beginnings.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
         return train_model(recipe, section, dialogue, model, *rest, **options)
 
     train_model = reward.training.run.train_preference_model
-    os.chdir(folder)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reward.training.run, "train_preference_model", watched)
-            for main in (prepare.main, collect.main, sft.main, distill.main, reward_train.main, train.main):
-                stage(main)
-            for main in (evaluate.main, tax.main):
-                stage(main)
-    finally:
-        os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(reward.training.run, "train_preference_model", watched)
+        for main in (prepare.main, collect.main, sft.main, distill.main, reward_train.main, train.main):
+            stage(main)
+        for main in (evaluate.main, tax.main):
+            stage(main)
     return folder, beginnings
 
 
@@ -141,14 +137,12 @@ def remade(assistant, tmp_path_factory):
     """A copy of that folder in which the distillation was run anew, with another recipe."""
     from policy.distillation import __main__ as distill
 
-    here, before = tmp_path_factory.mktemp("remade") / "here", os.getcwd()
+    here = tmp_path_factory.mktemp("remade") / "here"
     shutil.copytree(assistant[0], here, symlinks=True)
     shutil.rmtree(here / "runs/tiny-assistant/distill")
-    os.chdir(here)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
         stage(distill.main, "distill.epochs=3")
-    finally:
-        os.chdir(before)
     return here
 
 
