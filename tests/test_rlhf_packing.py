@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.models.packing import SHARED, Row, attention_mask, first_fit, micro_batches, pack
+from rlhf.models.packing import SHARED, Row, attention_mask, compare_packing, first_fit, micro_batches, pack
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=20)
 
@@ -98,3 +98,27 @@ def test_sequences_without_anything_to_learn_have_no_targets():
     packed = pack([Row([5, 6], [True, False])], [[0]], pad_id=0)  # the first token has nothing before it
     assert packed.targets_S.tolist() == []
     assert packed.rows_S.shape == packed.owners_S.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("packed", "separate", "dtype", "warns"),
+    [
+        ([1.0, 20.0], [1.0, 20.01], torch.float32, False),  # a thousandth of the largest is allowed
+        ([1.0, 20.0], [1.0, 20.03], torch.float32, True),
+        ([1.0, 2.0], [1.0, 2.1], torch.bfloat16, False),
+        ([1.0, 2.0], [1.0, 2.3], torch.bfloat16, True),
+        ([0.0, float("nan")], [0.0, 0.0], torch.float32, True),
+    ],
+)
+def test_packing_is_refused_where_it_changes_the_outputs(packed, separate, dtype, warns):
+    warning = compare_packing(lambda share: torch.tensor(packed if share else separate), dtype)
+    assert (warning is not None) == warns
+    assert not warns or warning.startswith("packed rows give other outputs with this architecture (by ")
+
+
+def test_an_architecture_that_refuses_the_mask_is_not_packed():
+    def refuses(share):
+        raise ValueError("a mask has two dimensions\nand no more")
+
+    start = "this architecture does not take packed rows (a mask has two dimensions):"
+    assert compare_packing(refuses, torch.float32).startswith(start)

@@ -76,21 +76,16 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
         mean = torch.tensor([m["scores"] for m in members]).mean(0)
         results["ensemble_accuracy"] = accuracy(mean, rows.held_out).as_dict()
     if stage.is_main:
-        ceiling = read_json(stage.parent("comparisons") / MANIFEST)["results"].get("noise_ceiling")
-        if ceiling:
-            results["noise_ceiling"] = ceiling
-        _report(results, len(rows.held_out))
+        labels = read_json(stage.parent("comparisons") / MANIFEST)["results"]
+        if labels.get("noise_ceiling"):
+            results["noise_ceiling"] = labels["noise_ceiling"]
+        stage.say(_summary(results, len(rows.held_out)))
     return results
 
 
 def stored(stage: StageRun, part: str) -> list[Comparison]:
     """Comparisons that the comparisons stage of the same run has written."""
     return read_native(stage.parent("comparisons") / f"{part}.jsonl", "stop", Counts())
-
-
-def model_folder(folder: Path, member: int) -> Path:
-    """Where a member of the ensemble is saved; the first is the reward model as such."""
-    return folder / (MODEL if member == 0 else f"{MODEL}-{member}")
 
 
 def _member(
@@ -114,8 +109,7 @@ def _member(
         if section.head_init == "probe":
             with torch.no_grad():
                 head_of(fresh).weight.copy_(weights_D[None])
-    start = start_folder(recipe)
-    if start:
+    if start := start_folder(recipe):
         read = start_from(fresh, start)
         stage.say(f"reward: starts from {start} ({read} tensors)")
     model = train_preference_model(
@@ -132,7 +126,7 @@ def _member(
         results |= {f"{part}_{name}": figure.as_dict() for name, figure in figures.items()}
         if part == "held_out":
             results["scores"] = (scores + config.offset).tolist()
-    folder = model_folder(stage.folder, member)
+    folder = stage.folder / (MODEL if member == 0 else f"{MODEL}-{member}")
     save(stage, model, folder, config, dialogue)
     few = [[*e["prompt"], *e["responses"][0]] for e in rows.held_out[:4]]
     expected = scores_of(model, few, dialogue.pad_id) + config.offset
@@ -154,16 +148,14 @@ def config_of(
     recipe: Recipe, dialogue: Dialogue, section: PreferenceTraining, *, gain: float, offset: float
 ) -> RewardModelConfig:
     """What is saved beside a trained model."""
+    names = ("template", "max_prompt_tokens", "max_response_tokens", "end_of_context")
     return RewardModelConfig(
         base=recipe.model.path,
         offset=offset,
         gain=gain,
         contract=dialogue.fingerprint(),
-        template=recipe.dialogue.template,
-        max_prompt_tokens=recipe.dialogue.max_prompt_tokens,
-        max_response_tokens=recipe.dialogue.max_response_tokens,
-        end_of_context=recipe.dialogue.end_of_context,
         objective=section.objective,
+        **{name: getattr(recipe.dialogue, name) for name in names},
     )
 
 
@@ -215,13 +207,14 @@ def judge(
     Imitation has no score: its responses are ranked by mean log-probability (``accuracy``) and by summed
     (``accuracy_sum``) instead.
     """
-    if section.objective != "imitation":
-        scores = score_examples(model, examples, dialogue.pad_id, share=plan.share, trunk=plan.trunk)[0]
-        return {"accuracy": accuracy(scores, examples)}, scores
-    vocabulary = vocabulary_head(recipe, model.base_model.model)
-    _, sums, counts = score_examples(
+    imitates = section.objective == "imitation"
+    vocabulary = vocabulary_head(recipe, model.base_model.model) if imitates else None
+    scores, *both = score_examples(
         model, examples, dialogue.pad_id, share=plan.share, trunk=plan.trunk, vocabulary=vocabulary
     )
+    if not imitates:
+        return {"accuracy": accuracy(scores, examples)}, scores
+    sums, counts = both
     mean, total = candidate_scores(sums, counts, "mean"), candidate_scores(sums, counts, "sum")
     return {"accuracy": accuracy(mean, examples), "accuracy_sum": accuracy(total, examples)}, mean
 
@@ -263,15 +256,14 @@ def _check_reload(
     return gap
 
 
-def _report(results: dict[str, Any], comparisons: int) -> None:
+def _summary(results: dict[str, Any], comparisons: int) -> str:
+    titles = {
+        "held_out_accuracy_sum": "by summed log-probability",
+        "ensemble_accuracy": "all members together",
+        "probe_accuracy": "linear probe on frozen features",
+        "noise_ceiling": "noise ceiling of the labels",
+    }
     accuracy = plain(results["held_out_accuracy"], ".3f")
-    line = f"reward: held-out pair accuracy {accuracy} on {comparisons} comparisons"
-    for name, words in (
-        ("held_out_accuracy_sum", "by summed log-probability"),
-        ("ensemble_accuracy", "all members together"),
-        ("probe_accuracy", "linear probe on frozen features"),
-        ("noise_ceiling", "noise ceiling of the labels"),
-    ):
-        if name in results:
-            line += f"; {words} {plain(results[name], '.3f')}"
-    print(line, flush=True)
+    parts = [f"reward: held-out pair accuracy {accuracy} on {comparisons} comparisons"]
+    parts += [f"{title} {plain(results[name], '.3f')}" for name, title in titles.items() if name in results]
+    return "; ".join(parts)
