@@ -91,7 +91,7 @@ ELSEWHERE = {  # field: the tests of its effect, outside the loop or of a fault
     "ensemble": "test_policy_ppo_setup.py",
     "ensemble_penalty": "test_policy_ppo_setup.py",
     "retokenize": "test_policy_ppo_setup.py",
-    "score_timeout_minutes": "test_faults_score.py",
+    "score_timeout_minutes": "test_faults_recovery.py",
     "max_nonfinite_updates": "test_policy_ppo_checks.py",
 }
 
