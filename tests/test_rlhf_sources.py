@@ -179,49 +179,31 @@ def test_a_missing_file_an_unmatched_pattern_and_a_directory_are_named(tmp_path)
     assert refusal().startswith("data.comparisons names no file")
 
 
-def test_an_unknown_ending_is_named(tmp_path):
-    path = tmp_path / "a.xlsx"
-    path.touch()
-    assert refusal(str(path)).startswith(f"{path}: unknown kind of file; known: .jsonl, .json, .csv")
+ZIPPED = gzip.compress("".join(json.dumps({**TRL, "prompt": str(n)}) + "\n" for n in range(5)).encode())
+NOT_UTF8 = "not UTF-8 text (invalid start byte); save it as UTF-8"
+DAMAGED = ": truncated or damaged gzip file"
+ONE_A_LINE = ":2: not valid JSON: Extra data; a file with one object a line is named .jsonl"
 
 
-def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
-    for name in ("a.jsonl", "a.csv"):
-        path = tmp_path / name
-        path.write_bytes(b'{"a": 1}\n\xff\xfe\n' if name == "a.jsonl" else b"a\n\xff\n")
-        message = f"{path}:2: not UTF-8 text (invalid start byte); save it as UTF-8"
-        assert refusal(str(path), on_bad_rows="skip") == message
-    path = tmp_path / "a.json"
-    path.write_bytes(b"[\xff]")
-    assert refusal(str(path)).startswith(f"{path}: not UTF-8 text")
-
-
-def test_a_truncated_archive_is_named(tmp_path):
-    whole = gzip.compress("".join(json.dumps({**TRL, "prompt": str(n)}) + "\n" for n in range(5)).encode())
-    for name in ("a.jsonl.gz", "a.json.gz"):
-        path = tmp_path / name
-        path.write_bytes(whole[:-12])
-        assert refusal(str(path), on_bad_rows="skip").startswith(f"{path}: truncated or damaged gzip file")
-    path.write_bytes(b"this is no archive")
-    assert refusal(str(path)).startswith(f"{path}: truncated or damaged gzip file")
-
-
-def test_a_json_file_that_is_no_list_is_named(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"rows": []}')
-    assert refusal(str(path)).startswith(f"{path}: expected a list of rows")
-    path.write_text('[\n{"a": 1},\n{"a" 2}]')
-    assert refusal(str(path)) == f"{path}:3: not valid JSON: Expecting ':' delimiter"
-    path.write_text('{"a": 1}\n{"a": 2}\n')
-    assert refusal(str(path)) == (
-        f"{path}:2: not valid JSON: Extra data; a file with one object a line is named .jsonl"
-    )
-
-
-def test_a_file_that_is_no_parquet_is_named(tmp_path):
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"PAR2")
-    assert refusal(str(path)).startswith(f"{path}: not a readable parquet file")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.xlsx", b"", ": unknown kind of file; known: .jsonl, .json, .csv"),
+        ("a.jsonl", b'{"a": 1}\n\xff\xfe\n', f":2: {NOT_UTF8}"),
+        ("a.csv", b"a\n\xff\n", f":2: {NOT_UTF8}"),
+        ("a.json", b"[\xff]", f": {NOT_UTF8}"),
+        ("a.jsonl.gz", ZIPPED[:-12], DAMAGED),
+        ("a.json.gz", ZIPPED[:-12], DAMAGED),
+        ("a.json.gz", b"this is no archive", DAMAGED),
+        ("a.json", b'{"rows": []}', ": expected a list of rows"),
+        ("a.json", b'[\n{"a": 1},\n{"a" 2}]', ":3: not valid JSON: Expecting ':' delimiter"),
+        ("a.json", b'{"a": 1}\n{"a": 2}\n', ONE_A_LINE),
+        ("a.parquet", b"PAR2", ": not a readable parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert refusal(str(tmp_path / name), on_bad_rows="skip").startswith(f"{tmp_path / name}{message}")
 
 
 def test_a_csv_row_is_numbered_by_the_line_on_which_it_starts(tmp_path):

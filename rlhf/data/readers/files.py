@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import gzip
@@ -85,38 +86,32 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def _open(path: Path) -> BinaryIO:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unzipped."""
     try:
-        return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened: {error.strerror or error}") from None
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            yield cast(BinaryIO, stream)
+    except (EOFError, zlib.error, OSError) as error:
+        damaged = path.suffix == ".gz" and not isinstance(error, PermissionError)
+        what = "truncated or damaged gzip file" if damaged else "cannot be read"
+        raise UserError(f"{path}: {what} ({error}){'; fetch it again' if damaged else ''}") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends; decoded one by one, so that a bad byte has a line number."""
-    number = 0
-    with _open(path) as stream:
-        try:
-            for number, line in enumerate(stream, 1):
+    with _opened(path) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-        except (EOFError, zlib.error, OSError) as error:
-            raise UserError(_unreadable(path, error, f" after line {number}")) from None
+            except UnicodeDecodeError as error:
+                fault = f"not UTF-8 text ({error.reason}); save it as UTF-8"
+                raise UserError(f"{path}:{number}: {fault}") from None
 
 
 def _bytes(path: Path) -> bytes:
-    with _open(path) as stream:
-        try:
-            return stream.read()
-        except (EOFError, zlib.error, OSError) as error:
-            raise UserError(_unreadable(path, error)) from None
-
-
-def _unreadable(path: Path, error: Exception, place: str = "") -> str:
-    if path.suffix == ".gz":
-        return f"{path}: truncated or damaged gzip file{place} ({error}); fetch it again"
-    return f"{path}: cannot be read{place} ({error})"
+    with _opened(path) as stream:
+        return stream.read()
 
 
 def _txt(path: Path) -> Iterator[tuple[int, object]]:
@@ -192,11 +187,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _xml(path: Path) -> Iterator[tuple[int, object]]:
-    with _open(path) as stream:
-        try:
-            yield from xml.rows(stream, str(path))
-        except (EOFError, zlib.error, OSError) as error:
-            raise UserError(_unreadable(path, error)) from None
+    with _opened(path) as stream:
+        yield from xml.rows(stream, str(path))
 
 
 _KINDS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
