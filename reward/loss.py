@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 from rlhf.models.masks import masked_mean
 
 if TYPE_CHECKING:
-    from rlhf.recipe.schema import PreferenceTraining
+    from rlhf.recipe.reward import PreferenceTraining
 
 
 def ranked_loss(

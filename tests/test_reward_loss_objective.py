@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward.loss import Signals, candidate_scores, needs_language, objective_loss, pair_accuracy
-from rlhf.recipe.schema import PreferenceTraining
+from rlhf.recipe.reward import PreferenceTraining
 
 # every option that is an objective's business, with another, allowed value than the default
 SECTIONS = {

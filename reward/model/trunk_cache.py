@@ -17,7 +17,7 @@ from reward.model.forward import forward_packed
 from rlhf.models.packing import dtype_of, inputs_of
 from rlhf.models.trunk_cache import TrunkCache, keeps_trunk, trunk_bytes
 from rlhf.recipe.load import Recipe
-from rlhf.recipe.schema import PreferenceTraining
+from rlhf.recipe.reward import PreferenceTraining
 from rlhf.runs.stage import processes
 from rlhf.training.progress import progress
 

@@ -35,7 +35,7 @@ from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_base, vocabulary_head
 from rlhf.models.masks import right_pad
 from rlhf.recipe.load import Recipe
-from rlhf.recipe.schema import PreferenceTraining
+from rlhf.recipe.reward import PreferenceTraining
 from rlhf.runs import initial_adapter as starts
 from rlhf.runs.artifacts import MANIFEST, read_json
 from rlhf.runs.stage import RUNS, StageRun, processes

@@ -18,7 +18,7 @@ from rlhf.models.base import best_device, vocabulary_head
 from rlhf.models.packing import sequence_log_probs
 from rlhf.models.trunk_cache import TrunkCache
 from rlhf.recipe.load import Recipe
-from rlhf.recipe.schema import PreferenceTraining
+from rlhf.recipe.reward import PreferenceTraining
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.hf_trainer import StepTrainer, Sums, arguments
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf.recipe.schema import Distill, Ppo, PreferenceTraining
+from rlhf.recipe.reward import PreferenceTraining
+from rlhf.recipe.schema import Distill, Ppo
 from rlhf.runs.stage import rank
 
 ALL_ADAPTED = "no layers are frozen (lora.layers adapts all of them)"

@@ -14,34 +14,11 @@ from pydantic import field_validator, model_validator
 from rlhf.recipe.distill import Distill
 from rlhf.recipe.evaluate import Evaluate
 from rlhf.recipe.ppo import Ppo
-from rlhf.recipe.reward import Card, Collect, Pmp, PreferenceTraining, Reward
-from rlhf.recipe.sft import CHOSEN, Sft
-from rlhf.recipe.shared import SAMPLED, Data, Dialogue, Distributed, Lora, Model
+from rlhf.recipe.reward import Card, Collect, Pmp, Reward
+from rlhf.recipe.sft import Sft
+from rlhf.recipe.shared import Data, Dialogue, Distributed, Lora, Model
 from rlhf.recipe.tax import Tax
 from rlhf.recipe.types import STARTS, Section
-
-__all__ = [
-    "CHOSEN",
-    "SAMPLED",
-    "STARTS",
-    "Card",
-    "Collect",
-    "Data",
-    "Dialogue",
-    "Distill",
-    "Distributed",
-    "Evaluate",
-    "Lora",
-    "Model",
-    "Pmp",
-    "Ppo",
-    "PreferenceTraining",
-    "Recipe",
-    "Reward",
-    "Section",
-    "Sft",
-    "Tax",
-]
 
 
 class Recipe(Section):

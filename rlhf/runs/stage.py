@@ -45,15 +45,8 @@ FORMAT = 2  # of the checkpoints and other unfinished work in a folder; raised w
 _VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 # a folder that holds nothing else was begun, and stopped before any work was done
 _OPENING = (".lock", "recipe.yaml", "fingerprint.json", "metrics.jsonl", "tensorboard", "wandb")
-_WORKING = (
-    "checkpoints",
-    "parts",
-    ".lock",
-    "clock.json",
-    "tensorboard",
-    "wandb",
-    "metrics.jsonl",
-)  # not results
+# not results
+_WORKING = ("checkpoints", "parts", ".lock", "clock.json", "tensorboard", "wandb", "metrics.jsonl")
 
 
 @dataclasses.dataclass
@@ -145,15 +138,9 @@ def peak_bytes() -> float:
 
 
 def _git_commit() -> str | None:
+    command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -25,7 +25,8 @@ from transformers import (
 from rlhf.errors import UserError
 from rlhf.models.folding import Folding
 from rlhf.recipe.load import Recipe
-from rlhf.recipe.schema import PreferenceTraining, Sft
+from rlhf.recipe.reward import PreferenceTraining
+from rlhf.recipe.schema import Sft
 from rlhf.runs.artifacts import Checkpoints, step_of
 from rlhf.runs.stage import processes, rank
 from rlhf.training.metrics import Metrics

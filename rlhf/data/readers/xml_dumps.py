@@ -51,8 +51,14 @@ def rows(stream: BinaryIO, name: str) -> Iterator[Numbered]:
             yield from _undone(events)
         else:
             raise UserError(f"{name}: the root element is <{root}>; expected {_KNOWN}")
-    except _Broken as broken:
-        yield broken.line, broken.row
+    except expat.ExpatError as error:
+        yield error.lineno, _broken(error)
+
+
+def _broken(error: expat.ExpatError) -> BadRow:
+    """The XML cannot be read beyond this place."""
+    reason = expat.ErrorString(error.code) or "unknown error"
+    return BadRow("truncated or malformed XML", reason, error.offset + 1)
 
 
 class _Event(NamedTuple):
@@ -65,18 +71,8 @@ class _Event(NamedTuple):
     line: int
 
 
-class _Broken(Exception):
-    """The XML cannot be read beyond this place."""
-
-    def __init__(self, error: expat.ExpatError) -> None:
-        self.line = error.lineno
-        self.row = BadRow(
-            "truncated or malformed XML", expat.ErrorString(error.code) or "unknown error", error.offset + 1
-        )
-
-
 def _events(stream: BinaryIO, name: str) -> Iterator[_Event]:
-    """Starts and ends of elements in their order; raises _Broken after the last one that can be read."""
+    """Starts and ends of elements in their order; raises ExpatError after the last one that can be read."""
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.buffer_text = True
     path: list[str] = []
@@ -109,7 +105,7 @@ def _events(stream: BinaryIO, name: str) -> Iterator[_Event]:
     parser.CharacterDataHandler = text.append
     parser.StartDoctypeDeclHandler = refuse
     parser.EntityDeclHandler = refuse
-    broken: _Broken | None = None
+    broken: expat.ExpatError | None = None
     last = False
     while not last and broken is None:
         chunk = stream.read(CHUNK)
@@ -117,7 +113,7 @@ def _events(stream: BinaryIO, name: str) -> Iterator[_Event]:
         try:
             parser.Parse(chunk, last)
         except expat.ExpatError as error:
-            broken = _Broken(error)
+            broken = error
         yield from found
         found.clear()
     if broken is not None:
@@ -149,8 +145,8 @@ def _questions(events: Iterator[_Event], name: str) -> Iterator[Numbered]:
             db.execute("BEGIN")
             try:
                 yield from _store(events, db, name)
-            except _Broken as broken:
-                yield broken.line, broken.row
+            except expat.ExpatError as error:
+                yield error.lineno, _broken(error)
             db.execute("CREATE INDEX of_question ON answer (parent, line)")
             db.execute("COMMIT")
             yield from _grouped(db)
