@@ -3,7 +3,7 @@
 #   make rlhf                                       the default experiment, from set-up to summary
 #   make reward RECIPE=recipes/hh.yaml SET="reward.epochs=2 name=hh-2"
 #   make rlhf RECIPE=recipes/hhh.yaml QUICK=1       with the small sizes of the recipe's quick block
-#   make ppo PROCS=2                                two processes under the DeepSpeed launcher
+#   make ppo PROCS=2                                two processes under the DeepSpeed launcher, on a free port (PORT=n)
 
 RECIPE ?= recipes/sentiment.yaml
 SET ?=
@@ -12,19 +12,17 @@ HOSTFILE ?=
 PYTHON ?= python3
 VENV ?= .venv
 
-# Processes of the SFT, reward and PPO stages: the number of GPUs where there are any, else one.
-GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
-PROCS ?= $(if $(filter 0,$(GPUS)),1,$(GPUS))
+# Processes of the SFT, distillation, PMP, reward and PPO stages: the visible GPUs where there are any, else one.
+export PROCS ?=
+export PORT ?=
+export HOSTFILE
 
 PY := $(VENV)/bin/python
 STAMPS := .stamps
 ARGS = $(RECIPE) $(SET) $(if $(filter-out 0,$(QUICK)),quick=true)
-LAUNCHER = $(VENV)/bin/deepspeed $(if $(HOSTFILE),--hostfile $(HOSTFILE),--num_gpus $(PROCS)) --module
-# one process needs no launcher; PATH lets the launcher find this environment's tools
-ALONE := $(if $(HOSTFILE),,$(filter 1,$(PROCS)))
-TOOLS = PATH="$(abspath $(VENV))/bin:$$PATH"
-RUN = $(TOOLS) $(if $(ALONE),$(PY) -m,$(LAUNCHER))
-export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
+RUN = $(PY) -m rlhf.training.launch
+# ninja and the like lie in the environment; the quotes are for a folder with a space in its name
+TOOLS = PATH="$$(cd "$(VENV)/bin" && pwd):$$PATH"
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
@@ -39,13 +37,19 @@ help: ## make: list the targets
 	@echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ([^:]*): (.*)/  \1|\2|\3/' | column -t -s '|'
 	@echo
-	@echo '  RECIPE=$(RECIPE)   SET="section.key=value ..."   QUICK=1   PROCS=$(PROCS)   HOSTFILE=path'
+	@echo '  RECIPE=$(RECIPE)   SET="section.key=value ..."   QUICK=1   PROCS=n   PORT=n   HOSTFILE=path'
 
 setup: $(STAMPS)/setup ## pip: make the virtual environment with the pinned dependencies
 
 $(STAMPS)/setup: pyproject.toml constraints.txt
 	@mkdir -p $(STAMPS)
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("error: Python %d.%d is too old, 3.11 or \
+	later is needed: make setup PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)' || exit 2
+	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		test ! -e $(VENV)/pyvenv.cfg || { echo 'the environment $(VENV) has no pip or an old Python: it is made anew'; \
+			rm -rf $(VENV); }; \
+		$(PYTHON) -m venv $(VENV) || { echo 'error: $(PYTHON) cannot make a virtual environment with pip:' \
+			'install its venv package (apt install python3-venv)' >&2; rm -rf $(VENV); exit 2; }; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@$(TOOLS) $(PY) -m rlhf.training.kernel_lock
 	@touch $@

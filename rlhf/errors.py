@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 USER_ERROR_STATUS = 2  # exit status of every mistake that the user can mend
-_FULL_DISK = ("No space left", "StorageFull", "os error 28", "file write failed")  # safetensors, torch
+_TORCH_WRITER = ("file write failed", "unexpected pos", "failed writing")  # of a checkpoint, without errno
+
+_ADVICE = {  # what to do about what the system refuses; other errors may be bugs and keep a traceback
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose a file system without one",
+    errno.EROFS: "it lies on a read-only file system: run in a folder that can be written",
+    errno.EACCES: "change its owner or mode (ls -l), or run as a user who may",
+    errno.EPERM: "change its owner, mode or attributes (lsattr), or run as a user who may",
+    errno.EMFILE: "raise the limit on open files (ulimit -n 4096)",
+    errno.ENFILE: "the machine has too many open files: stop other programs",
+    errno.ENAMETOOLONG: "use a shorter name or path",
+    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EIO: "the disk fails: look at the system's log (dmesg)",
+    errno.ESTALE: "the network file system lost it: mount it anew",
+    errno.ENXIO: "it is a pipe or device; name a plain file",
+}
 
 _LOST_PROCESS = (  # gloo, NCCL, torch's store
     "closed by peer",
@@ -31,11 +53,31 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
-def is_full_disk(error: BaseException) -> bool:
-    """Whether an error is some library's way of saying "no space left"."""
+def errno_of(error: BaseException) -> int | None:
+    """The operating system's number of an error, read out of safetensors' and torch's words where need be."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, Exception) and any(sign in str(error) for sign in _FULL_DISK)
+        return error.errno
+    text = str(error) if isinstance(error, Exception) else ""
+    number = re.search(r"\(os error (\d+)\)", text)
+    if number:
+        return int(number[1])
+    torchs = "inline_container" in text and any(sign in text for sign in _TORCH_WRITER)
+    return errno.ENOSPC if torchs or "No space left" in text or "StorageFull" in text else None
+
+
+def refused_by_system(error: BaseException) -> str | None:
+    """One line about what the operating system refuses: a full disk, a file too large, no right to it, ...
+
+    None for other errors.
+    """
+    number = errno_of(error)
+    if number not in _ADVICE:
+        return None
+    names = [getattr(error, name, None) for name in ("filename", "filename2")]
+    where = " -> ".join(repr(os.fsdecode(n))[1:-1] for n in names if isinstance(n, str | bytes | os.PathLike))
+    what = "the disk is full" if number == errno.ENOSPC else os.strerror(number).lower()
+    advice = f"{_ADVICE[number]} and run the same command again; the last complete checkpoint is untouched"
+    return f"{what}{f': {where}' if where else ''}: {advice}"
 
 
 def lost_process(error: BaseException) -> str | None:
@@ -68,14 +110,33 @@ def lost_process_error(reason: str, stage: str = "", goes_on: str = "from its la
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a stage's ``main``; a :class:`UserError` becomes one line on stderr and exit status 2.
 
-    A full disk and the loss of another process are reported in the same way: the commonest faults that are
-    nobody's bug.
+    What the operating system refuses and the loss of another process are reported in the same way: the
+    commonest faults that are nobody's bug. A stop by Ctrl-C, SIGTERM or SIGHUP is one line too, with the
+    status that a shell gives it.
     """
+    for number in STOP_SIGNALS[1:]:  # Python makes an exception of SIGINT alone
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _interrupt)
+    for stream in (sys.stdout, sys.stderr):  # an emoji in a response must not end a run in an ASCII terminal
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        if os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(number).name
+            line = f"stopped by {name}; run the same command again: it goes on from what is on the disk"
+            print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(128 + number)  # an interrupted import leaves modules that fail at the interpreter's end
     except Exception as error:
         print(f"error: {_message_of(error)}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_STATUS)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _message_of(error: Exception) -> str:
@@ -84,11 +145,7 @@ def _message_of(error: Exception) -> str:
         return str(error)
     if (lost := lost_process(error)) is not None:
         return str(lost_process_error(lost))
-    if not is_full_disk(error):
+    line = refused_by_system(error)
+    if line is None:
         raise error
-    file = getattr(error, "filename", None)
-    where = f" while writing {file}" if file else ""
-    return (
-        f"the disk is full{where}: free some space and run the same command again; "
-        "the last complete checkpoint is untouched"
-    )
+    return line

@@ -45,7 +45,7 @@ def test_a_polite_stop_saves_and_ends_well(phase, visit, road, alone, tmp_path):
     here = link_stages(road, tmp_path / "here")
     delay = 0.0 if phase == "log" else Campaign(alone, 0).known[phase][1] / 2
     asked = Start(here, RARELY, Plan(phase, visit, delay, signal.SIGTERM))
-    asked.finish()
+    assert asked.wait() == 128 + signal.SIGTERM, asked.output()
     assert "ppo: asked to stop (SIGTERM); saved after step 2 of 6, the same command goes on" in asked.output()
     assert [p.name for p in asked.folder.glob("checkpoints/*")] == ["step-0000002"]
     assert not (asked.folder / "manifest.json").exists()
@@ -57,7 +57,7 @@ def test_a_polite_stop_saves_and_ends_well(phase, visit, road, alone, tmp_path):
 def test_a_stop_before_the_first_step_says_that_there_is_nothing_to_save(road, tmp_path):
     here = link_stages(road, tmp_path / "here")
     asked = Start(here, RARELY, Plan("rollout", 0, 0.0, signal.SIGTERM))
-    asked.finish()
+    assert asked.wait() == 128 + signal.SIGTERM, asked.output()
     assert "ppo: asked to stop (SIGTERM); no step was done" in asked.output()
     assert not (asked.folder / "checkpoints").exists()
 

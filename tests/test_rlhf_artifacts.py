@@ -5,10 +5,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from rlhf.errors import UserError, exit_on_user_error, is_full_disk
+from rlhf.errors import UserError, errno_of, exit_on_user_error
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import Checkpoints, fault_of, step_of, write_atomically, write_manifest
 
@@ -320,26 +323,36 @@ def test_every_librarys_full_disk_becomes_one_error(checkpoints):
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("error", "number"),
     [
-        (OSError(errno.ENOSPC, "x"), True),
-        (OSError(errno.EDQUOT, "x"), True),
-        (OSError(errno.EACCES, "No space left"), False),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
-        (RuntimeError("anything else"), False),
-        (KeyboardInterrupt(), False),
+        (OSError(errno.EFBIG, "x"), errno.EFBIG),
+        (OSError(errno.EACCES, "No space left"), errno.EACCES),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+        (RuntimeError("I/O error: File too large (os error 27)"), errno.EFBIG),
+        (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), errno.ENOSPC),
+        (RuntimeError("unexpected pos"), None),
+        (RuntimeError("anything else"), None),
+        (KeyboardInterrupt(), None),
     ],
 )
-def test_a_full_disk_is_told_from_other_errors(error, expected):
-    assert is_full_disk(error) is expected
+def test_the_systems_number_is_read_out_of_any_librarys_words(error, number):
+    assert errno_of(error) == number
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
         (UserError("two\n lines"), "error: two lines"),
-        (OSError(errno.ENOSPC, "full", "a/b"), "error: the disk is full while writing a/b: free some space"),
+        (OSError(errno.ENOSPC, "full", "a/b"), "error: the disk is full: a/b: free some space"),
         (RuntimeError("(os error 28)"), "error: the disk is full: free some space"),
+        (OSError(errno.EFBIG, "x", "a"), "error: file too large: a: raise the limit on the size of a file"),
+        (OSError(errno.EROFS, "x", "a"), "error: read-only file system: a: it lies on"),
+        (
+            OSError(errno.EPERM, "x", "a", None, "b"),
+            "error: operation not permitted: a -> b: change its owner",
+        ),
+        (OSError(errno.EMFILE, "x", b"a\xff"), "error: too many open files: a\\udcff: raise the limit"),
+        (OSError(errno.ENAMETOOLONG, "x", "n\n" * 9), "error: file name too long: n\\nn"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(capsys, error, line):
@@ -353,6 +366,29 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(capsys, error, line):
     assert written.out == ""
     assert written.err.count("\n") == 1
     assert written.err.startswith(line)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_is_one_line_and_the_status_of_a_shell(number):
+    script = (
+        "import os, time; from rlhf.errors import exit_on_user_error\n"
+        f"def main():\n    os.kill(os.getpid(), {int(number)}); time.sleep(9)\n"
+        "exit_on_user_error(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + number
+    assert done.stderr == (
+        f"stopped by {number.name}; run the same command again: it goes on from what is on the disk\n"
+    )
+
+
+def test_an_emoji_does_not_end_a_run_in_an_ascii_terminal():
+    script = "from rlhf.errors import exit_on_user_error; exit_on_user_error(lambda: print('a \U0001f600'))"
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=ascii_only, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "a \\U0001f600\n")
 
 
 def test_a_bug_is_not_dressed_up_as_the_users_mistake():

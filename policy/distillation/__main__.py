@@ -13,7 +13,8 @@ from pathlib import Path
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import from_command_line
 from rlhf.runs.initial_adapter import start_inputs, start_parents
-from rlhf.runs.stage import open_stage, processes, rank
+from rlhf.runs.processes import processes, rank
+from rlhf.runs.stage import open_stage
 from rlhf.tokenization.prompt_prefix import parse, read_text
 
 

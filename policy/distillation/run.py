@@ -21,13 +21,13 @@ from policy.distillation.trainer import DistillTrainer, steps_of
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Distill
-from rlhf.runs.artifacts import full_disk_as_os_error
+from rlhf.runs.artifacts import library_errors_as_os_error
 from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.tokenization.prompt_prefix import Context, window_of
 from rlhf.training.runtime import Runtime, gathered
-from rlhf.training.signals import StopRequest, leave
+from rlhf.training.signals import StopRequest
 
 _SHARE = 0.05  # of the pre-training learning rate (Bai 2022, A.1)
 
@@ -111,7 +111,7 @@ def _fit(recipe: Recipe, section: Distill, run: StageRun, stop: StopRequest) -> 
     results = figures(before, after, halves, groups, at_start)
     weights = runtime.gather_state() if runtime.shards_weights else None
     if run.is_main:
-        with full_disk_as_os_error():
+        with library_errors_as_os_error():
             dialogue.tokenizer.save_pretrained(str(student.export(run.folder, weights)))
     for line in lines(results):
         run.say(f"distill: {line}")
@@ -149,7 +149,7 @@ def _fill(
     missing: list[int] = runtime.gather(cache.missing() if run.is_main else None)[0]
     for start in range(0, len(missing), runtime.world):
         if runtime.any_process(stop.asked):
-            leave("distill", "the shards so far are kept", is_main=run.is_main)
+            stop.leave("distill", "the shards so far are kept", is_main=run.is_main)
         several = missing[start : start + runtime.world]
         if start % (10 * runtime.world) == 0:
             run.say(f"distill: the teacher reads shard {several[0] + 1} of {cache.shards}")

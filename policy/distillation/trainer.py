@@ -30,7 +30,7 @@ from rlhf.runs.artifacts import Checkpoints, read_json, step_of, write_atomicall
 from rlhf.training.metrics import Metrics
 from rlhf.training.runtime import Runtime, all_max
 from rlhf.training.schedule import learning_rate_factor
-from rlhf.training.signals import StopRequest, leave
+from rlhf.training.signals import StopRequest
 
 SHOWN = {"distill/kl": ".4f"}
 _EPSILON = 1e-8  # of AdamW
@@ -140,7 +140,7 @@ class DistillTrainer:
                     if self.saved != self.done:
                         self._checkpoint()
                     kept = f"saved after step {self.done} of {self.steps}"
-                    leave("distill", kept, is_main=self.is_main)
+                    self.stop.leave("distill", kept, is_main=self.is_main)
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimiser step: the mean KL over all tokens of the batch, a micro-batch at a time."""

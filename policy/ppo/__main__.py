@@ -11,7 +11,8 @@ from pathlib import Path
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import Recipe, check_batch_sizes, from_command_line
 from rlhf.runs.initial_adapter import start_inputs, start_parents
-from rlhf.runs.stage import open_stage, processes
+from rlhf.runs.processes import processes
+from rlhf.runs.stage import open_stage
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
 """Files of a model folder in which a change makes other token ids of the same text."""

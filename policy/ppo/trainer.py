@@ -38,7 +38,7 @@ from rlhf.runs.artifacts import Checkpoints, read_json, step_of, write_atomicall
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.metrics import Metrics
 from rlhf.training.runtime import Runtime
-from rlhf.training.signals import StopRequest, leave
+from rlhf.training.signals import StopRequest
 
 SHOWN = {"objective/score": ".3f", "objective/kl": ".2f", "policy/entropy": ".2f", "response/length": ".1f"}
 
@@ -242,7 +242,7 @@ class PpoTrainer:
         if self.saved != self.done:
             self._checkpoint()
         saved = f"saved after step {self.done} of {self.section.steps}"
-        leave("ppo", saved if self.done else "no step was done", is_main=self.is_main)
+        self.stop.leave("ppo", saved if self.done else "no step was done", is_main=self.is_main)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:

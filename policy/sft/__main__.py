@@ -10,7 +10,8 @@ from __future__ import annotations
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import check_batch_sizes, from_command_line
 from rlhf.runs.initial_adapter import start_inputs
-from rlhf.runs.stage import open_stage, processes, rank
+from rlhf.runs.processes import processes, rank
+from rlhf.runs.stage import open_stage
 
 
 def main() -> None:

@@ -27,7 +27,8 @@ from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Sft
 from rlhf.runs.initial_adapter import ADAPTER as SAVED
 from rlhf.runs.initial_adapter import start_folder
-from rlhf.runs.stage import StageRun, processes
+from rlhf.runs.processes import processes
+from rlhf.runs.stage import StageRun
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
 from rlhf.training.hf_trainer import ADAPTER

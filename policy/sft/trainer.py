@@ -21,7 +21,7 @@ from rlhf.models.base import vocabulary_head
 from rlhf.models.packing import Row, micro_batches, pack
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Sft
-from rlhf.runs.stage import processes
+from rlhf.runs.processes import processes
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.hf_trainer import StepTrainer, Sums, arguments
 

@@ -18,7 +18,7 @@ from rlhf.models.packing import dtype_of, inputs_of
 from rlhf.models.trunk_cache import TrunkCache, keeps_trunk, trunk_bytes
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.reward import PreferenceTraining
-from rlhf.runs.stage import processes
+from rlhf.runs.processes import processes
 from rlhf.training.progress import progress
 
 _TOKENS_AT_ONCE = 2048

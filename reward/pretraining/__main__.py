@@ -15,7 +15,8 @@ from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import Recipe, check_batch_sizes, from_command_line
 from rlhf.recipe.schema import Pmp
 from rlhf.runs.initial_adapter import start_files, start_folder, start_parents
-from rlhf.runs.stage import StageRun, open_stage, processes, rank
+from rlhf.runs.processes import processes, rank
+from rlhf.runs.stage import StageRun, open_stage
 
 if TYPE_CHECKING:
     from rlhf.tokenization.dialogue import Dialogue

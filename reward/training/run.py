@@ -38,7 +38,8 @@ from rlhf.recipe.load import Recipe
 from rlhf.recipe.reward import PreferenceTraining
 from rlhf.runs import initial_adapter as starts
 from rlhf.runs.artifacts import MANIFEST, read_json
-from rlhf.runs.stage import RUNS, StageRun, processes
+from rlhf.runs.processes import processes
+from rlhf.runs.stage import RUNS, StageRun
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
 from rlhf.training.runtime import clear_zero3_init, gathered

@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 from rlhf.models.onednn import use_onednn
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Model
-from rlhf.runs.stage import processes
+from rlhf.runs.processes import processes
 from rlhf.training.runtime import gathered
 
 hf_logging.disable_progress_bar()

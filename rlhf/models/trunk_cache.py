@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf.recipe.reward import PreferenceTraining
 from rlhf.recipe.schema import Distill, Ppo
-from rlhf.runs.stage import rank
+from rlhf.runs.processes import rank
 
 ALL_ADAPTED = "no layers are frozen (lora.layers adapts all of them)"
 

@@ -22,6 +22,7 @@ from rlhf.errors import UserError
 from rlhf.recipe.quick import QUICK, laid_over, origins_with, split_overrides, take_block
 from rlhf.recipe.renamed import FORMER
 from rlhf.recipe.schema import STARTS, Recipe
+from rlhf.runs.processes import adopt_environment
 
 __all__ = ["Recipe", "check_batch_sizes", "dump", "files_of", "from_command_line", "is_path", "load"]
 
@@ -308,6 +309,7 @@ def dump(recipe: Recipe) -> str:
 
 def from_command_line(arguments: Sequence[str] | None = None) -> Recipe:
     """The recipe named on a stage's command line: ``RECIPE [section.key=value ...]``."""
+    adopt_environment()
     words = [
         w for w in (sys.argv[1:] if arguments is None else arguments) if not w.startswith("--local_rank")
     ]

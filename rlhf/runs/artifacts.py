@@ -9,7 +9,6 @@ older one is removed only after that. So ``kill -9`` at any moment leaves at lea
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlhf.errors import UserError, is_full_disk
+from rlhf.errors import UserError, errno_of
 
 MANIFEST = "manifest.json"
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # what a saved adapter consists of
@@ -175,16 +174,17 @@ def fault_of(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def full_disk_as_os_error() -> Iterator[None]:
-    """Let every library's way of saying "no space left" come out as ``OSError(ENOSPC)``."""
+def library_errors_as_os_error() -> Iterator[None]:
+    """Let every library's way of reporting a refused write come out as ``OSError``."""
     try:
         yield
     except OSError:
         raise
     except Exception as error:
-        if is_full_disk(error):
-            raise OSError(errno.ENOSPC, "No space left on device") from error
-        raise
+        number = errno_of(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number)) from error
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -212,7 +212,7 @@ class Checkpoints:
         staging = self.folder / f"{_STAGING}{step:07d}"
         staging.mkdir(parents=True, exist_ok=True)
         try:
-            with full_disk_as_os_error():
+            with library_errors_as_os_error():
                 yield staging
                 if commits:
                     self._commit(staging, step)

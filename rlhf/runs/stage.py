@@ -28,6 +28,7 @@ from rlhf.recipe.stored import modernized
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import MANIFEST, Checkpoints
 from rlhf.runs.cache import remember
+from rlhf.runs.processes import check_alone, rank
 
 RUNS = Path("runs")
 CONTRACT = ("seed", "model", "lora", "dialogue", "data")  # what all stages share
@@ -146,16 +147,6 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def rank() -> int:
-    """This process's number among those of the launcher; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def processes() -> int:
-    """Number of processes of the launcher; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def input_hashes(specs: Sequence[str]) -> dict[str, str]:
     """Content hash of every file that the specs name; a hub id stands for itself.
 
@@ -196,6 +187,7 @@ def open_stage(
         UserError: a parent is missing (and which target makes it), the recipe or the data differ from those
             that the directory was made with (and in what), or another process is at it.
     """
+    check_alone(stage)
     folder = RUNS / recipe.name / stage
     found = {name: _parent_identity(recipe, name, stage) for name in parents}
     resolved = recipe.model_dump(mode="json")

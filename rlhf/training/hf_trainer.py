@@ -6,6 +6,7 @@ The trainers themselves are trl's, with :class:`StepTrainer` mixed in where the 
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,10 @@ from rlhf.recipe.load import Recipe
 from rlhf.recipe.reward import PreferenceTraining
 from rlhf.recipe.schema import Sft
 from rlhf.runs.artifacts import Checkpoints, step_of
-from rlhf.runs.stage import processes, rank
+from rlhf.runs.processes import processes, rank
 from rlhf.training.metrics import Metrics
 from rlhf.training.runtime import all_max, backward_part, deepspeed_config, join_cpu_processes
+from rlhf.training.signals import StopRequest
 
 Sums = dict[str, float]
 ADAPTER = "default"  # peft's name of the one adapter that learns; its files do not carry it
@@ -146,6 +148,7 @@ class StepTrainer:
 
         Raises:
             UserError: the checkpoint is incomplete.
+            SystemExit: somebody asked for a stop (SIGINT, SIGTERM, SIGHUP); a checkpoint has been written.
         """
         trainer: Any = self
         checkpoint, is_main = self._checkpoints.newest(), rank() == 0
@@ -162,8 +165,13 @@ class StepTrainer:
         )
         self._log.metrics = metrics
         resume = resumable(checkpoint / f"checkpoint-{done}") if checkpoint else None
-        trainer.train(resume_from_checkpoint=resume)
-        metrics.close()
+        stop = StopRequest()
+        trainer.add_callback(StopCallback(stop))
+        with stop.listening(), contextlib.closing(metrics):
+            trainer.train(resume_from_checkpoint=resume)
+        if all_max(int(stop.asked), trainer.args.device) and trainer.state.global_step < self._steps:
+            kept = f"saved after step {trainer.state.global_step} of {self._steps}"
+            stop.leave(self._stage, kept, is_main=is_main)
         if trainer.state.global_step != trainer.state.max_steps:
             raise RuntimeError(f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps")
 
@@ -250,6 +258,20 @@ class StepLog(TrainerCallback):
             self.before + state.global_step, {f"{self.prefix}/{name}": v for name, v in values.items()}
         )
         self.sums.clear()
+
+
+class StopCallback(TrainerCallback):
+    """Ends a training after the step in which any process was asked to stop, with a checkpoint."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The trainer's call after each optimizer step."""
+        if all_max(int(self.stop.asked), args.device) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
 
 
 def resumable(folder: Path) -> str:

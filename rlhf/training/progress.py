@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.runs.stage import rank
+from rlhf.runs.processes import rank
 
 _PATIENCE = 5.0  # seconds of silence before a bar shows itself
 _REFRESH, _REFRESH_IN_FILES = 1.0, 30.0  # seconds

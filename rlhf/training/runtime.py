@@ -28,7 +28,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Distributed
-from rlhf.runs.stage import processes, rank
+from rlhf.runs.processes import processes, rank
 from rlhf.training.kernel_lock import check_kernel_lock
 from rlhf.training.optimizer import make_optimizer
 

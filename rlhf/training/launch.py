@@ -1,0 +1,173 @@
+"""Start a stage in one process or in several: ``python -m rlhf.training.launch PACKAGE RECIPE ...``.
+
+``PROCS`` (default: the visible GPUs, else one), ``HOSTFILE`` and ``PORT`` come from the environment, as the
+Makefile passes them. One process needs no launcher. Several on this machine get DeepSpeed's, on the GPUs of
+``CUDA_VISIBLE_DEVICES`` and on a free port; a host file gets DeepSpeed's runner. Processes that torchrun,
+Slurm or Kubernetes started already join each other.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from rlhf.errors import UserError, exit_on_user_error
+from rlhf.runs.processes import adopt_environment, processes
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PORTS = range(1024, 65536)
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; all without that variable.
+
+    As CUDA reads it, the list ends at the first entry that is negative.
+    """
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        shown = _output("nvidia-smi", "-L").splitlines()
+        return [str(index) for index in range(sum(line.startswith("GPU ") for line in shown))]
+    names: list[str] = []
+    for name in (part.strip() for part in listed.split(",")):
+        if not name or name.startswith("-"):
+            break
+        names.append(name)
+    return names
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _whole(environment: Mapping[str, str], name: str, allowed: range) -> int | None:
+    text = environment.get(name, "").strip()
+    if not text:
+        return None
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
+    if number not in allowed:
+        raise UserError(f"{name}={text[:40]} must be a number from {allowed[0]} to {allowed[-1]}")
+    return number
+
+
+def command_of(package: str, arguments: Sequence[str], environment: dict[str, str]) -> list[str]:
+    """The command that runs a stage; the environment is completed for it.
+
+    Args:
+        package: the stage's package.
+        arguments: the recipe and its settings.
+        environment: of the command; ``PROCS``, ``HOSTFILE``, ``PORT``, ``CUDA_VISIBLE_DEVICES`` are read.
+
+    Raises:
+        UserError: more processes than GPUs, no such port, no compiler for several processes on CPUs.
+    """
+    alone = [sys.executable, "-m", package, *arguments]
+    if processes() > 1:  # started by a cluster: this is one of its processes
+        return alone
+    wanted = _whole(environment, "PROCS", range(1, 4097))
+    port = _whole(environment, "PORT", _PORTS)
+    if environment.get("HOSTFILE"):
+        hosts = ["--hostfile", environment["HOSTFILE"], *(["--master_port", str(port)] if port else [])]
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        return [*runner, *hosts, "--module", package, *arguments]
+    gpus = visible_gpus(environment)
+    number = wanted or len(gpus) or 1
+    if number == 1:
+        return alone
+    if gpus and number > len(gpus):
+        listed = environment.get("CUDA_VISIBLE_DEVICES")
+        why = f" (CUDA_VISIBLE_DEVICES={listed})" if listed is not None else ""
+        raise UserError(f"PROCS={number}, and {len(gpus)} GPUs are visible{why}: at most one process a GPU")
+    if not gpus:
+        check_compiler(environment)
+        environment["DS_ACCELERATOR"] = "cpu"
+    # The launcher's own front end counts all GPUs of the machine as soon as it is told a number, and takes
+    # those of other users: its back end takes the very list.
+    slots = gpus[:number] or [str(index) for index in range(number)]
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": slots}).encode()).decode()
+    return [
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"),
+        *("--master_addr=127.0.0.1", f"--master_port={port or free_port()}", "--module", package, *arguments),
+    ]
+
+
+def check_compiler(environment: Mapping[str, str]) -> None:
+    """Several processes on CPUs talk through DeepSpeed's kernel, which is compiled once.
+
+    Raises:
+        UserError: there is no C++ compiler.
+    """
+    compiler = environment.get("CXX", "c++").split()[0]
+    if not shutil.which(compiler, path=environment.get("PATH")):
+        raise UserError(
+            f"several processes on CPUs need a C++ compiler for DeepSpeed's kernel, and there is no "
+            f"{compiler}: install one (apt install g++), or run with PROCS=1"
+        )
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command to its end; a request to stop goes to the processes that can save.
+
+    Returns:
+        The command's exit status.
+    """
+    # in a session of its own: a Ctrl-C would end DeepSpeed's launcher, which gives its processes 30 seconds
+    child = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in _workers(child.pid):
+            os.kill(process, signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in STOPS}
+    try:
+        while child.poll() is None:
+            time.sleep(0.1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    status = child.returncode
+    return 128 - status if status < 0 else status
+
+
+def _workers(launcher: int) -> list[int]:
+    """The processes that a launcher started; itself where it has none yet."""
+    import psutil
+
+    try:
+        return [process.pid for process in psutil.Process(launcher).children()] or [launcher]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def main() -> None:
+    """``python -m rlhf.training.launch PACKAGE RECIPE [section.key=value ...]``."""
+    adopt_environment()
+    environment = dict(os.environ)
+    tools = os.path.dirname(sys.executable)  # ninja lies beside the interpreter
+    environment["PATH"] = os.pathsep.join((tools, environment.get("PATH", os.defpath)))
+    command = command_of(sys.argv[1], sys.argv[2:], environment)
+    if "deepspeed.launcher" not in " ".join(command[:4]):
+        os.execve(command[0], command, environment)
+    sys.exit(run(command, environment))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
