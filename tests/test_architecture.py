@@ -41,6 +41,7 @@ LIGHT = (
         f"rlhf/{name}.py"
         for name in (
             "collect/judges",
+            "models/configuration",
             "models/prepare",
             "training/kernel_lock",
             "training/metrics",

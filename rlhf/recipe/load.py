@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf.errors import UserError
+from rlhf.models.configuration import check_base
 from rlhf.recipe.quick import QUICK, laid_over, origins_with, split_overrides, take_block
 from rlhf.recipe.renamed import FORMER
 from rlhf.recipe.schema import STARTS, Recipe
@@ -320,4 +321,22 @@ def from_command_line(arguments: Sequence[str] | None = None) -> Recipe:
     flags = [w for w in words if w.startswith("-")]
     if flags:
         raise UserError(f"{flags[0]}: there are no flags; write overrides as section.key=value")
-    return load(words[0], words[1:])
+    recipe = load(words[0], words[1:])
+    lengths = _lengths(recipe)
+    check_base(recipe.model.path, lengths)
+    if recipe.distill is not None and recipe.distill.teacher is not None:
+        check_base(recipe.distill.teacher, lengths, "distill.teacher")
+    return recipe
+
+
+def _lengths(recipe: Recipe) -> dict[str, int]:
+    """Tokens of the longest sequence of each stage, by the keys that set it; a reward is read behind EOS."""
+    dialogue = recipe.dialogue
+    closing = 1 if dialogue.end_of_context is None else 2
+    both = dialogue.max_prompt_tokens + dialogue.max_response_tokens + closing
+    lengths = {"dialogue.max_prompt_tokens + dialogue.max_response_tokens": both}
+    if recipe.distill is not None:
+        lengths["distill.max_tokens"] = recipe.distill.max_tokens
+    if recipe.ppo.ptx_texts:
+        lengths["ppo.ptx_max_tokens"] = recipe.ppo.ptx_max_tokens
+    return lengths
