@@ -57,7 +57,7 @@ def fine_tuning(recipe: Recipe) -> Compute:
     import torch
 
     from reward.loss import pair_accuracy
-    from reward.model.batch import encode, layout
+    from reward.model.batch import encode_split, layout
     from reward.model.ensemble import MODEL
     from reward.model.model import head_of, new_reward_model, start_from
     from reward.training.run import judge
@@ -75,8 +75,7 @@ def fine_tuning(recipe: Recipe) -> Compute:
             read_native(RUNS / recipe.name / "comparisons" / f"{part}.jsonl", "stop", Counts())
             for part in ("train", "held_out")
         )
-        rows = encode(drawn(train, number, recipe.seed), dialogue)
-        exam = encode(held_out, dialogue, first=len(rows))
+        rows, exam = encode_split(drawn(train, number, recipe.seed), held_out, dialogue, print)
         fresh = new_reward_model(recipe, dialogue)
         return rows, exam, plan_forward(recipe, recipe.reward, fresh, [*rows, *exam], dialogue)
 

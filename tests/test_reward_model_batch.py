@@ -1,11 +1,14 @@
 """Comparisons as token rows: what is packed where, and how much goes in at once."""
 
+import dataclasses
+
 import pytest
 import torch
 from preference_cases import EOS, cases
 
-from reward.model.batch import as_example, encode, layout, micro_batches, pack, rows_of, width
+from reward.model.batch import as_example, encode, encode_split, layout, micro_batches, pack, rows_of, width
 from rlhf.data.comparisons import Comparison, Message
+from rlhf.errors import UserError
 from rlhf.models.tiny import END, START, tiny_tokenizer
 from rlhf.tokenization.dialogue import Dialogue
 
@@ -55,17 +58,43 @@ def test_a_comparison_becomes_its_prompt_and_its_closed_responses():
 
 
 def test_the_eos_of_a_cut_response_was_not_said_by_its_writer():
-    (found,) = encode([compare("abc", "abcd", "abcdefgh")], dialogue(4))
+    (found,) = encode([compare("abc", "abcd", "efghij")], dialogue(4))
     assert [len(response) for response in found["responses"]] == [4, 5, 5]
     assert found["spoken"] == [4, 4, 4]
-    assert found["responses"][2] == found["responses"][1]
 
 
 def test_a_response_that_says_eos_itself_ended_there():
-    (found,) = encode([compare(f"ab{END}c", f"ab{END}cdefgh", f"{END}ab")], dialogue(4))
-    ab = dialogue().encode_response("ab")
-    assert found["responses"] == [[*ab, EOS], [*ab, EOS], [EOS]]
-    assert found["spoken"] == [3, 3, 1]
+    (found,) = encode([compare(f"ab{END}c", f"{END}ab")], dialogue(4))
+    assert found["responses"] == [[*dialogue().encode_response("ab"), EOS], [EOS]]
+    assert found["spoken"] == [3, 1]
+
+
+def test_responses_that_are_equal_after_the_cut_are_one_and_nothing_to_tell_apart_is_left_out():
+    same = compare("abcdef", "abcdxx")
+    some = [
+        compare("ab", "b"),
+        same,
+        compare("b", "abcdef", "abcdxx", "c"),
+        compare("abcdef", "abcd", "abcdx"),
+    ]
+    found = encode(some, dialogue(4), first=3)
+    assert [e["index"] for e in found] == [3, 4]
+    assert [e["ranks"] for e in found] == [[0, 1], [0, 1, 2]]
+    assert found[1]["responses"] == [[*dialogue().encode_response(text), EOS] for text in ("b", "abcd", "c")]
+    tied = dataclasses.replace(compare("abcdef", "b", "abcdxx"), ranks=(1, 0, 0))
+    assert encode([tied], dialogue(4)) == [], "what is left is a tie"
+    assert len(encode(some, dialogue(6))) == 4
+    lines = []
+    train, held_out = encode_split(some, [same, some[0]], dialogue(4), lines.append)
+    assert [e["index"] for e in (*train, *held_out)] == [0, 1, 2]
+    assert lines == [
+        "left out: 2 of 4 training and 1 of 2 held-out comparisons, whose responses are equal within "
+        "dialogue.max_response_tokens=4"
+    ]
+    encode_split(some, some, dialogue(6), lines.append)
+    assert len(lines) == 1
+    with pytest.raises(UserError, match=r"all 1 held-out comparisons .*max_response_tokens=4: raise it"):
+        encode_split(some, [same], dialogue(4), lines.append)
 
 
 def test_the_token_behind_eos_is_read_and_never_spoken():

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from benchmarks.harness import Figures, check_release, peak_bytes, serve
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import Recipe, load
+from rlhf.runs.artifacts import read_jsonl
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.training.runtime import seed_everything
 
@@ -28,8 +28,8 @@ def prompts_of(run: Path, name: str) -> list[Prompt]:
     """Prompts that the comparisons stage has kept."""
     from rlhf.data.comparisons import Message
 
-    lines = (run / "comparisons" / name).read_text(encoding="utf-8").splitlines()
-    return [tuple(Message(m["role"], m["content"]) for m in json.loads(line)["messages"]) for line in lines]
+    rows = read_jsonl(run / "comparisons" / name)
+    return [tuple(Message(m["role"], m["content"]) for m in row["messages"]) for row in rows]
 
 
 def closed(ids_BT: Tensor, start: int, eos_id: int, pad_id: int) -> Tensor:

@@ -123,10 +123,11 @@ def prepare(
     rows: list[Example] = []
     for some in filter(None, (_best(comparison, responses) for comparison in comparisons)):
         try:
-            row = encode([some], dialogue, first=len(rows))[0]
+            (row,) = encode([some], dialogue, first=len(rows)) or ({"responses": ()},)
         except PromptTooLongError:
             continue
-        if len(row["prompt"]) + max(map(len, row["responses"])) <= max_tokens:
+        kept = len(row["responses"]) == responses  # none is equal to another one after the cut
+        if kept and len(row["prompt"]) + max(map(len, row["responses"])) <= max_tokens:
             rows.append(row)
         if len(rows) == number:
             return rows

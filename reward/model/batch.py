@@ -11,14 +11,15 @@ Shape suffixes: ``_B`` comparison, ``_K`` response of a comparison, ``_R`` respo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlhf.data.comparisons import Comparison
+from rlhf.data.comparisons import Comparison, distinct_responses
+from rlhf.errors import UserError
 from rlhf.models import packing
 from rlhf.models.packing import PackedBatch, Row
 from rlhf.models.token_batches import token_batches
@@ -50,15 +51,20 @@ class PackedComparisons(PackedBatch):
 
 def encode(comparisons: Sequence[Comparison], dialogue: Dialogue, first: int = 0) -> list[Example]:
     """Token ids of comparisons, each response closed the way the reward model reads it, numbered on from
-    ``first``."""
+    ``first``.
+
+    Responses whose ids are equal, as a cut can leave them, are one with the better rank; a comparison in
+    which nothing is left to tell apart is left out.
+    """
     rows: list[Example] = []
-    for comparison in comparisons:
-        closed, spoken = [], []
-        for text in comparison.responses:
-            ids = dialogue.encode_response(text)
-            closed.append(dialogue.close([], ids))
-            said = len(closed[-1]) - len(dialogue.closing)
-            spoken.append(said + (said < dialogue.max_response_tokens))
+    for whole in comparisons:
+        ids = {text: dialogue.close([], dialogue.encode_response(text)) for text in whole.responses}
+        comparison = distinct_responses(whole, lambda text, ids=ids: tuple(ids[text]))  # type: ignore[misc]
+        if len(set(comparison.ranks)) < 2:
+            continue
+        closed = [ids[text] for text in comparison.responses]
+        said = [len(response) - len(dialogue.closing) for response in closed]
+        spoken = [number + (number < dialogue.max_response_tokens) for number in said]
         rows.append(
             {
                 "prompt": dialogue.encode_prompt(comparison.prompt),
@@ -69,6 +75,34 @@ def encode(comparisons: Sequence[Comparison], dialogue: Dialogue, first: int = 0
             }
         )
     return rows
+
+
+def encode_split(
+    train: Sequence[Comparison],
+    held_out: Sequence[Comparison],
+    dialogue: Dialogue,
+    say: Callable[[str], None],
+) -> tuple[list[Example], list[Example]]:
+    """Both parts as examples, numbered through; says how many :func:`encode` has left out.
+
+    Raises:
+        UserError: nothing is left of a part.
+    """
+    rows = encode(train, dialogue)
+    exam = encode(held_out, dialogue, first=len(rows))
+    limit = f"dialogue.max_response_tokens={dialogue.max_response_tokens}"
+    for name, given, kept in (("training", train, rows), ("held-out", held_out, exam)):
+        if not kept:
+            raise UserError(
+                f"all {len(given)} {name} comparisons have responses that are equal within {limit}: raise it"
+            )
+    lost = [len(train) - len(rows), len(held_out) - len(exam)]
+    if any(lost):
+        say(
+            f"left out: {lost[0]} of {len(train)} training and {lost[1]} of {len(held_out)} held-out "
+            f"comparisons, whose responses are equal within {limit}"
+        )
+    return rows, exam
 
 
 def width(example: Example, share: bool) -> int:

@@ -7,9 +7,10 @@ without a ``pmp`` section has no such stage (Askell 2021, section 4).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf.data.comparisons import Comparison, split_by_prompt, write_native
+from rlhf.data.comparisons import Comparison, Counts, distinct_responses, split_by_prompt, write_native
 from rlhf.data.mixture import Filter, binarize, check_prefixes, sample_mixture, subsample_responses
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import Recipe, check_batch_sizes, from_command_line
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     """Do the stage's work; returns the figures for the manifest."""
-    from reward.model.batch import encode
+    from reward.model.batch import encode_split
     from reward.model.ensemble import MODEL
     from reward.model.model import new_reward_model, start_from
     from reward.training.run import config_of, judge, save
@@ -33,18 +34,17 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
 
     dialogue = load_dialogue(recipe)
     parts, counts = public_comparisons(recipe, section, run, dialogue)
-    rows = {"train": encode(parts[0], dialogue)}
-    rows["held_out"] = encode(parts[1], dialogue, first=len(rows["train"]))
+    train, held_out = encode_split(*parts, dialogue, lambda line: run.say(f"pmp: {line}"))
     fresh = new_reward_model(recipe, dialogue)
     if start := start_folder(recipe, run, "pmp"):
         read = start_from(fresh, start, "pmp.start")
         run.say(f"pmp: starts from {start} ({read} tensors)")
-    plan = plan_forward(recipe, section, fresh, [*rows["train"], *rows["held_out"]], dialogue)
+    plan = plan_forward(recipe, section, fresh, [*train, *held_out], dialogue)
     model = train_preference_model(
-        recipe, section, dialogue, fresh, rows["train"], plan, folder=run.folder, stage="pmp",
+        recipe, section, dialogue, fresh, train, plan, folder=run.folder, stage="pmp",
         on_checkpoint=run.note_clock,
     )  # fmt: skip
-    figures, _ = judge(recipe, section, model, rows["held_out"], dialogue, plan)
+    figures, _ = judge(recipe, section, model, held_out, dialogue, plan)
     results: dict[str, Any] = {f"held_out_{name}": figure.as_dict() for name, figure in figures.items()}
     save(run, model, run.folder / MODEL, config_of(recipe, dialogue, section, gain=1.0, offset=0.0), dialogue)
     if run.is_main:
@@ -54,7 +54,7 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
             f"on {found.n} comparisons ({section.form})",
             flush=True,
         )
-    return {**results, "train": len(parts[0]), "held_out": len(parts[1]), "counts": counts}
+    return {**results, "train": len(train), "held_out": len(held_out), "counts": counts}
 
 
 def public_comparisons(
@@ -78,7 +78,12 @@ def public_comparisons(
         cache=run.folder / "parts" / "mixture" if run.is_main else None,
         fits=_fits(recipe, dialogue),
     )
-    thinned = [subsample_responses(c, section.max_responses) for c in drawn]
+    told_apart = _told_apart(section, dialogue, drawn)
+    if len(told_apart) < len(drawn):
+        lost = Counts(len(drawn))
+        lost.drop("responses equal within dialogue.max_response_tokens", len(drawn) - len(told_apart))
+        counts["after the cut"] = lost
+    thinned = [subsample_responses(c, section.max_responses) for c in told_apart]
     if run.is_main:
         for name, count in counts.items():
             print(f"pmp: {name}: {count}", flush=True)
@@ -93,6 +98,20 @@ def public_comparisons(
         write_native(run.folder / "held_out.jsonl", held_out)
         print(f"pmp: {len(train)} comparisons to train on, {len(held_out)} held out", flush=True)
     return (train, held_out), {name: count.as_dict() for name, count in counts.items()}
+
+
+def _told_apart(section: Pmp, dialogue: Dialogue, drawn: Sequence[Comparison]) -> list[Comparison]:
+    """Comparisons in which the cut leaves something to tell apart.
+
+    In the binarized form the control prefix takes room of the response, and would hide that two are equal.
+    """
+    prefix = section.good_prefix if section.form == "binarized" else ""
+
+    def read(text: str) -> tuple[int, ...]:
+        return tuple(dialogue.encode_response(prefix + text))
+
+    found = (distinct_responses(comparison, read) for comparison in drawn)
+    return [comparison for comparison in found if len(set(comparison.ranks)) > 1]
 
 
 def _fits(recipe: Recipe, dialogue: Dialogue) -> Filter:

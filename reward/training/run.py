@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from reward.loss import candidate_scores, normalization, pair_accuracy
-from reward.model.batch import Example, encode, layout
+from reward.model.batch import Example, encode_split, layout
 from reward.model.ensemble import MODEL
 from reward.model.forward import score_examples, scores_of
 from reward.model.model import (
@@ -58,8 +58,9 @@ class Rows(NamedTuple):
 def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     """Train the reward model of a recipe, or its ensemble; returns the figures for the manifest."""
     dialogue = load_dialogue(recipe)
-    train = encode(drawn(stored(stage, "train"), recipe.reward.limit, recipe.seed), dialogue)
-    rows = Rows(train, encode(stored(stage, "held_out"), dialogue, first=len(train)))
+    train = drawn(stored(stage, "train"), recipe.reward.limit, recipe.seed)
+    held_out = stored(stage, "held_out")
+    rows = Rows(*encode_split(train, held_out, dialogue, lambda line: stage.say(f"reward: {line}")))
     stage.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
     fresh = new_reward_model(recipe, dialogue)
     if start := start_folder(recipe):
@@ -76,6 +77,9 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
         results["members"] = [m["held_out_accuracy"] for m in members]
         mean = torch.tensor([m["scores"] for m in members]).mean(0)
         results["ensemble_accuracy"] = accuracy(mean, rows.held_out).as_dict()
+    lost = {"train": len(train) - len(rows.train), "held_out": len(held_out) - len(rows.held_out)}
+    if any(lost.values()):
+        results["equal_after_cut"] = lost
     if stage.is_main:
         labels = read_json(stage.parent("comparisons") / MANIFEST)["results"]
         if labels.get("noise_ceiling"):

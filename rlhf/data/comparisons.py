@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -181,7 +181,7 @@ def deduplicate(comparisons: Iterable[Comparison], counts: Counts) -> list[Compa
     kept: list[Comparison] = []
     seen: set[tuple[str, tuple[tuple[int, str], ...]]] = set()
     for comparison in comparisons:
-        distinct = _distinct_responses(comparison)
+        distinct = distinct_responses(comparison)
         if len(distinct.responses) < 2:
             counts.drop("all responses are the same text")
             continue
@@ -199,11 +199,12 @@ def deduplicate(comparisons: Iterable[Comparison], counts: Counts) -> list[Compa
     return kept
 
 
-def _distinct_responses(comparison: Comparison) -> Comparison:
-    best: dict[str, tuple[int, str]] = {}  # stripped text -> (best rank, text as first written)
+def distinct_responses(comparison: Comparison, identity: Callable[[str], Hashable] = str.strip) -> Comparison:
+    """Responses of one identity as one, with its better rank; ranks become dense."""
+    best: dict[Hashable, tuple[int, str]] = {}  # identity -> (best rank, text as first written)
     for response, rank in zip(comparison.responses, comparison.ranks, strict=True):
-        text = response.strip()
-        best[text] = (min(rank, best[text][0]), best[text][1]) if text in best else (rank, response)
+        key = identity(response)
+        best[key] = (min(rank, best[key][0]), best[key][1]) if key in best else (rank, response)
     dense = {rank: index for index, rank in enumerate(sorted({rank for rank, _ in best.values()}))}
     return Comparison(
         comparison.prompt,

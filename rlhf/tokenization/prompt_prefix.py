@@ -72,7 +72,7 @@ def parse(text: str, name: str) -> PromptText:
         UserError: it has another structure; the message names file and line and says what belongs there.
     """
     blocks: list[list[tuple[int, str]]] = [[]]
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         if _SEPARATES.fullmatch(line):
             blocks.append([])
         elif line.strip() or blocks[-1]:
@@ -162,7 +162,7 @@ class Context:
             self.opening_ids = self._dialogue.encode_text(opened[: opened.index(_PROBE)])
         else:
             whole = text.strip()
-            if not _SEPARATES.fullmatch(whole.splitlines()[-1]):
+            if not _SEPARATES.fullmatch(whole.split("\n")[-1]):
                 whole = f"{whole}\n\n{SEPARATOR}"
             self.prefix_ids = [*lead, *self._dialogue.encode_text(f"{whole}\n\n")]
             self.opening_ids = self._dialogue.encode_text("Human:")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.runs.artifacts import write_atomically
+from rlhf.runs.artifacts import read_jsonl, write_atomically
 from rlhf.runs.stage import recipe_of
 from rlhf.training.progress import progress
 
@@ -86,7 +86,7 @@ def _keep_steps(file: Path, done: int) -> None:
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").split("\n"):
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
@@ -96,6 +96,4 @@ def _keep_steps(file: Path, done: int) -> None:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All logged steps of a stage."""
     file = folder / "metrics.jsonl"
-    return (
-        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    )
+    return read_jsonl(file) if file.is_file() else []
