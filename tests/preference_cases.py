@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from reward.model.batch import encode
 from reward.model.model import new_reward_model
 from reward.training.trainer import ForwardPlan, train_preference_model
-from rlhf.data.comparisons import Comparison, Counts, Message
+from rlhf.data.comparisons import Comparison, Counts, Message, distinct_responses
 from rlhf.data.readers.native import read_native
 from rlhf.models.tiny import write_tiny_model
 from rlhf.tokenization.dialogue import load_dialogue
@@ -122,8 +122,11 @@ def encoded(number, *overrides, seed=0, k=3):
 
 
 def stored(part="train"):
-    """Comparisons that a stage in the current folder has written."""
-    return read_native(f"runs/tiny/comparisons/{part}.jsonl", "stop", Counts())
+    """Comparisons that a stage in the current folder has written, equal responses as one as in training."""
+    _, dialogue = tiny()
+    some = read_native(f"runs/tiny/comparisons/{part}.jsonl", "stop", Counts())
+    distinct = [distinct_responses(c, lambda text: tuple(dialogue.encode_response(text))) for c in some]
+    return [c for c in distinct if len(set(c.ranks)) > 1]
 
 
 def asked(some):
