@@ -34,6 +34,12 @@ def stage(main, *overrides, recipe=TINY):
         sys.argv = before
 
 
+def one_of(processes):
+    """What a launcher puts into the environment of its first process."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    return {"WORLD_SIZE": str(processes), **place}
+
+
 def tiny_recipe(*overrides):
     """The tiny recipe with prompts by absolute path, so that it loads from any folder."""
     return load(TINY, [*PROMPTS, *overrides])

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROMPTS, ROOT, TINY, stage
+from conftest import PROMPTS, ROOT, TINY, one_of, stage
 
 from policy.evaluate import __main__ as evaluate
 from policy.ppo import __main__ as train
@@ -246,7 +246,8 @@ def test_ppo_needs_the_reward_stage_and_evaluate_the_ppo_stage(lab, refused):
 
 @pytest.mark.parametrize("main", [reward_train.main, train.main])
 def test_batches_that_do_not_divide_over_the_processes_are_refused(lab, refused, monkeypatch, main):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in one_of(3).items():
+        monkeypatch.setenv(name, value)
     line = refused(main)
     assert line.startswith("ppo.batch_size / ppo.minibatches = 8 does not divide over 3 processes")
     assert line.endswith("for example 9")

@@ -192,12 +192,8 @@ def made(*arguments):
 
 
 @pytest.mark.parametrize(("target", "module"), [("ppo", "policy.ppo"), ("reward", "reward.training")])
-def test_make_uses_the_launcher_for_several_processes_and_none_for_one(target, module):
+def test_make_starts_what_processes_can_share_through_the_launcher(target, module):
     recipe, setting = "RECIPE=recipes/tiny.yaml", "SET=name=x ppo.steps=2"
-    two = made(target, "PROCS=2", recipe, setting)
-    assert f"bin/deepspeed --num_gpus 2 --module {module} recipes/tiny.yaml name=x ppo.steps=2" in two
-    one = made(target, "PROCS=1", recipe, setting)
-    assert f"bin/python -m {module} recipes/tiny.yaml name=x ppo.steps=2" in one
-    assert "deepspeed" not in one
-    many = made(target, "HOSTFILE=hosts", recipe)
-    assert f"bin/deepspeed --hostfile hosts --module {module} recipes/tiny.yaml" in many
+    launched = f"-m rlhf.training.launch {module} recipes/tiny.yaml name=x ppo.steps=2"
+    assert launched in made(target, "PROCS=2", recipe, setting)
+    assert "launch" not in made("evaluate", "PROCS=2", recipe, setting)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import stage, tiny_recipe
+from conftest import one_of, stage, tiny_recipe
 from tiny_distill import PROMPT, overrides, results, run, steps, write_lab, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -233,7 +233,8 @@ def test_a_teacher_with_another_tokenizer_is_refused(distill_lab):
 
 
 def test_all_weights_and_zero_3_are_refused(distill_lab, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in one_of(2).items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"distill\.method: full does not go with ZeRO-3.*zero_stage=2"):
         run(method="full", distributed__zero_stage=3)
 

@@ -183,7 +183,7 @@ def test_a_stage_for_one_process_refuses_several(monkeypatch):
 
 def test_a_stray_variable_ends_a_command_with_one_line():
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf.recipe.load", "recipes/tiny.yaml"],
+        [sys.executable, "-m", "rlhf.recipe", "recipes/tiny.yaml"],
         cwd=ROOT,
         env={**os.environ, "WORLD_SIZE": "8"},
         capture_output=True,

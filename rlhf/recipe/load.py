@@ -55,6 +55,50 @@ _UniqueKeyLoader.add_implicit_resolver(
 )
 
 
+MAX_BYTES = 1 << 20  # of a recipe
+MAX_DEPTH = 8  # of a dotted key
+MAX_VALUES = 20_000  # of a recipe, aliases written out
+
+
+def _parse(text: str) -> tuple[Any, yaml.Node | None]:
+    """A YAML document's value, and its nodes with their places.
+
+    Raises yaml.YAMLError or ValueError for what is no YAML or too much of it, RecursionError where it is
+    nested too deep.
+    """
+    if sum(map(text.count, ":,\n")) > 2 * MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES} values; a recipe is a page of YAML")
+    loader = _UniqueKeyLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        _count(node, {})
+        return loader.construct_document(node), node
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values of a node with its aliases written out; ValueError where there are too many, or no end."""
+    if id(node) not in known:
+        known[id(node)] = MAX_VALUES + 1  # of itself, until it is known
+        inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    if known[id(node)] > MAX_VALUES:
+        raise ValueError("it holds itself (an alias inside its own anchor), or too many aliases of aliases")
+    return known[id(node)]
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a YAML text, in words."""
+    if isinstance(error, RecursionError):
+        return "not a recipe: its values are nested too deep"
+    kind = "YAML" if isinstance(error, yaml.YAMLError | UnicodeDecodeError) else "recipe"
+    return f"not {'valid ' if kind == 'YAML' else 'a '}{kind}: {getattr(error, 'problem', None) or error}"
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply overrides.
 
@@ -92,17 +136,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
         hint = difflib.get_close_matches(str(path), known, n=1, cutoff=0.3)
         remedy = f"did you mean {hint[0]}?" if hint else f"recipes here: {', '.join(known) or 'none'}"
-        raise UserError(f"{path}: no such recipe file; {remedy}")
+        what = "not a plain file" if path.exists() else "no such recipe file"
+        raise UserError(f"{path}: {what}; {remedy}")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MB; a recipe is a page of YAML")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
-        lines = _line_numbers(yaml.compose(text, Loader=_UniqueKeyLoader))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values, node = _parse(path.read_text(encoding="utf-8"))
+        lines = _line_numbers(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not a recipe: it holds itself (an alias inside its own anchor)") from None
+        raise UserError(f"{where}: {_fault(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, this file holds {type(values).__name__}")
     return values, {"": str(path), **{key: f"{path}:{line}" for key, line in lines.items()}}
@@ -153,21 +197,22 @@ def _line_numbers(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
 def _apply(values: dict[str, Any], override: str, origins: dict[str, str]) -> None:
     key, separator, raw = override.partition("=")
     parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise UserError(f"override {override!r}: write it as section.key=value, for example ppo.steps=10")
+    shown = f"override {override if len(override) < 80 else override[:77] + '...'!r}"
+    if not separator or not all(parts) or len(parts) > MAX_DEPTH:
+        raise UserError(f"{shown}: write it as section.key=value, for example ppo.steps=10")
     try:
-        value = yaml.load(raw, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        value, _ = _parse(raw)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{shown}: {_fault(error)}") from None
     target: Any = values
     for depth, part in enumerate(parts[:-1], 1):
         if part not in target:
-            origins[".".join(parts[:depth])] = f"override {override!r}"
+            origins[".".join(parts[:depth])] = shown
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
-            raise UserError(f"override {override!r}: {part} is a value, not a section")
+            raise UserError(f"{shown}: {part} is a value, not a section")
     target[parts[-1]] = value
-    origins[key.strip()] = f"override {override!r}"
+    origins[key.strip()] = shown
 
 
 def _sections(annotation: Any) -> type[BaseModel] | None:

@@ -94,6 +94,8 @@ class Data(Section):
     """Use at most this many comparisons, drawn by the seed after de-duplication."""
     on_bad_rows: Literal["stop", "skip"] = "stop"
     """A malformed row is an error that names file and line, or is left out and counted."""
+    max_line_megabytes: Positive = 64
+    """Longest line of a data file, or row of a .json list, in MB; a longer one is an error."""
 
     @property
     def sampled(self) -> bool:

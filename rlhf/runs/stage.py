@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import yaml
 
 from rlhf import NAME, __version__
+from rlhf.data.readers.files import LINE_LIMIT
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe, dump, files_of
 from rlhf.recipe.stored import modernized
@@ -33,6 +34,7 @@ from rlhf.runs.processes import check_alone, rank
 RUNS = Path("runs")
 CONTRACT = ("seed", "model", "lora", "dialogue", "data")  # what all stages share
 _CHANGEABLE = {  # may change between two starts of an unfinished stage, because the result stays the same
+    "data.max_line_megabytes",
     "ppo.micro_batch_size",
     "ppo.checkpoint_every",
     "ppo.score_timeout_minutes",
@@ -188,6 +190,7 @@ def open_stage(
             that the directory was made with (and in what), or another process is at it.
     """
     check_alone(stage)
+    LINE_LIMIT.set(recipe.data.max_line_megabytes << 20)
     folder = RUNS / recipe.name / stage
     found = {name: _parent_identity(recipe, name, stage) for name in parents}
     resolved = recipe.model_dump(mode="json")

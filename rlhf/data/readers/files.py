@@ -8,17 +8,21 @@ import glob
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from rlhf.data.readers import xml_dumps as xml
 from rlhf.data.readers.rows import BadRow, Origin
 from rlhf.errors import UserError
 
 HUB = "hub:"  # hub:NAME[:CONFIG][@SPLIT]
+LINE_LIMIT = ContextVar("LINE_LIMIT", default=64 << 20)
+"""Bytes of the longest line, or row of a .json file: the recipe's ``data.max_line_megabytes``."""
+_ROW_LINES = 100_000  # lines that a row of a .csv file may span; a quote that is not closed spans all
+_CHUNK = 1 << 16
 
 
 def origins(specs: Sequence[str], *, key: str) -> Iterator[Origin]:
@@ -81,6 +85,8 @@ def _kind(path: Path) -> str:
         raise UserError(f"{path} is a directory: name its files, for example {path / '*.jsonl'}")
     if not path.exists():
         raise UserError(f"{path}: no such file")
+    if not path.is_file():
+        raise UserError(f"{path}: a pipe or a device, which may have no end: write it to a file first")
     if kind not in _KINDS:
         raise UserError(f"{path}: unknown kind of file; known: {', '.join(_KINDS)}, each also with .gz")
     return kind
@@ -100,8 +106,11 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends; decoded one by one, so that a bad byte has a line number."""
+    limit = LINE_LIMIT.get()
     with _opened(path) as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(iter(lambda: stream.readline(limit + 1), b""), 1):
+            if len(line) > limit:
+                raise UserError(f"{path}:{number}: {_too_long('line', limit)}")
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -133,26 +142,133 @@ def _jsonl(path: Path) -> Iterator[tuple[int, object]]:
         yield number, row
 
 
+def _too_long(what: str, limit: int) -> str:
+    return f"the {what} is longer than {limit >> 20} MB; mend the file, or raise data.max_line_megabytes"
+
+
+class _JsonText:
+    """A JSON text, read a value at a time: the memory does not depend on the length of a list."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        self._buffer, self._at, self._line, self._ended = "", 0, 1, False
+
+    def _more(self) -> bool:
+        """Read on, twice as far each time; False at the end."""
+        self._line += self._buffer.count("\n", 0, self._at)
+        self._buffer, self._at = self._buffer[self._at :], 0
+        more = self._text.read(max(_CHUNK, len(self._buffer)))
+        self._buffer += more
+        self._ended = not more
+        return bool(more)
+
+    def peek(self) -> str:
+        """The next character that is no white space; nothing at the end."""
+        while True:
+            while self._at < len(self._buffer):
+                if not self._buffer[self._at].isspace():
+                    return self._buffer[self._at]
+                self._at += 1
+            if not self._more():
+                return ""
+
+    def skip(self, wanted: str) -> None:
+        """Step over a character that has to come."""
+        if self.peek() != wanted:
+            raise json.JSONDecodeError(f"Expecting {wanted!r}", self._buffer, self._at)
+        self._at += 1
+
+    def end(self) -> None:
+        """See that nothing comes any more."""
+        if self.peek():
+            raise json.JSONDecodeError("Extra data", self._buffer, self._at)
+
+    def value(self) -> Any:
+        """The next value, whole."""
+        self.peek()
+        while True:
+            try:
+                found, end = json.JSONDecoder().raw_decode(self._buffer, self._at)
+                behind = self._buffer[end : end + 1]  # nothing of a number: 1 may be 1.5
+                whole = self._ended or (behind != "" and behind in ",:]} \t\r\n")
+            except json.JSONDecodeError:
+                if self._ended:
+                    raise
+                whole, end = False, len(self._buffer)
+            if end - self._at > LINE_LIMIT.get():
+                raise OverflowError
+            if whole:
+                self._at = end
+                return found
+            self._more()
+
+    def line_of(self, error: json.JSONDecodeError) -> int:
+        """Where in the file an error is."""
+        return self._line + error.lineno - 1
+
+    def members(self, close: str) -> Iterator[None]:
+        """Step into a list or an object and from member to member, up to the end."""
+        self._at += 1
+        while self.peek() != close:
+            yield
+            if self.peek() != close:
+                self.skip(",")
+        self._at += 1
+
+
 def _json(path: Path) -> Iterator[tuple[int, object]]:
-    try:
-        value = json.loads(_bytes(path).decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        hint = "; a file with one object a line is named .jsonl" if error.msg == "Extra data" else ""
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{hint}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if isinstance(value, dict):
-        value = next((value[key] for key in ("data", "examples") if isinstance(value.get(key), list)), None)
-    if not isinstance(value, list):
+    with _opened(path) as stream:
+        text = _JsonText(stream)
+        try:
+            yield from enumerate(_json_rows(path, text), 1)
+            text.end()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+        except json.JSONDecodeError as error:
+            hint = "; a file with one object a line is named .jsonl" if error.msg == "Extra data" else ""
+            raise UserError(f"{path}:{text.line_of(error)}: not valid JSON: {error.msg}{hint}") from None
+        except OverflowError:
+            raise UserError(f"{path}: {_too_long('row', LINE_LIMIT.get())}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def _json_rows(path: Path, text: _JsonText) -> Iterator[object]:
+    """The rows of a list, or of the list under "data" or "examples" of an object."""
+    found = text.peek() == "["
+    if found:
+        for _ in text.members("]"):
+            yield text.value()
+    elif text.peek() == "{":
+        for _ in text.members("}"):
+            name = text.value()
+            text.skip(":")
+            if not found and name in ("data", "examples") and text.peek() == "[":
+                found = True
+                for _ in text.members("]"):
+                    yield text.value()
+            else:
+                text.value()
+    else:
+        text.value()
+    if not found and not text.peek():
         raise UserError(f'{path}: expected a list of rows, or an object with a list "data" or "examples"')
-    yield from enumerate(value, 1)
 
 
 def _csv(path: Path) -> Iterator[tuple[int, object]]:
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than some dialogues
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    # the default of 128 KiB is shorter than some dialogues; a character takes up to four bytes
+    csv.field_size_limit(LINE_LIMIT.get() // 4)
+    start = 1
+
+    def bounded() -> Iterator[str]:
+        for number, line in _lines(path):
+            if number - start > _ROW_LINES:
+                raise UserError(
+                    f"{path}:{start}: the row has no end within {_ROW_LINES} lines; close its quote"
+                )
+            yield line
+
+    reader = csv.reader(bounded(), strict=True)
     header: list[str] | None = None
     while True:
         start = reader.line_num + 1  # a quoted cell may span lines
