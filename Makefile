@@ -21,6 +21,8 @@ PY := $(VENV)/bin/python
 STAMPS := .stamps
 ARGS = $(RECIPE) $(SET) $(if $(filter-out 0,$(QUICK)),quick=true)
 RUN = $(PY) -m rlhf.training.launch
+# an environment that was removed is made anew
+$(if $(wildcard $(PY)),,$(shell rm -f $(STAMPS)/setup))
 # ninja and the like lie in the environment; the quotes are for a folder with a space in its name
 TOOLS = PATH="$$(cd "$(VENV)/bin" && pwd):$$PATH"
 export HF_HUB_DISABLE_TELEMETRY = 1

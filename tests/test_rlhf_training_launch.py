@@ -239,3 +239,24 @@ def test_a_makefile_passes_its_variables_and_no_count_of_gpus():
     ).stdout  # fmt: skip
     assert ".venv/bin/python -m rlhf.training.launch policy.ppo recipes/sentiment.yaml" in made
     assert "num_gpus" not in Path(ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_an_old_python_is_named_before_anything_is_made(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 10, 4); $2"\n')
+    stub.chmod(0o755)
+    command = [
+        "make",
+        "-C",
+        str(ROOT),
+        "setup",
+        f"PYTHON={stub}",
+        f"VENV={tmp_path}/v",
+        f"STAMPS={tmp_path}/s",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: Python 3.10 is too old, 3.11 or later is needed: make setup PYTHON="
+    )
+    assert not (tmp_path / "v").exists()
