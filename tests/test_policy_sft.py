@@ -118,14 +118,13 @@ def test_packed_rows_say_what_single_rows_say(tmp_path):
             nll, counts = losses(backbone.model, head, MIXED, 0, packing=packing, tokens=tokens)
             torch.testing.assert_close(nll, expected, rtol=1e-4, atol=1e-4)
             assert counts.tolist() == [sum(row.counts[1:]) for row in MIXED]
-    assert check_packing(backbone.model, head, MIXED, 0) is None
+    assert check_packing(backbone.model, MIXED, 0) is None
 
 
 def test_an_architecture_that_does_not_know_block_masks_is_found_out(tmp_path, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaModel
 
     backbone = awake()
-    head = vocabulary_head(tiny()[0], backbone.base)
     forward = LlamaModel.forward
 
     def ignores(self, *args, attention_mask=None, position_ids=None, **options):
@@ -137,10 +136,10 @@ def test_an_architecture_that_does_not_know_block_masks_is_found_out(tmp_path, m
         return forward(self, *args, attention_mask=attention_mask, **options)
 
     monkeypatch.setattr(LlamaModel, "forward", ignores)
-    warning = check_packing(backbone.model, head, MIXED, 0)
+    warning = check_packing(backbone.model, MIXED, 0)
     assert warning.startswith("packed rows give other outputs with this architecture (by ")
     monkeypatch.setattr(LlamaModel, "forward", refuses)
-    warning = check_packing(backbone.model, head, MIXED, 0)
+    warning = check_packing(backbone.model, MIXED, 0)
     assert warning.startswith("this architecture does not take packed rows (only two dimensions)")
 
 

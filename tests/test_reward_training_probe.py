@@ -20,7 +20,8 @@ class Bag(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.table = nn.Parameter(torch.randn(40, 12, generator=generator))
-        self.base_model = SimpleNamespace(model=SimpleNamespace(dtype=torch.float32))
+        config = SimpleNamespace(get_text_config=lambda: None)
+        self.base_model = SimpleNamespace(model=SimpleNamespace(dtype=torch.float32, config=config))
 
     def forward(self, input_ids, attention_mask, rows_B, columns_B, **_):
         hidden = (self.table[input_ids] * attention_mask[..., None]).cumsum(dim=1)

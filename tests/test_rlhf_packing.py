@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.models.packing import SHARED, Row, attention_mask, compare_packing, first_fit, micro_batches, pack
+
+
+def peft_model(dtype, **more):
+    """What the comparison asks of a model."""
+    return SimpleNamespace(base_model=SimpleNamespace(model=SimpleNamespace(dtype=dtype, **more)))
+
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=20)
 
@@ -23,7 +30,7 @@ def rows(lengths, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_sees_the_shared_part_and_its_own_sequence_up_to_itself(dtype):
     segments = torch.tensor([[2, 2, 3, 3, 3, 4, 0], [2] * 7, [1, 1, 2, 2, 3, 0, 0], [1, 2, 3, 4, 4, 4, 4]])
-    mask = attention_mask(segments, dtype)
+    mask = attention_mask(segments, torch.zeros_like(segments), None, dtype)
     assert (mask.shape, mask.dtype) == ((4, 1, 7, 7), dtype)
     for n, i, j in itertools.product(range(4), range(7), range(7)):
         may = j <= i and int(segments[n, j]) in (SHARED, int(segments[n, i]))
@@ -33,7 +40,7 @@ def test_a_token_sees_the_shared_part_and_its_own_sequence_up_to_itself(dtype):
 
 def test_rows_of_one_sequence_need_no_more_than_a_plain_mask():
     for segments in ([[2, 2, 2], [2, 0, 0]], [[1, 2, 2], [1, 0, 0]]):
-        mask = attention_mask(torch.tensor(segments), torch.float32)
+        mask = attention_mask(torch.tensor(segments), None, None, torch.float32)
         assert mask.dtype == torch.long
         assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
@@ -103,15 +110,16 @@ def test_sequences_without_anything_to_learn_have_no_targets():
 @pytest.mark.parametrize(
     ("packed", "separate", "dtype", "warns"),
     [
-        ([1.0, 20.0], [1.0, 20.01], torch.float32, False),  # a thousandth of the largest is allowed
+        ([1.0, 20.0], [1.0, 20.01], torch.float32, False),  # a thousandth of the length is allowed
         ([1.0, 20.0], [1.0, 20.03], torch.float32, True),
         ([1.0, 2.0], [1.0, 2.1], torch.bfloat16, False),
         ([1.0, 2.0], [1.0, 2.3], torch.bfloat16, True),
+        ([[1e-3, 0.0], [1.0, 0.0]], [[2e-3, 0.0], [1.0, 0.0]], torch.float32, True),  # each for itself
         ([0.0, float("nan")], [0.0, 0.0], torch.float32, True),
     ],
 )
 def test_packing_is_refused_where_it_changes_the_outputs(packed, separate, dtype, warns):
-    warning = compare_packing(lambda share: torch.tensor(packed if share else separate), dtype)
+    warning = compare_packing(lambda share: torch.tensor(packed if share else separate), peft_model(dtype))
     assert (warning is not None) == warns
     assert not warns or warning.startswith("packed rows give other outputs with this architecture (by ")
 
@@ -121,4 +129,4 @@ def test_an_architecture_that_refuses_the_mask_is_not_packed():
         raise ValueError("a mask has two dimensions\nand no more")
 
     start = "this architecture does not take packed rows (a mask has two dimensions):"
-    assert compare_packing(refuses, torch.float32).startswith(start)
+    assert compare_packing(refuses, peft_model(torch.float32)).startswith(start)

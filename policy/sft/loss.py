@@ -17,7 +17,6 @@ from rlhf.models.packing import (
     PackedBatch,
     Row,
     compare_packing,
-    dtype_of,
     inputs_of,
     micro_batches,
     pack,
@@ -58,14 +57,17 @@ def losses(
     return nll_B, counts_B
 
 
-def check_packing(model: Any, head: Any, sequences: Sequence[Row], pad_id: int) -> str | None:
-    """A warning where the model gives other log-probabilities to some of the sequences if they share rows."""
-    short = sorted(sequences, key=lambda row: len(row.ids))[:4]  # those that share a row
-    some = (list(short) * 4)[:4]
+def check_packing(model: Any, sequences: Sequence[Row], pad_id: int) -> str | None:
+    """A warning where the model reads some of the sequences otherwise if they share rows: the two longest,
+    each with one of the two shortest."""
+    by_length = sorted(sequences, key=lambda row: len(row.ids))
+    some = [by_length[-1], by_length[0], by_length[-2:][0], by_length[:2][-1]]
     device = next(model.parameters()).device
 
-    def outputs(share: bool) -> Tensor:
-        bins = [[0, 1], [2, 3]] if share else [[0], [1], [2], [3]]
-        return log_probs(model, pack(some, bins, pad_id).to(device), head)[0]
+    def states(share: bool) -> Tensor:
+        batch = pack(some, [[0, 1], [2, 3]] if share else [[0], [1], [2], [3]], pad_id).to(device)
+        hidden_NTD = model(**inputs_of(model, batch), part="all")
+        rows, columns = (batch.rows_B, batch.rows_S), (batch.columns_B, batch.columns_S)
+        return hidden_NTD[torch.cat(rows), torch.cat(columns)]
 
-    return compare_packing(outputs, dtype_of(model))
+    return compare_packing(states, model)

@@ -45,7 +45,7 @@ def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
     head = vocabulary_head(recipe, backbone.base)
     model: Any = backbone.model
     packing = section.packing
-    if packing and (warning := check_packing(model, head, train, dialogue.pad_id)):
+    if packing and (warning := check_packing(model, [*train, *held_out], dialogue.pad_id)):
         packing = False
         run.say(f"warning: {warning}")
     measured = model, head, held_out, dialogue.pad_id

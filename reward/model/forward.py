@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reward.model.batch import Example, PackedComparisons, Wanted, as_example, micro_batches, pack
-from rlhf.models.packing import compare_packing, dtype_of, inputs_of, sequence_log_probs
+from reward.model.batch import (
+    Example,
+    PackedComparisons,
+    Wanted,
+    as_example,
+    micro_batches,
+    pack,
+    width,
+)
+from rlhf.models.packing import compare_packing, inputs_of, sequence_log_probs
 from rlhf.models.trunk_cache import TrunkCache
 from rlhf.training.progress import progress
 
@@ -87,6 +95,30 @@ def scores_of(model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int) -> T
 
 
 def check_packing(model: nn.Module, examples: Sequence[Example], pad_id: int) -> str | None:
-    """A warning where the model scores two of the examples otherwise if their prompts are shared."""
-    some = sorted(examples, key=lambda e: len(e["responses"]), reverse=True)[:2]
-    return compare_packing(lambda share: score_examples(model, some, pad_id, share=share)[0], dtype_of(model))
+    """A warning where the model reads the most awkward examples otherwise if their prompts are shared."""
+    some = awkward(examples)
+    return compare_packing(
+        lambda share: read_examples(model, some, pad_id, last_states, share=share, name="packing"), model
+    )
+
+
+def last_states(packed: PackedComparisons, hidden_NTD: Tensor, _: Tensor) -> Tensor:
+    """The states that scores are read from, [R, D]."""
+    return hidden_NTD[packed.rows_B, packed.columns_B]
+
+
+def awkward(examples: Sequence[Example]) -> list[Example]:
+    """Those of the examples in which a wrong mask shows: the longest row with and without the prompt shared,
+    the longest shared prompt, the most responses, and the shortest response."""
+    sizes = [
+        (
+            width(e, True),
+            width(e, False),
+            len(e["prompt"]) * (len(e["responses"]) > 1),
+            len(e["responses"]),
+            -min(map(len, e["responses"])),
+        )
+        for e in examples
+    ]
+    found = {column.index(max(column)) for column in zip(*sizes, strict=True)}
+    return [examples[i] for i in sorted(found)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from reward.loss import head_init_std
-from reward.model.batch import Example
+from reward.model.batch import Example, width
 from reward.model.forward import check_packing, score_examples
 from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError
@@ -212,7 +212,7 @@ class TextRewardModel:
         base = load_classifier(Model(path=self.config.base), self.dialogue)
         self.model = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
         self.model.requires_grad_(False)
-        self._share: bool | None = None  # not known before there is something to share
+        self._share, self._checked = True, 0  # tokens of the longest row with which sharing has been tried
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
         """Normalised scores of responses to prompts, [n]; higher is better.
@@ -224,7 +224,9 @@ class TextRewardModel:
             closed = [self.dialogue.close([], self.dialogue.encode_response(text)) for _, text in group]
             own = {"prompt": self.dialogue.encode_prompt(prompt), "responses": closed, "index": -1}
             examples.append(own | dict.fromkeys(("ranks", "spoken"), [0] * len(closed)))
-        if self._share is None and any(len(e["responses"]) > 1 for e in examples):
+        shared = [e for e in examples if len(e["responses"]) > 1]
+        if self._share and (longest := max((width(e, True) for e in shared), default=0)) > self._checked:
             self._share = check_packing(self.model, examples, self.dialogue.pad_id) is None
-        share = bool(self._share)
+            self._checked = longest
+        share = self._share and bool(shared)
         return score_examples(self.model, examples, self.dialogue.pad_id, share=share)[0] + self.config.offset

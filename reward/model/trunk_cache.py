@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from reward.model.batch import Example, PackedComparisons, micro_batches, pack, rows_of, width
-from reward.model.forward import forward_packed
-from rlhf.models.packing import dtype_of, inputs_of
+from reward.model.forward import awkward, forward_packed, last_states
+from rlhf.models.packing import difference, inputs_of, tolerance
 from rlhf.models.trunk_cache import TrunkCache, keeps_trunk, trunk_bytes
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.reward import PreferenceTraining
@@ -22,8 +22,6 @@ from rlhf.runs.processes import processes
 from rlhf.training.progress import progress
 
 _TOKENS_AT_ONCE = 2048
-_PROBED = 2  # examples on which trunk + top are compared with the whole
-_TOLERANCE = 1e-3  # between the scores of trunk + top and of the whole, in units of their size
 
 
 @torch.no_grad()
@@ -43,13 +41,16 @@ def build_trunk(
     if not keeps_trunk(section, cut, trunk_bytes(base, tokens)):
         return None
     trunk = TrunkCache(cut)
-    few = sorted(rows, key=lambda e: width(e, share) * rows_of(e, share))[:_PROBED]  # cheap to read twice
     try:
-        gap = _gap(model, few, trunk, pad_id, share=share)
+        gap = max(
+            _gap(model, [few[i] for i in batch], trunk, pad_id, share=share)
+            for few in [awkward(rows)]
+            for batch in micro_batches(few, _TOKENS_AT_ONCE, share=share)
+        )
     except (AttributeError, TypeError, RuntimeError) as error:
         print(f"warning: this architecture cannot be split at layer {cut} ({error}): no trunk cache")
         return None
-    if gap > _TOLERANCE:
+    if not gap <= tolerance(model):
         print(f"warning: trunk and top differ from the whole (by {gap:.2g}): no trunk cache", flush=True)
         return None
     batches = micro_batches(rows, _TOKENS_AT_ONCE, share=share)
@@ -69,9 +70,7 @@ def _read(
 
 
 def _gap(model: Any, few: Sequence[Example], trunk: TrunkCache, pad_id: int, *, share: bool) -> float:
-    """How far the scores by trunk and top are from those of the whole, in units of their size."""
+    """How far the states by trunk and top are from those of the whole, in units of their length."""
     packed = _read(model, few, trunk, pad_id, share=share)
-    whole, split = forward_packed(model, packed)[1], forward_packed(model, packed, trunk)[1]
-    exact = dtype_of(model) == torch.float32
-    scale = max(1.0, float(whole.abs().max())) * (1 if exact else 100)
-    return float((whole - split).abs().max()) / scale
+    whole, split = (last_states(packed, *forward_packed(model, packed, t)) for t in (None, trunk))
+    return difference(split, whole)

@@ -122,7 +122,7 @@ def plan_forward(
     """How this model can go over these examples without computing anything twice; warnings are printed."""
     model = model.to(best_device()).eval()
     share = section.share_prompts
-    if share and (warning := check_packing(model, rows[:32], dialogue.pad_id)):
+    if share and (warning := check_packing(model, rows, dialogue.pad_id)):
         print(f"warning: {warning}", flush=True)
         share = False
     return ForwardPlan(share, build_trunk(recipe, section, model, rows, dialogue.pad_id, share=share))

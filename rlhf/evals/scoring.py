@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from rlhf.evals.prefix_tree import Tree, common_start, fold, lay_out, target_log_probs
 from rlhf.generation.kv_cache import PrefixStates, prefix_cache
 from rlhf.models.log_probs import chunk_of
-from rlhf.models.masks import right_pad
+from rlhf.models.masks import attention_window, right_pad
 from rlhf.models.token_batches import token_batches
 from rlhf.training.progress import progress
 
@@ -136,7 +136,8 @@ class Scorer:
 
     @torch.no_grad()
     def takes_trees(self) -> bool:
-        """Whether trees behind kept states give what plain rows give; tried once, on a few tokens."""
+        """Whether trees behind kept states give what plain rows give; tried once, on a few tokens and on a
+        row that is longer than what any layer looks back at."""
         if self._trees is None:
             layers = DynamicCache(config=self.config).layers
             everywhere = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
@@ -149,15 +150,17 @@ class Scorer:
         return self._trees
 
     def _probe(self) -> bool:
-        ids = [(7 * i + 3) % int(self.config.vocab_size) for i in range(9)]
+        half = (attention_window(self.config) or 0) // 2  # text and row together fill the window
+        ids = [(7 * i + 3) % int(self.config.vocab_size) for i in range(9 + 2 * half)]
+        text, row = ids[: 3 + half], ids[3 + half :]
         jobs = [
-            Job(ids[3:7], 1, ids[5:8]),
-            Job([*ids[3:5], *ids[6:8]], 1, ids[6:9]),
-            Job(ids[4:6], 0, ids[5:7]),
+            Job(row[:-2], 1, row[2:-1]),
+            Job([*row[:2], *row[3:5]], 1, row[3:6]),
+            Job(row[1:3], 0, row[2:4]),
         ]
-        rows = torch.tensor(self._score(ids[:3], jobs, trees=False)[0])
+        rows = torch.tensor(self._score(text, jobs, trees=False)[0])
         try:
-            trees = torch.tensor(self._score(ids[:3], jobs, trees=True)[0])
+            trees = torch.tensor(self._score(text, jobs, trees=True)[0])
         except (AttributeError, TypeError, RuntimeError, ValueError, IndexError):
             return False
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from rlhf.models.folding import Folding
 from rlhf.models.log_probs import check_head, chunk_of, token_log_probs
 from rlhf.models.lora import HEAD, lora_config, read_adapter, write_adapter
-from rlhf.models.masks import last_true_index, positions_from_mask
+from rlhf.models.masks import attention_window, last_true_index, positions_from_mask
 from rlhf.models.trunk_cache import ALL_ADAPTED
 from rlhf.recipe.schema import Lora
 
@@ -38,19 +38,26 @@ REFERENCE = "reference"  # the role of the base without adapters
 def layers_of(decoder: Any, part: str, cut: int) -> Iterator[None]:
     """Let a decoder consist of its layers below ``cut`` (``trunk``), from there (``top``), or ``all``.
 
-    The decoder's own forward then builds masks and positions, whatever the architecture.
+    The decoder's own forward then builds masks and positions, whatever the architecture. Some look a layer's
+    type up by its number, so the types are cut with the layers.
     """
     if part == "all":
         yield
         return
     layers, norm = decoder.layers, decoder.norm
+    config: Any = getattr(decoder, "config", None)
+    types = getattr(config, "layer_types", None)
     try:
+        if types is not None:
+            config.layer_types = types[:cut] if part == "trunk" else types[cut:]
         decoder.layers = layers[:cut] if part == "trunk" else layers[cut:]
         if part == "trunk":
             decoder.norm = nn.Identity()
         yield
     finally:
         decoder.layers, decoder.norm = layers, norm
+        if types is not None:
+            config.layer_types = types
 
 
 class Backbone(nn.Module):
@@ -283,8 +290,9 @@ class Backbone(nn.Module):
         check_head(self.base)
         if not self.frozen_layers:
             return None
-        vocabulary = int(self.base.config.get_text_config().vocab_size)
-        ids = torch.arange(2 * 8, device=self.device).reshape(2, 8) % vocabulary
+        config = self.base.config.get_text_config()
+        length = 8 + (attention_window(config) or 0)  # a row that no window holds
+        ids = torch.arange(2 * length, device=self.device).reshape(2, length) % int(config.vocab_size)
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[0, :3] = False
         hidden = self._decode(ids, mask, part="all")

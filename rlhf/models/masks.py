@@ -8,11 +8,13 @@ changes no result and no gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 WHITEN_EPSILON = 1e-8  # added to the variance (Ziegler et al. 2019, official code)
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "window_size")
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -48,6 +50,66 @@ def positions_from_mask(mask_BT: Tensor) -> Tensor:
     mask_BT: True = a real token. Returns long positions_BT, 0 at padding.
     """
     return (mask_BT.long().cumsum(dim=-1) - 1) * mask_BT
+
+
+def attention_window(config: Any) -> int | None:
+    """Tokens that the narrowest layers of a text model look back at, the reading one included.
+
+    None where every layer reads all that fits into the model (within 8 tokens, which a probe reads beyond the
+    window), as far as the configuration says.
+    """
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    known = [n for n in windows if isinstance(n, int) and n > 0]
+    limit = getattr(config, "max_position_embeddings", None)
+    return min((n for n in known if limit is None or n + 8 <= limit), default=None)
+
+
+def attention_masks(
+    may_NQK: Tensor, query_NQ: Tensor, key_NK: Tensor, config: Any, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """Masks that are added to attention scores, [N, 1, Q, K] in ``dtype``: 0 = may look, else the lowest.
+
+    A ready-made mask takes the place of the model's own, so a sliding window (Beltagy et al. 2020, arXiv
+    2004.05150) or a chunk of its layers has to be in it. Both count positions in a sequence, not columns.
+
+    Args:
+        may_NQK: True = the key may be looked at, were there no window.
+        query_NQ: position of each query in its own sequence.
+        key_NK: position of each key, likewise.
+        config: of the text model: its ``layer_types``, ``sliding_window`` and ``attention_chunk_size``.
+        dtype: of the model's weights.
+
+    Returns:
+        One mask for all layers, or one for each type of layer where these differ.
+
+    Raises:
+        ValueError: some layers are of a type that reads no mask of this kind.
+    """
+
+    def additive(may_NQK: Tensor) -> Tensor:
+        out = torch.zeros(may_NQK.shape, dtype=dtype, device=may_NQK.device)
+        return out.masked_fill_(~may_NQK, torch.finfo(dtype).min)[:, None]
+
+    kinds = set(getattr(config, "layer_types", None) or [_only_layer_type(config)])
+    if unknown := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+        raise ValueError(f"layers of type {min(unknown)}")
+    masks: dict[str, Tensor] = {}
+    for kind in sorted(kinds):
+        may = may_NQK
+        if kind == "sliding_attention":
+            may = may & (query_NQ[:, :, None] - key_NK[:, None, :] < config.sliding_window)
+        elif kind == "chunked_attention":
+            size = config.attention_chunk_size
+            may = may & (query_NQ[:, :, None] // size == key_NK[:, None, :] // size)
+        masks[kind] = additive(may)
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+def _only_layer_type(config: Any) -> str:
+    """What all layers are where a configuration has no ``layer_types``, as transformers reads it."""
+    if getattr(config, "sliding_window", None) is not None:
+        return "sliding_attention"
+    return "full_attention" if getattr(config, "attention_chunk_size", None) is None else "chunked_attention"
 
 
 def last_true_index(mask_BT: Tensor) -> Tensor:

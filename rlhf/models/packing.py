@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from rlhf.models.backbone import layers_of
 from rlhf.models.log_probs import chunk_of, token_log_probs
+from rlhf.models.masks import attention_masks
 from rlhf.models.token_batches import token_batches
 
 SHARED = 1  # segment that the others of a row may look back at; 0 is padding, 2 and up stand for themselves
-_TOLERANCE = 1e-3  # between the outputs of packed and separate rows, in units of their size
+_TOLERANCE = 1e-3  # between the states of packed and separate rows, in units of their length
 
 
 class Row(NamedTuple):
@@ -59,13 +60,15 @@ class PackedBatch:
         return type(self)(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
-def attention_mask(segments_NT: Tensor, dtype: torch.dtype) -> Tensor:
+def attention_mask(
+    segments_NT: Tensor, positions_NT: Tensor, config: Any, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
     """Who may look at whom.
 
     Rows with one segment, or one behind the shared part, need no more than the plain mask [N, T] (1 = a real
-    token; causality is the model's own business). Otherwise an additive mask [N, 1, T, T] in ``dtype``,
-    0 = may look: a token looks back at the shared part and at its own segment, and padding at itself, so that
-    no row is all masked.
+    token; causality and windows are the model's own business). Otherwise :func:`attention_masks`: a token
+    looks back at the shared part and at its own segment, as far as the window of a layer goes, and padding at
+    itself, so that no row is all masked.
     """
     if not bool((segments_NT > SHARED + 1).any()):
         return (segments_NT > 0).long()
@@ -73,8 +76,7 @@ def attention_mask(segments_NT: Tensor, dtype: torch.dtype) -> Tensor:
     columns = torch.arange(segments_NT.shape[1], device=segments_NT.device)
     back = columns[None, :, None] >= columns[None, None, :]
     may = back & ((key == query) | (key == SHARED))
-    out = torch.zeros(may.shape, dtype=dtype, device=segments_NT.device)
-    return out.masked_fill_(~may, torch.finfo(dtype).min)[:, None]
+    return attention_masks(may, positions_NT, positions_NT, config, dtype)
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -199,13 +201,11 @@ def dtype_of(model: Any) -> torch.dtype:
     return getattr(model, "module", model).base_model.model.dtype
 
 
-def inputs_of(model: Any, batch: PackedBatch) -> dict[str, Tensor]:
+def inputs_of(model: Any, batch: PackedBatch) -> dict[str, Any]:
     """What the base reads of a packed batch."""
-    return {
-        "input_ids": batch.ids_NT,
-        "attention_mask": attention_mask(batch.segments_NT, dtype_of(model)),
-        "position_ids": batch.positions_NT,
-    }
+    config = getattr(model, "module", model).base_model.model.config.get_text_config()
+    mask = attention_mask(batch.segments_NT, batch.positions_NT, config, dtype_of(model))
+    return {"input_ids": batch.ids_NT, "attention_mask": mask, "position_ids": batch.positions_NT}
 
 
 def packed_log_probs(hidden_NTD: Tensor, batch: PackedBatch, head: Any) -> tuple[Tensor, Tensor]:
@@ -229,22 +229,40 @@ def sequence_log_probs(hidden_NTD: Tensor, batch: PackedBatch, head: Any) -> tup
 
 
 @torch.no_grad()
-def compare_packing(outputs: Callable[[bool], Tensor], dtype: torch.dtype) -> str | None:
+def compare_packing(states: Callable[[bool], Tensor], model: Any) -> str | None:
     """Compare packed with separate rows on a few real examples; returns a warning where they differ.
 
     An architecture may ignore a four-dimensional mask or positions of its own; its rows must stay separate.
+    The examples have to be those in which that would show: the longest, with the shortest beside them.
 
     Args:
-        outputs: the outputs for the examples, packed (True) or in rows of their own.
-        dtype: type of the base's weights; half precision is allowed a hundred times the difference.
+        states: hidden states of the examples [..., D], packed (True) or in rows of their own.
+        model: see :func:`dtype_of`.
     """
     try:
-        packed, separate = outputs(True), outputs(False)
-    except (RuntimeError, TypeError, ValueError) as error:
+        packed, separate = states(True), states(False)
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         return f"this architecture does not take packed rows ({reason}): nothing shares a row"
-    gap = float((packed - separate).abs().max())
-    scale = max(1.0, float(separate.abs().max())) * (1 if dtype == torch.float32 else 100)
-    if gap <= _TOLERANCE * scale:
+    gap = difference(packed, separate)
+    if gap <= tolerance(model):
         return None
     return f"packed rows give other outputs with this architecture (by {gap:.2g}): nothing shares a row"
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest distance of a state [..., D] from the one that it should be, in units of that one's length.
+
+    Relative, and of states rather than of what a head makes of them, because a head that has not learned yet
+    gives next to nothing for every state.
+    """
+    gap = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-9)
+    return float(gap.max())
+
+
+def tolerance(model: Any) -> float:
+    """The :func:`difference` that rounding alone can make: a hundred times as much in half precision, and in
+    a quantized base, whose scales depend on what else is in a batch."""
+    base = getattr(model, "module", model).base_model.model
+    exact = base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
+    return _TOLERANCE * (1 if exact else 100)
