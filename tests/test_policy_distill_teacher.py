@@ -104,7 +104,7 @@ def test_a_model_whose_logits_are_not_its_heads_is_refused():
         return out
 
     model.forward = capped
-    with pytest.raises(UserError, match="changes its logits after the vocabulary head"):
+    with pytest.raises(UserError, match="changes its logits behind the vocabulary head"):
         check_head(model)
 
 

@@ -50,7 +50,7 @@ _EVERYWHERE = {"head_dim": 8, "layer_types": ["full_attention"] * 2, "attn_logit
 ARCHITECTURES = {  # configuration, and whether the model takes trees
     "gpt2": (GPT2Config(vocab_size=len(TOKENIZER), eos_token_id=1, bos_token_id=None, **_GPT2), True),
     "sliding window": (MistralConfig(**_SHAPE, sliding_window=8), False),
-    "logits behind the head": (Gemma2Config(**_SHAPE, **_EVERYWHERE, final_logit_softcapping=2.0), False),
+    "logits behind the head": (Gemma2Config(**_SHAPE, **_EVERYWHERE, final_logit_softcapping=2.0), True),
     "half precision": (LlamaConfig(**_SHAPE, dtype="bfloat16"), True),
 }
 

@@ -23,7 +23,7 @@ from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
 from rlhf.models.backbone import REFERENCE, Backbone, layers_of
 from rlhf.models.base import load_base
-from rlhf.models.log_probs import check_head
+from rlhf.models.log_probs import check_head, logits_head
 from rlhf.models.masks import positions_from_mask, right_pad
 from rlhf.models.token_batches import token_batches
 from rlhf.models.trunk_cache import TrunkCache, keeps_trunk, trunk_bytes
@@ -146,7 +146,7 @@ class Student:
 
     def _use(self, base: Any) -> None:
         self.base: Any = base
-        self.head: Any = base.get_output_embeddings()
+        self.head: Any = logits_head(base)
         """States to logits."""
         self.module: nn.Module = self.backbone or base
         self._adapted = True

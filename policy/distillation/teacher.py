@@ -19,7 +19,7 @@ from rlhf.errors import UserError
 from rlhf.generation.kv_cache import before_rows
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
-from rlhf.models.log_probs import check_head
+from rlhf.models.log_probs import check_head, logits_head
 from rlhf.models.masks import positions_from_mask, right_pad
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Distill, Model
@@ -41,7 +41,7 @@ class PromptedModel:
     def __init__(self, model: PreTrainedModel | Backbone, prefix_ids: Sequence[int]) -> None:
         self._backbone = model if isinstance(model, Backbone) else None
         self.model: PreTrainedModel = model.base if isinstance(model, Backbone) else model
-        self.head: Any = self.model.get_output_embeddings()
+        self.head: Any = logits_head(self.model)
         self._decoder: Any = self.model.get_decoder()
         self._config = self.model.config.get_text_config()
         self._prefix = list(prefix_ids)

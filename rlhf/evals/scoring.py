@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rlhf.evals.prefix_tree import Tree, common_start, fold, lay_out, target_log_probs
 from rlhf.generation.kv_cache import PrefixStates, prefix_cache
-from rlhf.models.log_probs import chunk_of
+from rlhf.models.log_probs import chunk_of, logits_head
 from rlhf.models.masks import attention_window, right_pad
 from rlhf.models.token_batches import token_batches
 from rlhf.training.progress import progress
@@ -111,7 +111,7 @@ class Scorer:
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
-        return hidden_RWD.flatten(0, 1), self.model.get_output_embeddings()
+        return hidden_RWD.flatten(0, 1), logits_head(self.model)
 
     def _plain(self, rows: Sequence[Tree]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits of every place by the model's own forward, and the head that leaves them as they are."""

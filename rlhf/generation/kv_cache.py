@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from rlhf.models.backbone import stack_of
 from rlhf.models.masks import positions_from_mask
 
 PrefixStates = Sequence[tuple[Tensor, Tensor]]
@@ -198,7 +199,7 @@ class TrunkRecord:
 
     def __init__(self, decoder: Any, cut: int) -> None:
         self.states_BTD: Tensor | None = None
-        self._layer: Any = decoder.layers[cut - 1] if cut else None
+        self._layer: Any = getattr(decoder, stack_of(decoder))[cut - 1] if cut else None
         self._last: Tensor | None = None
         self._hook: Any = None
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from rlhf.generation.kv_cache import Decoding, PrefixStates, TrunkRecord, distinct
 from rlhf.models.backbone import Backbone, layers_of
+from rlhf.models.log_probs import logits_head
 from rlhf.models.masks import action_mask, ended, left_pad
 from rlhf.models.onednn import packed_weights
 
@@ -119,7 +120,7 @@ class ModelParts(NamedTuple):
         """Decoder and head of a model; with ``whole`` the model's logits in place of hidden states."""
         if whole:
             return cls(model, LogitsAsStates(model), nn.Identity())
-        return cls(model, model.get_decoder(), model.get_output_embeddings())
+        return cls(model, model.get_decoder(), logits_head(model))
 
 
 def uniforms(seed: int, purpose: str, step: int, rows: Sequence[int], width: int) -> Tensor:

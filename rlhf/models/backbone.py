@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.models.folding import Folding
-from rlhf.models.log_probs import check_head, chunk_of, token_log_probs
+from rlhf.models.log_probs import check_head, chunk_of, logits_head, token_log_probs
 from rlhf.models.lora import HEAD, lora_config, read_adapter, write_adapter
 from rlhf.models.masks import attention_window, last_true_index, positions_from_mask
 from rlhf.models.trunk_cache import ALL_ADAPTED
@@ -40,24 +40,62 @@ def layers_of(decoder: Any, part: str, cut: int) -> Iterator[None]:
 
     The decoder's own forward then builds masks and positions, whatever the architecture. Some look a layer's
     type up by its number, so the types are cut with the layers.
+
+    Raises:
+        AttributeError: its layers or its last norm have no name that is known.
     """
     if part == "all":
         yield
         return
-    layers, norm = decoder.layers, decoder.norm
-    config: Any = getattr(decoder, "config", None)
-    types = getattr(config, "layer_types", None)
+    stack = stack_of(decoder)
+    layers, norm = getattr(decoder, stack), _first(decoder, _NORMS)
+    if part == "trunk":
+        parts = {stack: layers[:cut], norm: nn.Identity(), "project_out": None}
+    else:
+        parts = {stack: layers[cut:], **_DONE_BELOW}
+    before = {name: getattr(decoder, name) for name in parts if getattr(decoder, name, None) is not None}
+    types = getattr(decoder.config, "layer_types", None)
     try:
+        for name in before:
+            setattr(decoder, name, parts[name])
         if types is not None:
-            config.layer_types = types[:cut] if part == "trunk" else types[cut:]
-        decoder.layers = layers[:cut] if part == "trunk" else layers[cut:]
-        if part == "trunk":
-            decoder.norm = nn.Identity()
+            decoder.config.layer_types = types[:cut] if part == "trunk" else types[cut:]
         yield
     finally:
-        decoder.layers, decoder.norm = layers, norm
+        for name, own in before.items():
+            setattr(decoder, name, own)
         if types is not None:
-            config.layer_types = types
+            decoder.config.layer_types = types
+
+
+class _NoPositions(nn.Module):
+    """Adds nothing, in the place of learned positions."""
+
+    def forward(self, *_args: Any, **_options: Any) -> Tensor:
+        """Zero."""
+        return torch.zeros(())
+
+
+_LAYERS = ("layers", "h")  # names that families give to a decoder's parts
+_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
+_DONE_BELOW = {  # what is done to the embeddings, and so must not be done to a trunk's states again
+    "wpe": _NoPositions(),
+    "embed_positions": _NoPositions(),
+    "project_in": None,
+    "embedding_multiplier": 1.0,
+}
+
+
+def stack_of(decoder: Any) -> str:
+    """The name of a decoder's layers."""
+    return _first(decoder, _LAYERS)
+
+
+def _first(decoder: Any, names: Sequence[str]) -> str:
+    for name in names:
+        if hasattr(decoder, name):
+            return name
+    raise AttributeError(f"{type(decoder).__name__} has none of {', '.join(names)}")
 
 
 class Backbone(nn.Module):
@@ -89,7 +127,8 @@ class Backbone(nn.Module):
         self.model = get_peft_model(base, config, adapter_name=adapters[0], autocast_adapter_dtype=True)
         for name in adapters[1:]:
             self.model.add_adapter(name, config, autocast_adapter_dtype=True)
-        width = int(base.config.get_text_config().hidden_size)
+        shape = base.config.get_text_config()
+        width = int(getattr(shape, "word_embed_proj_dim", None) or shape.hidden_size)  # OPT-350m projects
         self.heads = nn.ModuleDict({name: nn.Linear(width, 1, dtype=torch.float32) for name in heads})
         self.offsets = dict.fromkeys(heads, 0.0)  # added to a head's output; constants, not weights
         self.trainable = tuple(trainable)
@@ -238,7 +277,7 @@ class Backbone(nn.Module):
         before_BRD = hidden_BTD[:, start - 1 : -2]
         both = token_log_probs(
             before_BRD,
-            self.base.get_output_embeddings(),
+            logits_head(self.base),
             ids_BT[:, start:-1],
             temperature=temperature,
             chunk=chunk_of(self.base.config.get_text_config().vocab_size),
@@ -280,11 +319,11 @@ class Backbone(nn.Module):
     def check_architecture(self) -> str | None:
         """Prove on a probe batch what this class takes for granted; return a warning or None.
 
-        Trunk + top must equal the whole (else the cache is switched off, with a warning), and the
-        vocabulary head must be a plain map of the last hidden state.
+        Trunk + top must equal the whole (else the cache is switched off, with a warning), and the logits
+        must be the known map of the last hidden state.
 
         Raises:
-            UserError: logits are not head(hidden), as with soft-capped or scaled logits.
+            UserError: logits are not head(hidden).
         """
         self.activate(REFERENCE)
         check_head(self.base)

@@ -8,10 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging as hf_logging
 
 from rlhf.errors import UserError
+from rlhf.models.log_probs import logits_head
 from rlhf.models.onednn import use_onednn
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Model
@@ -19,6 +27,8 @@ from rlhf.runs.processes import processes
 from rlhf.training.runtime import gathered
 
 hf_logging.disable_progress_bar()
+# a table of weights that are missing or too many: what is missing is refused here, in one line
+hf_logging.get_logger("transformers.modeling_utils").setLevel(hf_logging.ERROR)
 
 
 def best_device() -> torch.device:
@@ -41,28 +51,77 @@ def quantization_config(kind: str) -> Any:
     )
 
 
+_TEXT_PART = {  # names of a language model's weights beside a vision tower, and by itself
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+
+
+def check_kind(kind: Any, config: Any, path: str) -> None:
+    """Whether an auto class has a model for a configuration; a sequence classifier is made where the family
+    has none (Granite, Cohere), of its decoder and a linear head as in the others.
+
+    Raises:
+        UserError: it has none.
+    """
+    if type(config) in kind._model_mapping or hasattr(config, "auto_map"):
+        return
+    if kind is AutoModelForSequenceClassification and type(config) in AutoModel._model_mapping:
+        decoder: Any = AutoModel._model_mapping[type(config)]
+        family = next(c for c in decoder.__mro__ if c is not decoder and issubclass(c, PreTrainedModel))
+        name = f"{decoder.__name__.removesuffix('Model')}ForSequenceClassification"
+        fields = {"config_class": type(config)}
+        kind.register(
+            type(config), type(name, (GenericForSequenceClassification, family), fields), exist_ok=True
+        )
+        return
+    what = "sequence classifier" if kind is AutoModelForSequenceClassification else "causal language model"
+    raise UserError(
+        f"model.path: {path} ({config.model_type}) is no {what} that transformers knows; use another model"
+    )
+
+
 def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
     """The base model of a recipe, on the CPU, in evaluation mode (no dropout anywhere).
 
+    Of a model with a vision tower it is the text part, under the names of the text model.
+
+    Args:
+        model: the recipe's section.
+        kind: the auto class.
+        options: fields of the model's configuration.
+
     Raises:
-        UserError: there is no model at the path, and which target makes it.
+        UserError: there is no model at the path, and which target makes it; or none of this kind.
     """
-    config = quantization_config(model.quantization)
-    if config is not None:
-        options["quantization_config"] = config
+    source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        base = kind.from_pretrained(
+        whole = AutoConfig.from_pretrained(model.path, **source)
+        config = whole.get_text_config()
+        for name, value in options.items():
+            setattr(config, name, value)
+        check_kind(kind, config, model.path)
+        base, found = kind.from_pretrained(
             model.path,
+            config=config,
+            key_mapping=None if config is whole else _TEXT_PART,
+            quantization_config=quantization_config(model.quantization),
             dtype=getattr(torch, model.dtype),
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            **options,
+            output_loading_info=True,
+            **source,
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"model.path: no model at {model.path} ({reason}); run `make model RECIPE=...` or check the path"
         ) from None
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("score."))
+    if missing:
+        raise UserError(
+            f"model.path: {model.path} has no weights {missing[0]} ({len(missing)} missing), which a "
+            f"{type(base).__name__} needs; get the model anew or use another"
+        )
     for module in base.modules():
         # On some CPUs bitsandbytes repacks 4-bit weights at the first pass without gradients, for inference
         # only: later backward passes would lose the gradient that flows through them.
@@ -82,12 +141,13 @@ def vocabulary_head(recipe: Recipe, base: PreTrainedModel) -> nn.Module:
     apart = processes() > 1 and recipe.distributed.zero_stage == 3
     head: Any = base.get_output_embeddings()
     if head is not None:
+        head = logits_head(base, head)
         return copy.deepcopy(head).requires_grad_(False) if apart else head
     embedding: Any = base.get_input_embeddings().weight
     if not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
         causal: Any = load_base(recipe.model)
-        return causal.get_output_embeddings().to(embedding.device)
+        return logits_head(causal).to(embedding.device)
     with gathered([embedding]):
         head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
         head.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False) if apart else embedding
-    return head
+    return logits_head(base, head)

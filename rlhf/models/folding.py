@@ -22,6 +22,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.models.onednn import Forward, Weights, linear
 
@@ -91,11 +92,12 @@ class Folding:
 
     @torch.no_grad()
     def _fold(self, layer: LoraLinear, adapter: str) -> Forward:
-        weight: Any = layer.base_layer.weight
+        base: Any = layer.base_layer
+        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
         forward = _FoldedForward(layer, adapter)
         buffer = self._buffers.get(layer)
         if buffer is None or buffer.device != weight.device:
-            buffer = self._buffers[layer] = torch.empty_like(weight)
+            buffer = self._buffers[layer] = torch.empty_like(weight, memory_format=torch.contiguous_format)
         torch.addmm(weight, forward.b_Or, forward.a_rI, alpha=forward.scaling, out=buffer)
         forward.folded_OI = buffer
         return forward
@@ -128,9 +130,10 @@ class _FoldedForward(Forward):
 def _can_fold(layer: LoraLinear, adapter: str) -> bool:
     """Whether an adapter of a layer is a plain update of a whole float32 matrix."""
     base: Any = layer.base_layer
-    if adapter not in layer.lora_A or type(base) is not nn.Linear or hasattr(base.weight, "ds_id"):
+    if adapter not in layer.lora_A or type(base) not in (nn.Linear, Conv1D) or hasattr(base.weight, "ds_id"):
         return False
-    plain = not (layer.merged or layer.fan_in_fan_out or adapter in layer.lora_variant)
+    as_it_is = layer.fan_in_fan_out == isinstance(base, Conv1D)
+    plain = as_it_is and not (layer.merged or adapter in layer.lora_variant)
     plain = plain and not layer.lora_bias.get(adapter, False)
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
     return plain and dropout == 0.0 and base.weight.dtype == torch.float32

@@ -88,23 +88,64 @@ def is_frozen_linear(head: Any) -> bool:
     )
 
 
+class TransformedHead(nn.Module):
+    """The logits of a family that scales or caps what its matrix gives.
+
+    Args:
+        matrix: the model's own output embeddings; shared, not copied.
+        factor: multiplies the logits (Cohere's ``logit_scale``).
+        divisor: divides them (Granite's ``logits_scaling``).
+        cap: logits become ``cap * tanh(logits / cap)`` (Gemma 2, arXiv 2408.00118); None = they stay.
+    """
+
+    def __init__(self, matrix: nn.Module, factor: float, divisor: float, cap: float | None) -> None:
+        super().__init__()
+        self.matrix, self.factor, self.divisor, self.cap = matrix, factor, divisor, cap
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, [V, D]."""
+        return self.matrix.weight  # type: ignore[return-value]
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Logits of hidden states, [N, V]."""
+        logits_NV = self.matrix(hidden_ND) * self.factor / self.divisor
+        return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
+
+
+def logits_head(model: PreTrainedModel, matrix: Any = None) -> Any:
+    """The map from a causal model's last hidden states to its logits: its matrix alone where that is all.
+
+    Whether it is all that the family does is proved by :func:`check_head`.
+
+    Args:
+        model: for its configuration.
+        matrix: another module in the place of its output embeddings.
+    """
+    matrix = model.get_output_embeddings() if matrix is None else matrix
+    config = model.config.get_text_config()
+    factor, divisor = (float(getattr(config, name, None) or 1) for name in ("logit_scale", "logits_scaling"))
+    cap = getattr(config, "final_logit_softcapping", None)
+    return matrix if factor == divisor == 1 and cap is None else TransformedHead(matrix, factor, divisor, cap)
+
+
 def check_head(model: PreTrainedModel) -> None:
-    """A model's logits must be its vocabulary head's map of the last hidden state.
+    """A model's logits must be its vocabulary head's map of the last hidden state (:func:`logits_head`).
 
     Raises:
-        UserError: they are not, as with soft-capped or scaled logits.
+        UserError: they are not: the family changes them in a way that is not known here.
     """
-    head: Any = model.get_output_embeddings()
+    head: Any = logits_head(model)
     decoder: Any = model.get_decoder()
     device = next(model.parameters()).device
     ids = torch.arange(8, device=device)[None] % int(model.config.get_text_config().vocab_size)
     with torch.no_grad():
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model(input_ids=ids, use_cache=False).logits
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        hidden, logits = decoder(**inputs).last_hidden_state, model(**inputs).logits
     if not torch.allclose(head(hidden), logits, atol=1e-3):
         raise UserError(
-            f"{model.config.name_or_path}: this architecture changes its logits after the vocabulary head, "
-            "which the log-probs here do not know; use another model"
+            f"{model.config.name_or_path}: this architecture changes its logits behind the vocabulary head "
+            "in a way that the log-probs here do not know; use another model"
         )
 
 

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Lora
@@ -40,7 +41,7 @@ def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **op
     linear = {
         name.rpartition(".")[2]
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name)
+        if isinstance(module, nn.Linear | Conv1D) and re.search(r"\.\d+\.", name)
     }
     targets = sorted(linear) if lora.targets == "all-linear" else list(lora.targets)
     unknown = sorted(set(targets) - linear)
@@ -51,12 +52,18 @@ def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **op
         )
     if k is not None and k > layers:
         raise UserError(f"lora.layers: top_{k} of a model with {layers} layers; use `all` or a smaller k")
+    transposed = {
+        isinstance(module, Conv1D)
+        for name, module in base.named_modules()
+        if name.rpartition(".")[2] in targets and re.search(r"\.\d+\.", name)
+    }
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules=targets,
         layers_to_transform=None if k is None else list(range(layers - k, layers)),
+        fan_in_fan_out=transposed == {True},  # GPT-2 keeps its matrices as [I, O]
         task_type=task,
         **options,
     )

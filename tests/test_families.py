@@ -1,0 +1,121 @@
+"""Families of models that people train, tiny and random: each role against the plain model, and the road."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import stage
+from families import FAMILIES, REFUSED, TEXT_PART, write_family
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
+
+from policy.evaluate import __main__ as evaluate
+from policy.ppo import __main__ as ppo
+from reward.training import __main__ as reward
+from rlhf.collect import __main__ as collect
+from rlhf.errors import UserError
+from rlhf.generation.sampling import ModelParts, SamplingParams, generate
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
+from rlhf.models.masks import left_pad
+from rlhf.recipe.schema import Lora, Model
+
+WORK = [name for name in FAMILIES if name not in REFUSED]
+SHORT = (
+    *("collect.prompts=12", "collect.responses=2", "reward.reference_responses=8", "lora.layers=top_2"),
+    *("ppo.steps=1", "ppo.batch_size=8", "ppo.minibatches=1", "ppo.epochs=1", "ppo.rollout_batch_size=8"),
+    *("evaluate.prompts=4", "evaluate.batch_size=4"),
+)
+PROMPTS = [list(range(10, 31)), list(range(40, 44))]  # longer than the window of those that have one
+RESPONSES = [[50, 51, 52, 53], [54, 55, 56, 57]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder of all families."""
+    folder = tmp_path_factory.mktemp("families")
+    for name in FAMILIES:
+        write_family(name, folder / name)
+    return folder
+
+
+@torch.no_grad()
+def stirred(model):
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or name.startswith("heads."):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@torch.no_grad()
+def expected(model, prompt, response):
+    """Log-probs of one response by the plain model's own logits, without padding."""
+    ids = torch.tensor([[*prompt, *response]])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)[torch.arange(len(response)), response]
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_every_role_of_a_family_says_what_the_plain_model_says(name, models, tmp_path):
+    base = load_base(Model(path=str(models / name)))
+    torch.manual_seed(0)
+    lora = Lora(rank=4, layers="top_2")
+    model = Backbone(base, lora, adapters=["policy", "reward"], heads=["reward"], trainable=["policy"])
+    stirred(model)
+    assert model.check_architecture() is None
+    assert model.frozen_layers == 1
+    ids, mask = left_pad([[*p, *r, 1] for p, r in zip(PROMPTS, RESPONSES, strict=True)], 0)
+    start = len(PROMPTS[0])
+    model.save_adapter("policy", tmp_path / "policy")
+    kind = AutoModelForCausalLM if name not in TEXT_PART else Gemma3ForConditionalGeneration
+    whole = kind.from_pretrained(models / name).eval()
+    plain = {"reference": whole}
+    if name not in TEXT_PART:  # an adapter carries the names of the text part
+        again = load_base(Model(path=str(models / name)))
+        plain["policy"] = PeftModel.from_pretrained(again, str(tmp_path / "policy")).eval()
+    with torch.no_grad():
+        trunk = model.trunk(ids, mask)
+        for role, truth in plain.items():
+            rows = zip(PROMPTS, RESPONSES, strict=True)
+            right = torch.stack([expected(truth, prompt, response) for prompt, response in rows])
+            for hidden in (None, trunk):
+                with model.folded(role):
+                    folded = model(role, ids, mask, hidden, start=start)[0]
+                for got in (model(role, ids, mask, hidden, start=start)[0], folded):
+                    torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-4)
+        score = model("reward", ids, mask)
+        torch.testing.assert_close(model("reward", ids, mask, trunk), score, rtol=1e-3, atol=1e-4)
+        assert score.isfinite().all()
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_a_family_is_decoded_greedily_as_by_itself(name, models):
+    base = load_base(Model(path=str(models / name)))
+    uniforms = torch.zeros(2, 12)
+    params = SamplingParams(temperature=0, eos_ids=frozenset([1]))
+    got = generate(ModelParts.of(base), PROMPTS, uniforms, params)
+    for prompt, ids, length in zip(PROMPTS, got.response_ids_BR, got.lengths_B, strict=True):
+        row = list(prompt)
+        for _ in range(int(length)):
+            inputs = torch.tensor([row])
+            logits = base(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
+            row.append(int(logits[0, -1].argmax()))
+        assert ids[:length].tolist() == row[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_a_family_goes_the_whole_road(name, models, inside):
+    for main in (collect.main, reward.main, ppo.main, evaluate.main):
+        stage(main, f"model.path={models / name}", "model.source=hub", *SHORT)
+    summary = json.loads(Path("runs/tiny/evaluate/summary.json").read_text())
+    assert summary
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_that_cannot_be_trained_is_refused_before_anything_is_made(name, models, inside):
+    with pytest.raises(UserError, match=REFUSED[name]) as caught:
+        stage(collect.main, f"model.path={models / name}", "model.source=hub", *SHORT)
+    assert "\n" not in str(caught.value)
+    assert not Path("runs").exists()
