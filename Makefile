@@ -23,7 +23,7 @@ ARGS = $(RECIPE) $(SET) $(if $(filter-out 0,$(QUICK)),quick=true)
 RUN = $(PY) -m rlhf.training.launch
 # an environment that was removed is made anew
 $(if $(wildcard $(PY)),,$(shell rm -f $(STAMPS)/setup))
-# ninja and the like lie in the environment; the quotes are for a folder with a space in its name
+# tests start the environment's tools by name; the quotes are for a folder with a space in its name
 TOOLS = PATH="$$(cd "$(VENV)/bin" && pwd):$$PATH"
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
@@ -53,7 +53,6 @@ $(STAMPS)/setup: pyproject.toml constraints.txt
 		$(PYTHON) -m venv $(VENV) || { echo 'error: $(PYTHON) cannot make a virtual environment with pip:' \
 			'install its venv package (apt install python3-venv)' >&2; rm -rf $(VENV); exit 2; }; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@$(TOOLS) $(PY) -m rlhf.training.kernel_lock
 	@touch $@
 
 # The recipe is checked in a fraction of a second, before anything is loaded.

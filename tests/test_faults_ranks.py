@@ -1,8 +1,7 @@
 """Two processes, one of which dies or hangs: the other ends in time, with one line and without a traceback.
 
 They are plain processes that find each other through the environment, with no launcher that would end the
-survivor. The first start of DeepSpeed on a machine compiles a kernel, so nothing is killed before its first
-rollout, and the clock of a test starts there.
+survivor. Nothing is killed before its first rollout, and the clock of a test starts there.
 """
 
 import os

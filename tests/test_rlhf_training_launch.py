@@ -108,7 +108,6 @@ def test_a_host_file_goes_to_deepspeeds_runner(eight_gpus):
         ({"PROCS": "two"}, "PROCS=two must be a number from 1"),
         ({"PROCS": "0"}, "PROCS=0 must be a number from 1"),
         ({"PORT": "80"}, "PORT=80 must be a number from 1024 to 65535"),
-        ({"PROCS": "2", "CUDA_VISIBLE_DEVICES": "", "PATH": "/nowhere"}, "need a C++ compiler"),
     ],
 )
 def test_what_cannot_start_is_one_line(eight_gpus, environment, line):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -77,7 +76,7 @@ def command_of(package: str, arguments: Sequence[str], environment: dict[str, st
         environment: of the command; ``PROCS``, ``HOSTFILE``, ``PORT``, ``CUDA_VISIBLE_DEVICES`` are read.
 
     Raises:
-        UserError: more processes than GPUs, no such port, no compiler for several processes on CPUs.
+        UserError: more processes than GPUs, or no such port.
     """
     alone = [sys.executable, "-m", package, *arguments]
     if processes() > 1:  # started by a cluster: this is one of its processes
@@ -97,7 +96,6 @@ def command_of(package: str, arguments: Sequence[str], environment: dict[str, st
         why = f" (CUDA_VISIBLE_DEVICES={listed})" if listed is not None else ""
         raise UserError(f"PROCS={number}, and {len(gpus)} GPUs are visible{why}: at most one process a GPU")
     if not gpus:
-        check_compiler(environment)
         environment["DS_ACCELERATOR"] = "cpu"
     # The launcher's own front end counts all GPUs of the machine as soon as it is told a number, and takes
     # those of other users: its back end takes the very list.
@@ -107,20 +105,6 @@ def command_of(package: str, arguments: Sequence[str], environment: dict[str, st
         *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"),
         *("--master_addr=127.0.0.1", f"--master_port={port or free_port()}", "--module", package, *arguments),
     ]
-
-
-def check_compiler(environment: Mapping[str, str]) -> None:
-    """Several processes on CPUs talk through DeepSpeed's kernel, which is compiled once.
-
-    Raises:
-        UserError: there is no C++ compiler.
-    """
-    compiler = environment.get("CXX", "c++").split()[0]
-    if not shutil.which(compiler, path=environment.get("PATH")):
-        raise UserError(
-            f"several processes on CPUs need a C++ compiler for DeepSpeed's kernel, and there is no "
-            f"{compiler}: install one (apt install g++), or run with PROCS=1"
-        )
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -29,7 +29,6 @@ from transformers.integrations import unset_hf_deepspeed_config
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Distributed
 from rlhf.runs.processes import processes, rank
-from rlhf.training.kernel_lock import check_kernel_lock
 from rlhf.training.optimizer import make_optimizer
 
 
@@ -56,6 +55,16 @@ def deepspeed_config(section: Distributed, *, batch: int, clip: float) -> dict[s
     }
 
 
+def leave_out_kernel() -> None:
+    """Keep DeepSpeed from compiling its shared-memory kernel, for which it needs a C++ compiler.
+
+    Only its tensor-parallel inference uses it (``deepspeed/comm/torch.py``); training reduces through gloo.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def join_cpu_processes(section: Distributed) -> bool:
     """Join DeepSpeed's CPU processes before a Hugging Face trainer does, which would count only one.
 
@@ -64,7 +73,7 @@ def join_cpu_processes(section: Distributed) -> bool:
     """
     if processes() == 1 or torch.cuda.is_available():
         return False
-    check_kernel_lock()
+    leave_out_kernel()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes()))
     PartialState(backend="gloo", timeout=datetime.timedelta(minutes=section.timeout_minutes))
@@ -150,7 +159,7 @@ class Runtime:
         plugin = None
         handlers = []
         if self.world > 1:
-            check_kernel_lock()
+            leave_out_kernel()
             if cpu:  # the processes share the cores
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
             config = deepspeed_config(section, batch=micro_batch_size, clip=max_grad_norm)
