@@ -29,7 +29,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model comparisons sft distill pmp reward card ppo evaluate tax rlhf check test smoke clean \
+.PHONY: help setup model comparisons sft distill pmp reward card ppo evaluate tax rlhf verify check test smoke clean \
         study-preference study-scaling bench-reward bench-ppo
 .NOTPARALLEL:
 
@@ -100,6 +100,9 @@ rlhf: preflight reward ## all of these: all stages of the recipe, in order; what
 	@$(PY) -m reward.card $(ARGS)
 	@$(PY) -m policy.evaluate $(ARGS)
 	@$(PY) -m policy.alignment_tax $(ARGS)
+
+verify: recipe ## rlhf.runs.verify: check every file of a run against the hashes of its manifests
+	@$(PY) -m rlhf.runs.verify $(ARGS)
 
 check: setup ## ruff, mypy: lint, formatting and types
 	@$(VENV)/bin/ruff check .

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from rlhf.recipe.load import load
+from rlhf.runs.artifacts import MANIFEST, read_json, write_manifest
 
 # the same examples at every run: what lands must not depend on luck
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -38,6 +39,11 @@ def one_of(processes):
     """What a launcher puts into the environment of its first process."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     return {"WORLD_SIZE": str(processes), **place}
+
+
+def noted_anew(folder):
+    """Make a finished stage's manifest again, whose files a test has changed."""
+    write_manifest(folder, read_json(folder / MANIFEST), (".lock", "metrics.jsonl", "clock.json"))
 
 
 def tiny_recipe(*overrides):

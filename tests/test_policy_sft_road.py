@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, noted_anew
 from conftest import stage as run_stage
 from safetensors.torch import load_file
 
@@ -123,6 +123,7 @@ def test_the_evaluation_compares_with_that_reference_and_not_with_the_base(copy,
 
     start = copy / "runs/tiny-assistant/distill/policy" / WEIGHTS
     (copy / "runs/tiny-assistant/ppo/policy" / WEIGHTS).write_bytes(start.read_bytes())
+    noted_anew(copy / "runs/tiny-assistant/ppo")
     shutil.rmtree(copy / "runs/tiny-assistant/evaluate")
     stage(policy.evaluate.__main__.main)
     summary = json.loads((copy / "runs/tiny-assistant/evaluate/summary.json").read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_tax
 import torch
-from conftest import stage
+from conftest import noted_anew, stage
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_tax import HHH, PROMPT, SHORT, TASKS, TEXTS, again, items, responses, table, task_of
@@ -176,8 +176,9 @@ class Killed(BaseException):
 
 
 def stirred(file):
-    """Change the weights in a file."""
+    """Change the weights in a file, as another run of its stage would."""
     save_file({name: tensor + 0.1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    noted_anew(file.parents[1])
 
 
 class Counting:

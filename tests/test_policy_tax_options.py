@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_tax
-from conftest import stage
+from conftest import noted_anew, stage
 from tiny_tax import SHORT, TASKS, TEXTS, again, items, lines, responses, table, task_of
 
 from policy.alignment_tax import __main__ as tax
@@ -132,6 +132,7 @@ def as_an_earlier_version_left_it():
             if former.rpartition(".")[0] == place[-1]:
                 section[former.rpartition(".")[2]] = section.pop(present.rpartition(".")[2])
         path.write_text(json.dumps(written))
+    noted_anew(Path("runs/tiny/tax"))
 
 
 def test_a_prompted_variant_reads_a_held_out_prompt_as_a_new_turn(here, monkeypatch):

@@ -21,16 +21,20 @@ def test_a_value_is_computed_once_a_key(tmp_path):
     assert remember(tmp_path, "a--b", {"seed": 1}, lambda: 4) == 4
     assert remember(tmp_path, "a--b/c", {"seed": 1}, never) == {"x": [1.0, "ä"]}  # they lie side by side
     assert remember(tmp_path, "a--b/c", {"seed": 2}, never) is None
-    assert json.loads((tmp_path / "a--b-c.json").read_text()) == 3
+    assert json.loads((tmp_path / "a--b-c.json").read_text())["value"] == 3
 
 
-@pytest.mark.parametrize("damage", [b'{"key": {"seed": 1}, "val', b"\xff", b"[1]", b"{}"])
-def test_a_damaged_value_is_computed_again(tmp_path, damage):
-    remember(tmp_path, "a", {"seed": 1}, lambda: 5)
+FLIPPED = "one bit flipped"
+
+
+@pytest.mark.parametrize("key", [{"seed": 1}, None])
+@pytest.mark.parametrize("damage", [b'{"key": {"seed": 1}, "val', b"\xff", b"[1]", b"{}", b"5", FLIPPED])
+def test_a_damaged_value_is_computed_again(tmp_path, damage, key):
+    remember(tmp_path, "a", key, lambda: [0.25, "text"])
     (file,) = tmp_path.iterdir()
-    file.write_bytes(damage)
-    assert remember(tmp_path, "a", {"seed": 1}, lambda: 6) == 6
-    assert remember(tmp_path, "a", {"seed": 1}, never) == 6
+    file.write_bytes(file.read_bytes().replace(b"0.25", b"0.35") if damage is FLIPPED else damage)
+    assert remember(tmp_path, "a", key, lambda: 6) == 6
+    assert remember(tmp_path, "a", key, never) == 6
 
 
 def test_the_main_process_alone_writes(tmp_path):
@@ -42,7 +46,7 @@ def test_a_stage_keeps_its_values_in_parts_and_the_time_they_took(inside):
     run = open_stage(tiny_recipe(), "comparisons")
     assert run.remember("a", lambda: [0.1]) == [0.1]
     assert run.remember("a", never) == [0.1]
-    assert json.loads((run.folder / "parts" / "a.json").read_text()) == [0.1]
+    assert json.loads((run.folder / "parts" / "a.json").read_text())["value"] == [0.1]
     assert (run.folder / "clock.json").is_file()
 
 

@@ -7,7 +7,7 @@ the page.
 
 from __future__ import annotations
 
-from policy.alignment_tax.checks import check, inputs_of, parents_of, read_items
+from policy.alignment_tax.checks import check, inputs_of, parents_of, read_items, reads_of
 from policy.alignment_tax.table import same_score_settings
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import from_command_line
@@ -31,6 +31,7 @@ def main() -> None:
         section="tax",
         parents=parents_of(recipe, section, names),
         inputs=inputs_of(recipe, section, names),
+        reads=reads_of(recipe, section),
     )
     folder = RUNS / recipe.name / "tax"
     if run is not None:

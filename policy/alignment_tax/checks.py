@@ -87,6 +87,16 @@ def parents_of(recipe: Recipe, section: Tax, names: Sequence[str]) -> list[str]:
     return parents
 
 
+def reads_of(recipe: Recipe, section: Tax) -> list[str]:
+    """Folders or hub ids of the models that judge, beside the run's own."""
+    places = []
+    if "toxicity" in section.tasks and section.toxicity.judge not in JUDGES:
+        places.append(section.toxicity.judge)
+    if section.score and recipe.evaluate.judge == "reward":
+        places += [recipe.evaluate.reward_model] if recipe.evaluate.reward_model else recipe.ppo.reward_model
+    return places
+
+
 def inputs_of(recipe: Recipe, section: Tax, names: Sequence[str]) -> list[str]:
     """Files that the stage reads, by their specs; what the parents made is known by their manifests."""
     specs = [spec for task in section.tasks.values() for spec in task.files]
@@ -96,10 +106,7 @@ def inputs_of(recipe: Recipe, section: Tax, names: Sequence[str]) -> list[str]:
         places += [place, base_of(place, recipe)] if adapter else [place]
     if any(name not in section.models for name in names):
         places.append(recipe.model.path)
-    if "toxicity" in section.tasks and section.toxicity.judge not in JUDGES:
-        places.append(section.toxicity.judge)
-    if section.score and recipe.evaluate.judge == "reward":
-        places += [recipe.evaluate.reward_model] if recipe.evaluate.reward_model else recipe.ppo.reward_model
+    places += reads_of(recipe, section)
     specs += [str(file) for place in places for file in model_files(place, PICKLED)]
     if any(name.endswith("prompted") for name in names if name not in section.models):
         specs.append(recipe.hhh_prompt)

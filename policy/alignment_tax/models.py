@@ -21,6 +21,7 @@ from rlhf.recipe.tax import DEFAULT_VARIANTS, VARIANTS, Tax, interpolated
 from rlhf.runs.artifacts import MANIFEST, SETTINGS, hash_of, model_files, read_json, sha256_of
 from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.stage import RUNS
+from rlhf.runs.whole import check_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,10 +90,11 @@ def check_models(section: Tax) -> None:
     """Every model of ``tax.models`` that is named by a path must be there.
 
     Raises:
-        UserError: names the one that is not, and what would do.
+        UserError: names the one that is not, and what would do, or a file that is damaged.
     """
     for label, place in section.models.items():
         folder = Path(place).expanduser()
+        check_place(folder)
         if not is_path(place) or any((folder / name).is_file() for name in ("config.json", SETTINGS)):
             continue
         what = "holds neither an adapter nor a model" if folder.is_dir() else "is not a folder"

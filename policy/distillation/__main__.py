@@ -40,6 +40,7 @@ def main() -> None:
         section="distill",
         parents=(*(("comparisons",) if own else ()), *start_parents(recipe, "distill")),
         inputs=[recipe.hhh_prompt, *section.texts, *section.questions, *start_inputs(recipe, "distill")],
+        reads=[section.teacher] if section.teacher else [],
     )
     if run is None:
         return

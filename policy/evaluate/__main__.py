@@ -10,7 +10,7 @@ from policy.evaluate.report import as_markdown
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import from_command_line
 from rlhf.runs.artifacts import print_page, write_atomically, write_json
-from rlhf.runs.initial_adapter import check_same_start, start_parents
+from rlhf.runs.initial_adapter import check_same_start, start_files, start_parents
 from rlhf.runs.stage import RUNS, open_stage
 
 
@@ -18,7 +18,9 @@ def main() -> None:
     """The `evaluate` target; a finished stage prints its table again."""
     recipe = from_command_line()
     parents = ("comparisons", "ppo", *start_parents(recipe, "ppo"))
-    run = open_stage(recipe, "evaluate", section="evaluate", parents=parents)
+    judges = recipe.ppo.reward_model or [str(RUNS / recipe.name / "reward")]
+    reads = [*judges, *start_files(recipe, "ppo"), *filter(None, [recipe.evaluate.reward_model])]
+    run = open_stage(recipe, "evaluate", section="evaluate", parents=parents, reads=reads)
     if run is not None:
         check_same_start(recipe, run, "ppo")
         from policy.evaluate.run import evaluate

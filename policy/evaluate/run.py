@@ -30,18 +30,19 @@ from rlhf.data.stored import held_out_prompts
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
 from rlhf.recipe.load import Recipe
-from rlhf.runs.artifacts import read_json, write_jsonl
+from rlhf.runs.artifacts import MANIFEST, write_jsonl
 from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.stage import StageRun
+from rlhf.runs.whole import READ as STAGES
+from rlhf.runs.whole import manifest_of
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
 from rlhf.training.progress import progress
-
-STAGES = ("comparisons", "sft", "distill", "pmp", "reward", "ppo")
 
 
 def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     """Do the stage's work, ``responses.jsonl`` included; returns the summary."""
     section = recipe.evaluate
+    made = {stage: _manifest(run, stage) for stage in STAGES}
     dialogue = load_dialogue(recipe)
     backbone = _backbone(recipe, run)
     reward_fns = _reward_fns(recipe, run, backbone, dialogue)
@@ -70,9 +71,9 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         "judged_by": section.judge,
         **compare(before, after, samples=section.samples_per_prompt),
         **best_of,
-        "reward_model": _reward_figures(run),
+        "reward_model": _reward_figures(made),
         "samples": sample_pairs(rows, before, after, section.pairs_shown),
-        "stages": _stage_costs(run),
+        "stages": _stage_costs(run, made),
     }
 
 
@@ -144,27 +145,27 @@ def _best_of_n(
 
 def _manifest(run: StageRun, stage: str) -> dict[str, Any]:
     """The manifest of another stage of the run; empty where it has not run."""
-    file = run.parent(stage) / "manifest.json"
-    return dict(read_json(file)) if file.is_file() else {}
+    folder = run.parent(stage)
+    return manifest_of(folder, ["results", "seconds", "peak_bytes"]) if (folder / MANIFEST).exists() else {}
 
 
-def _reward_figures(run: StageRun) -> dict[str, Any]:
+def _reward_figures(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the reward stage and the comparisons stage found out about the reward model."""
     figures: dict[str, Any] = {}
     for stage, names in (
         ("reward", ("held_out_accuracy", "train_accuracy", "probe_accuracy")),
         ("comparisons", ("noise_ceiling", "train", "held_out")),
     ):
-        results = _manifest(run, stage).get("results", {})
+        results = made[stage].get("results", {})
         figures |= {name: results[name] for name in names if name in results}
     return figures
 
 
-def _stage_costs(run: StageRun) -> dict[str, dict[str, float]]:
+def _stage_costs(run: StageRun, made: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Seconds and peak memory of every stage of the run, this one included."""
-    manifests = {stage: manifest for stage in STAGES if (manifest := _manifest(run, stage))}
     costs = {
         stage: {name: manifest[name] for name in ("seconds", "peak_bytes")}
-        for stage, manifest in manifests.items()
+        for stage, manifest in made.items()
+        if manifest
     }
     return {**costs, "evaluate": run.clock()}

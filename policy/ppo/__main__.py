@@ -30,7 +30,8 @@ def main() -> None:
     rewards = () if recipe.ppo.reward_model else ("reward",)
     parents = ("comparisons", *rewards, *start_parents(recipe, "ppo"))
     inputs = [*recipe.ppo.ptx_texts, *start_inputs(recipe, "ppo"), *tokenizer_files(recipe)]
-    stage = open_stage(recipe, "ppo", section="ppo", parents=parents, inputs=inputs)
+    reads = recipe.ppo.reward_model
+    stage = open_stage(recipe, "ppo", section="ppo", parents=parents, inputs=inputs, reads=reads)
     if stage is None:
         return
     from policy.ppo.run import build_trainer, save

@@ -224,7 +224,7 @@ def main() -> None:
     named = [name for name in (section.model, section.against) if name]
     inputs = [*section.comparisons, *section.outliers, *map(str, training_files(recipe))]
     inputs += [str(file) for name in named for file in model_files(name)]
-    run = open_stage(recipe, "card", section="card", parents=parents, inputs=inputs)
+    run = open_stage(recipe, "card", section="card", parents=parents, inputs=inputs, reads=named)
     if run is not None:
         card = evaluate(recipe, run)
         write_json(run.folder / "card.json", card)

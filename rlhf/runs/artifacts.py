@@ -9,6 +9,7 @@ older one is removed only after that. So ``kill -9`` at any moment leaves at lea
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from rlhf.errors import UserError, errno_of
 MANIFEST = "manifest.json"
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # what a saved adapter consists of
 _KEPT = 2  # checkpoints of a stage
+_CHECKSUM = "checksum"  # of all else in a manifest
 _STAGING = ".staging-"  # prefix of a folder that is being written
 
 
@@ -46,7 +48,8 @@ def model_files(place: str, *more: str) -> list[Path]:
 
 def hash_of(value: object) -> str:
     """Content hash of a JSON-able value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -151,23 +154,45 @@ def write_manifest(folder: Path, extra: dict[str, Any], skip: Iterable[str] = ()
         _sync(file)
         hashes[file.relative_to(folder).as_posix()] = sha256_of(file)
     identity = hash_of({"files": hashes, "fingerprint": extra.get("fingerprint")})
-    manifest = {**extra, "identity": identity, "files": hashes}
-    write_json(folder / MANIFEST, manifest)
-    return manifest
+    manifest = json.loads(json.dumps({**extra, "identity": identity, "files": hashes}))
+    manifest.pop(_CHECKSUM, None)
+    write_json(folder / MANIFEST, {**manifest, _CHECKSUM: hash_of(manifest)})
+    return dict(manifest)
 
 
-def fault_of(folder: Path) -> str | None:
-    """What is wrong with a folder that has a manifest, or None: missing, damaged or changed files."""
-    if not (folder / MANIFEST).is_file():
-        return f"{folder} has no {MANIFEST}"
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder; None where it is damaged: no JSON object, or another one than was written."""
     try:
-        files = dict(read_json(folder / MANIFEST)["files"].items())
-    except (UserError, KeyError, TypeError, AttributeError):
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        # those of earlier versions have no checksum
+        whole = manifest.pop(_CHECKSUM, None) in (None, hash_of(manifest))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return None
+    return dict(manifest) if whole else None
+
+
+def files_of_manifest(folder: Path) -> dict[str, str] | None:
+    """Content hashes by file, as a manifest lists them; None where it does not."""
+    files = (read_manifest(folder) or {}).get("files")
+    return files if isinstance(files, dict) else None
+
+
+def fault_of(folder: Path, names: Iterable[str] = ("*",)) -> str | None:
+    """What is wrong with a folder that has a manifest, or None: missing, damaged or changed files.
+
+    names: patterns of the files to look at.
+    """
+    if not (folder / MANIFEST).exists():
+        return f"{folder} has no {MANIFEST}"
+    files, patterns = files_of_manifest(folder), tuple(names)
+    if files is None:
         return f"{folder / MANIFEST} is damaged"
     for name, expected in files.items():
         file = folder / name
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            continue
         if not file.is_file():
-            return f"{file} is missing"
+            return f"{file} is {'a folder, and was a file' if file.is_dir() else 'missing'}"
         if sha256_of(file) != expected:
             return f"{file} is damaged: its content hash differs from the manifest's"
     return None

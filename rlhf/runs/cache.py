@@ -21,7 +21,8 @@ def remember(
 ) -> Any:
     """The value of a name and a key: read where an earlier session left it, computed and written otherwise.
 
-    A file that is damaged counts as not there. Values of one name and several keys lie side by side.
+    A file that is damaged, even by one bit, counts as not there. Values of one name and several keys lie side
+    by side.
 
     Args:
         folder: where the values lie, a file each.
@@ -38,13 +39,14 @@ def remember(
     suffix = "" if key is None else f"--{hash_of(key)[:16]}"
     file = folder / f"{name.replace('/', '-')}{suffix}.json"
     try:
-        noted = json.loads(file.read_text(encoding="utf-8"))
-        return noted if key is None else noted["value"]
+        noted = json.loads(file.read_bytes())
+        if noted["sha256"] == hash_of(noted["value"]):
+            return noted["value"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    value = compute()
-    content = json.dumps(value if key is None else {"key": key, "value": value}, ensure_ascii=False)
+    value = json.loads(json.dumps(compute(), ensure_ascii=False))
     if is_main:
-        write_atomically(file, content)
+        content = {"key": key, "value": value, "sha256": hash_of(value)}
+        write_atomically(file, json.dumps(content))
         on_new()
-    return json.loads(content) if key is None else json.loads(content)["value"]
+    return value

@@ -13,8 +13,9 @@ from typing import Any
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import STARTS
-from rlhf.runs.artifacts import MANIFEST, SETTINGS, WEIGHTS, read_json
+from rlhf.runs.artifacts import SETTINGS, WEIGHTS, read_json
 from rlhf.runs.stage import RUNS, StageRun, differences, input_hashes
+from rlhf.runs.whole import check_place, manifest_of
 
 ADAPTER = "policy"  # what a stage that can be a start leaves, below its folder
 
@@ -46,9 +47,16 @@ def start_parents(recipe: Recipe, section: str) -> tuple[str, ...]:
 
 
 def start_files(recipe: Recipe, section: str) -> list[str]:
-    """The weights of a start that is a folder, as a further input; none for a stage."""
+    """The weights of a start that is a folder, as a further input; none for a stage.
+
+    Raises:
+        UserError: they are not what a finished stage wrote there.
+    """
     folder = start_folder(recipe, recipe.name, section)
-    return [] if folder is None or start_parents(recipe, section) else [str(folder / WEIGHTS)]
+    if folder is None or start_parents(recipe, section):
+        return []
+    check_place(folder)
+    return [str(folder / WEIGHTS)]
 
 
 def start_inputs(recipe: Recipe, section: str) -> list[str]:
@@ -86,14 +94,15 @@ def check_same_start(recipe: Recipe, run: StageRun, stage: str) -> None:
         stage: the finished stage that was trained, called as its section.
 
     Raises:
-        UserError: the start is another one now, and what to do.
+        UserError: the start is another one now, or damaged, and what to do.
     """
-    made = read_json(run.parent(stage) / MANIFEST)["fingerprint"]
+    made = manifest_of(run.parent(stage), ["fingerprint"])["fingerprint"]
     changes = differences(made["recipe"][stage].get("start"), _named(recipe, stage), f"{stage}.start.")
     if not changes:
         for parent in start_parents(recipe, stage):
-            if read_json(run.parent(parent) / MANIFEST)["identity"] != made["parents"].get(parent):
+            if manifest_of(run.parent(parent), ["identity"])["identity"] != made["parents"].get(parent):
                 changes.append(f"the {parent} stage was run anew")
+            check_place(run.parent(parent))
         now = input_hashes(start_inputs(recipe, stage))
         changes += [f"{name} was changed" for name in now if now[name] not in made["inputs"].values()]
     if changes:

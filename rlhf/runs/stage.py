@@ -6,9 +6,11 @@ and ``run.finish(results)``. No torch here, so that a mistake is told in under a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
+import json
 import os
 import platform
 import resource
@@ -30,6 +32,7 @@ from rlhf.runs import artifacts
 from rlhf.runs.artifacts import MANIFEST, Checkpoints
 from rlhf.runs.cache import remember
 from rlhf.runs.processes import check_alone, rank
+from rlhf.runs.whole import READ, check_place, check_whole, manifest_of
 
 RUNS = Path("runs")
 CONTRACT = ("seed", "model", "lora", "dialogue", "data")  # what all stages share
@@ -82,7 +85,9 @@ class StageRun:
     def clock(self) -> dict[str, float]:
         """Seconds and peak memory (bytes) of all sessions so far; also noted for the next session."""
         file = self.folder / "clock.json"
-        before = artifacts.read_json(file) if file.is_file() else {"seconds": 0.0, "peak_bytes": 0.0}
+        before = {"seconds": 0.0, "peak_bytes": 0.0}
+        with contextlib.suppress(OSError, ValueError, TypeError):  # work is not thrown away for a clock
+            before |= json.loads(file.read_bytes())
         return {
             "seconds": before["seconds"] + time.monotonic() - self.started,
             "peak_bytes": max(before["peak_bytes"], peak_bytes()),
@@ -172,6 +177,7 @@ def open_stage(
     section: str | None = None,
     parents: Sequence[str] = (),
     inputs: Sequence[str] = (),
+    reads: Sequence[str | Path] = (),
 ) -> StageRun | None:
     """Open a stage's directory, new or interrupted.
 
@@ -181,13 +187,16 @@ def open_stage(
         section: the recipe's section of this stage; with the shared contract it makes the fingerprint.
         parents: stages that must be complete.
         inputs: files that the stage reads, by their specs.
+        reads: further folders that it reads, such as a model that the recipe names; those of the parents and
+            the base model go without saying.
 
     Returns:
         The open stage, or None where it is complete already.
 
     Raises:
         UserError: a parent is missing (and which target makes it), the recipe or the data differ from those
-            that the directory was made with (and in what), or another process is at it.
+            that the directory was made with (and in what), another process is at it, or a file that is read
+            is not what a finished stage wrote.
     """
     check_alone(stage)
     LINE_LIMIT.set(recipe.data.max_line_megabytes << 20)
@@ -200,12 +209,18 @@ def open_stage(
         "inputs": input_hashes(inputs),
         "parents": found,
     }
-    is_main = rank() == 0
+    is_main, finished = rank() == 0, (folder / MANIFEST).exists()
+    if not finished:
+        for parent in parents:
+            check_whole(RUNS / recipe.name / parent, READ[parent])
+        for place in (recipe.model.path, *reads, *(path for spec in inputs for path in files_of(spec))):
+            check_place(place)
     lock = _lock(folder, stage) if is_main else None
-    if (folder / MANIFEST).is_file():
-        manifest = artifacts.read_json(folder / MANIFEST)
+    if finished:
+        manifest = manifest_of(folder, ["fingerprint"])
         _refuse_changes(manifest["fingerprint"], fingerprint, folder, finished=True)
         if is_main:
+            check_whole(folder)
             _drop_work(folder)  # a kill may have come between the manifest and this
             print(f"{NAME} {__version__}: {stage}: done already ({folder})", flush=True)
         return None
@@ -260,7 +275,7 @@ def _parent_identity(recipe: Recipe, parent: str, stage: str) -> str:
             f"{stage} needs the {parent} stage, and {manifest.parent} is not complete: "
             f"run `make {parent} RECIPE=...` with the same recipe first"
         )
-    made = artifacts.read_json(manifest)
+    made = manifest_of(manifest.parent, ["fingerprint", "identity"])
     resolved = recipe.model_dump(mode="json")
     old = modernized(made["fingerprint"]["recipe"])
     changes = differences({key: old[key] for key in CONTRACT}, {key: resolved[key] for key in CONTRACT})
