@@ -20,7 +20,7 @@ from reward.model.model import new_reward_model
 from reward.model.trunk_cache import build_trunk
 from rlhf.evals.scoring import Job, Scorer
 from rlhf.generation.sampling import ModelParts, SamplingParams, generate, sample, uniforms
-from rlhf.models import masks
+from rlhf.models import masks, packing
 from rlhf.models.backbone import Backbone
 from rlhf.models.masks import attention_masks, attention_window, left_pad
 from rlhf.models.packing import Row, with_hidden_states
@@ -45,6 +45,13 @@ FAMILIES = {
     ),
     "qwen2": hf.Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
 }
+LLAMA4 = hf.Llama4TextConfig(
+    **WIDE,
+    attention_chunk_size=WINDOW,
+    intermediate_size_mlp=64,
+    num_local_experts=2,
+    no_rope_layers=[1, 1, 0],
+)
 EACH = pytest.mark.parametrize("family", FAMILIES)
 GPT_NEO = hf.GPTNeoConfig(
     vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, window_size=WINDOW,
@@ -167,8 +174,8 @@ def test_packed_demonstrations_beyond_the_window_are_read_as_whole_rows(family, 
     backbone.activate("policy")
     head = backbone.base.get_output_embeddings()
     expected = torch.tensor([nll_of(backbone.base, row) for row in ROWS])
-    for packing in (True, False):
-        close(losses(backbone.model, head, ROWS, 0, packing=packing)[0], expected)
+    for together in (True, False):
+        close(losses(backbone.model, head, ROWS, 0, packing=together)[0], expected)
     assert check_demonstrations(backbone.model, ROWS, 0) is None
     without_windows(monkeypatch)
     assert not torch.allclose(losses(backbone.model, head, ROWS, 0, packing=True)[0], expected, atol=1e-2)
@@ -189,6 +196,19 @@ def test_responses_that_share_a_prompt_are_scored_as_whole_rows(family, monkeypa
     assert float((found - expected).abs().max()) > float(expected.std()) / 10
     assert "packed rows give other outputs" in check_packing(model, EXAMPLES, 0)
     assert check_packing(model, EXAMPLES[:3], 0) is None  # rows in which nothing can go wrong
+
+
+def test_rows_of_a_model_that_attends_in_chunks_share_them_too():
+    model = base_of(LLAMA4)
+    assert set(LLAMA4.layer_types) == {CHUNKED, FULL}
+    batch = packing.pack(ROWS[:5], [[0, 1, 2], [4, 3]], 0, [ids_of(21, 8), ids_of(9, 9)])
+    mask = packing.attention_mask(batch.segments_NT, batch.positions_NT, LLAMA4, torch.float32)
+    with torch.no_grad():
+        found = model(batch.ids_NT, attention_mask=mask, position_ids=batch.positions_NT).logits
+        for number, row in enumerate(ROWS[:5]):
+            whole = [*(ids_of(9, 9) if number in (3, 4) else ids_of(21, 8)), *row.ids]
+            n, column = batch.rows_B[number], batch.columns_B[number]
+            close(found[n, column], model(torch.tensor([whole])).logits[0, -1])
 
 
 def test_the_examples_that_are_tried_are_the_awkward_ones():
@@ -319,7 +339,9 @@ def test_a_model_is_sampled_alike_by_its_parts_and_as_a_whole(family, whole):
 # --- trees behind kept states ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [*FAMILIES.values(), GPT_NEO], ids=[*FAMILIES, "gpt_neo"])
+@pytest.mark.parametrize(
+    "config", [*FAMILIES.values(), GPT_NEO, LLAMA4], ids=[*FAMILIES, "gpt_neo", "llama4"]
+)
 @pytest.mark.parametrize("text", [0, 1, 40])
 @torch.no_grad()
 def test_continuations_behind_a_long_text_are_scored_as_whole_rows(config, text):
@@ -333,3 +355,12 @@ def test_continuations_behind_a_long_text_are_scored_as_whole_rows(config, text)
         sum(log_probs_of(model, [*prefix, *job.inputs[: job.first + 1]], job.targets)) for job in jobs
     ]
     assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_trees_are_tried_on_a_row_beyond_the_window(monkeypatch):
+    for config in (*FAMILIES.values(), GPT_NEO, LLAMA4):
+        assert not Scorer(base_of(config), 512).takes_trees()
+    monkeypatch.setattr("rlhf.evals.scoring.attention_window", lambda _: None)
+    assert Scorer(base_of(GPT_NEO), 512).takes_trees()  # on a few tokens no window shows
+    monkeypatch.undo()
+    assert Scorer(base_of(hf.LlamaConfig(**SHAPE)), 512).takes_trees()
