@@ -41,13 +41,17 @@ def world(tmp_path, monkeypatch):
 
 
 def write_card(folder, **changes):
-    plain = dict.fromkeys(RewardModelConfig._fields) | {
-        "base": "models/tiny",
-        "contract": load_dialogue(tiny_recipe()).fingerprint(),
-        "template": "plain",
-        "max_prompt_tokens": 96,
-        "max_response_tokens": 8,
-    }
+    plain = (
+        dict.fromkeys(RewardModelConfig._fields)
+        | RewardModelConfig._field_defaults
+        | {
+            "base": "models/tiny",
+            "contract": load_dialogue(tiny_recipe()).fingerprint(),
+            "template": "plain",
+            "max_prompt_tokens": 96,
+            "max_response_tokens": 8,
+        }
+    )
     (folder / CONFIG).write_text(json.dumps(plain | changes))
 
 
@@ -186,6 +190,20 @@ def test_without_a_name_all_members_of_the_run_are_taken(world):
     assert [str(folder) for folder in reward_folders(named, run)] == [member(2), member(1)]
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("model.dtype=bfloat16", "model.dtype is float32 there, bfloat16 here"),
+        ("model.quantization=nf4", "model.quantization is none there, nf4 here"),
+        ("model.revision=v2", "model.revision is None there, v2 here"),
+    ],
+)
+def test_a_model_over_a_base_that_was_loaded_otherwise_is_refused(world, option, said):
+    recipe = tiny_recipe(option)
+    with pytest.raises(UserError, match=rf"{member(1)} does not fit \({said}\); set ppo\.retokenize=true"):
+        check_rewards(recipe, load_dialogue(tiny_recipe()), [Path(member(1))])
+
+
 @pytest.mark.parametrize("change", [{"base": "models/other"}, {"contract": "0"}])
 def test_members_that_do_not_fit_each_other_or_the_policy_are_refused(world, change):
     write_card(Path(member(1)), offset=0.0, **change)
@@ -225,7 +243,8 @@ def test_a_model_trained_by_imitation_is_refused_wherever_it_would_score(world):
 class Reader:
     """Stands in for a reward model that reads text."""
 
-    def __init__(self, folder, device):
+    def __init__(self, folder, device, *, trust_remote_code):
+        assert not trust_remote_code
         self.number = OFFSETS[("model", "model-1", "model-2").index(folder.name)]
         assert device == torch.device("cpu")
 

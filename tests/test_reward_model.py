@@ -27,12 +27,14 @@ from preference_cases import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import reward.model.model
 from reward.model.batch import encode, pack
 from reward.model.forward import check_packing, forward_packed, score_examples, scores_of
 from reward.model.model import (
     RewardModelConfig,
     TextRewardModel,
     head_of,
+    load_classifier,
     load_config,
     new_reward_model,
     save_reward_model,
@@ -44,7 +46,7 @@ from rlhf.models.base import load_base, vocabulary_head
 from rlhf.models.masks import right_pad
 from rlhf.models.packing import sequence_log_probs
 from rlhf.models.tiny import START
-from rlhf.runs.artifacts import WEIGHTS
+from rlhf.runs.artifacts import WEIGHTS, read_json
 from rlhf.tokenization.dialogue import load_dialogue
 
 MODEL = "runs/tiny/reward/model"
@@ -312,6 +314,27 @@ def test_a_model_of_an_earlier_version_is_read_by_the_former_name_of_its_configu
     config = load_config(folder)
     (folder / "reward_model.json").rename(folder / "reward.json")
     assert load_config(folder) == config
+
+
+def test_the_base_is_loaded_as_in_training(tmp_path, monkeypatch):
+    """The file says so only where that is not the default, so files of earlier versions mean the same."""
+    recipe, dialogue = tiny()
+    folder = saved(tmp_path / "plain", awake(recipe, dialogue), dialogue, recipe)
+    assert not {"dtype", "quantization", "revision"} & set(read_json(folder / "reward_model.json"))
+    loading = {"dtype": "bfloat16", "quantization": "nf4", "revision": "v2"}
+    folder = saved(tmp_path / "other", awake(recipe, dialogue), dialogue, recipe, **loading)
+    assert load_config(folder).loading() == loading
+    asked_for = []
+
+    def load(model, dialogue):
+        asked_for.append(model)
+        return load_classifier(recipe.model, dialogue)
+
+    monkeypatch.setattr(reward.model.model, "load_classifier", load)
+    TextRewardModel(folder, trust_remote_code=True)
+    assert asked_for == [
+        recipe.model.model_copy(update={**loading, "trust_remote_code": True, "source": "hub"})
+    ]
 
 
 def test_a_folder_without_a_configuration_is_no_reward_model(tmp_path):

@@ -189,7 +189,8 @@ def reward_judge(recipe: Recipe, folders: Sequence[Path]) -> Judge:
     Raises:
         UserError: one of them gives no score.
     """
-    models = [TextRewardModel(folder, best_device()) for folder in folders]
+    trust = recipe.model.trust_remote_code
+    models = [TextRewardModel(folder, best_device(), trust_remote_code=trust) for folder in folders]
     ppo = recipe.ppo
 
     def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from policy.distillation.data import Passage
 from policy.distillation.loss import TopKLogProbs
 from policy.distillation.teacher_cache import TeacherCache
-from rlhf.errors import UserError
 from rlhf.models.backbone import REFERENCE, Backbone, layers_of
 from rlhf.models.base import load_base
 from rlhf.models.log_probs import check_head, logits_head
@@ -111,11 +110,6 @@ class Student:
         self, recipe: Recipe, section: Distill, start: Path | None, say: Callable[[str], None] = print
     ) -> None:
         whole = section.method == "full"
-        if whole and (recipe.model.dtype != "float32" or recipe.model.quantization != "none"):
-            raise UserError(
-                "distill.method: full needs float32 weights that are not quantised, since small updates "
-                "would be rounded away; set model.dtype=float32 model.quantization=none, or method=lora"
-            )
         base: Any = load_base(recipe.model)
         self.backbone: Backbone | None = None
         self.origin = f"{recipe.model.path}, {'all weights' if whole else 'fresh adapter'}"

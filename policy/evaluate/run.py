@@ -102,7 +102,7 @@ def _reward_fns(recipe: Recipe, run: StageRun, backbone: Backbone, dialogue: Dia
     if recipe.evaluate.judge != "reward":
         found["gold"] = reward_fn_of(JUDGES[recipe.evaluate.judge])
     elif recipe.evaluate.reward_model:
-        found["judge"] = reads_text(Path(recipe.evaluate.reward_model))
+        found["judge"] = reads_text(Path(recipe.evaluate.reward_model), recipe)
     if not recipe.ppo.retokenize:
         folders = reward_folders(recipe, run)
         check_rewards(recipe, dialogue, folders)

@@ -85,6 +85,20 @@ def micro_batches(rows: Sequence[int], lengths: Tensor, size: int) -> list[Tenso
     return [torch.tensor(order[i : i + size]) for i in range(0, len(order), size)]
 
 
+def first_pass(
+    section: Ppo, lengths_B: Tensor, *, seed: int, step: int, rank: int, world: int
+) -> list[Tensor]:
+    """The micro-batches of an update's first pass over a rollout, in their order.
+
+    What is computed in these very batches before the update comes out the same in it, bit for bit, also where
+    a row's outputs depend on the other rows and on the padding, as over a base that is not float32.
+    """
+    batches = minibatch_rows(
+        section.batch_size, section.minibatches, seed=seed, step=step, epoch=0, rank=rank, world=world
+    )
+    return [m for rows in batches for m in micro_batches(rows, lengths_B, section.micro_batch_size)]
+
+
 class Texts(NamedTuple):
     """Texts laid out as the backbone wants them: from the second token on, all of them are wanted."""
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from policy.ppo.batching import micro_batches, own_rows, prompt_indices, prompt_of_row
+from policy.ppo.batching import first_pass, micro_batches, own_rows, prompt_indices, prompt_of_row
 from rlhf.data.comparisons import Prompt
 from rlhf.generation.sampling import Sampled, sample, uniforms
 from rlhf.models.backbone import REFERENCE, Backbone
@@ -139,7 +139,11 @@ def collect(
     start = ids_BT.shape[1] - actions_BR.shape[1] - 1
     ended_B = ended(ids_BT[:, start:-1], dialogue.eos_id)
     generated = time.monotonic()
-    order = micro_batches(range(len(rows)), mask_BT.sum(-1), section.micro_batch_size)
+    if backbone.is_float32:  # to rounding no row depends on the others: those of one length together
+        order = micro_batches(range(len(rows)), mask_BT.sum(-1), section.micro_batch_size)
+    else:
+        place = {"seed": seed, "step": step, "rank": runtime.rank, "world": runtime.world}
+        order = first_pass(section, mask_BT.sum(-1), **place)
     texts = [dialogue.decode(ids) for ids in ids_BT[:, start:-1].tolist()]
     scores: list[Tensor] = []
     with torch.no_grad():

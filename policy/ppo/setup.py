@@ -199,16 +199,16 @@ def score_function(recipe: Recipe, run: StageRun, model: Backbone, dialogue: Dia
     folders = reward_folders(recipe, run)
     members: list[RewardFn]
     if recipe.ppo.retokenize:
-        members = [reads_text(folder) for folder in folders]
+        members = [reads_text(folder, recipe) for folder in folders]
     else:
         last_token = dialogue.end_of_context_id
         members = [_adapter(model, name, last_token) for name in reward_adapters(len(folders))]
     return EnsembleScore(members, recipe.ppo.ensemble, recipe.ppo.ensemble_penalty)
 
 
-def reads_text(folder: Path) -> RewardFn:
+def reads_text(folder: Path, recipe: Recipe) -> RewardFn:
     """Scores by a reward model with a base of its own, which reads prompt and response as text."""
-    model = TextRewardModel(folder, best_device())
+    model = TextRewardModel(folder, best_device(), trust_remote_code=recipe.model.trust_remote_code)
     return lambda responses: model.score(responses.prompts, responses.texts)
 
 

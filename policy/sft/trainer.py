@@ -53,12 +53,7 @@ class SftTrainer(StepTrainer, SFTTrainer):
     def __init__(self, *, pad_id: int, packing: bool, head: Any, **options: Any) -> None:
         self._pad_id, self._packing, self._head = pad_id, packing, head
         disable_dropout_in_model(options["model"])
-        learning = [p for p in options["model"].parameters() if p.requires_grad]
-        exact = [p.data for p in learning]
         super().__init__(stage="sft", **options)
-        for parameter, data in zip(learning, exact, strict=True):
-            # trl rounds adapters over a quantised base to bfloat16; here they are float32
-            parameter.data = data
 
     def micro_batches(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Micro-batches of a step's sequences, each with the learned tokens that its mean is over."""

@@ -73,7 +73,7 @@ def load_scorer(path: str, recipe: Recipe, *, key: str = "card.model") -> Scorer
     check_scorer(path, recipe, key=key)
     place = Path(path).expanduser()
     if config_file(place):
-        return RewardModelScorer(place, path)
+        return RewardModelScorer(place, path, recipe.model.trust_remote_code)
     return ClassifierScorer(str(place) if place.is_dir() else path, recipe, key)
 
 
@@ -100,10 +100,10 @@ class RewardModelScorer:
 
     normalised = True
 
-    def __init__(self, folder: Path, path: str) -> None:
+    def __init__(self, folder: Path, path: str, trust_remote_code: bool) -> None:
         self.config, self.path = load_config(folder), path
         self.gain: float | None = self.config.gain
-        self.model = TextRewardModel(folder, best_device())
+        self.model = TextRewardModel(folder, best_device(), trust_remote_code=trust_remote_code)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
         """Normalised scores, [n]."""
@@ -132,7 +132,7 @@ class RewardModelScorer:
 
     def describe(self) -> dict[str, Any]:
         """The path and what ``reward_model.json`` says."""
-        return {"path": self.path, "kind": "reward model of this project", **self.config._asdict()}
+        return {"path": self.path, "kind": "reward model of this project", **self.config.as_dict()}
 
 
 class ClassifierScorer:

@@ -33,6 +33,7 @@ from rlhf.runs.artifacts import SETTINGS, read_json, write_json
 from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
 
 CONFIG = "reward_model.json"
+_LOADING = ("dtype", "quantization", "revision")
 FORMER_CONFIG = "reward.json"  # its name in earlier versions, whose models stay readable
 
 
@@ -57,12 +58,29 @@ class RewardModelConfig(NamedTuple):
     """The token behind EOS on which the score is read, if there is one."""
     objective: str = "ranked"
     """What it was trained for; after ``imitation`` there is no score, only an adapter."""
+    dtype: str = "float32"
+    """``model.dtype`` of its recipe: with the next two, how the base is loaded wherever this scores."""
+    quantization: str = "none"
+    """``model.quantization`` of the same."""
+    revision: str | None = None
+    """``model.revision`` of the same."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is written: of the last three only what is not the default, as files before them."""
+        usual = self._field_defaults
+        return {k: v for k, v in self._asdict().items() if k not in _LOADING or v != usual[k]}
+
+    def loading(self) -> dict[str, Any]:
+        """The fields of a recipe's ``model`` section that say how the base was loaded."""
+        return {name: getattr(self, name) for name in _LOADING}
 
 
 def load_classifier(model: Model, dialogue: Dialogue) -> Any:
-    """The base as a sequence classifier with one output, which reads packed rows."""
+    """The base as a sequence classifier with one output, which reads packed rows; its head is float32."""
     options = {"num_labels": 1, "pad_token_id": dialogue.pad_id}
-    return with_hidden_states(load_base(model, AutoModelForSequenceClassification, **options))
+    base: Any = with_hidden_states(load_base(model, AutoModelForSequenceClassification, **options))
+    base.score = base.score.float()
+    return base
 
 
 def new_reward_model(recipe: Recipe, dialogue: Dialogue, seed: int | None = None) -> Any:
@@ -72,7 +90,6 @@ def new_reward_model(recipe: Recipe, dialogue: Dialogue, seed: int | None = None
     unless another is given.
     """
     base = load_classifier(recipe.model, dialogue)
-    base.score = base.score.float()
     torch.manual_seed(recipe.seed if seed is None else seed)
     nn.init.normal_(base.score.weight, std=head_init_std(base.score.in_features))
     config = lora_config(recipe.lora, base, task="SEQ_CLS", modules_to_save=["score"])
@@ -134,7 +151,7 @@ def save_reward_model(model: PeftModel, folder: Path, config: RewardModelConfig,
     """Write adapter, head, tokenizer and configuration."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
     dialogue.tokenizer.save_pretrained(str(folder))
-    write_json(folder / CONFIG, config._asdict())
+    write_json(folder / CONFIG, config.as_dict())
 
 
 def config_file(folder: Path) -> Path | None:
@@ -175,8 +192,17 @@ def check_same_contract(config: RewardModelConfig, recipe: Recipe, dialogue: Dia
             of its own.
     """
     check_has_score(config, folder)
-    if config.base != recipe.model.path:
-        what = f"its base is {config.base}, this recipe's is {recipe.model.path}"
+    own = recipe.model
+    here = {name: getattr(own, name) for name in _LOADING}
+    differs = [
+        f"model.{n} is {kept} there, {here[n]} here"
+        for n, kept in config.loading().items()
+        if kept != here[n]
+    ]
+    if config.base != own.path:
+        what = f"its base is {config.base}, this recipe's is {own.path}"
+    elif differs:
+        what = "; ".join(differs)
     elif config.contract != dialogue.fingerprint():
         what = "its tokenizer or template differs from this recipe's"
     else:
@@ -193,23 +219,27 @@ class TextRewardModel:
     Args:
         folder: a reward model of ours.
         device: where it runs.
+        trust_remote_code: ``model.trust_remote_code`` of the recipe that uses it.
 
     Raises:
         UserError: the folder holds no reward model of ours, or one without a score.
     """
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, folder: Path, device: torch.device | str = "cpu", *, trust_remote_code: bool = False
+    ) -> None:
         self.config = load_config(folder)
         check_has_score(self.config, folder)
         self.dialogue = Dialogue(
-            load_tokenizer(folder),
+            load_tokenizer(folder, trust_remote_code=trust_remote_code),
             template=self.config.template,
             max_prompt_tokens=self.config.max_prompt_tokens,
             max_response_tokens=self.config.max_response_tokens,
             truncate_prompts=True,
             end_of_context=self.config.end_of_context,
         )
-        base = load_classifier(Model(path=self.config.base), self.dialogue)
+        options = self.config.loading() | {"trust_remote_code": trust_remote_code}
+        base = load_classifier(Model(path=self.config.base, **options), self.dialogue)
         self.model = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
         self.model.requires_grad_(False)
         self._share, self._checked = True, 0  # tokens of the longest row with which sharing has been tried

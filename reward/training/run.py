@@ -154,6 +154,7 @@ def config_of(
 ) -> RewardModelConfig:
     """What is saved beside a trained model."""
     names = ("template", "max_prompt_tokens", "max_response_tokens", "end_of_context")
+    precision = {name: getattr(recipe.model, name) for name in ("dtype", "quantization", "revision")}
     return RewardModelConfig(
         base=recipe.model.path,
         offset=offset,
@@ -161,6 +162,7 @@ def config_of(
         contract=dialogue.fingerprint(),
         objective=section.objective,
         **{name: getattr(recipe.dialogue, name) for name in names},
+        **precision,
     )
 
 

@@ -158,6 +158,11 @@ class Backbone(nn.Module):
         """Where the weights are."""
         return next(self.model.parameters()).device
 
+    @property
+    def is_float32(self) -> bool:
+        """Whether every weight of the base is float32, none quantized."""
+        return all(parameter.dtype == torch.float32 for parameter in self.base.parameters())
+
     def activate(self, role: str) -> None:
         """Switch every LoRA layer to the adapter of a role, or all off.
 

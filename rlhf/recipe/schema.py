@@ -68,6 +68,17 @@ class Recipe(Section):
                 "sft.loss_on=assistant needs to know whose turn a token is, which dialogue.template=plain "
                 "does not say: use template chat, or loss_on=response or all"
             )
+        whole = self.distill is not None and self.distill.method == "full"
+        if whole and (self.model.dtype, self.model.quantization) != ("float32", "none"):
+            raise ValueError(
+                "distill.method: full needs float32 weights that are not quantised, since small updates "
+                "would be rounded away; set model.dtype=float32 model.quantization=none, or method=lora"
+            )
+        if self.pmp is not None and self.reward.head_init != "normal":
+            raise ValueError(
+                f"reward.head_init={self.reward.head_init}: the reward model starts from the head of the pmp "
+                "stage of this recipe; remove one of them"
+            )
         return self
 
     @model_validator(mode="after")

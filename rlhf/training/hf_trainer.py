@@ -122,9 +122,13 @@ class StepTrainer:
         self._checkpoints = Checkpoints(below / f"member-{member}" if members > 1 else below)
         self._seen: Sums = defaultdict(float)
         self._log = StepLog(self.prefix, self._seen, self.metrics_of, member * self._steps)
+        learning = [p for p in options["model"].parameters() if p.requires_grad]
+        exact = [p.data for p in learning]
         super().__init__(  # type: ignore[call-arg]
             data_collator=lambda examples: {"examples": examples}, callbacks=[self._log], **options
         )
+        for parameter, data in zip(learning, exact, strict=True):
+            parameter.data = data  # trl rounds what learns over a quantized base to bfloat16
         trainer: Any = self
         trainer.remove_callback(PrinterCallback)
         self._folding = Folding(trainer.model)
