@@ -318,14 +318,14 @@ class Card:
     def __init__(self, **fields):
         self.__dict__ |= fields
 
-    def _asdict(self):
+    def as_dict(self):
         return dict(self.__dict__)
 
 
 class Ours:
     """Stands for reward.model.model.TextRewardModel."""
 
-    def __init__(self, folder, device):
+    def __init__(self, folder, device, trust_remote_code):
         self.folder = folder
 
     def score(self, prompts, responses):
