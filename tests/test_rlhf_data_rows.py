@@ -218,7 +218,10 @@ PROMPTS = [
     ({"prompt": []}, "empty prompt"),
     ({"messages": chat(bot("a"))}, "empty prompt"),
     ({"prompt": chat(HI, HO)}, "the prompt does not end in a user turn"),
-    ({"messages": chat(Message("bot", "a"), HI)}, "unknown role 'bot' (known: system, user, assistant)"),
+    (
+        {"messages": chat(Message("narrator", "a"), HI)},
+        "unknown role 'narrator' (known: system, user, assistant)",
+    ),
     ({"messages": "q"}, 'messages are not a list: "messages" is a str'),
     ({"messages": [{"role": "user"}]}, f'{NO_CONTENT}: in "messages"'),
     ({"prompt": 3}, "fields of no known format: prompt; expected one of: native "),

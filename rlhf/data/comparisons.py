@@ -79,7 +79,7 @@ def _problems(comparison: Comparison) -> Iterator[str]:
         yield "fewer than 2 responses"
     if not all(response.strip() for response in responses):
         yield "empty response"
-    if not all(map(_is_unicode, responses)):
+    if not all(map(_is_unicode, (*responses, comparison.source))):
         yield "text that is not valid Unicode (a lone surrogate)"
     if len(ranks) != len(responses):
         yield "the number of ranks is not the number of responses"
@@ -133,17 +133,27 @@ def prompt_key(prompt: Prompt) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
+_COLUMNS = 20  # names of columns that are counted: a file may have a new one in every row
+
+
+def _printable(name: str) -> str:
+    """The beginning of a name on one line, escaped where it is not Unicode."""
+    return " ".join(name.encode("utf-8", "backslashreplace").decode()[:60].split())
+
+
 @dataclass
 class Counts:
     """What became of the items of a reading: ``read`` = ``kept`` + the sum of ``dropped`` by reason.
 
     An item is one comparison (or prompt); a row that cannot be read at all counts as one item.
-    ``duplicate_responses`` counts responses taken out of comparisons that stayed.
+    ``duplicate_responses`` counts responses taken out of comparisons that stayed, ``unused`` the rows in
+    which a column holds something that is not read, by its name (the first ``_COLUMNS`` of them).
     """
 
     read: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     duplicate_responses: int = 0
+    unused: dict[str, int] = field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -154,9 +164,16 @@ class Counts:
         """Count ``number`` of the items already in ``read`` as dropped for ``reason``."""
         self.dropped[reason] = self.dropped.get(reason, 0) + number
 
+    def note_unused(self, columns: Iterable[str]) -> None:
+        """Count a row whose columns of these names are not read."""
+        for name in map(_printable, columns):
+            if name in self.unused or len(self.unused) < _COLUMNS:
+                self.unused[name] = self.unused.get(name, 0) + 1
+
     def as_dict(self) -> dict[str, int | dict[str, int]]:
         """The counts as JSON-able values, for a manifest."""
-        return {**asdict(self), "kept": self.kept}
+        counts = {**asdict(self), "kept": self.kept}
+        return counts if self.unused else {name: x for name, x in counts.items() if name != "unused"}
 
     def __str__(self) -> str:
         line = f"read {self.read:,}, kept {self.kept:,}, dropped {sum(self.dropped.values()):,}"
@@ -164,6 +181,9 @@ class Counts:
             line += " (" + "; ".join(f"{number:,} {reason}" for reason, number in self.dropped.items()) + ")"
         if self.duplicate_responses:
             line += f", duplicate responses removed {self.duplicate_responses:,}"
+        if self.unused:
+            columns = ", ".join(f"{name} ({rows:,})" for name, rows in self.unused.items())
+            line += f"; columns not used (in rows): {columns}"
         return line
 
 

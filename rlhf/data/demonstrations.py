@@ -6,15 +6,13 @@ ShareGPT, and every known format of comparisons, of which the best answer is tak
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf.data.comparisons import Comparison, Counts, Message, OnBadRows, Prompt, prompt_key, prompt_problem
 from rlhf.data.readers import READERS as COMPARISONS
 from rlhf.data.readers import hh, read_distinct
-from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, is_text, merge_turns, messages, prompt_of
-
-_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}  # of ShareGPT
+from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, merge_turns, messages, prompt_of
 
 
 @dataclass(frozen=True)
@@ -63,14 +61,6 @@ def _of_prompt(prompt: object, completion: object, source: str) -> Demonstration
     return _of_dialogue((*before, *messages(completion, "completion")), source)
 
 
-def _conversation(value: object) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise BadRow("messages are not a list", f'"conversations" is a {type(value).__name__}')
-    if not all(isinstance(item, Mapping) and is_text(item, "from", "value") for item in value):
-        return messages(value, "conversations")  # role and content under this name, or no messages at all
-    return tuple(Message(_ROLES.get(item["from"], item["from"]), item["value"]) for item in value)
-
-
 def _has(row: Row, *names: str) -> bool:
     """Whether the fields are there; files of several formats in one table leave the others empty."""
     return all(row.get(name) is not None for name in names)
@@ -85,7 +75,7 @@ READERS: tuple[Reader[Demonstration], ...] = (
     Reader(
         '{"conversations"} with "from" and "value"',
         lambda row: _has(row, "conversations"),
-        lambda row, source: [_of_dialogue(_conversation(row["conversations"]), source)],
+        lambda row, source: [_of_dialogue(messages(row["conversations"], "conversations"), source)],
     ),
     Reader(
         '{"prompt", "completion"} as texts or messages',

@@ -44,6 +44,11 @@ READERS: tuple[Reader[Prompt], ...] = (
         lambda row: isinstance(row.get("prompt"), str | list),
         lambda row, _: [_of_field(row["prompt"])],
     ),
+    Reader(
+        '{"conversations"} with "from" and "value"',
+        lambda row: isinstance(row.get("conversations"), list),
+        lambda row, _: [_without_answers(messages(row["conversations"], "conversations"))],
+    ),
 )
 
 

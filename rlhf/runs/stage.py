@@ -164,6 +164,8 @@ def input_hashes(specs: Sequence[str]) -> dict[str, str]:
         if spec.startswith("hub:") or spec == "sampled":
             hashes[spec] = "by name"
         for path in files_of(spec):
+            if path.encode("utf-8", "replace").decode() != path:
+                raise UserError(f"the name of the file {path!a} is not UTF-8: rename it")
             if os.path.isfile(path):
                 name = os.path.basename(path)
                 hashes[path if name in hashes else name] = artifacts.sha256_of(Path(path))

@@ -4,6 +4,7 @@ A row is {"chosen", "rejected"}: two whole dialogues "\n\nHuman: ...\n\nAssistan
 up to the last Assistant turn. The published files hold oddities, and this is what becomes of them:
 
 - an assistant that wrote a second "\n\nAssistant:" marker: one turn, the marker read as a paragraph break;
+- line ends "\r\n", where no turn begins behind "\n\n": read as "\n";
 - "Human:" or "Assistant:" not at the start of a paragraph: text, not a turn (it cannot be told from text);
 - a turn without words inside the dialogue: kept; as the last one: an empty response, which is refused;
 - a response in which the assistant went on to write a human turn as well: the transcripts differ in more than
@@ -28,15 +29,22 @@ def is_transcript(text: object) -> TypeGuard[str]:
     return (
         isinstance(text, str)
         and _TURN.match(text) is not None
-        and re.search(r"(?:\A\s*|\n\n)Human:", text) is not None
+        and re.search(r"(?:\A\s*|\n\n)Human:", _with_newlines(text)) is not None
     )
+
+
+def _with_newlines(text: str) -> str:
+    windows = "\r\n\r\n" in text and re.search(r"\n\n(Human|Assistant):", text) is None
+    return text.replace("\r\n", "\n") if windows else text
 
 
 def turns(text: str) -> tuple[Message, ...]:
     """The turns of a transcript, without the white space of its layout; raises BadRow if it is none."""
     if not is_transcript(text):
         raise BadRow("not a transcript of Human and Assistant turns")
-    pieces = _TURN.split(text)  # before the first marker (white space), then role, words, role, words, ...
+    pieces = _TURN.split(
+        _with_newlines(text)
+    )  # before the first marker (white space), then role, words, role, words, ...
     return tuple(
         Message(_ROLES[role], words.strip()) for role, words in zip(pieces[1::2], pieces[2::2], strict=True)
     )

@@ -6,13 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from rlhf.data.comparisons import Comparison, Counts, Message, OnBadRows, Prompt
+from rlhf.data.comparisons import ROLES, Comparison, Counts, Message, OnBadRows, Prompt
 from rlhf.errors import UserError
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 Other = TypeVar("Other")
 Row = Mapping[str, Any]
+_ROLES = {role: role for role in ROLES} | {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bot", "chatbot", "ai", "model"), "assistant"),
+}
 
 
 class BadRow(ValueError):
@@ -48,11 +52,13 @@ class Reader(Generic[T_co]):
     recognizes: whether the row's fields are those of this format.
     parse: what the row holds, not yet checked; raises BadRow where it does not hold together. Its second
     argument labels the items.
+    nearly: what is wrong with a row that is nearly of this format, None where it is not.
     """
 
     format: str
     recognizes: Callable[[Row], bool]
     parse: Callable[[Row, str], Iterable[T_co | LeftOut]]
+    nearly: Callable[[Row], BadRow | None] = lambda _: None
 
     def then(self, give: Callable[[T_co | LeftOut], Iterable[Other | LeftOut]]) -> Reader[Other]:
         """A reader of the same rows that gives something else for each item."""
@@ -60,6 +66,7 @@ class Reader(Generic[T_co]):
             self.format,
             self.recognizes,
             lambda row, source: (other for item in self.parse(row, source) for other in give(item)),
+            self.nearly,
         )
 
 
@@ -92,7 +99,7 @@ def sift(
     """
     recognized = False
     unrecognized = ""
-    for number, row in origin.rows:
+    for number, row in _numbered(origin):
         where = origin.where(number)
         try:
             reader = _reader(row, readers)
@@ -103,7 +110,8 @@ def sift(
                     raise UserError(unrecognized)
                 raise unknown
             recognized = True
-            items = list(reader.parse(row, origin.source))  # type: ignore[arg-type]
+            watched = _Watched(row)  # type: ignore[arg-type]
+            items = list(reader.parse(watched, origin.source))
         except LeftOut as left_out:
             counts.read += 1
             counts.drop(left_out.reason)
@@ -113,6 +121,7 @@ def sift(
             place = where if error.column is None else f"{where}:{error.column}"
             _refuse(error.reason, str(error), place, on_bad_rows, counts)
             continue
+        counts.note_unused(str(name) for name in watched.unused())
         for item in items:
             counts.read += 1
             if isinstance(item, LeftOut):
@@ -123,6 +132,22 @@ def sift(
                 yield item
     if unrecognized and not recognized:
         raise UserError(unrecognized)
+
+
+def _numbered(origin: Origin) -> Iterator[tuple[int, object]]:
+    """The rows; a row of the hub that its library cannot read, for one of dozens of reasons, is one line."""
+    number = 0
+    try:
+        for number, row in origin.rows:
+            yield number, row
+    except Exception as error:
+        if not origin.name.startswith("hub:") or isinstance(error, UserError | BadRow):
+            raise
+        cause = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{origin.where(number + 1)}: cannot be read ({type(error).__name__}: {cause}); "
+            "download the set, mend it and give local files"
+        ) from None
 
 
 def _refuse(reason: str, message: str, where: str, on_bad_rows: OnBadRows, counts: Counts) -> None:
@@ -138,7 +163,30 @@ def _reader(row: object, readers: Sequence[Reader[T]]) -> Reader[T] | None:
         raise row
     if not isinstance(row, Mapping):
         raise BadRow("not a row with fields", f"a {type(row).__name__}")
-    return next((reader for reader in readers if reader.recognizes(row)), None)
+    found = next((reader for reader in readers if reader.recognizes(row)), None)
+    if not found and (fault := next(filter(None, (reader.nearly(row) for reader in readers)), None)):
+        raise fault
+    return found
+
+
+class _Watched(dict[str, Any]):
+    """A row that knows which columns have been asked for."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.used.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict."""
+        return self[name] if name in self else default  # noqa: SIM401 - this is get()
+
+    def unused(self) -> list[str]:
+        """Columns that hold something and have not been asked for."""
+        return [name for name, value in self.items() if name not in self.used and value not in (None, "", [])]
 
 
 def _fields_and_formats(row: object, readers: Sequence[Reader[T]]) -> str:
@@ -160,18 +208,47 @@ def is_list(row: Row, *names: str) -> bool:
 def messages(value: object, name: str) -> tuple[Message, ...]:
     """Chat messages ``[{"role": ..., "content": ...}, ...]``; further fields of a message are ignored.
 
-    Raises BadRow for anything else, parts of several media as content included.
+    ``from`` and ``value``, the names of ShareGPT, and the roles of ``_ROLES`` in any case are read too; so
+    is a content of parts that are all texts. Raises BadRow for anything else.
     """
     if not isinstance(value, list):
         raise BadRow("messages are not a list", f'"{name}" is a {type(value).__name__}')
-    for item in value:
-        if not isinstance(item, Mapping) or not is_text(item, "role", "content"):
-            raise BadRow("a message without text in role and content", f'in "{name}"')
-    return tuple(Message(item["role"], item["content"]) for item in value)
+    return tuple(_message(item, f'in "{name}", message {number}') for number, item in enumerate(value, 1))
+
+
+def _message(item: object, place: str) -> Message:
+    fault = f"a {type(item).__name__}"
+    if isinstance(item, Mapping):
+        role, content = (
+            next((item[name] for name in names if item.get(name) is not None), None)
+            for names in (("role", "from"), ("content", "value"))
+        )
+        parts = content if isinstance(content, list) else []
+        other = [x for x in parts if not _is_text_part(x)]
+        if parts and not other:  # a template that renders parts puts nothing between
+            content = "".join(part["text"] for part in parts)
+        if isinstance(role, str) and isinstance(content, str):
+            known = role if role in ROLES else role.strip().lower()
+            return Message(_ROLES.get(known, role), content)
+        name, wrong = ("role", role) if not isinstance(role, str) else ("content", content)
+        fault = f"{name} is {'null or not there' if wrong is None else f'a {type(wrong).__name__}'}"
+        if other and name == "content":
+            kinds = {str(isinstance(x, Mapping) and x.get("type"))[:20] for x in other}
+            fault = f"content has parts that are no text ({', '.join(sorted(kinds))})"
+    raise BadRow("a message without text in role and content", f"{place}: {fault}")
+
+
+def _is_text_part(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type", "text") == "text" and is_text(part, "text")
 
 
 def prompt_of(value: object) -> Prompt:
-    """A prompt field: a text is one user message; raises BadRow for neither a text nor messages."""
+    """A prompt field: a text is one user message, a tuple a prompt already.
+
+    Raises BadRow for neither a text nor messages.
+    """
+    if isinstance(value, tuple):
+        return value
     if not isinstance(value, str | list):
         raise BadRow("the prompt is neither a text nor messages", f"a {type(value).__name__}")
     return (Message("user", value),) if isinstance(value, str) else messages(value, "prompt")

@@ -2,49 +2,57 @@
 
 Texts or messages, each with the prompt in a field of its own (explicit) or at the start of both sides
 (implicit). Two mixtures that widely used data sets hold are read as well: a prompt written as an HH
-transcript, and a text prompt next to whole conversations. Other columns (scores, margins) are ignored.
+transcript, and a text prompt next to whole conversations. So are an answer that is one message, as in the
+pairs of ShareGPT, and a prompt in a column of another name (:mod:`rlhf.data.readers.columns`). Other columns
+(scores, margins) are not used, and counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rlhf.data.comparisons import Comparison, Message, Prompt
 from rlhf.data.readers import hh
+from rlhf.data.readers.columns import is_empty, prompt_in
 from rlhf.data.readers.rows import (
     BadRow,
     Reader,
     Row,
     confidence,
-    is_list,
     is_text,
     messages,
     pair_of_dialogues,
     prompt_of,
 )
 
+SIDES = ("chosen", "rejected")
+
 
 def parse(row: Row, source: str) -> Iterator[Comparison]:
     """The row's pair. Raises BadRow where the sides do not share a prompt or the types do not fit."""
-    prompt, chosen, rejected, certainty = row.get("prompt"), row["chosen"], row["rejected"], confidence(row)
-    if isinstance(chosen, list):
-        dialogues = messages(chosen, "chosen"), messages(rejected, "rejected")
-        yield _conversations(prompt, dialogues, source, certainty)
-    elif prompt is None:
+    chosen, rejected, certainty = row["chosen"], row["rejected"], confidence(row)
+    if not isinstance(chosen, str):
+        sides = [messages(as_list(row[name]), name) for name in SIDES]
+        yield _conversations(row, (sides[0], sides[1]), source, certainty)
+        return
+    prompt = prompt_in(row)
+    if prompt is None:
         before, *answers = _split_texts(chosen, rejected)
         yield Comparison((Message("user", before),), tuple(answers), (0, 1), source, certainty)
     elif hh.is_transcript(prompt):
-        sides = (chosen.strip(), rejected.strip())
-        yield Comparison(hh.before_answer(prompt), sides, (0, 1), source, certainty)
+        answers = [chosen.strip(), rejected.strip()]
+        yield Comparison(hh.before_answer(prompt), tuple(answers), (0, 1), source, certainty)
     else:
         yield Comparison(prompt_of(prompt), (chosen, rejected), (0, 1), source, certainty)
 
 
 def _conversations(
-    prompt: object, sides: tuple[Prompt, Prompt], source: str, certainty: float | None
+    row: Row, sides: tuple[Prompt, Prompt], source: str, certainty: float | None
 ) -> Comparison:
     whole = all(side and side[0].role != "assistant" for side in sides)
-    if prompt is None:
+    prompt = row.get("prompt") if whole else prompt_in(row)  # whole ones begin with what was asked
+    if is_empty(prompt):
         return pair_of_dialogues(*sides, source, certainty)
     before = prompt_of(prompt)
     if not whole:
@@ -72,8 +80,24 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     return "", chosen, rejected
 
 
+def as_list(value: Any) -> Any:
+    """An answer that is one message, as messages."""
+    return [value] if isinstance(value, Mapping) else value
+
+
+def _nearly(row: Row) -> BadRow | None:
+    """What is wrong with a pair that is neither two texts nor twice messages."""
+    if any(name not in row for name in SIDES):
+        return None
+    if empty := [name for name in SIDES if row[name] is None]:
+        return BadRow(" and ".join(empty) + (" is null" if len(empty) == 1 else " are null"))
+    kinds = " and a ".join(type(row[name]).__name__ for name in SIDES)
+    return BadRow("chosen and rejected are not both texts, or both messages", f"a {kinds}")
+
+
 READER = Reader(
     'TRL {"prompt"?, "chosen", "rejected"} as texts or messages',
-    lambda row: is_text(row, "chosen", "rejected") or is_list(row, "chosen", "rejected"),
+    lambda row: is_text(row, *SIDES) or all(isinstance(as_list(row.get(name)), list) for name in SIDES),
     parse,
+    _nearly,
 )
