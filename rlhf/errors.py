@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -62,7 +64,10 @@ def errno_of(error: BaseException) -> int | None:
     if number:
         return int(number[1])
     torchs = "inline_container" in text and any(sign in text for sign in _TORCH_WRITER)
-    return errno.ENOSPC if torchs or "No space left" in text or "StorageFull" in text else None
+    if torchs or "basic_ios::clear" in text:  # the writer's last bytes did not get to the disk
+        limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+        return errno.EFBIG if limited else errno.ENOSPC
+    return errno.ENOSPC if "No space left" in text or "StorageFull" in text else None
 
 
 def refused_by_system(error: BaseException) -> str | None:
@@ -114,29 +119,33 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     commonest faults that are nobody's bug. A stop by Ctrl-C, SIGTERM or SIGHUP is one line too, with the
     status that a shell gives it.
     """
-    for number in STOP_SIGNALS[1:]:  # Python makes an exception of SIGINT alone
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, _interrupt)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _stop)
     for stream in (sys.stdout, sys.stderr):  # an emoji in a response must not end a run in an ASCII terminal
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        if os.environ.get("RANK", "0") == "0":
-            name = signal.Signals(number).name
-            line = f"stopped by {name}; run the same command again: it goes on from what is on the disk"
-            print(line, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(128 + number)  # an interrupted import leaves modules that fail at the interpreter's end
     except Exception as error:
         print(f"error: {_message_of(error)}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_STATUS)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End at once, as SIGKILL would: what lies on the disk is whole at every moment.
+
+    An exception would not do: one raised in a destructor or in a callback of a library is swallowed, one in
+    an import becomes another error, and one in a computation can leave a result that is not whole.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        name = signal.Signals(number).name
+        line = f"stopped by {name}; run the same command again: it goes on from what is on the disk\n"
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
+    with contextlib.suppress(Exception):  # it may be what was interrupted
+        sys.stdout.flush()
+    os._exit(128 + number)
 
 
 def _message_of(error: Exception) -> str:

@@ -330,6 +330,7 @@ def test_every_librarys_full_disk_becomes_one_error(checkpoints):
         (RuntimeError("I/O error: No space left on device (os error 28)"), errno.ENOSPC),
         (RuntimeError("I/O error: File too large (os error 27)"), errno.EFBIG),
         (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), errno.ENOSPC),
+        (RuntimeError("basic_ios::clear: iostream error"), errno.ENOSPC),
         (RuntimeError("unexpected pos"), None),
         (RuntimeError("anything else"), None),
         (KeyboardInterrupt(), None),

@@ -2,10 +2,12 @@
 
 import functools
 import os
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -213,6 +215,36 @@ def wait_until(holds, seconds=20):
             return True
         time.sleep(0.05)
     return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_stop_from_outside_does_not_count_against_a_program(place, number, monkeypatch):
+    """As a scheduler stops all processes of a job; place: the outer process, or the program itself."""
+    if sandbox.isolation()[0] is None:
+        pytest.skip(sandbox.isolation()[1])
+    monkeypatch.setattr(sandbox, "_SECOND_THOUGHT", 0.0)
+    word, hit = WORD.format(777004), []
+
+    def stop():
+        wait_until(lambda: len(processes_with(word)) == 3)
+        time.sleep(0.2)
+        hit.extend(sorted(processes_with(word)))
+        os.kill(hit[place], number)
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    verdict = sandbox.run("import time; time.sleep(0.8)", Limits(wall_seconds=60, output_bytes=777004))
+    stopping.join()
+    assert (verdict.status, len(hit)) == ("passed", 3)
+
+
+def test_a_program_that_kills_itself_has_failed_for_good(monkeypatch):
+    if sandbox.isolation()[0] is None:
+        pytest.skip(sandbox.isolation()[1])
+    monkeypatch.setattr(sandbox, "_SECOND_THOUGHT", 0.0)
+    verdict = sandbox.run("import os; os.kill(os.getpid(), 15)")
+    assert (verdict.status, verdict.detail) == ("killed", "SIGTERM")
 
 
 def test_no_other_process_can_be_seen_or_killed(rung):

@@ -42,7 +42,11 @@ MODULES = {
     "reward": "reward.training.__main__",
     "sft": "policy.sft.__main__",
     "distill": "policy.distillation.__main__",
+    "pmp": "reward.pretraining.__main__",
     "ppo": "policy.ppo.__main__",
+    "card": "reward.card.__main__",
+    "evaluate": "policy.evaluate.__main__",
+    "tax": "policy.alignment_tax.__main__",
 }
 STEPS = 6
 # whatever a checkpoint has to carry besides weights and moments is in use
@@ -82,6 +86,9 @@ _SERVER.set_forkserver_preload(
     [
         "policy.ppo.run",
         "policy.sft.run",
+        "policy.distillation.run",
+        "policy.evaluate.run",
+        "policy.alignment_tax.run",
         "reward.training.run",
         "rlhf.collect.simulated",
         "trl",

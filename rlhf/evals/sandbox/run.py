@@ -23,12 +23,13 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf.errors import UserError
+from rlhf.errors import STOP_SIGNALS, UserError
 from rlhf.evals.sandbox.probe import escape
 from rlhf.evals.sandbox.verdict import LIMITS, STATUSES, Limits, Verdict
 
@@ -39,6 +40,9 @@ RUNGS = {
 }
 _CHILD = Path(__file__).with_name("child.py")
 _JAIL = Path(__file__).with_name("jail.py")
+_FROM_OUTSIDE = {number.name for number in (*STOP_SIGNALS, signal.SIGKILL)}
+"""Ends that a program can come to through a stop of the whole job, or a machine without memory: run again."""
+_SECOND_THOUGHT = 1.0  # seconds until then, in which the same stop ends this process
 _GRACE = 60.0  # seconds that the sandbox may take beside the program's
 _FIRST_USER = 0x70000000  # far from users that exist; each sandbox takes one of the next 2^24
 # where the interpreter's libraries are; most of these are links to one folder
@@ -71,7 +75,13 @@ def run(source: str, limits: Limits = LIMITS) -> Verdict:
     Raises:
         UserError: there is no isolation on this machine, or the sandbox cannot be built any more.
     """
-    return _run(require(), source, limits)
+    rung = require()
+    with contextlib.suppress(_Silent):
+        verdict = _run(rung, source, limits)
+        if verdict.status != "killed" or verdict.detail not in _FROM_OUTSIDE:
+            return verdict
+    time.sleep(_SECOND_THOUGHT)
+    return _run(rung, source, limits)
 
 
 def require() -> str:
@@ -134,7 +144,7 @@ def _run(rung: str, source: str, limits: Limits, *, filtered: bool = True) -> Ve
     if status in STATUSES and seconds:
         return Verdict(status, detail, output, float(seconds))
     last = (complaint.decode(errors="replace").strip().splitlines() or ["it ended without a report"])[-1]
-    raise _Unbuilt(rung, (detail or last)[:300])
+    raise (_Unbuilt if told else _Silent)(rung, (detail or last)[:300])
 
 
 def _command(rung: str, limits: Limits, filtered: bool) -> list[str]:
@@ -258,3 +268,7 @@ class _Unbuilt(UserError):
             f"the sandbox ({RUNGS[rung]}) cannot be built: {cause}; run again, and look at docs/sandbox.md "
             "if it says the same"
         )
+
+
+class _Silent(_Unbuilt):
+    """The sandbox was ended before it could report."""
