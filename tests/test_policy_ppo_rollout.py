@@ -79,7 +79,8 @@ def stirred(layers="top_2", *, heads=("value",), shared=None):
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     dialogue = Dialogue(tokenizer, template="plain", max_prompt_tokens=32, max_response_tokens=6)
-    dialogue.eos_id = 30  # a letter that the tiny model says now and then
+    dialogue.end_id = 30  # a letter that the tiny model says now and then
+    dialogue.also_end = set()
     base = tiny_model(len(tokenizer)).requires_grad_(False).eval()
     adapters = ["policy", *(head for head in heads if not shared)]
     model = Backbone(base, Lora(rank=4, layers=layers), adapters=adapters, heads=heads, shared=shared)
@@ -167,9 +168,9 @@ def test_a_rollout_records_the_sampling_and_both_ends():
     assert float(gap.abs().max()) < 1e-4
     assert float((rollout.log_probs_BR - rollout.reference_log_probs_BR).abs().max()) > 0.1
     for row, b in zip(rows_of(rollout), range(8), strict=True):
-        assert row["ids"][-1] == dialogue.eos_id
+        assert row["ids"][-1] == dialogue.end_id
         said = rollout.ids_BT[b, rollout.start : -1][rollout.actions_BR[b]].tolist()
-        assert row["ended"] == (said[-1] == dialogue.eos_id)
+        assert row["ended"] == (said[-1] == dialogue.end_id)
         assert row["text"] == dialogue.decode(said)
         assert row["score"] == len(row["text"])
     order = prompt_indices(3, 1, 8, len(PROMPTS))

@@ -75,9 +75,11 @@ def test_a_response_that_was_cut_is_not_ended():
         assert sum(row.counts) == min(limit, 10)
 
 
-def test_a_response_ends_at_the_eos_that_it_says():
-    (row,) = encode([Demonstration(HI.prompt, f"yo{END}more", "x")], dialogue(), "response")
-    assert text_of(row.ids[21:]) == f"yo{END}"
+def test_an_eos_that_a_response_spells_out_is_text():
+    contract = dialogue()
+    (row,) = encode([Demonstration(HI.prompt, f"yo{END}", "x")], contract, "response")
+    assert text_of(row.ids[21:]) == f"yo{END}{END}"
+    assert row.ids[21:].count(contract.end_id) == 1
 
 
 def test_all_tokens_are_learned_where_the_recipe_says_so():
@@ -123,8 +125,8 @@ def test_a_prompt_that_is_too_long_is_not_cut_in_silence():
         # earlier answers are left out, as templates of reasoning models do with their thoughts
         "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] if m['role'] == 'user' else '-' }}"
         "{{ loop.index0 if loop.last else '' }}<|end|>\n{% endfor %}<|start|>assistant\n",
-        # turns end in another token than EOS
-        "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|pad|>\n{% endfor %}"
+        # turns end in no token
+        "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}",
     ],
 )

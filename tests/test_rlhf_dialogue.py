@@ -161,7 +161,10 @@ def test_the_fingerprint_tells_contracts_apart_and_nothing_else():
         dialogue(pad_token=START).fingerprint(),
         READ_BEHIND.fingerprint(),
         dialogue(end_of_context="a").fingerprint(),
-        *(dialogue(tokenizer=t).fingerprint() for t in (rewritten, ended, grown)),
+        dialogue(end_of_turn=START).fingerprint(),
+        dialogue("plain", tokenizer=ended).fingerprint(),
+        dialogue(template_arguments={"a": False}).fingerprint(),
+        *(dialogue(tokenizer=t).fingerprint() for t in (rewritten, grown)),
     ]
     assert len(set(prints)) == len(prints)
 

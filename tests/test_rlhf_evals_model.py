@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.errors import UserError
 from rlhf.evals.model import LanguageModel
-from rlhf.tokenization.prompt_prefix import special_start
+from rlhf.tokenization.special_tokens import special_start
 
 PREFIX = ids_of("Below is a talk. ")
 PAIRS = [

@@ -73,7 +73,8 @@ def backbone_and_dialogue(*, stir, max_response_tokens, layers="top_2"):
     dialogue = Dialogue(
         tokenizer, template="plain", max_prompt_tokens=32, max_response_tokens=max_response_tokens
     )
-    dialogue.eos_id = 30  # a letter that the tiny model writes now and then
+    dialogue.end_id = 30  # a letter that the tiny model writes now and then
+    dialogue.also_end = set()
     base = tiny_model(len(tokenizer)).requires_grad_(False).eval()
     backbone = Backbone(base, Lora(rank=4, layers=layers), adapters=["policy"])
     for name, parameter in backbone.named_parameters():

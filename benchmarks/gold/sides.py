@@ -75,12 +75,12 @@ def train_theirs(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     def get_reward(model: Any, ids: Tensor, pad_id: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
         if model is not reward:
             return plain(model, ids, pad_id, start)
-        whole = closed(ids, start, dialogue.eos_id, dialogue.pad_id)
+        whole = closed(ids, start, dialogue.end_id, dialogue.pad_id)
         logits, score, last = plain(model, whole, pad_id, start)
         return logits, score + offset, last
 
     rows = [dialogue.encode_prompt(prompt) for prompt in prompts_of(run, "prompts.jsonl")]
-    watch = Watch(dialogue.eos_id)
+    watch = Watch(dialogue.end_id)
     start = time.perf_counter()
     learners = train(
         recipe,

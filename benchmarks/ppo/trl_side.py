@@ -182,7 +182,7 @@ def theirs(task: Task, rows: list[dict[str, Any]], scratch: Path) -> Figures:
     if not full:
         inject_adapter_in_model(lora_config(recipe.lora, policy, "SEQ_CLS"), value)
         value.score.requires_grad_(True)
-    watch, ids = Watch(dialogue.eos_id), [row["ids"] for row in rows]
+    watch, ids = Watch(dialogue.end_id), [row["ids"] for row in rows]
     learners = train(
         recipe, dialogue, ids, (policy, value, reward), lora, watch, at_once=micro, scratch=scratch
     )

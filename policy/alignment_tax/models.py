@@ -216,14 +216,22 @@ def load_variant(
     """
     from rlhf.evals.model import LanguageModel
     from rlhf.tokenization.prompt_prefix import window_of
+    from rlhf.tokenization.template import end_of_turn
 
     model, tokenizer = (same.model, same.tokenizer) if same else _load(variant, recipe)
+    own = variant.base == recipe.model.path
     prefix_ids: Sequence[int] = ()
     if variant.prompted:
         context = prompt_of(recipe, tokenizer)
         context.check_window(window_of(model.config))
         prefix_ids = context.prefix_ids
-    return LanguageModel(model, tokenizer, prefix_ids=prefix_ids, tokens_at_once=tokens_per_batch)
+    return LanguageModel(
+        model,
+        tokenizer,
+        prefix_ids=prefix_ids,
+        tokens_at_once=tokens_per_batch,
+        end_of_turn=end_of_turn(tokenizer, recipe.dialogue, named=own),
+    )
 
 
 def _load(variant: ModelVariant, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -95,7 +95,7 @@ def passages(
         source = (
             texts(section.texts, frame)
             if half == TEXTS
-            else questions(_comparisons(recipe, section, run, tally), frame, tally)
+            else questions(_comparisons(recipe, section, run, frame.dialogue, tally), frame, tally)
         )
         drawn = reservoir_sample(source, asked, _random(recipe.seed, half))
         if not drawn:
@@ -170,7 +170,7 @@ def question(comparison: Comparison, group: str, frame: Frame) -> Passage | None
     With the template ``chat`` the answer ends in EOS, as everywhere; with ``plain`` nothing closes it.
     """
     best = comparison.responses[min(range(len(comparison.ranks)), key=comparison.ranks.__getitem__)]
-    end = [frame.dialogue.eos_id] if frame.dialogue.template == "chat" else []
+    end = [frame.dialogue.end_id] if frame.dialogue.template == "chat" else []
     response = [*frame.context.answer(best), *end]
     teacher = [*frame.context.after_dialogue(comparison.prompt, reply=True), *response]
     student = [*frame.bare.prefix_ids, *frame.bare.after_dialogue(comparison.prompt, reply=True), *response]
@@ -186,10 +186,16 @@ def question(comparison: Comparison, group: str, frame: Frame) -> Passage | None
     return Passage(QUESTIONS, group, _ids(before), _ids(prefix), _ids(ids), first, response_start)
 
 
-def _comparisons(recipe: Recipe, section: Distill, run: StageRun, counts: Counts) -> Iterable[Comparison]:
+def _comparisons(
+    recipe: Recipe, section: Distill, run: StageRun, dialogue: Dialogue, counts: Counts
+) -> Iterable[Comparison]:
     if section.questions:
         return stream_comparisons(
-            section.questions, on_bad_rows=recipe.data.on_bad_rows, counts=counts, key="distill.questions"
+            section.questions,
+            on_bad_rows=recipe.data.on_bad_rows,
+            counts=counts,
+            key="distill.questions",
+            refuses=dialogue.refusal,
         )
     return read_native(run.parent("comparisons") / "train.jsonl", "stop", counts)
 

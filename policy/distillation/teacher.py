@@ -172,6 +172,7 @@ def check_tokenizer(teacher: Model, student: Model, dialogue: Dialogue) -> None:
         UserError: the tokenizers differ.
     """
     limits = {"max_prompt_tokens": 1, "max_response_tokens": 1, "template": "plain"}
+    limits["end_of_turn"] = str(dialogue.tokenizer.convert_ids_to_tokens(dialogue.end_id))
     pad = str(dialogue.tokenizer.convert_ids_to_tokens(dialogue.pad_id))
     theirs = load_tokenizer(teacher.path, trust_remote_code=teacher.trust_remote_code)
     try:

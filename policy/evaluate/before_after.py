@@ -89,12 +89,12 @@ def sample(
         role,
         [dialogue.encode_prompt(p) for p in prompts],
         uniform_BR,
-        eos_id=dialogue.eos_id,
+        eos_id=dialogue.end_ids,
         pad_id=dialogue.pad_id,
         temperature=temperature,
     )
     start = sampled.prompt_ids_BP.shape[1]
-    ids_BT, mask_BT, actions_BR = close(sampled, start, eos_id=dialogue.eos_id, pad_id=dialogue.pad_id)
+    ids_BT, mask_BT, actions_BR = close(sampled, start, eos_id=dialogue.end_ids, pad_id=dialogue.pad_id)
     hidden_BTD = backbone.trunk(ids_BT, mask_BT)
     part = window(ids_BT, mask_BT, hidden_BTD, start, torch.arange(len(prompts)))
     texts = [dialogue.decode(ids) for ids in sampled.response_ids_BR.tolist()]
@@ -144,7 +144,7 @@ def sample_and_score(
             found.scores[name].extend(reward_fn(responses).tolist())
         found.texts.extend(responses.texts)
         found.length.extend(actions_BR.sum(-1).float().tolist())
-        found.ended.extend(ended(sampled.response_ids_BR, dialogue.eos_id).float().tolist())
+        found.ended.extend(ended(sampled.response_ids_BR, dialogue.end_ids).float().tolist())
         found.entropy.extend(masked_mean(entropy_BR, actions_BR, dim=-1).tolist())
         found.kl.extend(sequence_kl(log_probs_BR, reference_BR, actions_BR).tolist())
         found.kl_k3.extend((k3(log_probs_BR, reference_BR) * actions_BR).sum(-1).tolist())

@@ -137,7 +137,7 @@ def collect(
         backbone, runtime, dialogue, encoded, section, seed=seed, step=step, rows=rows, keep_trunk=keep
     )
     start = ids_BT.shape[1] - actions_BR.shape[1] - 1
-    ended_B = ended(ids_BT[:, start:-1], dialogue.eos_id)
+    ended_B = ended(ids_BT[:, start:-1], dialogue.end_ids)
     generated = time.monotonic()
     if backbone.is_float32:  # to rounding no row depends on the others: those of one length together
         order = micro_batches(range(len(rows)), mask_BT.sum(-1), section.micro_batch_size)
@@ -248,13 +248,13 @@ def _sampled(
                 "policy",
                 [prompts[i] for i in part],
                 uniforms(seed, "rollout", step, [rows[i] for i in part], dialogue.max_response_tokens),
-                eos_id=dialogue.eos_id,
+                eos_id=dialogue.end_ids,
                 pad_id=dialogue.pad_id,
                 temperature=section.temperature,
                 any_process=runtime.any_process if runtime.shards_weights else bool,
                 keep_trunk=keep_trunk and not runtime.shards_weights,
             )
-            closed = close(sampled, start, eos_id=dialogue.eos_id, pad_id=dialogue.pad_id)
+            closed = close(sampled, start, eos_id=dialogue.end_ids, pad_id=dialogue.pad_id)
             pieces.append((*closed, sampled.log_probs_BR))
             if sampled.trunk_BTD is not None:
                 hidden = sampled.trunk_BTD
@@ -266,13 +266,17 @@ def _sampled(
     return ids_BT, mask_BT, actions_BR, sampled_BR, hidden_BTD
 
 
-def close(sampled: Sampled, width: int, *, eos_id: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def close(
+    sampled: Sampled, width: int, *, eos_id: int | Sequence[int], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Lay sampled responses out as sequences that all end in EOS.
 
     Args:
         sampled: responses with their prompts.
         width: prompt columns of the result, at least those of the prompts.
-        eos_id: closes a response that the policy did not end.
+        eos_id: closes a response that the policy did not end; the first of several ids that end one. A
+            response that ended in another one is closed behind it, and that one is not counted by the mask:
+            the reward is read as if it were not there.
         pad_id: fills the rest.
 
     Returns:
@@ -280,10 +284,15 @@ def close(sampled: Sampled, width: int, *, eos_id: int, pad_id: int) -> tuple[Te
         closing EOS included), and the action mask [B, R] (True = a sampled token).
     """
     more = width - sampled.prompt_ids_BP.shape[1]
-    actions_BR = action_mask(sampled.response_ids_BR, eos_id)
-    open_B = ~ended(sampled.response_ids_BR, eos_id)
-    closing_B1 = torch.where(open_B, eos_id, pad_id)[:, None]
+    first, *others = [eos_id] if isinstance(eos_id, int) else eos_id
+    actions_BR = action_mask(sampled.response_ids_BR, [first, *others])
     response_BR = torch.where(actions_BR, sampled.response_ids_BR, pad_id)
-    ids_BT = torch.cat([sampled.prompt_ids_BP, response_BR, closing_B1], dim=1)
-    mask_BT = torch.cat([sampled.prompt_mask_BP, actions_BR, open_B[:, None]], dim=1)
+    otherwise_BR = actions_BR & torch.isin(response_BR, response_BR.new_tensor(others))
+    open_B1 = ~((response_BR == first) & actions_BR).any(-1, keepdim=True)
+    behind_BR1 = F.one_hot(actions_BR.sum(-1), actions_BR.shape[1] + 1).bool() & open_B1
+    response_BR1 = torch.where(behind_BR1, first, F.pad(response_BR, (0, 1), value=pad_id))
+    ids_BT = torch.cat([sampled.prompt_ids_BP, response_BR1], dim=1)
+    mask_BT = torch.cat(
+        [sampled.prompt_mask_BP, F.pad(actions_BR & ~otherwise_BR, (0, 1)) | behind_BR1], dim=1
+    )
     return F.pad(ids_BT, (more, 0), value=pad_id), F.pad(mask_BT, (more, 0), value=False), actions_BR

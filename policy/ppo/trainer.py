@@ -212,7 +212,7 @@ class PpoTrainer:
     def check_rollout(self, rollout: Rollout, step: int) -> None:
         """The invariants of a rollout (:mod:`policy.ppo.checks`)."""
         actions = rollout.actions_BR
-        checks.check_closed(rollout.ids_BT, rollout.mask_BT, self.dialogue.eos_id)
+        checks.check_closed(rollout.ids_BT, rollout.mask_BT, self.dialogue.end_id)
         checks.check_sampler(
             rollout.sampled_log_probs_BR,
             rollout.log_probs_BR,

@@ -17,9 +17,9 @@ LossOn = Literal["response", "assistant", "all"]
 
 
 def encode(demonstrations: Sequence[Demonstration], dialogue: Dialogue, loss_on: LossOn) -> list[Row]:
-    """Token ids of demonstrations, ``prompt + response + EOS`` each, with a mask over the learned tokens.
+    """Token ids of demonstrations, ``prompt + response + end`` each, with a mask over the learned tokens.
 
-    A response that was cut at ``max_response_tokens`` was not ended there by its writer: it has no EOS.
+    A response that was cut at ``max_response_tokens`` was not ended there by its writer: it has no end.
 
     Args:
         demonstrations: prompts and answers.
@@ -34,11 +34,9 @@ def encode(demonstrations: Sequence[Demonstration], dialogue: Dialogue, loss_on:
     rows = []
     for shown in demonstrations:
         prompt = dialogue.encode_prompt(shown.prompt)
-        response = dialogue.encode_response(shown.response)
-        if dialogue.eos_id in response:
-            response = response[: response.index(dialogue.eos_id)]
+        response = dialogue.said(dialogue.encode_response(shown.response))
         if len(response) < dialogue.max_response_tokens:
-            response = [*response, dialogue.eos_id]
+            response = [*response, dialogue.end_id]
         before = [loss_on == "all"] * len(prompt)
         if loss_on == "assistant":
             for begin, end in answers(shown.prompt, dialogue):
@@ -65,11 +63,11 @@ def answers(prompt: Prompt, dialogue: Dialogue) -> Iterator[tuple[int, int]]:
             continue
         before = whole.encode_prompt(prompt[:number])
         begin = len(before)
-        if ids[:begin] != before or dialogue.eos_id not in ids[begin:]:
+        if ids[:begin] != before or dialogue.end_id not in ids[begin:]:
             raise UserError(
                 "sft.loss_on=assistant: the chat template writes earlier answers otherwise than the last, or "
                 "does not end them with EOS; use loss_on=response"
             )
-        end = ids.index(dialogue.eos_id, begin) + 1
+        end = ids.index(dialogue.end_id, begin) + 1
         if end > lost:
             yield max(begin - lost, 0), end - lost

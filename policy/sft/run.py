@@ -30,6 +30,7 @@ from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.processes import processes
 from rlhf.runs.stage import StageRun
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
+from rlhf.tokenization.contract import describe
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
 from rlhf.training.hf_trainer import ADAPTER
 from rlhf.training.runtime import clear_zero3_init, gathered
@@ -92,11 +93,15 @@ def demonstrations(
             for part in ("train", "held_out")
         )
     else:
-        found, counts = read_demonstrations(section.data, on_bad_rows=recipe.data.on_bad_rows)
+        found, counts = read_demonstrations(
+            section.data, on_bad_rows=recipe.data.on_bad_rows, refuses=dialogue.refusal
+        )
         found = within_prompt_limit(found, lambda shown: shown.prompt, recipe, dialogue, counts)
         if not found:
             raise UserError(f"sft.data: nothing usable in {', '.join(section.data)}: {counts}")
         run.say(f"sft: {counts}")
+        for line in describe(dialogue, [(shown.prompt, shown.response) for shown in found]):
+            run.say(line)
         train, held_out = split_by_prompt(found, recipe.data.held_out, recipe.seed)
     number = min(section.eval_samples, len(held_out))
     return (drawn(train, section.limit, recipe.seed), drawn(held_out, number, recipe.seed)), counts

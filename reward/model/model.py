@@ -56,6 +56,10 @@ class RewardModelConfig(NamedTuple):
     """Longest response that it was trained on."""
     end_of_context: str | None = None
     """The token behind EOS on which the score is read, if there is one."""
+    end_of_turn: str | None = None
+    """The token that ends a turn where it is not EOS, as it never was in earlier versions."""
+    template_arguments: dict[str, Any] = {}  # noqa: RUF012
+    """What the chat template reads besides the messages."""
     objective: str = "ranked"
     """What it was trained for; after ``imitation`` there is no score, only an adapter."""
     dtype: str = "float32"
@@ -230,13 +234,16 @@ class TextRewardModel:
     ) -> None:
         self.config = load_config(folder)
         check_has_score(self.config, folder)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         self.dialogue = Dialogue(
-            load_tokenizer(folder, trust_remote_code=trust_remote_code),
+            tokenizer,
             template=self.config.template,
             max_prompt_tokens=self.config.max_prompt_tokens,
             max_response_tokens=self.config.max_response_tokens,
             truncate_prompts=True,
+            end_of_turn=self.config.end_of_turn or tokenizer.eos_token,
             end_of_context=self.config.end_of_context,
+            template_arguments=self.config.template_arguments,
         )
         options = self.config.loading() | {"trust_remote_code": trust_remote_code}
         base = load_classifier(Model(path=self.config.base, **options), self.dialogue)

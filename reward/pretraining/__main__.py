@@ -127,7 +127,7 @@ def _fits(recipe: Recipe, dialogue: Dialogue) -> Filter:
 
     section = recipe.dialogue
     name = f"{dialogue.fingerprint()} {section.max_prompt_tokens} {section.on_long_prompts}"
-    return Filter(name, problem)
+    return Filter(name, problem, dialogue.refusal)
 
 
 def main() -> None:

@@ -153,14 +153,15 @@ def config_of(
     recipe: Recipe, dialogue: Dialogue, section: PreferenceTraining, *, gain: float, offset: float
 ) -> RewardModelConfig:
     """What is saved beside a trained model."""
-    names = ("template", "max_prompt_tokens", "max_response_tokens", "end_of_context")
     precision = {name: getattr(recipe.model, name) for name in ("dtype", "quantization", "revision")}
+    names = ("template", "max_prompt_tokens", "max_response_tokens", "end_of_context", "template_arguments")
     return RewardModelConfig(
         base=recipe.model.path,
         offset=offset,
         gain=gain,
         contract=dialogue.fingerprint(),
         objective=section.objective,
+        end_of_turn=dialogue.end_token,
         **{name: getattr(recipe.dialogue, name) for name in names},
         **precision,
     )

@@ -23,6 +23,7 @@ from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
 from rlhf.runs.stage import StageRun
 from rlhf.stats.intervals import cluster_mean_interval
+from rlhf.tokenization.contract import describe
 from rlhf.tokenization.dialogue import load_dialogue
 
 
@@ -35,7 +36,9 @@ def collect(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     for key in ("prompts", "held_out_prompts"):
         specs = getattr(data, key)
         if specs:
-            found, counts[key] = read_prompts(specs, on_bad_rows=data.on_bad_rows, key=f"data.{key}")
+            found, counts[key] = read_prompts(
+                specs, on_bad_rows=data.on_bad_rows, key=f"data.{key}", refuses=dialogue.refusal
+            )
             random.Random(f"{recipe.seed}:{key}").shuffle(found)
             given[key] = within_prompt_limit(found, lambda p: p, recipe, dialogue, counts[key])
             if not given[key]:
@@ -44,7 +47,9 @@ def collect(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         comparisons, counts["comparisons"] = sampled_comparisons(recipe, run, dialogue, given["prompts"])
         comparisons = deduplicate(comparisons, counts["comparisons"])
     else:
-        comparisons, counts["comparisons"] = read_comparisons(data.comparisons, on_bad_rows=data.on_bad_rows)
+        comparisons, counts["comparisons"] = read_comparisons(
+            data.comparisons, on_bad_rows=data.on_bad_rows, refuses=dialogue.refusal
+        )
         comparisons = within_prompt_limit(
             comparisons, lambda c: c.prompt, recipe, dialogue, counts["comparisons"]
         )
@@ -55,6 +60,8 @@ def collect(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         raise UserError(
             f"data.comparisons: nothing usable in {', '.join(data.comparisons)}: {counts['comparisons']}"
         )
+    for line in describe(dialogue, [(c.prompt, c.responses[0]) for c in comparisons]):
+        print(line, flush=True)
     train, held_out = split_by_prompt(comparisons, data.held_out, recipe.seed)
     prompts = given.get("prompts") or _distinct(train)
     train_keys = {prompt_key(p) for p in prompts} | {prompt_key(c.prompt) for c in train}

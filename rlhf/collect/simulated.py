@@ -84,7 +84,7 @@ def _responses(
         REFERENCE,
         prompts,
         uniforms(recipe.seed, "collect", 0, rows, dialogue.max_response_tokens),
-        eos_id=dialogue.eos_id,
+        eos_id=dialogue.end_ids,
         pad_id=dialogue.pad_id,
         temperature=section.temperature,
     )

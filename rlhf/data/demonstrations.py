@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rlhf.data.comparisons import Comparison, Counts, Message, OnBadRows, Prompt, prompt_key, prompt_problem
 from rlhf.data.readers import READERS as COMPARISONS
-from rlhf.data.readers import hh, read_distinct
+from rlhf.data.readers import Refuses, hh, no_refusal, read_distinct
 from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, merge_turns, messages, prompt_of
 
 
@@ -90,14 +90,15 @@ READERS: tuple[Reader[Demonstration], ...] = (
 
 
 def read_demonstrations(
-    specs: Sequence[str], *, on_bad_rows: OnBadRows
+    specs: Sequence[str], *, on_bad_rows: OnBadRows, refuses: Refuses = no_refusal
 ) -> tuple[list[Demonstration], Counts]:
     """Read, check and de-duplicate the demonstrations of ``sft.data``, in their order.
 
-    specs and on_bad_rows as in :func:`rlhf.data.readers.read_comparisons`. Raises UserError for the same
-    mistakes, and when nothing is left.
+    specs, on_bad_rows and refuses as in :func:`rlhf.data.readers.read_comparisons`. Raises UserError for
+    the same mistakes, and when nothing is left.
     """
     return read_distinct(
-        "demonstration", specs, READERS, problem, lambda d: (prompt_key(d.prompt), d.response.strip()),
+        "demonstration", specs, READERS, lambda d: problem(d) or refuses(d.prompt),
+        lambda d: (prompt_key(d.prompt), d.response.strip()),
         on_bad_rows=on_bad_rows, key="sft.data",
     )  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.comparisons import Comparison, Counts, Message, OnBadRows, deduplicate, reservoir_sample
-from rlhf.data.readers import stream_comparisons
+from rlhf.data.readers import Refuses, no_refusal, stream_comparisons
 from rlhf.data.readers.files import HUB, paths_of
 from rlhf.errors import UserError
 from rlhf.recipe.reward import PmpSource
@@ -33,6 +33,8 @@ class Filter:
     """What the test depends on; a cached part is good for the same name only."""
     problem: Callable[[Comparison], str | None]
     """Why one cannot be used, as a fixed phrase to be counted, or None."""
+    refuses: Refuses = no_refusal
+    """Why a prompt cannot be rendered; such a row is a bad one."""
 
 
 def sample_mixture(
@@ -177,7 +179,10 @@ def _drawn(
         return not reason
 
     def read() -> dict[str, Any]:
-        stream = stream_comparisons(source.files, on_bad_rows=on_bad_rows, counts=counts, key=key)
+        refuses = fits.refuses if fits else no_refusal
+        stream = stream_comparisons(
+            source.files, on_bad_rows=on_bad_rows, counts=counts, key=key, refuses=refuses
+        )
         kept = reservoir_sample(filter(usable, stream), share, _random(seed, "draw"))
         if counts.kept > len(kept):
             counts.drop(NOT_DRAWN, counts.kept - len(kept))

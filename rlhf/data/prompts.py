@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from rlhf.data.comparisons import Comparison, Counts, OnBadRows, Prompt, prompt_key, prompt_problem
 from rlhf.data.readers import READERS as COMPARISONS
-from rlhf.data.readers import hh, read_distinct
+from rlhf.data.readers import Refuses, hh, no_refusal, read_distinct
 from rlhf.data.readers.rows import LeftOut, Origin, Reader, messages, prompt_of
 
 __all__ = ["Prompt", "read_prompts"]
@@ -53,16 +53,20 @@ READERS: tuple[Reader[Prompt], ...] = (
 
 
 def read_prompts(
-    specs: Sequence[str], *, on_bad_rows: OnBadRows, key: str = "data.prompts"
+    specs: Sequence[str],
+    *,
+    on_bad_rows: OnBadRows,
+    key: str = "data.prompts",
+    refuses: Refuses = no_refusal,
 ) -> tuple[list[Prompt], Counts]:
     """Read, check and de-duplicate the prompts that the specs name, in their order.
 
-    specs and on_bad_rows as in :func:`rlhf.data.readers.read_comparisons`; a .txt file holds one prompt a
-    line. key: the recipe's key that holds the specs, named in messages.
-    Raises UserError for the same mistakes, and when nothing is left.
+    specs, on_bad_rows and refuses as in :func:`rlhf.data.readers.read_comparisons`; a .txt file holds one
+    prompt a line. key: the recipe's key that holds the specs, named in messages. Raises UserError for the
+    same mistakes, and when nothing is left.
     """
     return read_distinct(
-        "prompt", specs, READERS, prompt_problem, prompt_key,
+        "prompt", specs, READERS, lambda prompt: prompt_problem(prompt) or refuses(prompt), prompt_key,
         on_bad_rows=on_bad_rows, key=key, prepare=_lines_as_rows,
     )  # fmt: skip
 

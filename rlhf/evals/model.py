@@ -24,7 +24,7 @@ from rlhf.generation.sampling import (
     uniforms,
 )
 from rlhf.models.token_batches import token_batches
-from rlhf.tokenization.prompt_prefix import special_start
+from rlhf.tokenization.special_tokens import special_start
 from rlhf.training.progress import progress
 
 _GENERATED_AT_ONCE = 8  # cached tokens while generating, in units of tokens_at_once
@@ -49,6 +49,7 @@ class LanguageModel:
         tokenizer: its tokenizer. What it puts before every text (BOS) begins the fixed text.
         prefix_ids: the fixed text that the model runs under, as tokens; none by default.
         tokens_at_once: tokens that the model reads at a time, the fixed text not counted.
+        end_of_turn: token that ends a response besides EOS and those of the generation settings.
 
     Raises:
         UserError: the fixed text fills the model's window.
@@ -61,10 +62,12 @@ class LanguageModel:
         *,
         prefix_ids: Sequence[int] = (),
         tokens_at_once: int = 2048,
+        end_of_turn: int | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.tokens_at_once = tokens_at_once
+        self._end_of_turn = end_of_turn
         start, prefix = special_start(tokenizer), [int(i) for i in prefix_ids]
         self.prefix_ids = prefix if prefix[: len(start)] == start else [*start, *prefix]
         self._scorer = Scorer(self.model, tokens_at_once)
@@ -202,10 +205,10 @@ class LanguageModel:
         return texts
 
     def _ends(self) -> frozenset[int]:
-        """Tokens that end a response: the tokenizer's EOS and those of the generation settings."""
+        """Tokens that end a response: EOS, the end of a turn, and those of the generation settings."""
         settings: Any = getattr(self.model, "generation_config", None)
         more = getattr(settings, "eos_token_id", None)
-        ids = [self.tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
+        ids = [self.tokenizer.eos_token_id, self._end_of_turn, *(more if isinstance(more, list) else [more])]
         return frozenset(int(i) for i in ids if i is not None)
 
 

@@ -169,7 +169,7 @@ def sample(
     prompts: Sequence[Sequence[int]],
     uniform_BR: Tensor,
     *,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     pad_id: int,
     temperature: float,
     any_process: Callable[[bool], bool] = bool,
@@ -182,8 +182,10 @@ def sample(
     under ZeRO-3. All else as in :func:`generate`.
     """
     backbone.activate(role)
-    params = SamplingParams(temperature, frozenset([eos_id]), pad_id=pad_id)
-    trunk_layers = backbone.frozen_layers if keep_trunk else 0
+    ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+    params = SamplingParams(temperature, ends, pad_id=pad_id)
+    # behind another end than EOS there is one more token to read
+    trunk_layers = backbone.frozen_layers if keep_trunk and len(ends) == 1 else 0
     with backbone.folded(role):
         return generate(
             ModelParts.of(backbone.base),

@@ -67,10 +67,17 @@ class Dialogue(Section):
     template: Literal["chat", "plain"] = "chat"
     """`chat`: the tokenizer's chat template; `plain`: the text as it is, continued by the response."""
     pad_token: str | None = None
-    """Padding token; null picks a special token that is not EOS (padding with EOS hides the real EOS)."""
+    """Padding token; null picks a special token that does not end a turn (padding with that token would hide
+    the real end)."""
+    end_of_turn: str | None = None
+    """The token that ends a turn: sampling stops at it, SFT learns it, the reward is read on it; null = the
+    token behind an answer in the chat template, EOS where there is none and with `plain`."""
     end_of_context: str | None = None
-    """A token of the tokenizer that closes every sequence the reward reads, behind the response's EOS, and on
-    which the score is read (Askell 2021, C.4); null = it is read on EOS."""
+    """A token of the tokenizer that closes every sequence the reward reads, behind the end of the turn, and
+    on which the score is read (Askell 2021, C.4); null = it is read on the end of the turn."""
+    template_arguments: dict[str, bool | int | float | str] = {}
+    """What the chat template reads besides the messages, such as Qwen3's `{enable_thinking: false}`; `plain`
+    has no use for it. Empty = the template's own defaults."""
     max_prompt_tokens: Positive = 512
     """Longest prompt, in tokens."""
     max_response_tokens: Positive = 128

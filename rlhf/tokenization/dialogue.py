@@ -1,24 +1,37 @@
 """Messages to token ids and back: the one template, EOS and truncation contract of every stage.
 
-A sequence is ``prompt + response + EOS``. The reward is read on that EOS, in training and in PPO alike: a
-response that was cut at the length limit is closed with EOS for scoring too (the appended end-of-context
+A sequence is ``prompt + response + end of turn``. The end of a turn is the token that the chat template puts
+behind an answer, and EOS where it puts none. The reward is read on that token, in training and in PPO alike:
+a response that was cut at the length limit is closed with it for scoring too (the appended end-of-context
 token of Askell 2021, app. C.4), so that the reward model never meets a format that it was not trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
+from rlhf.recipe.schema import Model
+from rlhf.tokenization.special_tokens import SpelledTokens, added_tokens, id_of, pad_id, special_ends
+from rlhf.tokenization.template import (
+    Behind,
+    Frame,
+    RefusedTurnsError,
+    check_arguments,
+    frame_of,
+    has_dummy_prefix,
+    render,
+)
 
 
 class PromptTooLongError(ValueError):
@@ -32,14 +45,17 @@ class Dialogue:
         tokenizer: any Hugging Face tokenizer with an EOS token.
         template: ``chat`` or ``plain``.
         max_prompt_tokens: longest prompt.
-        max_response_tokens: longest response, without the closing EOS.
+        max_response_tokens: longest response, without what closes it.
         truncate_prompts: cut a longer prompt at its beginning; otherwise it is an error.
-        pad_token: None picks one that is not EOS.
-        end_of_context: token that closes what the reward reads, behind EOS; None = EOS alone does.
+        pad_token: None picks one that does not end a turn.
+        end_of_turn: token that ends a turn; None = the one behind an answer in the chat template, else EOS.
+        end_of_context: token that closes what the reward reads, behind the end of the turn; None = none.
+        template_arguments: what the chat template reads besides the messages.
+        also_end: ids that end a sampled response besides the end of the turn and EOS.
 
     Raises:
         UserError: the tokenizer has no EOS, no chat template (for ``chat``), no token to pad with, or not
-            the end-of-context token.
+            a token that the recipe names.
     """
 
     def __init__(
@@ -51,13 +67,17 @@ class Dialogue:
         max_response_tokens: int,
         truncate_prompts: bool = False,
         pad_token: str | None = None,
+        end_of_turn: str | None = None,
         end_of_context: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        also_end: Iterable[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.max_prompt_tokens = max_prompt_tokens
         self.max_response_tokens = max_response_tokens
         self.truncate_prompts = truncate_prompts
+        self.template_arguments = dict(template_arguments or {}) if template == "chat" else {}
         name = tokenizer.name_or_path
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -69,33 +89,56 @@ class Dialogue:
                 f"model.path: the tokenizer of {name} has no chat template; "
                 "set dialogue.template=plain, or use an instruct model"
             )
+        frame = frame_of(tokenizer, self.template_arguments) if template == "chat" else Frame("\n", "", None)
         self.eos_id = int(tokenizer.eos_token_id)
-        self.pad_id = _pad_id(tokenizer, pad_token)
+        self.end_id = self.eos_id
+        if end_of_turn is not None:
+            self.end_id = id_of(tokenizer, end_of_turn, "dialogue.end_of_turn")
+        elif frame.end is not None:
+            self.end_id = id_of(tokenizer, frame.end, "model.path")
+        self.also_end = {self.eos_id, *also_end}
+        self.pad_id = pad_id(tokenizer, pad_token, self.end_id)
         tokenizer.pad_token_id = self.pad_id
-        self.end_of_context_id = _end_of_context_id(tokenizer, end_of_context, self.pad_id)
+        self.end_of_context_id = self._end_of_context(end_of_context)
+        self._start, self._appended = special_ends(tokenizer)
+        added = added_tokens(tokenizer)
+        markers = {str(tokenizer.convert_ids_to_tokens(i)) for i in (*self.end_ids, self.pad_id)} & set(added)
+        markers |= {token for token in added if template == "chat" and token in str(tokenizer.chat_template)}
+        self.spelled = SpelledTokens(tokenizer, {t for t in added if added[t]} | markers)
+        self._behind = Behind(tokenizer, self.spelled, frame) if has_dummy_prefix(tokenizer) else None
+
+    def _end_of_context(self, wanted: str | None) -> int | None:
+        if wanted is None:
+            return None
+        number = id_of(self.tokenizer, wanted, "dialogue.end_of_context")
+        if number in (self.pad_id, *self.end_ids):
+            raise UserError(
+                f"dialogue.end_of_context: {wanted!r} is the padding or the EOS token; name another token, "
+                "or leave it out"
+            )
+        return number
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """All that ends a sampled response; the first is the token that ends a turn."""
+        return self.end_id, *sorted(self.also_end - {self.end_id})
+
+    @property
+    def end_token(self) -> str | None:
+        """The token that ends a turn as text, None where it is EOS."""
+        return None if self.end_id == self.eos_id else str(self.tokenizer.convert_ids_to_tokens(self.end_id))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prompt, ready to be continued by a response.
 
         Raises:
             PromptTooLongError: more than ``max_prompt_tokens`` and not to be truncated.
-            UserError: the chat template refuses the turns, as some do a system turn.
+            RefusedTurnsError: the chat template refuses the turns, as some do a system turn.
         """
         if self.template == "chat":
-            turns = [{"role": m.role, "content": m.content} for m in messages]
-            try:
-                ids = self.tokenizer.apply_chat_template(
-                    turns, add_generation_prompt=True, tokenize=True, return_dict=False
-                )
-            except TemplateError as error:
-                raise UserError(
-                    f"model.path: the chat template of {self.tokenizer.name_or_path} refuses a prompt "
-                    f"({error}; its roles are {', '.join(m.role for m in messages)}); "
-                    "set dialogue.template=plain, or change the prompts"
-                ) from None
-        else:
-            ids = self.tokenizer("\n\n".join(m.content for m in messages))["input_ids"]
-        ids = [int(i) for i in ids]  # type: ignore[arg-type]
+            ids = self.encode_rendered(self.render(messages, reply=True))
+        else:  # what the tokenizer puts behind a text, as an EOS, would end it
+            ids = [*self._start, *self.encode_text("\n\n".join(m.content for m in messages))]
         if len(ids) > self.max_prompt_tokens:
             if not self.truncate_prompts:
                 raise PromptTooLongError(
@@ -105,41 +148,77 @@ class Dialogue:
             ids = ids[-self.max_prompt_tokens :]
         return ids
 
+    def render(self, messages: Sequence[Message], *, reply: bool) -> str:
+        """The chat template's text of turns, for :meth:`encode_rendered`; ``reply`` opens an answer.
+
+        Raises:
+            RefusedTurnsError: the chat template refuses them.
+        """
+        turns = [Message(m.role, self.spelled.hide(m.content)) for m in messages]
+        return render(self.tokenizer, turns, reply=reply, arguments=self.template_arguments)
+
+    def refusal(self, messages: Sequence[Message]) -> str | None:
+        """Why the chat template refuses a prompt, or None."""
+        if self.template != "chat":
+            return None
+        try:
+            self.render(messages, reply=True)
+        except RefusedTurnsError as error:
+            return f"the chat template refuses the turns ({error.reason})"
+        return None
+
     def encode_response(self, text: str) -> list[int]:
-        """Token ids of a response without the closing EOS, cut at ``max_response_tokens``."""
-        return self.encode_text(text)[: self.max_response_tokens]
+        """Token ids of a response without what ends it, cut at ``max_response_tokens``."""
+        return self.encode_answer(text)[: self.max_response_tokens]
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of a response of any length, as they stand behind a prompt."""
+        return self._behind.encode(text) if self._behind else self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text, no special tokens added."""
-        return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        """Token ids of a text, no special tokens added; those that it spells out are read as text."""
+        return self.spelled.encode(self.spelled.hide(text))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a template's text, whose markers are tokens."""
+        return self.spelled.encode(text)
 
     @property
     def closing(self) -> list[int]:
-        """What ends every sequence that the reward model reads: EOS, and its own token where there is one."""
-        return [self.eos_id] if self.end_of_context_id is None else [self.eos_id, self.end_of_context_id]
+        """What ends every sequence that the reward model reads: the end of the turn, and its own token."""
+        return [self.end_id] if self.end_of_context_id is None else [self.end_id, self.end_of_context_id]
+
+    def said(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a response up to what ended it."""
+        return list(itertools.takewhile(lambda i: i not in self.end_ids, ids))
 
     def close(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[int]:
         """The sequence that the reward model reads: prompt, response, exactly one closing."""
-        response = list(response_ids)
-        if self.eos_id in response:
-            response = response[: response.index(self.eos_id)]
-        return [*prompt_ids, *response, *self.closing]
+        return [*prompt_ids, *self.said(response_ids), *self.closing]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids up to EOS, special tokens left out."""
-        ids = list(ids)
-        if self.eos_id in ids:
-            ids = ids[: ids.index(self.eos_id)]
+        """Text of token ids up to what ends them, special tokens left out."""
+        ids = self.said(ids)
+        return self._behind.decode(ids) if self._behind else self._decoded(ids)
+
+    def _decoded(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def fingerprint(self) -> str:
-        """Hash of vocabulary, merges, template, EOS and padding: equal means equal ids for equal text."""
+        """Hash of vocabulary, template, end of turn and padding: equal means equal ids for equal text."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = (
             _bare(backend) if backend is not None else str(sorted(self.tokenizer.get_vocab().items()))
         )
         template = self.tokenizer.chat_template if self.template == "chat" else "plain"
         parts = [vocabulary, str(template), *map(str, self.closing), str(self.pad_id)]
+        # what follows was not there, or was read otherwise, when the first models were saved
+        if self.template_arguments:
+            parts.append(json.dumps(self.template_arguments, sort_keys=True))
+        if self._behind:
+            parts.append("responses behind their prompts")
+        if self._appended and self.template == "plain":
+            parts.append("nothing behind prompts")
         return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
 
 
@@ -149,43 +228,6 @@ def _bare(backend: Any) -> str:
     copy.no_padding()
     copy.no_truncation()
     return str(copy.to_str())
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> int:
-    """A padding id that is not EOS: the named token, the tokenizer's own, or another special token.
-
-    Hugging Face's sequence classifier reads the score at the last token that is not padding, so a padding
-    token that equals EOS would hide the real EOS.
-    """
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    if wanted is not None:
-        if wanted not in vocabulary:
-            raise UserError(f"dialogue.pad_token: {wanted!r} is not in the tokenizer; name a token that is")
-        if vocabulary[wanted] == tokenizer.eos_token_id:
-            raise UserError(f"dialogue.pad_token: {wanted!r} is the EOS token; name another special token")
-        return vocabulary[wanted]
-    own = tokenizer.pad_token_id
-    if own is not None and own != tokenizer.eos_token_id:
-        return int(own)
-    used = {tokenizer.eos_token, tokenizer.bos_token}
-    specials = [*tokenizer.all_special_tokens, tokenizer.unk_token]
-    for token in specials:
-        if token is not None and token not in used:
-            return vocabulary[token]
-    raise UserError(
-        f"model.path: the tokenizer of {tokenizer.name_or_path} has no special token besides EOS and BOS to "
-        "pad with; name a token that never occurs in your text with dialogue.pad_token=..."
-    )
-
-
-def _end_of_context_id(tokenizer: PreTrainedTokenizerBase, wanted: str | None, pad_id: int) -> int | None:
-    if wanted is None:
-        return None
-    number = tokenizer.get_vocab().get(wanted)
-    if number is None or number in (pad_id, tokenizer.eos_token_id):
-        what = "not in the tokenizer" if number is None else "the padding or the EOS token"
-        raise UserError(f"dialogue.end_of_context: {wanted!r} is {what}; name another token, or leave it out")
-    return int(number)
 
 
 def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
@@ -212,10 +254,24 @@ def load_dialogue(recipe: Recipe) -> Dialogue:
         revision=recipe.model.revision,
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    return dialogue_of(recipe, tokenizer)
+    if recipe.dialogue.template_arguments and recipe.dialogue.template == "chat":
+        check_arguments(tokenizer, recipe.dialogue.template_arguments)
+    return dialogue_of(recipe, tokenizer, also_end=generation_ends(recipe.model))
 
 
-def dialogue_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dialogue:
+def generation_ends(model: Model) -> list[int]:
+    """What the authors of a model let a response end with, from ``generation_config.json``; often nothing."""
+    try:
+        config: Any = GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
+    except (OSError, ValueError):  # there is none
+        return []
+    ends = config.eos_token_id
+    return [int(i) for i in (ends if isinstance(ends, list) else [ends]) if i is not None]
+
+
+def dialogue_of(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, also_end: Iterable[int] = ()
+) -> Dialogue:
     """The recipe's template and lengths with a tokenizer that is loaded already."""
     section = recipe.dialogue
     return Dialogue(
@@ -225,5 +281,8 @@ def dialogue_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dialogue:
         max_response_tokens=section.max_response_tokens,
         truncate_prompts=section.on_long_prompts == "truncate",
         pad_token=section.pad_token,
+        end_of_turn=section.end_of_turn,
         end_of_context=section.end_of_context,
+        template_arguments=section.template_arguments,
+        also_end=also_end,
     )

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
+from rlhf.tokenization.special_tokens import special_start
+from rlhf.tokenization.template import PROBE, RefusedTurnsError
 
 if TYPE_CHECKING:
     from rlhf.tokenization.dialogue import Dialogue
@@ -30,7 +30,6 @@ _SEPARATES = re.compile(r"-{4,}\s*")
 _TURN = re.compile(r"(Human|Assistant):[ \t]*(.*)")
 _TAGS = {"user": "Human", "assistant": "Assistant"}
 _ROLES = {tag: role for role, tag in _TAGS.items()}
-_PROBE = "qQq"  # stands for a turn's content while a template is looked at
 
 
 class PromptText(NamedTuple):
@@ -157,9 +156,9 @@ class Context:
         if not prompt:
             self.prefix_ids = lead
         elif self._chat:
-            self.prefix_ids = self._dialogue.encode_text(self._render(self._turns, reply=False))
-            opened = self._behind((Message("user", _PROBE),), reply=False)
-            self.opening_ids = self._dialogue.encode_text(opened[: opened.index(_PROBE)])
+            self.prefix_ids = self._dialogue.encode_rendered(self._render(self._turns, reply=False))
+            opened = self._behind((Message("user", PROBE),), reply=False)
+            self.opening_ids = self._dialogue.encode_rendered(opened[: opened.index(PROBE)])
         else:
             whole = text.strip()
             if not _SEPARATES.fullmatch(whole.split("\n")[-1]):
@@ -216,7 +215,7 @@ class Context:
             UserError: the chat template refuses the turns, or rewrites the prompt because of them.
         """
         if self._chat:
-            ids = self._dialogue.encode_text(self._behind(messages, reply=reply))
+            ids = self._dialogue.encode_rendered(self._behind(messages, reply=reply))
             bare = not self._turns and ids[: len(self.prefix_ids)] == self.prefix_ids
             return ids[len(self.prefix_ids) :] if bare else ids
         parts = [f"{_TAGS[m.role]}: {m.content}" if m.role in _TAGS else m.content for m in messages]
@@ -224,7 +223,9 @@ class Context:
 
     def answer(self, text: str) -> list[int]:
         """Token ids of an answer behind ``after_dialogue(..., reply=True)``, not closed."""
-        return self._dialogue.encode_text(text if self._chat else f" {text.strip()}")
+        if self._chat:
+            return self._dialogue.encode_answer(text)
+        return self._dialogue.encode_text(f" {text.strip()}")
 
     def _behind(self, messages: Sequence[Message], *, reply: bool) -> str:
         """The text that turns add to that of the prompt."""
@@ -239,21 +240,11 @@ class Context:
         return whole[len(before) :]
 
     def _render(self, turns: Sequence[Message], *, reply: bool) -> str:
-        messages = [{"role": m.role, "content": m.content} for m in turns]
         try:
-            text = self._dialogue.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=reply, tokenize=False
-            )
-        except TemplateError as error:
+            return self._dialogue.render(turns, reply=reply)
+        except RefusedTurnsError as error:
             what = "the prompt" if self._turns else "the turns"
             raise UserError(
                 f"hhh_prompt: the chat template of {self._dialogue.tokenizer.name_or_path} refuses {what} "
-                f"({error}); set dialogue.template=plain"
+                f"({error.reason}); set dialogue.template=plain"
             ) from None
-        return str(text)
-
-
-def special_start(tokenizer: Any) -> list[int]:
-    """The special tokens that a tokenizer puts before every text: [BOS], or nothing."""
-    whole, bare = ([int(i) for i in tokenizer("a", add_special_tokens=a)["input_ids"]] for a in (True, False))
-    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])

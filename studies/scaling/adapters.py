@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import best_device
 from rlhf.recipe.schema import Lora
-from rlhf.tokenization.prompt_prefix import special_start
+from rlhf.tokenization.special_tokens import special_start
 from studies.engine.units import Settings
 
 ADAPTER = "policy"

@@ -17,7 +17,7 @@ from rlhf.models.backbone import Backbone
 from rlhf.recipe.schema import Ppo
 from rlhf.runs.artifacts import write_jsonl
 from rlhf.tokenization.dialogue import Dialogue
-from rlhf.tokenization.prompt_prefix import special_start
+from rlhf.tokenization.special_tokens import special_start
 from rlhf.training.metrics import read_metrics
 from studies.engine.units import Settings
 from studies.scaling.adapters import quiet_folder

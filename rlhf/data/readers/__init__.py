@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from typing import TypeVar
 
-from rlhf.data.comparisons import Comparison, Counts, OnBadRows, deduplicate, problem
+from rlhf.data.comparisons import Comparison, Counts, OnBadRows, Prompt, deduplicate, problem
 from rlhf.data.readers import hh, native, oasst, reddit, stackexchange, trl, wikipedia
 from rlhf.data.readers.files import origins
 from rlhf.data.readers.rows import Origin, Reader, sift
@@ -19,32 +19,48 @@ READERS: tuple[Reader[Comparison], ...] = tuple(
     module.READER for module in (native, oasst, stackexchange, reddit, wikipedia, hh, trl)
 )
 T = TypeVar("T")
+Refuses = Callable[[Prompt], str | None]
+"""Why a model's chat template cannot render a prompt, or None."""
+
+
+def no_refusal(prompt: Prompt) -> None:
+    """A template that refuses nothing."""
 
 
 def stream_comparisons(
-    specs: Sequence[str], *, on_bad_rows: OnBadRows, counts: Counts, key: str = "data.comparisons"
+    specs: Sequence[str],
+    *,
+    on_bad_rows: OnBadRows,
+    counts: Counts,
+    key: str = "data.comparisons",
+    refuses: Refuses = no_refusal,
 ) -> Iterator[Comparison]:
     """The comparisons that the specs name, in their order, checked, one at a time; repeats stay.
 
-    specs and on_bad_rows as in :func:`read_comparisons`; key: the recipe's key that holds the specs, named
-    in messages. ``counts`` is complete when the iterator is at its end. The memory does not depend on the
-    size of the files, except for .json and for gzipped .parquet, which are read whole.
+    specs, on_bad_rows and refuses as in :func:`read_comparisons`; key: the recipe's key that holds the
+    specs, named in messages. ``counts`` is complete when the iterator is at its end. The memory does not
+    depend on the size of the files, except for .json and for gzipped .parquet, which are read whole.
     """
     for origin in origins(specs, key=key):
-        yield from sift(origin, READERS, problem, on_bad_rows, counts)
+        yield from sift(origin, READERS, lambda c: problem(c) or refuses(c.prompt), on_bad_rows, counts)
 
 
-def read_comparisons(specs: Sequence[str], *, on_bad_rows: OnBadRows) -> tuple[list[Comparison], Counts]:
+def read_comparisons(
+    specs: Sequence[str], *, on_bad_rows: OnBadRows, refuses: Refuses = no_refusal
+) -> tuple[list[Comparison], Counts]:
     """Read, check and de-duplicate the comparisons that the specs name, in their order.
 
     specs: paths, globs (sorted) or ``hub:NAME[:CONFIG][@SPLIT]``. on_bad_rows: "stop" raises UserError with
-    file and line at the first bad row, "skip" leaves bad rows out and counts them by reason.
+    file and line at the first bad row, "skip" leaves bad rows out and counts them by reason. refuses: why a
+    prompt cannot be rendered; such a row is a bad one.
 
     Raises UserError also for specs that name nothing, unreadable files, files of an unknown format, and when
     nothing is left.
     """
     counts = Counts()
-    comparisons = deduplicate(stream_comparisons(specs, on_bad_rows=on_bad_rows, counts=counts), counts)
+    comparisons = deduplicate(
+        stream_comparisons(specs, on_bad_rows=on_bad_rows, counts=counts, refuses=refuses), counts
+    )
     _check_some("comparison", comparisons, specs, counts)
     return comparisons, counts
 
