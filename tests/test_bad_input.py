@@ -188,7 +188,23 @@ def test_a_chat_template_that_refuses_a_prompt_is_told_in_one_line(fresh, refuse
     template = "{{ raise_exception('System role not supported') }}"
     path = other_model(fresh, lambda tokenizer: setattr(tokenizer, "chat_template", template))
     line = refused(collect.main, path, "dialogue.template=chat")
-    assert "the chat template of models/other refuses a prompt (System role not supported" in line
+    assert "the chat template of models/other refuses the turns (System role not supported)" in line
+
+
+def test_a_row_that_the_chat_template_refuses_is_named_or_counted(fresh, refused):
+    refuses = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    )
+    path = other_model(fresh, lambda t: setattr(t, "chat_template", refuses + t.chat_template))
+    system = {"role": "system", "content": "Be brief."}
+    turns = row(5, prompt=[system, {"role": "user", "content": "Why?"}])
+    spec = data(fresh, *map(row, range(5)), turns, *map(row, range(6, 9)))
+    given = (path, spec, "dialogue.template=chat", "data.prompts=[]", "data.held_out_prompts=[]")
+    line = refused(collect.main, *given)
+    assert ".jsonl:6: the chat template of models/other refuses the turns (System role not supported)" in line
+    stage(collect.main, *given, "data.on_bad_rows=skip")
+    dropped = results("comparisons")["counts"]["comparisons"]["dropped"]
+    assert dropped == {"the chat template of models/other refuses the turns (System role not supported)": 1}
 
 
 def test_a_model_that_was_not_made_names_the_target_without_asking_the_hub(inside, refused, monkeypatch):

@@ -63,10 +63,11 @@ def test_the_eos_of_a_cut_response_was_not_said_by_its_writer():
     assert found["spoken"] == [4, 4, 4]
 
 
-def test_a_response_that_says_eos_itself_ended_there():
-    (found,) = encode([compare(f"ab{END}c", f"{END}ab")], dialogue(4))
-    assert found["responses"] == [[*dialogue().encode_response("ab"), EOS], [EOS]]
-    assert found["spoken"] == [3, 1]
+def test_an_eos_that_a_response_spells_out_is_text():
+    (found,) = encode([compare(f"ab{END}c", f"{END}ab")], dialogue(20))
+    assert [row.count(EOS) for row in found["responses"]] == [1, 1]
+    assert [dialogue(20).decode(row) for row in found["responses"]] == [f"ab{END}c", f"{END}ab"]
+    assert found["spoken"] == [len(row) for row in found["responses"]]
 
 
 def test_responses_that_are_equal_after_the_cut_are_one_and_nothing_to_tell_apart_is_left_out():

@@ -34,6 +34,7 @@ from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
 
 CONFIG = "reward_model.json"
 _LOADING = ("dtype", "quantization", "revision")
+_TURNS = ("end_of_turn", "template_arguments")
 FORMER_CONFIG = "reward.json"  # its name in earlier versions, whose models stay readable
 
 
@@ -70,9 +71,9 @@ class RewardModelConfig(NamedTuple):
     """``model.revision`` of the same."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As it is written: of the last three only what is not the default, as files before them."""
+        """As it is written: of what came later only what is not the default, as files before it."""
         usual = self._field_defaults
-        return {k: v for k, v in self._asdict().items() if k not in _LOADING or v != usual[k]}
+        return {k: v for k, v in self._asdict().items() if k not in (*_LOADING, *_TURNS) or v != usual[k]}
 
     def loading(self) -> dict[str, Any]:
         """The fields of a recipe's ``model`` section that say how the base was loaded."""

@@ -164,7 +164,7 @@ class Dialogue:
         try:
             self.render(messages, reply=True)
         except RefusedTurnsError as error:
-            return f"the chat template refuses the turns ({error.reason})"
+            return f"the chat template of {self.tokenizer.name_or_path} refuses the turns ({error.reason})"
         return None
 
     def encode_response(self, text: str) -> list[int]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PLACE = "\ue000{}\ue001"  # stands for a spelled token while a template is rendered; letters of private use
 _PLACED = re.compile(_PLACE.format("([0-9]+)"))

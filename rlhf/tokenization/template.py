@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, TemplateError, meta
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.recipe.shared import Dialogue
 from rlhf.tokenization.special_tokens import SpelledTokens, added_tokens, id_of, ids_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROBE = "qQq"  # stands for a turn's content while a template is looked at
 _OURS = {"messages", "add_generation_prompt", "continue_final_message", "tokenize", "tools", "documents"}
