@@ -190,7 +190,7 @@ def variant_hash(variant: ModelVariant, recipe: Recipe) -> str:
         "base": model_hash(variant.base),
         "adapters": [[model_hash(folder), weight] for folder, weight in variant.adapters],
         "prompt": sha256_of(Path(recipe.hhh_prompt).expanduser()) if variant.prompted else None,
-        "dialogue": recipe.dialogue.model_dump(mode="json"),
+        "dialogue": recipe.dialogue.as_before(),
         "precision": [recipe.model.dtype, recipe.model.quantization],
         "revision": recipe.model.revision if variant.base == recipe.model.path else None,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -84,6 +84,11 @@ class Dialogue(Section):
     """Longest response, in tokens; longer ones in comparisons are cut there and not closed by the writer."""
     on_long_prompts: Literal["stop", "skip", "truncate"] = "stop"
     """A longer prompt is an error, is left out and counted, or loses its beginning."""
+
+    def as_before(self) -> dict[str, Any]:
+        """The section for a hash: what came later is left out where it says nothing, so old hashes hold."""
+        later = ("end_of_turn", "template_arguments")
+        return {k: v for k, v in self.model_dump(mode="json").items() if v or k not in later}
 
 
 class Data(Section):
