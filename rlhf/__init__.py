@@ -16,6 +16,7 @@ os.environ.setdefault("DATASETS_VERBOSITY", "error")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 if not (os.path.exists("/dev/nvidia0") or os.path.exists("/dev/kfd")):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found nothing else
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+for _library in ("transformers", "torch.distributed"):
+    warnings.filterwarnings("ignore", category=FutureWarning, module=_library)
 for _name in ("bitsandbytes", "DeepSpeed"):
     logging.getLogger(_name).setLevel(logging.ERROR)

@@ -103,7 +103,9 @@ def command_of(package: str, arguments: Sequence[str], environment: dict[str, st
     world = base64.urlsafe_b64encode(json.dumps({"localhost": slots}).encode()).decode()
     return [
         *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"),
-        *("--master_addr=127.0.0.1", f"--master_port={port or free_port()}", "--module", package, *arguments),
+        # the processes name their errors themselves
+        *("--log_level=critical", "--master_addr=127.0.0.1", f"--master_port={port or free_port()}"),
+        *("--module", package, *arguments),
     ]
 
 
