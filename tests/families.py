@@ -1,9 +1,21 @@
-"""Tiny random models of the families that people train, made from their configurations."""
+"""Tiny random models of the families that people train; `python tests/families.py` writes docs/models.md."""
+
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers as hf
 
+from reward.model.forward import check_packing
+from reward.model.model import new_reward_model
+from rlhf.markdown import table
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
+from rlhf.models.configuration import fault_of_config, read_config
+from rlhf.models.lora import fused_share
 from rlhf.models.tiny import tiny_tokenizer
+from rlhf.recipe.schema import Lora, Model
 
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 SHAPE = {
@@ -70,6 +82,35 @@ FAMILIES = {  # name: (class of the model, options of its configuration)
 }  # fmt: skip
 TEXT_PART = ("gemma3_vision",)  # a text model with a vision tower beside it
 REFUSED = {"bloom": "ALiBi", "falcon_alibi": "ALiBi", "mamba": "recurrent layers"}
+NAMES = {  # as people know them
+    "llama": "Llama 1 to 3, TinyLlama, SmolLM, SmolLM2",
+    "mistral": "Mistral 7B (v0.1: sliding window)",
+    "qwen2": "Qwen 2, Qwen 2.5",
+    "qwen3": "Qwen 3",
+    "gemma": "Gemma 1",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3 1B, 270M",
+    "gemma3_vision": "Gemma 3 4B and larger: their text part",
+    "phi": "Phi 1, 1.5, 2",
+    "phi3": "Phi 3, Phi 4",
+    "gpt2": "GPT-2, DistilGPT-2",
+    "gpt_neox": "Pythia, GPT-NeoX",
+    "gptj": "GPT-J",
+    "opt": "OPT",
+    "opt_350m": "OPT-350m",
+    "bloom": "BLOOM, BLOOMZ",
+    "falcon": "Falcon 7B",
+    "falcon_alibi": "Falcon-RW",
+    "stablelm": "StableLM",
+    "olmo2": "OLMo 2",
+    "smollm3": "SmolLM3",
+    "granite": "Granite 3",
+    "cohere": "Command R, Aya",
+    "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
+    "mixtral": "Mixtral",
+    "starcoder2": "StarCoder 2",
+    "mamba": "Mamba",
+}
 CONFIGS = {"GPT2LMHead": "GPT2Config", "Gemma3": "Gemma3TextConfig"}
 
 
@@ -98,3 +139,61 @@ def _with_vision_tower(vocabulary, options):
         text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4
     )
     return hf.Gemma3ForConditionalGeneration(config)
+
+
+def row_of(name, folder):
+    """What the page says of a family, found out by trying it."""
+    fault = fault_of_config(read_config(folder))
+    if fault is not None:
+        return [NAMES[name], "refused", "", "", fault]
+    model = Model(path=str(folder))
+    base = load_base(model)
+    share, _ = fused_share(base, 0)
+    backbone = Backbone(base, Lora(rank=2, layers="top_2"), adapters=["policy"])
+    trunk = backbone.check_architecture()
+    ids = list(range(10, 34))
+    examples = [{"prompt": ids, "responses": [[*ids[:9], 1], [*ids[5:16], 1]], "index": 0, "ranks": [0, 1]}]
+    recipe = SimpleNamespace(model=model, lora=Lora(rank=2), seed=0)
+    classifier = new_reward_model(recipe, SimpleNamespace(pad_id=0))
+    packing = check_packing(classifier, examples, 0)
+    remark = f"experts in one piece get no adapter (here {share:.0%} of the layers' weights)" if share else ""
+    return [NAMES[name], "runs", *("no: " + why if why else "yes" for why in (trunk, packing)), remark]
+
+
+def page(folder):
+    """docs/models.md, from the families in a folder."""
+    rows = sorted((row_of(name, folder / name) for name in FAMILIES), key=lambda row: row[1] == "refused")
+    head = ["family", "", "frozen trunk", "shared rows", "remark"]
+    return PAGE.format(families=table(head, rows), number=sum(row[1] == "runs" for row in rows))
+
+
+PAGE = """# Which models can be trained
+
+Each family below is built as a tiny random model from its configuration and taken down the whole road
+(comparisons, reward model, PPO, evaluation) in the tests; every role is compared with the plain model's own
+logits. This page is written by `python tests/families.py` and tested to be up to date.
+
+- *Frozen trunk*: with `lora.layers: top_k` the layers below are computed once for all roles and passes.
+- *Shared rows*: responses to one prompt are read behind one copy of it. Where not, the stages say so and
+  give each sequence a row of its own: slower, the same figures.
+
+{number} families run:
+
+{families}
+What is refused is refused by every command within a second or two, from `config.json`: recurrent layers,
+ALiBi, encoder-decoders, models that are no causal language models, and texts longer than the context window
+(`dialogue.max_prompt_tokens + dialogue.max_response_tokens` and what closes them, `distill.max_tokens`,
+`ppo.ptx_max_tokens`). A family that is not in the list is tried on a probe batch when it is loaded: what it
+cannot share is switched off with a line, and logits that are changed in an unknown way are refused.
+
+Families without a sequence classifier in transformers (Granite, Cohere) get one made of their decoder and a
+linear head; another program that reads such a reward model has to make the same. Of a model with a vision
+tower the text part is trained: its adapters fit the text model (`Gemma3ForCausalLM`).
+"""
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        for each in FAMILIES:
+            write_family(each, Path(scratch, each))
+        Path("docs/models.md").write_text(page(Path(scratch)), encoding="utf-8")

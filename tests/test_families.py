@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import stage
-from families import FAMILIES, REFUSED, TEXT_PART, write_family
+from conftest import ROOT, stage
+from families import FAMILIES, REFUSED, TEXT_PART, page, write_family
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
@@ -18,8 +18,10 @@ from rlhf.errors import UserError
 from rlhf.generation.sampling import ModelParts, SamplingParams, generate
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_base
+from rlhf.models.lora import fused_share
 from rlhf.models.masks import left_pad
 from rlhf.recipe.schema import Lora, Model
+from rlhf.runs.processes import print_once
 
 WORK = [name for name in FAMILIES if name not in REFUSED]
 SHORT = (
@@ -106,11 +108,29 @@ def test_a_family_is_decoded_greedily_as_by_itself(name, models):
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_a_family_goes_the_whole_road(name, models, inside):
+def test_a_family_goes_the_whole_road(name, models, inside, capsys):
+    print_once.cache_clear()
     for main in (collect.main, reward.main, ppo.main, evaluate.main):
         stage(main, f"model.path={models / name}", "model.source=hub", *SHORT)
+    assert ("get no adapter" in capsys.readouterr().out) == (name in ("qwen2_moe", "mixtral"))
     summary = json.loads(Path("runs/tiny/evaluate/summary.json").read_text())
     assert summary
+
+
+def test_the_page_says_what_runs_and_what_is_refused(models):
+    text = page(models)
+    assert (ROOT / "docs/models.md").read_text(encoding="utf-8") == text, "run python tests/families.py"
+    assert text.count("| runs |") == len(WORK) >= 20
+    assert text.count("| refused |") == len(REFUSED)
+
+
+def test_experts_in_one_piece_are_counted(models):
+    """Of a layer's 10,912 weights in matrices 6,144 are experts'."""
+    base = load_base(Model(path=str(models / "qwen2_moe")))
+    names = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    assert fused_share(base, 1) == (6144 / 10_912, names)
+    assert fused_share(base, 3) == (0, [])
+    assert fused_share(load_base(Model(path=str(models / "gpt2"))), 0) == (0, [])
 
 
 @pytest.mark.parametrize("name", REFUSED)

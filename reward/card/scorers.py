@@ -25,7 +25,7 @@ from reward.card.ood import activations
 from reward.model.model import TextRewardModel, config_file, load_config
 from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError
-from rlhf.models.base import best_device
+from rlhf.models.base import best_device, check_kind
 from rlhf.models.masks import right_pad
 from rlhf.models.token_batches import token_batches
 from rlhf.recipe.load import Recipe, is_path
@@ -303,6 +303,7 @@ def _classifier(path: str, recipe: Recipe, key: str, **options: Any) -> tuple[An
     """The model and the names of the weights that its files do not have."""
     section = recipe.model
     config = _config(path, recipe, key, **options)
+    check_kind(AutoModelForSequenceClassification, config, f"{key}: {path}")
     with _as_user_error(_NOT_LOADED.format(key=key, path=path)):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,

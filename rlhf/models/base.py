@@ -28,7 +28,8 @@ from rlhf.training.runtime import gathered
 
 hf_logging.disable_progress_bar()
 # a table of weights that are missing or too many: what is missing is refused here, in one line
-hf_logging.get_logger("transformers.modeling_utils").setLevel(hf_logging.ERROR)
+_LOADING: Any = hf_logging.get_logger("transformers.modeling_utils")
+_LOADING.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
 
 def best_device() -> torch.device:
@@ -58,9 +59,11 @@ _TEXT_PART = {  # names of a language model's weights beside a vision tower, and
 }
 
 
-def check_kind(kind: Any, config: Any, path: str) -> None:
+def check_kind(kind: Any, config: Any, where: str) -> None:
     """Whether an auto class has a model for a configuration; a sequence classifier is made where the family
     has none (Granite, Cohere), of its decoder and a linear head as in the others.
+
+    where: the recipe key and the path, for the message.
 
     Raises:
         UserError: it has none.
@@ -77,9 +80,7 @@ def check_kind(kind: Any, config: Any, path: str) -> None:
         )
         return
     what = "sequence classifier" if kind is AutoModelForSequenceClassification else "causal language model"
-    raise UserError(
-        f"model.path: {path} ({config.model_type}) is no {what} that transformers knows; use another model"
-    )
+    raise UserError(f"{where} ({config.model_type}) is no {what} that transformers knows; use another model")
 
 
 def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
@@ -101,7 +102,7 @@ def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) ->
         config = whole.get_text_config()
         for name, value in options.items():
             setattr(config, name, value)
-        check_kind(kind, config, model.path)
+        check_kind(kind, config, f"model.path: {model.path}")
         base, found = kind.from_pretrained(
             model.path,
             config=config,

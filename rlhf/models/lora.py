@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Lora
 from rlhf.runs.artifacts import WEIGHTS, write_atomically
+from rlhf.runs.processes import print_once
 
 HEAD = "base_model.model.score"  # where Hugging Face's sequence classifier keeps its head, under peft
 
@@ -57,6 +58,12 @@ def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **op
         for name, module in base.named_modules()
         if name.rpartition(".")[2] in targets and re.search(r"\.\d+\.", name)
     }
+    share, names = fused_share(base, 0 if k is None else layers - k)
+    if names:
+        print_once(
+            f"lora: {share:.0%} of the weights of the adapted layers are experts in one piece "
+            f"({', '.join(names)}) and get no adapter"
+        )
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -67,6 +74,25 @@ def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **op
         task_type=task,
         **options,
     )
+
+
+def fused_share(base: PreTrainedModel, first: int) -> tuple[float, list[str]]:
+    """Share of the matrices' weights in layers from ``first`` on that lie in three-dimensional parameters, as
+    experts in one piece do, which no adapter can change; and the names of those parameters in a layer."""
+    total, fused, names = 0, 0, set()
+    for module_name, module in base.named_modules():
+        place = re.search(r"\.(\d+)\.", f"{module_name}.")
+        if not place or int(place[1]) < first:
+            continue
+        if isinstance(module, nn.Linear):
+            total += module.in_features * module.out_features  # quantized ones are stored in fewer numbers
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            total += parameter.numel() * (parameter.dim() > 1)
+            if parameter.dim() > 2:
+                fused += parameter.numel()
+                names.add(f"{module_name[place.end() :]}.{name}")
+    return fused / max(1, total), sorted(names)
 
 
 def write_adapter(

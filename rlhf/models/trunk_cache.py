@@ -6,7 +6,6 @@ Shape suffixes: ``_N`` row, ``_T`` token, ``_D`` hidden unit.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from rlhf.recipe.reward import PreferenceTraining
 from rlhf.recipe.schema import Distill, Ppo
-from rlhf.runs.processes import rank
+from rlhf.runs.processes import print_once
 
 ALL_ADAPTED = "no layers are frozen (lora.layers adapts all of them)"
 
@@ -22,12 +21,6 @@ ALL_ADAPTED = "no layers are frozen (lora.layers adapts all of them)"
 def trunk_bytes(base: Any, tokens: int) -> int:
     """Memory of the hidden states of so many tokens, in the type of the base's weights."""
     return tokens * int(base.config.get_text_config().hidden_size) * int(base.dtype.itemsize)
-
-
-@functools.cache
-def _print_once(line: str) -> None:
-    if rank() == 0:
-        print(line, flush=True)
 
 
 def keeps_trunk(
@@ -45,12 +38,12 @@ def keeps_trunk(
     if frozen_layers and not any_process(needed > limit * 1e9):
         return True
     if frozen_layers:
-        _print_once(
+        print_once(
             f"{key}: the hidden states of the frozen layers need more than {limit:g} GB a process, "
             "so every pass computes them anew"
         )
     elif "trunk_gigabytes" in section.model_fields_set:
-        _print_once(f"{key} has no effect: {no_trunk}")
+        print_once(f"{key} has no effect: {no_trunk}")
     return False
 
 

@@ -7,6 +7,7 @@ from a cluster's job are refused: collective calls would wait for processes that
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import MutableMapping
@@ -21,6 +22,13 @@ _UNSET = f"env -u {' -u '.join((*RENDEZVOUS, 'LOCAL_RANK'))}"
 def rank() -> int:
     """This process's number among those of the launcher; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+@functools.cache
+def print_once(line: str) -> None:
+    """Print a line, on the first process and at its first call alone."""
+    if rank() == 0:
+        print(line, flush=True)
 
 
 def processes() -> int:
