@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -120,3 +121,25 @@ def distill_lab(inside):
     from tiny_distill import write_lab
 
     return write_lab(inside)
+
+
+@pytest.fixture
+def small_disk():
+    """Mounts a file system of some kilobytes at a new folder."""
+    places = []
+
+    def mount(place, kilobytes=8192):
+        place.mkdir(parents=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("no mount command")
+        if done.returncode:
+            pytest.skip(f"a real full disk needs the right to mount one: {done.stderr.strip()}")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)

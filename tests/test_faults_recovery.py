@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,30 +92,9 @@ def test_a_line_of_metrics_is_on_the_disk_before_its_checkpoint(tmp_path, monkey
     assert (metrics.file.stat().st_ino, '{"step": 1, "x": 0.5}\n') in synced
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 8 MB at a place inside a folder."""
-    place = tmp_path / "here" / HERE
-
-    def mount():
-        place.mkdir(parents=True)
-        command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            pytest.skip("no mount command")
-        if done.returncode:
-            pytest.skip(f"a real full disk needs the right to mount one: {done.stderr.strip()}")
-        return place
-
-    yield mount
-    if os.path.ismount(place):
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
 def test_a_disk_that_really_fills_up(road, alone, tmp_path, small_disk):
     here = link_stages(road, tmp_path / "here")
-    disk = small_disk()
+    disk = small_disk(tmp_path / "here" / HERE)
     first = Start(here, STATEFUL, Plan("checkpoint", 2))
     assert first.wait() == -signal.SIGKILL
     before = contents(here)

@@ -135,3 +135,14 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(name, size, road, tmp_p
     assert line.startswith("error: file too large")
     assert "raise the limit on the size of a file" in line
     assert not list((here / "runs/tiny" / name).rglob(".staging-*"))
+
+
+@pytest.mark.parametrize("kilobytes", [60, 180])
+@pytest.mark.parametrize("name", ["sft", "reward", "distill"])
+def test_a_real_file_system_that_fills_up_is_one_line(name, kilobytes, road, tmp_path, small_disk):
+    here = begun(name, road, None, tmp_path / "here")
+    small_disk(here / "runs/tiny" / name, kilobytes)
+    start = Start(here, OPTIONS[name], name=name)
+    assert start.wait() == 2, start.output()
+    (line,) = start.errors()
+    assert line.startswith(f"error: the disk is full: runs/tiny/{name}")

@@ -315,7 +315,7 @@ def test_every_librarys_full_disk_becomes_one_error(checkpoints):
     ):
         with pytest.raises(OSError, match="No space left") as caught, checkpoints.writing(1):
             raise RuntimeError(message)
-        assert caught.value.errno == errno.ENOSPC
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(checkpoints.folder))
     with pytest.raises(RuntimeError, match="a bug"), checkpoints.writing(1):
         raise RuntimeError("a bug")
     with pytest.raises(PermissionError), checkpoints.writing(1):

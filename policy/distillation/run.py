@@ -111,7 +111,7 @@ def _fit(recipe: Recipe, section: Distill, run: StageRun, stop: StopRequest) -> 
     results = figures(before, after, halves, groups, at_start)
     weights = runtime.gather_state() if runtime.shards_weights else None
     if run.is_main:
-        with library_errors_as_os_error():
+        with library_errors_as_os_error(run.folder):
             dialogue.tokenizer.save_pretrained(str(student.export(run.folder, weights)))
     for line in lines(results):
         run.say(f"distill: {line}")

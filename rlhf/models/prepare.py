@@ -45,7 +45,7 @@ def prepare(model: Model) -> None:
     staging = folder.with_name(f".{folder.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    with artifacts.library_errors_as_os_error():
+    with artifacts.library_errors_as_os_error(folder):
         if model.source == "random":
             from rlhf.models.tiny import write_tiny_model
 

@@ -74,8 +74,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # as of a write to a full disk
+            error.filename = str(path)
         raise
     temporary.replace(path)
     _sync(path.parent)
@@ -199,17 +201,18 @@ def fault_of(folder: Path, names: Iterable[str] = ("*",)) -> str | None:
 
 
 @contextlib.contextmanager
-def library_errors_as_os_error() -> Iterator[None]:
-    """Let every library's way of reporting a refused write come out as ``OSError``."""
+def library_errors_as_os_error(folder: Path) -> Iterator[None]:
+    """Let every library's way of reporting a refused write come out as ``OSError`` with a place.
+
+    folder: where it writes; stands for the file where the library does not name it.
+    """
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
         number = errno_of(error)
-        if number is None:
+        if number is None or getattr(error, "filename", None) is not None:
             raise
-        raise OSError(number, os.strerror(number)) from error
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -237,7 +240,7 @@ class Checkpoints:
         staging = self.folder / f"{_STAGING}{step:07d}"
         staging.mkdir(parents=True, exist_ok=True)
         try:
-            with library_errors_as_os_error():
+            with library_errors_as_os_error(self.folder):
                 yield staging
                 if commits:
                     self._commit(staging, step)
