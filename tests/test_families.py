@@ -10,6 +10,7 @@ from families import FAMILIES, REFUSED, TEXT_PART, page, write_family
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
+from policy.alignment_tax import preflight
 from policy.evaluate import __main__ as evaluate
 from policy.ppo import __main__ as ppo
 from reward.training import __main__ as reward
@@ -115,6 +116,32 @@ def test_a_family_goes_the_whole_road(name, models, inside, capsys):
     assert ("get no adapter" in capsys.readouterr().out) == (name in ("qwen2_moe", "mixtral"))
     summary = json.loads(Path("runs/tiny/evaluate/summary.json").read_text())
     assert summary
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3_vision", "granite"])
+def test_every_role_is_tried_before_the_first_stage_and_once(name, models, inside, capsys, monkeypatch):
+    words = [f"model.path={models / name}", "model.source=hub", "lora.layers=top_2"]
+    stage(preflight.main, *words)
+    line = f"preflight: every role runs on {models / name}\n"
+    assert line in capsys.readouterr().out
+    monkeypatch.setattr("policy.alignment_tax.probe.probe", lambda recipe: 1 / 0)
+    stage(preflight.main, *words)
+    assert line in capsys.readouterr().out
+    with pytest.raises(ZeroDivisionError):  # another adapter is another question
+        stage(preflight.main, *words, "lora.rank=3")
+
+
+@pytest.mark.parametrize(
+    "part", ["policy.alignment_tax.probe.sample", "policy.alignment_tax.probe.new_reward_model"]
+)
+def test_what_a_role_cannot_do_is_one_line_before_the_first_stage(part, models, inside, monkeypatch):
+    monkeypatch.setattr(part, lambda *_, **__: [].pop())
+    with pytest.raises(
+        UserError, match=r"^model\.path: .*llama cannot be trained here: .* \(pop from"
+    ) as caught:
+        stage(preflight.main, f"model.path={models / 'llama'}", "model.source=hub")
+    assert "\n" not in str(caught.value)
+    assert not list(Path("runs").rglob("*.json"))
 
 
 def test_the_page_says_what_runs_and_what_is_refused(models):

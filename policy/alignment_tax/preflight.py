@@ -1,10 +1,13 @@
-"""Check what the tax stage needs before the first stage: ``python -m policy.alignment_tax.preflight RECIPE``.
+"""Check what a road needs before its first stage: ``python -m policy.alignment_tax.preflight RECIPE``.
 
+Where the base is in place, a few tokens go through every role; that is remembered for a base and a recipe.
 The tax table comes hours after the start; an unknown task, a file that cannot be read or a reference that no
 stage will make is an error at once.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from policy.alignment_tax.checks import check, read_items
 from rlhf.errors import exit_on_user_error
@@ -14,9 +17,13 @@ from rlhf.runs.stage import RUNS
 
 
 def main() -> None:
-    """The first step of the `rlhf` target; it writes nothing."""
+    """The first step of the `rlhf` target; it writes nothing but the result of the probe."""
     recipe = from_command_line()
     section = recipe.tax
+    if Path(recipe.model.path, "config.json").expanduser().is_file():
+        from policy.alignment_tax.probe import probe_once
+
+        print(f"preflight: {probe_once(recipe, RUNS / recipe.name / 'preflight')}", flush=True)
     if section is None or (RUNS / recipe.name / "tax" / MANIFEST).is_file():
         return
     variants = check(recipe, section, planned=True)
