@@ -29,6 +29,7 @@ OPTIONS = {
     "tax": (
         *tiny_tax.SHORT,
         *tiny_tax.TASKS.values(),
+        "tax.variants=[base,policy]",
         "tax.score=true",
         "tax.allow_generated_code=true",
         "tax.tasks.humaneval.files=humaneval.jsonl",
@@ -101,7 +102,7 @@ def test_a_stage_stopped_at_several_moments_ends_as_if_it_had_been_left_alone(na
     began = time.monotonic()
     whole.finish()
     took, rng, stops = time.monotonic() - began, random.Random(name), 0
-    for share in sorted(rng.uniform(0.1, 0.8) for _ in range(4)):
+    for share in sorted(rng.uniform(0.1, 0.8) for _ in range(3)):
         start, begin = Start(here, OPTIONS[name], name=name, before=os.setsid), time.monotonic()
         while start.process.is_alive() and not (
             f": {name}: " in start.output() and time.monotonic() - begin > share * took
