@@ -7,12 +7,15 @@ import torch
 from preference_cases import EOS, cases
 
 from reward.model.batch import as_example, encode, encode_split, layout, micro_batches, pack, rows_of, width
+from reward.pretraining.__main__ import told_apart
 from rlhf.data.comparisons import Comparison, Message
 from rlhf.errors import UserError
 from rlhf.models.tiny import END, START, tiny_tokenizer
+from rlhf.recipe.schema import Pmp
 from rlhf.tokenization.dialogue import Dialogue
 
 PAD = 0
+FORMS = ("ranked", "binarized")
 SHARED = pytest.mark.parametrize("share", [True, False])
 MIXED = [*cases(6, 1), *cases(2, 2, responses=(2, 2)), *cases(2, 3, responses=(5, 5))]
 
@@ -96,6 +99,14 @@ def test_responses_that_are_equal_after_the_cut_are_one_and_nothing_to_tell_apar
     assert len(lines) == 1
     with pytest.raises(UserError, match=r"all 1 held-out comparisons .*max_response_tokens=4: raise it"):
         encode_split(some, [same], dialogue(4), lines.append)
+
+
+def test_a_control_prefix_takes_room_of_what_tells_public_comparisons_apart():
+    some = [compare("abcx", "abcy"), compare("abcx", "b", "abcy")]
+    ranked, binarized = (Pmp(sources=[{"files": ["x"]}], form=form, good_prefix="+") for form in FORMS)
+    assert told_apart(ranked, dialogue(4), some) == some
+    (left,) = told_apart(binarized, dialogue(4), some)
+    assert (left.responses, left.ranks) == (("abcx", "b"), (0, 1))
 
 
 def test_the_token_behind_eos_is_read_and_never_spoken():

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from reward.card.figures import Scored, figures
 from reward.card.report import as_markdown
-from rlhf.data.comparisons import Comparison, Counts, prompt_key
+from rlhf.data.comparisons import Comparison, Counts, distinct_responses, prompt_key
 from rlhf.data.prompts import read_prompts
 from rlhf.data.readers import read_comparisons
 from rlhf.data.readers.native import read_native
@@ -55,6 +55,16 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     comparisons, counts = comparisons_of(recipe, run)
     path = model_of(recipe)
     scorer = load_scorer(path, recipe)
+    distinct = [distinct_responses(c, scorer.read) for c in comparisons]
+    comparisons = [c for c in distinct if len(set(c.ranks)) > 1]
+    if len(comparisons) < len(distinct):
+        lost = len(distinct) - len(comparisons)
+        counts.drop("responses equal within dialogue.max_response_tokens", lost)
+        run.say(
+            f"card: {lost} of {len(distinct)} comparisons left out: their responses are equal after the cut"
+        )
+    if not comparisons:
+        raise UserError(f"card.comparisons: nothing that {path} can tell apart: {counts}")
     scores_R, cut_R = scored(run, scorer, comparisons, "model")
     found_elsewhere = _out_of_distribution(recipe, scorer, comparisons)
     card: dict[str, Any] = {

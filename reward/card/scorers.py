@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -53,6 +53,9 @@ class Scorer(Protocol):
 
     def cut(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.bool_]:
         """True where prompt or response is longer than what is read, [n]."""
+
+    def read(self, response: str) -> Hashable:
+        """What a response is to the model: equal for two that it cannot tell apart behind one prompt."""
 
     def describe(self) -> dict[str, Any]:
         """What the model is and how it reads a text, JSON-able; ``path`` is always there."""
@@ -123,6 +126,11 @@ class RewardModelScorer:
             dtype=bool,
         )
 
+    def read(self, response: str) -> Hashable:
+        """Its ids up to the cut."""
+        dialogue = self.model.dialogue
+        return tuple(dialogue.close([], dialogue.encode_response(response)))
+
     def activations(self, prompts: Sequence[Prompt], layer: int) -> Tensor:
         """What one layer makes of prompts, [N, D]; see :func:`reward.card.ood.activations`."""
         inside: Any = self.model.model
@@ -175,6 +183,10 @@ class ClassifierScorer:
         """True where prompt and response together are longer than the model's limit."""
         rows = (self._ids(p, r) for p, r in zip(prompts, responses, strict=True))
         return np.array([len(row) > self.limit for row in rows], dtype=bool)
+
+    def read(self, response: str) -> Hashable:
+        """The text: what is cut here is a beginning."""
+        return response.strip()
 
     def describe(self) -> dict[str, Any]:
         """Path, architecture and how a text is read."""

@@ -78,12 +78,12 @@ def public_comparisons(
         cache=run.folder / "parts" / "mixture" if run.is_main else None,
         fits=_fits(recipe, dialogue),
     )
-    told_apart = _told_apart(section, dialogue, drawn)
-    if len(told_apart) < len(drawn):
+    left = told_apart(section, dialogue, drawn)
+    if len(left) < len(drawn):
         lost = Counts(len(drawn))
-        lost.drop("responses equal within dialogue.max_response_tokens", len(drawn) - len(told_apart))
+        lost.drop("responses equal within dialogue.max_response_tokens", len(drawn) - len(left))
         counts["after the cut"] = lost
-    thinned = [subsample_responses(c, section.max_responses) for c in told_apart]
+    thinned = [subsample_responses(c, section.max_responses) for c in left]
     if run.is_main:
         for name, count in counts.items():
             print(f"pmp: {name}: {count}", flush=True)
@@ -100,7 +100,7 @@ def public_comparisons(
     return (train, held_out), {name: count.as_dict() for name, count in counts.items()}
 
 
-def _told_apart(section: Pmp, dialogue: Dialogue, drawn: Sequence[Comparison]) -> list[Comparison]:
+def told_apart(section: Pmp, dialogue: Dialogue, drawn: Sequence[Comparison]) -> list[Comparison]:
     """Comparisons in which the cut leaves something to tell apart.
 
     In the binarized form the control prefix takes room of the response, and would hide that two are equal.
