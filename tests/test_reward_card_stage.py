@@ -292,3 +292,16 @@ def test_the_card_of_a_run_s_own_model_agrees_with_its_stage(road, inside):
     assert card["calibration"]["slope_before_normalisation"]["pairs"] == card["pairs"]
     assert card["scores"]["cut"]["mean"] is not None
     assert "No prompt of these comparisons is among" in (Path("runs/tiny/card") / "card.md").read_text()
+
+
+def test_responses_that_are_equal_after_the_cut_are_not_judged(road, inside, capsys):
+    shutil.copytree(road / "runs", "runs")
+    shutil.copytree(road / "models", "models")
+    held_out = Path("runs/tiny/comparisons/held_out.jsonl").read_text(encoding="utf-8")
+    same = {"prompt": "new", "responses": ["a" * 50 + "b", "a" * 50 + "c"], "ranks": [0, 1]}
+    Path("held.jsonl").write_text(held_out + json.dumps(same) + "\n", encoding="utf-8")
+    stage(evaluate.main, "card.comparisons=held.jsonl")
+    results = json.loads(Path("runs/tiny/reward/manifest.json").read_text())["results"]
+    accuracy = read_card(Path("runs/tiny/card"))["accuracy"]["overall"]["mean"]
+    assert accuracy == pytest.approx(results["held_out_accuracy"]["mean"], abs=1e-6)
+    assert "card: 1 of 11 comparisons left out: their responses are equal after" in capsys.readouterr().out
