@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from preference_cases import cases, plain_scores
+from preference_cases import taught as taught_comparisons
 from preference_cases import tiny as tiny_road
 
 from policy.sft.loss import check_packing as check_demonstrations
@@ -18,6 +19,7 @@ from reward.model.batch import pack
 from reward.model.forward import awkward, check_packing, forward_packed, score_examples
 from reward.model.model import new_reward_model
 from reward.model.trunk_cache import build_trunk
+from reward.training.trainer import plan_forward
 from rlhf.evals.scoring import Job, Scorer
 from rlhf.generation.sampling import ModelParts, SamplingParams, generate, sample, uniforms
 from rlhf.models import masks, packing
@@ -364,3 +366,25 @@ def test_trees_are_tried_on_a_row_beyond_the_window(monkeypatch):
     assert Scorer(base_of(GPT_NEO), 512).takes_trees()  # on a few tokens no window shows
     monkeypatch.undo()
     assert Scorer(base_of(hf.LlamaConfig(**SHAPE)), 512).takes_trees()
+
+
+# --- trainings -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_what_is_learned_does_not_depend_on_sharing_rows(family, tmp_path):
+    rows = [*EXAMPLES, *cases(4, 6, prompt=(20, 40), said=(5, 30), first=len(EXAMPLES))]
+    before, scores = [], []
+    for share in (True, False):
+        recipe, model = reward_model(family, "lora.layers=top_2")
+        before.append(score_examples(model, rows, 0, share=False)[0])
+        plan = plan_forward(recipe, recipe.reward, model, rows, tiny_road()[1])
+        assert plan.share
+        trunk = build_trunk(recipe, recipe.reward, model, rows, 0, share=share)
+        options = (f"model.path={folder_of(family)}", "lora.layers=top_2", "reward.learning_rate=0.003")
+        folder = tmp_path / str(share)
+        taught = taught_comparisons(folder, rows, *options, share=share, trunk=trunk, model=model).eval()
+        with torch.no_grad():
+            scores.append(plain_scores(taught, rows))
+    assert float((scores[0] - before[0]).abs().max()) > 0.1
+    torch.testing.assert_close(*scores, rtol=1e-2, atol=1e-2)
