@@ -17,9 +17,10 @@ from policy.sft.loss import check_packing as check_demonstrations
 from policy.sft.loss import losses
 from reward.model.batch import pack
 from reward.model.forward import awkward, check_packing, forward_packed, score_examples
-from reward.model.model import new_reward_model
+from reward.model.model import RewardModelConfig, TextRewardModel, new_reward_model, save_reward_model
 from reward.model.trunk_cache import build_trunk
 from reward.training.trainer import plan_forward
+from rlhf.data.comparisons import Message
 from rlhf.evals.scoring import Job, Scorer
 from rlhf.generation.sampling import ModelParts, SamplingParams, generate, sample, uniforms
 from rlhf.models import masks, packing
@@ -128,9 +129,6 @@ def without_windows(monkeypatch):
         )
 
 
-# --- the mask --------------------------------------------------------------------------------------------
-
-
 def test_a_mask_counts_positions_in_the_sequence_and_not_columns():
     positions = torch.tensor([[0, 1, 2, 1, 2, 3]])  # a shared token, two behind it, three behind it
     may = torch.ones(1, 6, 6, dtype=torch.bool).tril()
@@ -159,9 +157,6 @@ def test_a_window_is_what_the_configuration_says_and_what_the_model_can_pass():
     assert attention_window(hf.LlamaConfig(**SHAPE)) is None
     assert attention_window(hf.Qwen2Config(**SHAPE, sliding_window=WINDOW)) is None  # not used
     assert attention_window(hf.MistralConfig(**SHAPE, sliding_window=250)) is None  # nothing fits beyond it
-
-
-# --- packed rows -----------------------------------------------------------------------------------------
 
 
 def nll_of(model, row):
@@ -213,6 +208,35 @@ def test_rows_of_a_model_that_attends_in_chunks_share_them_too():
             close(found[n, column], model(torch.tensor([whole])).logits[0, -1])
 
 
+@torch.no_grad()
+def test_a_lost_window_is_noticed_in_half_precision_too(monkeypatch):
+    backbone = backbone_of(FAMILIES["mistral"])
+    backbone.base.to(torch.bfloat16)
+    assert check_demonstrations(backbone.model, ROWS, 0) is None
+    without_windows(monkeypatch)
+    assert "packed rows give other outputs" in check_demonstrations(backbone.model, ROWS, 0)
+
+
+@torch.no_grad()
+def test_a_reward_model_tries_again_when_longer_rows_come(tmp_path, monkeypatch):
+    recipe, dialogue = tiny_road(f"model.path={folder_of('mistral')}")
+    model = reward_model("mistral")[1]
+    card = RewardModelConfig(recipe.model.path, 0.0, 1.0, dialogue.fingerprint(), "plain", 96, 8)
+    save_reward_model(model, tmp_path, card, dialogue)
+    texts = ["ab", "c" * 60, "d" * 55]
+    prompts = [(Message("user", text),) for text in ("x", "y" * 70)]
+    rows = [[*dialogue.encode_prompt(p), *dialogue.close([], dialogue.encode_response(t))] for p, t in (
+        (prompts[0], "ab"), (prompts[0], "cd"), *((prompts[1], t) for t in texts)
+    )]  # fmt: skip
+    expected = torch.stack([model(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
+    without_windows(monkeypatch)  # a model whose windows get lost, as long as rows are shared
+    scorer = TextRewardModel(tmp_path)
+    for part in (slice(0, 2), slice(2, 5)):
+        asked = prompts[:1] * 2 if part.start == 0 else prompts[1:] * 3
+        answers = ["ab", "cd"] if part.start == 0 else texts
+        close(scorer.score(asked, answers), expected[part])
+
+
 def test_the_examples_that_are_tried_are_the_awkward_ones():
     chosen = awkward(EXAMPLES)
     assert {3, 4} & {e["index"] for e in chosen}
@@ -229,9 +253,6 @@ def test_a_window_that_no_mask_of_ours_knows_keeps_rows_apart():
     narrow = cases(3, 9, prompt=(1, 3), responses=(2, 3), said=(0, 3))
     assert check_packing(model, narrow, 0) is None
     assert "packed rows give other outputs" in check_packing(model, [*narrow, *EXAMPLES], 0)
-
-
-# --- the trunk -------------------------------------------------------------------------------------------
 
 
 @EACH
@@ -284,9 +305,6 @@ def test_a_top_whose_layers_take_the_windows_of_others_is_noticed(family, monkey
     assert build_trunk(recipe, recipe.reward, model, EXAMPLES[:3], 0, share=False) is not None
 
 
-# --- folded weights --------------------------------------------------------------------------------------
-
-
 @EACH
 @torch.no_grad()
 def test_a_folded_role_reads_rows_beyond_the_window_as_an_unfolded_one(family):
@@ -296,8 +314,6 @@ def test_a_folded_role_reads_rows_beyond_the_window_as_an_unfolded_one(family):
     with backbone.folded("value"):
         close(backbone("value", ids, mask), expected)
 
-
-# --- the decoding cache ----------------------------------------------------------------------------------
 
 PROMPTS = [ids_of(40), ids_of(3, 1), ids_of(40), ids_of(20, 2), ids_of(1, 3), ids_of(3, 1)]
 
@@ -338,9 +354,6 @@ def test_a_model_is_sampled_alike_by_its_parts_and_as_a_whole(family, whole):
         close(found.log_probs_BR[row], torch.tensor(expected))
 
 
-# --- trees behind kept states ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "config", [*FAMILIES.values(), GPT_NEO, LLAMA4], ids=[*FAMILIES, "gpt_neo", "llama4"]
 )
@@ -366,9 +379,6 @@ def test_trees_are_tried_on_a_row_beyond_the_window(monkeypatch):
     assert Scorer(base_of(GPT_NEO), 512).takes_trees()  # on a few tokens no window shows
     monkeypatch.undo()
     assert Scorer(base_of(hf.LlamaConfig(**SHAPE)), 512).takes_trees()
-
-
-# --- trainings -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])

@@ -47,7 +47,7 @@ def build_trunk(
             for few in [awkward(rows)]
             for batch in micro_batches(few, _TOKENS_AT_ONCE, share=share)
         )
-    except (AttributeError, TypeError, RuntimeError) as error:
+    except (AttributeError, TypeError, RuntimeError, ValueError, LookupError) as error:
         print(f"warning: this architecture cannot be split at layer {cut} ({error}): no trunk cache")
         return None
     if not gap <= tolerance(model):

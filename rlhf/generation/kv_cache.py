@@ -118,6 +118,9 @@ class Decoding:
         prefix: keys and values of a text before every prompt; empty = none.
         additive_mask: whether the decoder takes an attention mask that is added to the scores, where its
             attention does.
+
+    Raises:
+        ValueError: there is a prefix, and not every layer looks back at all of it.
     """
 
     def __init__(
@@ -133,6 +136,8 @@ class Decoding:
         self._length = prefix[0][0].shape[2] if prefix else 0
         self._cache = new_cache(config, self._length + room)
         self.plain = all(type(layer) is RoomyLayer for layer in self._cache.layers)
+        if prefix and not self.plain:  # windows count columns, and padding stands between text and prompt
+            raise ValueError("no text can stand before prompts where layers look back at a window only")
         self._ready_made = self.plain and additive_mask and config._attn_implementation in _READY_MADE
 
     def start(self, ids_BP: Tensor, mask_BP: Tensor) -> Tensor:

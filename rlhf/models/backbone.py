@@ -345,7 +345,7 @@ class Backbone(nn.Module):
             trunk = self._decode(ids, mask, part="trunk")
             if torch.allclose(self._decode(ids, mask, part="top", hidden_BTD=trunk), hidden, atol=1e-4):
                 return None
-        except (AttributeError, TypeError, RuntimeError) as error:
+        except (AttributeError, TypeError, RuntimeError, ValueError, LookupError) as error:
             reason = str(error)
         self.drop_trunk("this architecture cannot be split at the first adapted layer")
         return f"{self.no_trunk} ({reason}): no trunk cache"

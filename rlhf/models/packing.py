@@ -261,8 +261,8 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def tolerance(model: Any) -> float:
-    """The :func:`difference` that rounding alone can make: a hundred times as much in half precision, and in
-    a quantized base, whose scales depend on what else is in a batch."""
+    """The :func:`difference` that rounding alone can make: 50 times as much in half precision (0.01 were seen
+    in bfloat16), and in a quantized base, whose scales depend on what else is in a batch."""
     base = getattr(model, "module", model).base_model.model
     exact = base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
-    return _TOLERANCE * (1 if exact else 100)
+    return _TOLERANCE * (1 if exact else 50)
