@@ -1,7 +1,7 @@
 """Which options go together: the whole road on the tiny model under a pairwise table of recipe options.
 
 Every value of every option meets every value of every other one in some row, but for :data:`REFUSED`, which
-the product refuses before it starts. ``docs/models.md`` has the options' values; a test holds it to them.
+the product refuses before it starts. The table in ``docs/guide.md`` names what is refused.
 """
 
 import itertools
@@ -22,9 +22,9 @@ RECIPE = ROOT / "recipes" / "tiny_assistant.yaml"
 SMALL = (
     "data.prompts=[]",
     "data.held_out_prompts=[]",
-    "data.limit=12",
+    "data.limit=16",
     "dialogue.max_prompt_tokens=112",
-    "dialogue.max_response_tokens=6",
+    "dialogue.max_response_tokens=8",
     "distill.max_tokens=128",
     "sft.epochs=1",
     "sft.batch_size=4",
@@ -39,11 +39,11 @@ SMALL = (
     "ppo.micro_batch_size=2",
     "ppo.rollout_batch_size=4",
     "evaluate.prompts=3",
-    "tax.tasks.lm_loss.limit=2",
-    "tax.tasks.toxicity.limit=2",
+    "tax.tasks={hhh: recipes/tiny/hhh_helpful.json, lm_loss: {files: recipes/tiny/texts.jsonl, limit: 2}}",
 )
 PMP = (
-    "pmp={sources: [{files: recipes/tiny/comparisons.jsonl}], limit: 8, batch_size: 4, learning_rate: 1e-3%s}"
+    "pmp={sources: [{files: recipes/tiny/comparisons.jsonl}], limit: 16, batch_size: 4,"
+    " learning_rate: 1e-3%s}"
 )
 OPTIONS = {
     "model.dtype": {kind: [f"model.dtype={kind}"] for kind in ("float32", "bfloat16", "float16")},
@@ -244,6 +244,13 @@ def test_the_whole_road_works_under_options_in_pairs(row, inside, no_picture, mo
     assert max(errors) <= (1e-5 if exact else 0.0)  # rounding, or the very same passes
     for card, ppo in scores(recipe, folder):
         assert card == pytest.approx(ppo, abs=1e-5)
+
+
+def test_the_guide_names_what_does_not_go_together():
+    lines = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").splitlines()
+    for first, value, second, other in REFUSED:
+        line = next(line for line in lines if line.startswith(f"| `{first}: {value}` |"))
+        assert f"`{second}: {other}`" in line or f"`{second}`" in line, (first, second, other)
 
 
 def test_the_table_has_every_pair_that_is_not_refused():
