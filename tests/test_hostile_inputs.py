@@ -1,6 +1,5 @@
 """No recipe and no data file gets more than one line out of a run: status 2, at once, in little memory."""
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import hostile
 import pytest
+
+from benchmarks.faults.killed_process import SERVER
 
 SECONDS, BYTES = 5.0, 500 << 20
 CASES = [
@@ -21,10 +22,6 @@ CASES = [
     *(pytest.param("data", kind, content, id=f"data: {name}")
       for name, (kind, content) in hostile.FILES.items()),
 ]  # fmt: skip
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    ["rlhf.recipe.load", "rlhf.data.readers", "rlhf.runs.stage", "pyarrow.parquet"]
-)
 
 
 def attempt(kind, content, folder, log):
@@ -68,7 +65,7 @@ def test_a_hostile_input_is_one_line(kind, ending, content, tmp_path):
     if kind != "set":
         content = str(hostile.written(tmp_path / f"hostile{ending}", content))
     log, began = tmp_path / "log", time.monotonic()
-    process = _SERVER.Process(target=attempt, args=(kind, content, str(tmp_path / "here"), str(log)))
+    process = SERVER.Process(target=attempt, args=(kind, content, str(tmp_path / "here"), str(log)))
     process.start()
     process.join(2 * SECONDS)
     if process.is_alive():

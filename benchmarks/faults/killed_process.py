@@ -81,8 +81,9 @@ LAST = ("finish", "tidy")
 FULL_DISK = 0  # instead of a signal: the call fails with ENOSPC
 BRIEF = ("optimizer", "log", "sync", "rename", "remove", "tidy")  # over before a timer could fire
 BETWEEN = "between"
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+"""Forks processes that have imported everything; a program has one such server, with one list of imports."""
+SERVER.set_forkserver_preload(
     [
         "policy.ppo.run",
         "policy.sft.run",
@@ -235,7 +236,7 @@ class Start:
         self.log = root / f"{name}-{rank}.log"
         self.log.unlink(missing_ok=True)
         self.marks = root / f"{name}-{rank}.marks"
-        self.process: BaseProcess = _SERVER.Process(
+        self.process: BaseProcess = SERVER.Process(
             target=run_stage, args=(name, root, rank, tuple(overrides), plan, environment or {}, before)
         )
         self.process.start()
