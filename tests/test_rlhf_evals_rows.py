@@ -209,7 +209,7 @@ def test_problems_are_read_out_of_archives_and_further_fields_ignored(tmp_path):
 
 def test_texts_are_read_from_rows_and_files_and_archives(tmp_path):
     (tmp_path / "t.txt").write_text("one\ntwo", encoding="utf-8")
-    (tmp_path / "z.txt.gz").write_bytes(gzip.compress(b"three"))
+    (tmp_path / "z.txt.gz").write_bytes(gzip.compress(b"three", mtime=0))
     rows = write_rows(tmp_path / "r.jsonl", [{"text": "four"}, {"text": "  "}, {"text": "five", "x": 1}])
     assert read("lm_loss", tmp_path / "*.txt*", rows) == [
         lm_loss.Item("t:1", "t", "one\ntwo"),
@@ -225,7 +225,7 @@ def test_texts_are_read_from_rows_and_files_and_archives(tmp_path):
     ("name", "content", "message"),
     [
         ("b.txt", b"good\n\xff\xfe", r"b\.txt:2: not UTF-8"),
-        ("c.txt.gz", gzip.compress(b"three")[:-4], r"c\.txt\.gz: cannot be read"),
+        ("c.txt.gz", gzip.compress(b"three", mtime=0)[:-4], r"c\.txt\.gz: cannot be read"),
         ("missing.txt", None, "cannot be read"),
         ("e.txt", b" \n ", "no text in"),
     ],

@@ -179,7 +179,8 @@ def test_a_missing_file_an_unmatched_pattern_and_a_directory_are_named(tmp_path)
     assert refusal().startswith("data.comparisons names no file")
 
 
-ZIPPED = gzip.compress("".join(json.dumps({**TRL, "prompt": str(n)}) + "\n" for n in range(5)).encode())
+ROWS = "".join(json.dumps({**TRL, "prompt": str(n)}) + "\n" for n in range(5))
+ZIPPED = gzip.compress(ROWS.encode(), mtime=0)  # the name of a test holds these bytes
 NOT_UTF8 = "not UTF-8 text (invalid start byte); save it as UTF-8"
 DAMAGED = ": truncated or damaged gzip file"
 ONE_A_LINE = ":2: not valid JSON: Extra data; a file with one object a line is named .jsonl"
