@@ -188,6 +188,7 @@ def half(content):
 
 
 ROW = lines(GOOD).encode()
+LONG = {".jsonl": GIGABYTE, ".json": GIGABYTE >> 2, ".csv": GIGABYTE >> 2, ".xml": GIGABYTE >> 2}
 FILES = {
     **{f"{key} = {value!r}"[:70]: (".jsonl", lines(GOOD | {key: value}))
        for key, values in WRONG_FIELDS.items() for value in values},
@@ -206,8 +207,8 @@ FILES = {
     **{f"a pipe{kind}": (kind, pipe)
        for kind in (".jsonl", ".json", ".csv", ".parquet", ".xml", ".jsonl.gz")},
     **{f"/dev/zero{kind}": (kind, zeros) for kind in (".jsonl", ".json", ".csv", ".parquet", ".xml")},
-    **{f"1 GB without a line end{kind}": (kind, sparse(GIGABYTE, b'{"prompt": "'))
-       for kind in (".jsonl", ".json", ".csv", ".xml")},
+    **{f"{size >> 20} MB without a line end{kind}": (kind, sparse(size, b'{"prompt": "'))
+       for kind, size in LONG.items()},
     "a link to itself": (".jsonl", loop),
     "a link to nothing": (".jsonl", dangling),
     "a folder": (".jsonl", lambda path: path.mkdir()),

@@ -53,6 +53,14 @@ def attempt(kind, content, folder, log):
     exit_on_user_error(main)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """The processes' server has begun: its imports are not a case's time."""
+    first = SERVER.Process(target=os.getpid)
+    first.start()
+    first.join()
+
+
 def test_there_are_as_many_cases_as_the_documents_say():
     kinds = [case.values[0] for case in CASES]
     assert kinds.count("recipe") + kinds.count("set") >= 150
