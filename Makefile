@@ -51,7 +51,7 @@ $(STAMPS)/setup: pyproject.toml constraints.txt
 		test ! -e $(VENV)/pyvenv.cfg || { echo 'the environment $(VENV) has no pip or an old Python: it is made anew'; \
 			rm -rf $(VENV); }; \
 		$(PYTHON) -m venv $(VENV) || { echo 'error: $(PYTHON) cannot make a virtual environment with pip:' \
-			'install its venv package (apt install python3-venv)' >&2; rm -rf $(VENV); exit 2; }; }
+			'install its venv package (apt install python3-venv)' >&2; exit 2; }; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

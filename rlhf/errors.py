@@ -55,6 +55,11 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+def first_line(error: BaseException, limit: int | None = None) -> str:
+    """The first line of an error's message, of at most ``limit`` characters; its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
 def errno_of(error: BaseException) -> int | None:
     """The operating system's number of an error, read out of safetensors' and torch's words where need be."""
     if isinstance(error, OSError):

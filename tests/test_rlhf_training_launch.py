@@ -259,3 +259,26 @@ def test_an_old_python_is_named_before_anything_is_made(tmp_path):
         "error: Python 3.10 is too old, 3.11 or later is needed: make setup PYTHON="
     )
     assert not (tmp_path / "v").exists()
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(tmp_path):
+    stub, kept = tmp_path / "python", tmp_path / "v" / "kept.txt"
+    kept.parent.mkdir()
+    kept.touch()
+    stub.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exit 1\nexec {sys.executable} "$@"\n')  # has no venv
+    stub.chmod(0o755)
+    command = [
+        "make",
+        "-C",
+        str(ROOT),
+        "setup",
+        f"PYTHON={stub}",
+        f"VENV={tmp_path}/v",
+        f"STAMPS={tmp_path}/s",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"error: {stub} cannot make a virtual environment with pip: install its venv"
+    )
+    assert kept.exists()

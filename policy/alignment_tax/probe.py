@@ -9,7 +9,7 @@ import torch
 
 from policy.ppo.setup import new_backbone
 from reward.model.model import new_reward_model
-from rlhf.errors import UserError
+from rlhf.errors import UserError, first_line
 from rlhf.generation.sampling import sample
 from rlhf.models.base import best_device, load_base
 from rlhf.models.masks import left_pad
@@ -67,7 +67,7 @@ def probe(recipe: Recipe) -> str:
         with torch.no_grad():
             _check_finite(classifier(input_ids=ids_BT, attention_mask=mask_BT.long()).logits)
     except _FAULTS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error, 200)
         raise UserError(
             f"model.path: {recipe.model.path} cannot be trained here: {where} fails on a few tokens "
             f"({reason}); use another base"

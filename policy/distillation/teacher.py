@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 from policy.distillation.data import Passage
-from rlhf.errors import UserError
+from rlhf.errors import UserError, first_line
 from rlhf.generation.kv_cache import before_rows
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
@@ -126,7 +126,7 @@ class Teacher:
             )
         except (OSError, ValueError) as error:
             key = "model.path" if self._is_base else "distill.teacher"
-            raise UserError(f"{key}: no model at {self._model.path} ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{key}: no model at {self._model.path} ({first_line(error)})") from None
         self._commit = getattr(config, "_commit_hash", None)
         self.origin = self._model.path
         self.window = window_of(config)

@@ -34,7 +34,7 @@ def encode(demonstrations: Sequence[Demonstration], dialogue: Dialogue, loss_on:
     rows = []
     for shown in demonstrations:
         prompt = dialogue.encode_prompt(shown.prompt)
-        response = dialogue.said(dialogue.encode_response(shown.response))
+        response = dialogue.until_end(dialogue.encode_response(shown.response))
         if len(response) < dialogue.max_response_tokens:
             response = [*response, dialogue.end_id]
         before = [loss_on == "all"] * len(prompt)

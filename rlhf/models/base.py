@@ -18,7 +18,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging as hf_logging
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, first_line
 from rlhf.models.log_probs import logits_head
 from rlhf.models.onednn import use_onednn
 from rlhf.recipe.load import Recipe
@@ -113,7 +113,7 @@ def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) ->
             **source,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"model.path: no model at {model.path} ({reason}); run `make model RECIPE=...` or check the path"
         ) from None

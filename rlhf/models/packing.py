@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.errors import first_line
 from rlhf.models.backbone import layers_of
 from rlhf.models.log_probs import chunk_of, token_log_probs
 from rlhf.models.masks import attention_masks
@@ -242,7 +243,7 @@ def compare_packing(states: Callable[[bool], Tensor], model: Any) -> str | None:
     try:
         packed, separate = states(True), states(False)
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        reason = first_line(error, 100)
         return f"this architecture does not take packed rows ({reason}): nothing shares a row"
     gap = difference(packed, separate)
     if gap <= tolerance(model):

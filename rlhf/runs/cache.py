@@ -19,7 +19,7 @@ def remember(
     is_main: bool = True,
     on_new: Callable[[], None] = lambda: None,
 ) -> Any:
-    """The value of a name and a key: read where an earlier session left it, computed and written otherwise.
+    """The value of a name and a key: read where an earlier start left it, computed and written otherwise.
 
     A file that is damaged, even by one bit, counts as not there. Values of one name and several keys lie side
     by side.

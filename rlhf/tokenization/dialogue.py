@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.data.comparisons import Message
-from rlhf.errors import UserError
+from rlhf.errors import UserError, first_line
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Model
 from rlhf.tokenization.special_tokens import SpelledTokens, added_tokens, id_of, pad_id, special_ends
@@ -188,17 +188,17 @@ class Dialogue:
         """What ends every sequence that the reward model reads: the end of the turn, and its own token."""
         return [self.end_id] if self.end_of_context_id is None else [self.end_id, self.end_of_context_id]
 
-    def said(self, ids: Sequence[int]) -> list[int]:
+    def until_end(self, ids: Sequence[int]) -> list[int]:
         """The ids of a response up to what ended it."""
         return list(itertools.takewhile(lambda i: i not in self.end_ids, ids))
 
     def close(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[int]:
         """The sequence that the reward model reads: prompt, response, exactly one closing."""
-        return [*prompt_ids, *self.said(response_ids), *self.closing]
+        return [*prompt_ids, *self.until_end(response_ids), *self.closing]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids up to what ends them, special tokens left out."""
-        ids = self.said(ids)
+        ids = self.until_end(ids)
         return self._behind.decode(ids) if self._behind else self._decoded(ids)
 
     def _decoded(self, ids: list[int]) -> str:
@@ -239,7 +239,7 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(path), **options)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"model.path: no tokenizer at {path} ({reason}); run `make model RECIPE=...` or check the path"
         ) from None
