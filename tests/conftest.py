@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from rlhf.recipe.load import load
 from rlhf.runs.artifacts import MANIFEST, read_json, write_manifest
+from rlhf.runs.processes import print_once
 
 # the same examples at every run: what lands must not depend on luck
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -50,6 +51,12 @@ def noted_anew(folder):
 def tiny_recipe(*overrides):
     """The tiny recipe with prompts by absolute path, so that it loads from any folder."""
     return load(TINY, [*PROMPTS, *overrides])
+
+
+@pytest.fixture(autouse=True)
+def printed_anew():
+    """What is printed once a process is printed once a test: which tests ran before must not matter."""
+    print_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

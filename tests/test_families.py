@@ -22,7 +22,6 @@ from rlhf.models.base import load_base
 from rlhf.models.lora import fused_share
 from rlhf.models.masks import left_pad
 from rlhf.recipe.schema import Lora, Model
-from rlhf.runs.processes import print_once
 
 WORK = [name for name in FAMILIES if name not in REFUSED]
 SHORT = (
@@ -110,7 +109,6 @@ def test_a_family_is_decoded_greedily_as_by_itself(name, models):
 
 @pytest.mark.parametrize("name", WORK)
 def test_a_family_goes_the_whole_road(name, models, inside, capsys):
-    print_once.cache_clear()
     for main in (collect.main, reward.main, ppo.main, evaluate.main):
         stage(main, f"model.path={models / name}", "model.source=hub", *SHORT)
     assert ("get no adapter" in capsys.readouterr().out) == (name in ("qwen2_moe", "mixtral"))
