@@ -30,8 +30,8 @@ def user(text):
     return (Message("user", text),)
 
 
-def make(prompt="q", responses=("a", "b"), ranks=(0, 1), source="s", confidence=None):
-    return Comparison(user(prompt), tuple(responses), tuple(ranks), source, confidence)
+def make(prompt="q", responses=("a", "b"), ranks=(0, 1), source="s", confidence=None, group=None):
+    return Comparison(user(prompt), tuple(responses), tuple(ranks), source, confidence, group)
 
 
 def cleaned(*comparisons):
@@ -55,7 +55,8 @@ def usable(draw):
     )
     prompt = (*(Message(*turn) for turn in turns), Message("user", draw(words)))
     confidence = draw(st.none() | st.floats(0, 1))
-    return Comparison(prompt, tuple(responses), tuple(ranks), draw(st.text(max_size=5)), confidence)
+    group = draw(st.none() | st.text(max_size=3))
+    return Comparison(prompt, tuple(responses), tuple(ranks), draw(st.text(max_size=5)), confidence, group)
 
 
 @given(usable())
@@ -88,6 +89,7 @@ def test_a_usable_comparison_has_no_problem(comparison):
         ({"confidence": 1.1}, "confidence outside [0, 1]"),
         ({"confidence": -0.1}, "confidence outside [0, 1]"),
         ({"confidence": float("nan")}, "confidence outside [0, 1]"),
+        ({"group": "\ud83d"}, "text that is not valid Unicode (a lone surrogate)"),
     ],
 )
 def test_every_fault_has_its_own_name(change, reason):
@@ -229,6 +231,25 @@ def test_native_rows_survive_writing_and_reading(tmp_path_factory, comparisons):
     assert again == comparisons
     assert counts.as_dict() == Counts(read=len(comparisons)).as_dict()
     assert [p.name for p in path.parent.iterdir()] == ["c.jsonl"]
+
+
+def test_a_group_stays_and_is_written_only_where_it_is_set(tmp_path):
+    kept, _ = cleaned(
+        make(responses=("a", "b", "a"), ranks=(0, 1, 2), group="g"), make(group="other"), make("p")
+    )
+    assert [c.group for c in kept] == ["g", None]  # a group does not make another comparison
+    write_native(tmp_path / "c.jsonl", kept)
+    rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert rows[0]["group"] == "g"
+    assert list(rows[1]) == ["prompt", "responses", "ranks", "source", "confidence"]
+
+
+def test_a_group_that_is_no_text_is_a_bad_row(tmp_path):
+    (tmp_path / "c.jsonl").write_text(
+        '{"prompt": "q", "responses": ["a", "b"], "ranks": [0, 1], "group": 3}\n'
+    )
+    with pytest.raises(UserError, match=r"c.jsonl:1: .*group is not a string"):
+        read_native(tmp_path / "c.jsonl", "stop", Counts())
 
 
 def test_a_native_prompt_may_be_a_plain_string(tmp_path):

@@ -8,7 +8,6 @@ files.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import platform
 import random
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from reward.card.figures import Scored, figures
 from reward.card.report import as_markdown
-from rlhf.data.comparisons import Comparison, Counts, distinct_responses, prompt_key
+from rlhf.data.comparisons import Comparison, Counts, distinct_responses, native_row, prompt_key
 from rlhf.data.prompts import read_prompts
 from rlhf.data.readers import read_comparisons
 from rlhf.data.readers.native import read_native
@@ -220,7 +219,7 @@ def write_scores(
     write_jsonl(
         path,
         (
-            {**dataclasses.asdict(c), **{name: part[i].tolist() for name, part in split.items()}}
+            {**native_row(c), **{name: part[i].tolist() for name, part in split.items()}}
             for i, c in enumerate(comparisons)
         ),
     )

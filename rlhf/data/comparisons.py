@@ -12,9 +12,9 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from rlhf.errors import UserError
 from rlhf.runs.artifacts import write_jsonl
@@ -53,6 +53,7 @@ class Comparison:
     prompt: the dialogue before the response; its last message is the user's (a plain text to continue is
     one user message). ranks: one integer per response, 0 = best, equal = tie. source: the data set, for
     statistics per source. confidence: how sure the annotator was, in [0, 1]; None = not recorded.
+    group: what belongs together beyond the prompt (a debate, an item of a benchmark); None = nothing does.
     The constructor accepts anything: :func:`problem` says whether a comparison can be used.
     """
 
@@ -61,6 +62,7 @@ class Comparison:
     ranks: tuple[int, ...]
     source: str
     confidence: float | None = None
+    group: str | None = None
 
 
 def problem(comparison: Comparison) -> str | None:
@@ -90,6 +92,8 @@ def _problems(comparison: Comparison) -> Iterator[str]:
     # NaN, for which every comparison is false, is refused too
     if confidence is not None and not (_is_number(confidence, int, float) and 0 <= confidence <= 1):
         yield "confidence outside [0, 1]"
+    if comparison.group is not None and not _is_unicode(comparison.group):
+        yield "text that is not valid Unicode (a lone surrogate)"
 
 
 def _is_number(value: object, *kinds: type) -> bool:
@@ -192,7 +196,7 @@ def deduplicate(comparisons: Iterable[Comparison], counts: Counts) -> list[Compa
 
     A response that stands twice in one comparison keeps its better rank. A comparison left with one
     response, or with ties only, is dropped. Two comparisons are the same when prompt, responses and their
-    order of preference are, in whatever order the responses are listed; source and confidence do not count.
+    order of preference are, however the responses are listed; source, confidence and group do not count.
     The ranks of the result are dense (0, 1, 2, ... without gaps). White space at the ends of a text does
     not make it another text.
 
@@ -226,12 +230,10 @@ def distinct_responses(comparison: Comparison, identity: Callable[[str], Hashabl
         key = identity(response)
         best[key] = (min(rank, best[key][0]), best[key][1]) if key in best else (rank, response)
     dense = {rank: index for index, rank in enumerate(sorted({rank for rank, _ in best.values()}))}
-    return Comparison(
-        comparison.prompt,
-        tuple(response for _, response in best.values()),
-        tuple(dense[rank] for rank, _ in best.values()),
-        comparison.source,
-        comparison.confidence,
+    return replace(
+        comparison,
+        responses=tuple(response for _, response in best.values()),
+        ranks=tuple(dense[rank] for rank, _ in best.values()),
     )
 
 
@@ -296,8 +298,16 @@ def reservoir_sample(items: Iterable[Item], number: int, chance: random.Random) 
 
 
 def write_native(path: str | Path, comparisons: Iterable[Comparison]) -> None:
-    """Write JSON Lines, one comparison a line: prompt (messages), responses, ranks, source, confidence.
+    """Write JSON Lines, one comparison a line: see :func:`native_row`.
 
     The file appears under its name only when it is complete.
     """
-    write_jsonl(Path(path), map(asdict, comparisons))
+    write_jsonl(Path(path), map(native_row, comparisons))
+
+
+def native_row(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as a JSON object; ``group`` is there only where it is set, as confidence always is."""
+    row = asdict(comparison)
+    if comparison.group is None:
+        del row["group"]
+    return row

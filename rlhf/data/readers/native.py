@@ -1,4 +1,4 @@
-"""The project's rows: {"prompt", "responses", "ranks", "source"?, "confidence"?}, one comparison each."""
+"""The project's rows: {"prompt", "responses", "ranks", "source"?, "confidence"?, "group"?}."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ def parse(row: Row, source: str) -> Iterator[Comparison]:
         raise BadRow("responses are not a list of strings")
     if not isinstance(ranks, list):
         raise BadRow("ranks are not a list")
-    own_source = row.get("source")
+    own_source, group = row.get("source"), row.get("group")
     if own_source is not None and not isinstance(own_source, str):
         raise BadRow("source is not a string")
+    if group is not None and not isinstance(group, str):
+        raise BadRow("group is not a string")
     yield Comparison(
         prompt_of(row["prompt"]),
         tuple(responses),
         tuple(ranks),
         source if own_source is None else own_source,
         confidence(row),
+        group,
     )
 
 
