@@ -26,6 +26,7 @@ def probe_once(recipe: Recipe, folder: Path) -> str:
     files = sorted(file for file in Path(recipe.model.path).expanduser().iterdir() if file.is_file())
     key = {
         "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "layers": recipe.reward.layers,
         "recipe": recipe.model_dump(
             mode="json", include={"model", "lora", "dialogue", "ppo", "distill", "hhh_prompt"}
         ),
@@ -63,7 +64,8 @@ def probe(recipe: Recipe) -> str:
         sample(model, "policy", prompts, uniforms, eos_id=eos, pad_id=pad, temperature=1.0)
         del model, base
         where = "the reward model"
-        classifier: Any = new_reward_model(recipe, dialogue).to(best_device())
+        layers = recipe.reward.layers
+        classifier: Any = new_reward_model(recipe, dialogue, layers=layers).to(best_device())
         with torch.no_grad():
             _check_finite(classifier(input_ids=ids_BT, attention_mask=mask_BT.long()).logits)
     except _FAULTS as error:

@@ -18,6 +18,7 @@ from policy.evaluate.best_of_n import best_of_figures, draw
 from policy.ppo.rollout import RewardFn
 from policy.ppo.setup import (
     check_rewards,
+    depths_of,
     load_scorer,
     reads_text,
     reward_adapters,
@@ -84,10 +85,13 @@ def _sampling(recipe: Recipe) -> dict[str, Any]:
 
 def _backbone(recipe: Recipe, run: StageRun) -> Backbone:
     """The policy, its reference, and room for the reward models that are adapters of the same base."""
-    rewards = () if recipe.ppo.retokenize else reward_adapters(len(reward_folders(recipe, run)))
+    folders = [] if recipe.ppo.retokenize else reward_folders(recipe, run)
+    rewards = reward_adapters(len(folders)) if folders else ()
     start = start_folder(recipe, run, "ppo")
     adapters = ("policy", *rewards, *((REFERENCE,) if start else ()))
-    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=adapters, heads=rewards)
+    depths = depths_of(rewards, folders)
+    base = load_base(recipe.model)
+    backbone = Backbone(base, recipe.lora, adapters=adapters, heads=rewards, depths=depths)
     backbone.load_adapter("policy", run.parent("ppo") / "policy")
     if start:
         backbone.load_adapter(REFERENCE, start)

@@ -8,7 +8,7 @@ Shape suffixes: ``_M`` reward model, ``_B`` response row, ``_T`` token, ``_D`` h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -57,11 +57,19 @@ def check_rewards(recipe: Recipe, dialogue: Dialogue, folders: Sequence[Path]) -
         check_same_contract(load_config(folder), recipe, dialogue, folder)
 
 
+def depths_of(names: Sequence[str], folders: Sequence[Path]) -> dict[str, int]:
+    """How many of the base's layers those reward models consist of that do not have them all, by adapter."""
+    depths = {name: load_config(folder).layers for name, folder in zip(names, folders, strict=True)}
+    return {name: depth for name, depth in depths.items() if depth is not None}
+
+
 def load_scorer(backbone: Backbone, adapter: str, folder: Path) -> str:
     """Read a reward model into an adapter, its head and its offset; returns where they come from."""
     count = backbone.load_adapter(adapter, folder)
     backbone.set_offset(adapter, load_config(folder).offset)
-    return f"{count} tensors of {folder} ({_hash_of(folder)})"
+    depth = backbone.depths.get(adapter)
+    part = "" if depth is None else f", on the first {depth} layers"
+    return f"{count} tensors of {folder} ({_hash_of(folder)}){part}"
 
 
 def _hash_of(folder: Path) -> str:
@@ -75,6 +83,7 @@ def new_backbone(
     *,
     rewards: Sequence[str] = (),
     reference_copy: bool = False,
+    depths: Mapping[str, int] | None = None,
 ) -> Backbone:
     """A base with fresh adapters and zero heads, as a ``ppo`` section needs them.
 
@@ -84,10 +93,15 @@ def new_backbone(
         section: whether there is a value, and whether it has an adapter of its own.
         rewards: names of adapters with a scalar head, to be loaded with reward models.
         reference_copy: make an adapter ``reference``; else the reference is the base without adapters.
+        depths: rewards that consist of so many of the base's layers; the value that starts as the first of
+            them does too.
     """
+    depths = dict(depths or {})
     heads = ("value",) if section.has_value else ()
     own = heads if section.value == "adapter" else ()
     reference = (REFERENCE,) if reference_copy else ()
+    if own and rewards and rewards[0] in depths:
+        depths["value"] = depths[rewards[0]]
     backbone = Backbone(
         base,
         lora,
@@ -95,6 +109,7 @@ def new_backbone(
         heads=(*heads, *rewards),
         trainable=("policy", *heads),
         shared={"value": "policy"} if heads and not own else None,
+        depths=depths,
     )
     backbone.zero_heads()
     return backbone
@@ -120,7 +135,12 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weight
     own_value = section.has_value and section.value == "adapter"
     torch.manual_seed(recipe.seed)
     backbone = new_backbone(
-        load_base(recipe.model), recipe.lora, section, rewards=rewards, reference_copy=start is not None
+        load_base(recipe.model),
+        recipe.lora,
+        section,
+        rewards=rewards,
+        reference_copy=start is not None,
+        depths=depths_of(rewards, folders) if rewards else None,
     )
     origins = {"policy": f"{recipe.model.path}, fresh adapter (no change at the start)"}
     origins["reference"] = f"{recipe.model.path}, adapters off"

@@ -69,35 +69,42 @@ class RewardModelConfig(NamedTuple):
     """``model.quantization`` of the same."""
     revision: str | None = None
     """``model.revision`` of the same."""
+    layers: int | None = None
+    """How many of the base's layers, from the first, it consists of, its last norm and the head behind them;
+    None = all."""
 
     def as_dict(self) -> dict[str, Any]:
         """As it is written: of what came later only what is not the default, as files before it."""
         usual = self._field_defaults
-        return {k: v for k, v in self._asdict().items() if k not in (*_LOADING, *_TURNS) or v != usual[k]}
+        later = (*_LOADING, *_TURNS, "layers")
+        return {k: v for k, v in self._asdict().items() if k not in later or v != usual[k]}
 
     def loading(self) -> dict[str, Any]:
         """The fields of a recipe's ``model`` section that say how the base was loaded."""
         return {name: getattr(self, name) for name in _LOADING}
 
 
-def load_classifier(model: Model, dialogue: Dialogue) -> Any:
-    """The base as a sequence classifier with one output, which reads packed rows; its head is float32."""
-    options = {"num_labels": 1, "pad_token_id": dialogue.pad_id}
+def load_classifier(model: Model, dialogue: Dialogue, layers: int | None = None) -> Any:
+    """The base, or its first ``layers`` layers, as a sequence classifier with one output, which reads packed
+    rows; its head is float32."""
+    options: dict[str, Any] = {"num_labels": 1, "pad_token_id": dialogue.pad_id, "layers": layers}
     base: Any = with_hidden_states(load_base(model, AutoModelForSequenceClassification, **options))
     base.score = base.score.float()
     return base
 
 
-def new_reward_model(recipe: Recipe, dialogue: Dialogue, seed: int | None = None) -> Any:
-    """The base with a fresh adapter and a fresh scalar head, ready for training.
+def new_reward_model(
+    recipe: Recipe, dialogue: Dialogue, seed: int | None = None, *, layers: int | None = None
+) -> Any:
+    """The base, or its first ``layers`` layers, with a fresh adapter and a fresh scalar head.
 
     The head's weights start as N(0, 1/(d+1)) (Stiennon 2020; Huang 2024, detail 5), from the recipe's seed
     unless another is given.
     """
-    base = load_classifier(recipe.model, dialogue)
+    base = load_classifier(recipe.model, dialogue, layers)
     torch.manual_seed(recipe.seed if seed is None else seed)
     nn.init.normal_(base.score.weight, std=head_init_std(base.score.in_features))
-    config = lora_config(recipe.lora, base, task="SEQ_CLS", modules_to_save=["score"])
+    config = lora_config(recipe.lora, base, task="SEQ_CLS", depth=layers, modules_to_save=["score"])
     return get_peft_model(base, config, autocast_adapter_dtype=True)
 
 
@@ -118,7 +125,8 @@ def start_tensors(model: PeftModel, folder: Path, key: str = "reward.start") -> 
         key: the recipe's key that names the folder, for messages.
 
     Raises:
-        UserError: there is no such model, or it was made with other lora settings or another base.
+        UserError: there is no such model, or it was made with other lora settings, another base or other
+            ``layers`` of it.
     """
     file, config = folder / WEIGHTS, folder / SETTINGS
     for needed in (file, config):
@@ -134,7 +142,7 @@ def start_tensors(model: PeftModel, folder: Path, key: str = "reward.start") -> 
     if made.get("lora_alpha") != settings.lora_alpha or shapes != wanted:
         raise UserError(
             f"{key}: {file} does not fit this recipe ({len(saved)} tensors there, {len(wanted)} here): "
-            "it was made with other lora settings or another base"
+            "it was made with other lora settings or another base, or `layers`"
         )
     return saved
 
@@ -247,7 +255,7 @@ class TextRewardModel:
             template_arguments=self.config.template_arguments,
         )
         options = self.config.loading() | {"trust_remote_code": trust_remote_code}
-        base = load_classifier(Model(path=self.config.base, **options), self.dialogue)
+        base = load_classifier(Model(path=self.config.base, **options), self.dialogue, self.config.layers)
         self.model = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
         self.model.requires_grad_(False)
         self._share, self._checked = True, 0  # tokens of the longest row with which sharing has been tried

@@ -36,7 +36,7 @@ def build_trunk(
     base, top_k = model.base_model.model, recipe.lora.top_k
     if top_k is not None and processes() > 1 and recipe.distributed.zero_stage == 3:
         return None
-    cut = 0 if top_k is None else base.config.get_text_config().num_hidden_layers - top_k
+    cut = 0 if top_k is None else max(0, base.config.get_text_config().num_hidden_layers - top_k)
     tokens = sum(width(e, share) * rows_of(e, share) for e in rows)
     if not keeps_trunk(section, cut, trunk_bytes(base, tokens)):
         return None

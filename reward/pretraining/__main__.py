@@ -35,7 +35,7 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     dialogue = load_dialogue(recipe)
     parts, counts = public_comparisons(recipe, section, run, dialogue)
     train, held_out = encode_split(*parts, dialogue, lambda line: run.say(f"pmp: {line}"))
-    fresh = new_reward_model(recipe, dialogue)
+    fresh = new_reward_model(recipe, dialogue, layers=section.layers)
     if start := start_folder(recipe, run, "pmp"):
         read = start_from(fresh, start, "pmp.start")
         run.say(f"pmp: starts from {start} ({read} tensors)")
@@ -46,7 +46,8 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     )  # fmt: skip
     figures, _ = judge(recipe, section, model, held_out, dialogue, plan)
     results: dict[str, Any] = {f"held_out_{name}": figure.as_dict() for name, figure in figures.items()}
-    save(run, model, run.folder / MODEL, config_of(recipe, dialogue, section, gain=1.0, offset=0.0), dialogue)
+    config = config_of(recipe, dialogue, section, gain=1.0, offset=0.0, layers=section.layers)
+    save(run, model, run.folder / MODEL, config, dialogue)
     if run.is_main:
         found = figures["accuracy"]
         print(

@@ -62,14 +62,15 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     held_out = stored(stage, "held_out")
     rows = Rows(*encode_split(train, held_out, dialogue, lambda line: stage.say(f"reward: {line}")))
     stage.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
-    fresh = new_reward_model(recipe, dialogue)
+    layers = recipe.reward.layers
+    fresh = new_reward_model(recipe, dialogue, layers=layers)
     if start := start_folder(recipe):
         start_tensors(fresh, start)  # a mistake is told before there is work that a mended recipe would lose
     plan = plan_forward(recipe, recipe.reward, fresh, [*rows.train, *rows.held_out], dialogue)
     probe = _probe(stage, fresh, rows, dialogue, plan) if recipe.reward.probe else None
     del fresh
     members = [
-        stage.remember(f"member-{n}", partial(_member, recipe, stage, dialogue, rows, plan, probe, n))
+        stage.remember(f"member-{n}", partial(_member, recipe, stage, dialogue, rows, plan, layers, probe, n))
         for n in range(recipe.reward.members)
     ]
     results: dict[str, Any] = {name: value for name, value in members[0].items() if name != "scores"}
@@ -99,14 +100,15 @@ def _member(
     dialogue: Dialogue,
     rows: Rows,
     plan: ForwardPlan,
+    layers: int | None,
     probe: tuple[Tensor, dict[str, Any]] | None,
     member: int,
 ) -> dict[str, Any]:
     """Train, normalize, save and judge one model."""
     section = recipe.reward
     clear_zero3_init()
-    fresh = new_reward_model(recipe, dialogue, recipe.seed + member)
-    results: dict[str, Any] = {}
+    fresh = new_reward_model(recipe, dialogue, recipe.seed + member, layers=layers)
+    results: dict[str, Any] = {} if layers is None else {"layers": layers}
     if section.head_init == "zero":
         nn.init.zeros_(head_of(fresh).weight)
     if probe:
@@ -124,7 +126,8 @@ def _member(
     results |= {"prompts_shared": plan.share, "trunk_cached": plan.trunk is not None}
     scored = section.objective != "imitation"
     results |= _normalize(recipe, model, rows.train, dialogue) if scored else {"gain": 1.0, "offset": 0.0}
-    config = config_of(recipe, dialogue, section, gain=results["gain"], offset=results["offset"])
+    both = {name: results[name] for name in ("gain", "offset")}
+    config = config_of(recipe, dialogue, section, **both, layers=layers)
     judged = {"held_out": rows.held_out, "train": rows.train[: len(rows.held_out)]}
     for part, examples in judged.items():
         figures, scores = judge(recipe, section, model, examples, dialogue, plan)
@@ -150,7 +153,13 @@ def start_folder(recipe: Recipe) -> Path | None:
 
 
 def config_of(
-    recipe: Recipe, dialogue: Dialogue, section: PreferenceTraining, *, gain: float, offset: float
+    recipe: Recipe,
+    dialogue: Dialogue,
+    section: PreferenceTraining,
+    *,
+    gain: float,
+    offset: float,
+    layers: int | None = None,
 ) -> RewardModelConfig:
     """What is saved beside a trained model."""
     precision = {name: getattr(recipe.model, name) for name in ("dtype", "quantization", "revision")}
@@ -162,6 +171,7 @@ def config_of(
         contract=dialogue.fingerprint(),
         objective=section.objective,
         end_of_turn=dialogue.end_token,
+        layers=layers,
         **{name: getattr(recipe.dialogue, name) for name in names},
         **precision,
     )
@@ -253,10 +263,14 @@ def _check_reload(
         RuntimeError: the scores differ.
     """
     clear_zero3_init()
-    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["reward"], heads=["reward"])
+    config = load_config(folder)
+    depths = {} if config.layers is None else {"reward": config.layers}
+    backbone = Backbone(
+        load_base(recipe.model), recipe.lora, adapters=["reward"], heads=["reward"], depths=depths
+    )
     backbone.load_adapter("reward", folder)
     ids_NT, mask_NT = right_pad(rows, dialogue.pad_id)
-    scores = backbone("reward", ids_NT, mask_NT) + load_config(folder).offset
+    scores = backbone("reward", ids_NT, mask_NT) + config.offset
     gap = float((scores - expected).abs().max())
     exact = backbone.base.dtype == torch.float32
     if gap > (_RELOAD_TOLERANCE if exact else _RELOAD_TOLERANCE_HALF):

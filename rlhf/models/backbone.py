@@ -5,7 +5,9 @@ adapter switched off, or a frozen adapter where the policy starts from one. All 
 :meth:`Backbone.forward`, so that one DeepSpeed engine can wrap it.
 
 Where only the top layers are adapted (``lora.layers: top_k``), the layers below are the same for every role
-and every pass: :meth:`Backbone.trunk` computes their hidden states once, and ``forward`` starts from them.
+and every pass: :meth:`Backbone.trunk` computes their hidden states once, and ``forward`` starts from them. A
+role may run through the lower layers alone (``depths``), as a reward model of fewer layers does: it has no
+use for the trunk, since its own adapter begins below.
 
 Shape suffixes: ``_B`` sequence, ``_T`` token, ``_D`` hidden unit, ``_R`` response token.
 """
@@ -35,8 +37,9 @@ REFERENCE = "reference"  # the role of the base without adapters
 
 
 @contextlib.contextmanager
-def layers_of(decoder: Any, part: str, cut: int) -> Iterator[None]:
-    """Let a decoder consist of its layers below ``cut`` (``trunk``), from there (``top``), or ``all``.
+def layers_of(decoder: Any, part: str, cut: int, depth: int | None = None) -> Iterator[None]:
+    """Let a decoder consist of its layers below ``cut`` (``trunk``), from there (``top``), or ``all``; of
+    the latter two up to ``depth``, where one is given.
 
     The decoder's own forward then builds masks and positions, whatever the architecture. Some look a layer's
     type up by its number, so the types are cut with the layers.
@@ -44,22 +47,23 @@ def layers_of(decoder: Any, part: str, cut: int) -> Iterator[None]:
     Raises:
         AttributeError: its layers or its last norm have no name that is known.
     """
-    if part == "all":
+    if part == "all" and depth is None:
         yield
         return
     stack = stack_of(decoder)
-    layers, norm = getattr(decoder, stack), _first(decoder, _NORMS)
+    wanted = {"trunk": slice(cut), "top": slice(cut, depth), "all": slice(depth)}[part]
+    parts: dict[str, Any] = {stack: getattr(decoder, stack)[wanted]}
     if part == "trunk":
-        parts = {stack: layers[:cut], norm: nn.Identity(), "project_out": None}
-    else:
-        parts = {stack: layers[cut:], **_DONE_BELOW}
+        parts |= {_first(decoder, _NORMS): nn.Identity(), "project_out": None}
+    elif part == "top":
+        parts |= _DONE_BELOW
     before = {name: getattr(decoder, name) for name in parts if getattr(decoder, name, None) is not None}
     types = getattr(decoder.config, "layer_types", None)
     try:
         for name in before:
             setattr(decoder, name, parts[name])
         if types is not None:
-            decoder.config.layer_types = types[:cut] if part == "trunk" else types[cut:]
+            decoder.config.layer_types = types[wanted]
         yield
     finally:
         for name, own in before.items():
@@ -108,6 +112,7 @@ class Backbone(nn.Module):
         heads: names of the adapters that carry a scalar head with bias.
         trainable: names of the adapters that learn; the others stay frozen.
         shared: heads that have no adapter of their own, and whose adapter each reads instead.
+        depths: adapters that run through so many of the base's layers, from the first, and no further.
     """
 
     def __init__(
@@ -119,14 +124,18 @@ class Backbone(nn.Module):
         heads: Sequence[str] = (),
         trainable: Sequence[str] = (),
         shared: Mapping[str, str] | None = None,
+        depths: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         layers = int(base.config.get_text_config().num_hidden_layers)
-        config = lora_config(lora, base)
+        self.depths = {name: depth for name, depth in (depths or {}).items() if depth < layers}
+        configs = {name: lora_config(lora, base, depth=self.depths.get(name)) for name in adapters}
         # autocast keeps adapters in float32 over a half-precision base
-        self.model = get_peft_model(base, config, adapter_name=adapters[0], autocast_adapter_dtype=True)
+        self.model = get_peft_model(
+            base, configs[adapters[0]], adapter_name=adapters[0], autocast_adapter_dtype=True
+        )
         for name in adapters[1:]:
-            self.model.add_adapter(name, config, autocast_adapter_dtype=True)
+            self.model.add_adapter(name, configs[name], autocast_adapter_dtype=True)
         shape = base.config.get_text_config()
         width = int(getattr(shape, "word_embed_proj_dim", None) or shape.hidden_size)  # OPT-350m projects
         self.heads = nn.ModuleDict({name: nn.Linear(width, 1, dtype=torch.float32) for name in heads})
@@ -268,10 +277,14 @@ class Backbone(nn.Module):
             ``start``; with it the values before each response token [B, R].
         """
         if role == "trunk":
+            self.activate(REFERENCE)  # an adapter of fewer layers begins below
             return self._decode(ids_BT, mask_BT, part="trunk")
         self.activate(role)
+        depth = self.depths.get(role)
+        if depth is not None:
+            hidden_BTD = None  # its adapter begins below the trunk's end
         part = "all" if hidden_BTD is None else "top"
-        hidden_BTD = self._decode(ids_BT, mask_BT, part=part, hidden_BTD=hidden_BTD)
+        hidden_BTD = self._decode(ids_BT, mask_BT, part=part, hidden_BTD=hidden_BTD, depth=depth)
         if role in self.heads:
             if start is None:
                 rows = torch.arange(len(ids_BT), device=ids_BT.device)
@@ -307,12 +320,18 @@ class Backbone(nn.Module):
             return self(role="trunk", ids_BT=ids_BT, mask_BT=mask_BT)
 
     def _decode(
-        self, ids_BT: Tensor, mask_BT: Tensor, *, part: str, hidden_BTD: Tensor | None = None
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        part: str,
+        hidden_BTD: Tensor | None = None,
+        depth: int | None = None,
     ) -> Tensor:
         inputs: dict[str, Any] = (
             {"input_ids": ids_BT} if hidden_BTD is None else {"inputs_embeds": hidden_BTD}
         )
-        with layers_of(self.decoder, part, self.frozen_layers):
+        with layers_of(self.decoder, part, self.frozen_layers, depth):
             return self.decoder(
                 **inputs,
                 attention_mask=mask_BT.long(),

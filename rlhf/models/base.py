@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from typing import Any
 
 import torch
@@ -83,7 +84,26 @@ def check_kind(kind: Any, config: Any, where: str) -> None:
     raise UserError(f"{where} ({config.model_type}) is no {what} that transformers knows; use another model")
 
 
-def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+def shorten(config: Any, layers: int, where: str) -> None:
+    """Let a text model consist of its first ``layers`` layers: their number, and what is listed a layer.
+
+    where: the recipe key, for the message.
+
+    Raises:
+        UserError: it has not so many.
+    """
+    had = int(config.num_hidden_layers)
+    if layers > had:
+        raise UserError(f"{where}: {layers} layers of a model that has {had}; use at most {had}")
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == had and re.search("layer|window", name):
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers  # by whatever name the family has for it
+
+
+def load_base(
+    model: Model, kind: Any = AutoModelForCausalLM, *, layers: int | None = None, **options: Any
+) -> PreTrainedModel:
     """The base model of a recipe, on the CPU, in evaluation mode (no dropout anywhere).
 
     Of a model with a vision tower it is the text part, under the names of the text model.
@@ -91,6 +111,7 @@ def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) ->
     Args:
         model: the recipe's section.
         kind: the auto class.
+        layers: how many of its layers, from the first, it consists of; None = all.
         options: fields of the model's configuration.
 
     Raises:
@@ -102,6 +123,8 @@ def load_base(model: Model, kind: Any = AutoModelForCausalLM, **options: Any) ->
         config = whole.get_text_config()
         for name, value in options.items():
             setattr(config, name, value)
+        if layers is not None:
+            shorten(config, layers, "reward.layers")
         check_kind(kind, config, f"model.path: {model.path}")
         base, found = kind.from_pretrained(
             model.path,

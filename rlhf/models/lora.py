@@ -25,19 +25,37 @@ from rlhf.runs.processes import print_once
 HEAD = "base_model.model.score"  # where Hugging Face's sequence classifier keeps its head, under peft
 
 
-def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **options: Any) -> LoraConfig:
+def adapted_layers(lora: Lora, layers: int, depth: int | None = None) -> range:
+    """Which of a model's ``layers`` layers have an adapter, where all above the first ``depth`` are left out.
+
+    A part that has fewer layers than ``top_k`` says is adapted whole.
+    """
+    top = layers if depth is None else depth
+    return range(0 if lora.top_k is None else max(0, top - lora.top_k), top)
+
+
+def lora_config(
+    lora: Lora,
+    base: PreTrainedModel,
+    task: str = "CAUSAL_LM",
+    *,
+    depth: int | None = None,
+    **options: Any,
+) -> LoraConfig:
     """peft's configuration of one adapter.
 
     Args:
         lora: the recipe's section.
         base: the model to be adapted.
         task: peft's task type.
+        depth: number of layers, from the first, that the adapter's role consists of; None = all.
         options: further fields of peft's configuration.
 
     Raises:
         UserError: ``top_k`` asks for more layers than there are, or no module has the name of a target.
     """
-    k, layers = lora.top_k, int(base.config.get_text_config().num_hidden_layers)
+    layers = int(base.config.get_text_config().num_hidden_layers)
+    k, adapted = lora.top_k, adapted_layers(lora, layers, depth)
     # every linear map inside the layers, by its last name: peft cannot combine its `all-linear` with layers
     linear = {
         name.rpartition(".")[2]
@@ -51,14 +69,14 @@ def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **op
             f"lora.targets: {unknown} are no linear modules of {base.name_or_path}; "
             f"it has {', '.join(sorted(linear))}"
         )
-    if k is not None and k > layers:
+    if depth is None and k is not None and k > layers:
         raise UserError(f"lora.layers: top_{k} of a model with {layers} layers; use `all` or a smaller k")
     transposed = {
         isinstance(module, Conv1D)
         for name, module in base.named_modules()
         if name.rpartition(".")[2] in targets and re.search(r"\.\d+\.", name)
     }
-    share, names = fused_share(base, 0 if k is None else layers - k)
+    share, names = fused_share(base, adapted.start)
     if names:
         print_once(
             f"lora: {share:.0%} of the weights of the adapted layers are experts in one piece "
@@ -69,7 +87,7 @@ def lora_config(lora: Lora, base: PreTrainedModel, task: str = "CAUSAL_LM", **op
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules=targets,
-        layers_to_transform=None if k is None else list(range(layers - k, layers)),
+        layers_to_transform=None if k is None and depth is None else list(adapted),
         fan_in_fan_out=transposed == {True},  # GPT-2 keeps its matrices as [I, O]
         task_type=task,
         **options,

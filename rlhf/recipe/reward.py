@@ -115,6 +115,8 @@ class Pmp(PreferenceTraining):
     """Control text before a response that is called bad."""
     max_responses: Annotated[int, Field(ge=2, strict=True)] = 4
     """Responses of one question that are used, the same number from every part of its order."""
+    layers: Positive | None = None
+    """As `reward.layers`: the reward model that starts from this one needs the same number; null = all."""
     limit: Positive = 10_000
     """Comparisons in the mixture before binarizing; a source that has fewer than its share gives all."""
     held_out: Fraction = 0.05
@@ -128,6 +130,10 @@ class Reward(PreferenceTraining):
     """Folder of a trained preference model to start from; or the folder of a policy's adapter, or `sft` or
     `distill`, that stage of this run, whose weights the adapter takes under a fresh head; null = the run's
     `pmp` stage where the recipe has one, else a fresh adapter and head."""
+    layers: Positive | None = None
+    """The reward model consists of so many of the base's layers, from the first, then its last norm and the
+    head: in the middle there may be more to read than at the end (Tenney 2019, arXiv 1905.05950), and what is
+    not there costs nothing, in PPO either. null = all. lora.layers=top_k counts from the last of them."""
     limit: Positive | None = None
     """Train on this many of the training comparisons, drawn by the seed; null = all. A smaller number is
     a part of a larger, and the held-out part stays the same, so runs can be compared."""
@@ -144,6 +150,12 @@ class Reward(PreferenceTraining):
 
     @model_validator(mode="after")
     def _head(self) -> Reward:
+        if self.layers is not None and self.objective == "imitation":
+            raise ValueError(
+                "objective=imitation reads the vocabulary head, behind all layers; remove layers"
+            )
+        if self.layers is not None and self.start in STARTS["reward"]:
+            raise ValueError(f"start={self.start} is an adapter for all layers; remove layers, or start")
         if self.head_init == "probe" and not self.probe:
             raise ValueError("head_init=probe needs the probe; set reward.probe=true")
         if self.head_init == "probe" and self.start in STARTS["reward"]:

@@ -79,6 +79,11 @@ class Recipe(Section):
                 f"reward.head_init={self.reward.head_init}: the reward model starts from the head of the pmp "
                 "stage of this recipe; remove one of them"
             )
+        if self.pmp is not None and not self.reward.start and self.pmp.layers != self.reward.layers:
+            raise ValueError(
+                f"reward.layers={self.reward.layers}: the reward model starts from the pmp stage of this "
+                f"recipe, which has pmp.layers={self.pmp.layers}; give both the same number"
+            )
         return self
 
     @model_validator(mode="after")
