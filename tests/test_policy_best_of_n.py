@@ -189,7 +189,7 @@ REWARD_FNS = {
 
 def drawn(model, *, samples=4, seed=0, batch_size=5, prompts=PROMPTS, reward_fns=REWARD_FNS, **options):
     return draw(*model, prompts, reward_fns, samples=samples, seed=seed, temperature=1.0,
-                batch_size=batch_size, **options)  # fmt: skip
+                batch_size=batch_size, **options)[0]  # fmt: skip
 
 
 def test_the_best_of_more_is_better_by_the_score_that_chooses(model):

@@ -27,6 +27,7 @@ from rlhf.generation import sampling
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.masks import ended, masked_mean
 from rlhf.stats.intervals import Z95, mean_interval, paired_difference, win_rate
+from rlhf.stats.length_control import length_controlled
 from rlhf.tokenization.dialogue import Dialogue
 
 
@@ -193,11 +194,14 @@ def compare(before: EvaluatedResponses, after: EvaluatedResponses, *, samples: i
     pairs["eos_rate"] = (before.ended, after.ended)
     pairs["entropy"] = (before.entropy, after.entropy)
     figures: dict[str, Any] = {}
+    prompt_N = np.arange(len(before.length)) // samples
     for name, values in pairs.items():
         x, y = (per_prompt(side, samples) for side in values)
         figures[name] = paired_difference(x, y)
         if name in before.scores:
             figures[f"{name}_win_rate"] = win_rate(x, y).as_dict()
+            lengths = before.length, after.length
+            figures[f"{name}_length_controlled"] = length_controlled(*values, *lengths, prompt_N)
     for n in (1, 2):
         figures[f"distinct_{n}"] = paired_jackknife(
             before.texts, after.texts, functools.partial(distinct_n, n=n)

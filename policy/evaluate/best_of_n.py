@@ -23,6 +23,7 @@ from rlhf.data.comparisons import Prompt
 from rlhf.generation.sampling import uniforms
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.stats.intervals import mean_interval, win_rate
+from rlhf.stats.length_control import length_controlled
 from rlhf.tokenization.dialogue import Dialogue
 
 Floats = NDArray[np.float64]
@@ -114,6 +115,22 @@ def best_of_n(proxy_PN: ArrayLike, values_PN: ArrayLike, n: int) -> Floats:
     return np.array([ranked(p, v) @ weights_N for p, v in zip(proxy, values, strict=True)])
 
 
+def chosen_weights(proxy_PN: ArrayLike, n: int) -> Floats:
+    """Probability that each sample is the best of n, [P, N]; samples with equal proxies share theirs.
+
+    The weights of :func:`rank_weights` in the samples' own order: a prompt's sum to 1.
+    """
+    proxy = np.asarray(proxy_PN, dtype=np.float64)
+    weights_N = rank_weights(proxy.shape[1], n)
+    rows = []
+    for proxy_N in proxy:
+        _, group_N, sizes = np.unique(proxy_N, return_inverse=True, return_counts=True)
+        ends = np.cumsum(sizes)
+        sums = np.add.reduceat(weights_N, ends - sizes)
+        rows.append((sums / sizes)[group_N])
+    return np.array(rows)
+
+
 def tied_share(proxy_PN: ArrayLike) -> float:
     """Share of samples whose proxy another sample of the same prompt has too, 0 to 1."""
     rows = np.asarray(proxy_PN, dtype=np.float64)
@@ -133,8 +150,10 @@ def draw(
     temperature: float,
     batch_size: int,
     progress: Callable[[int], Any] = int,
-) -> dict[str, Floats]:
-    """Sample each prompt several times from the reference and let every reward function score, [P, N] each.
+) -> tuple[dict[str, Floats], Floats]:
+    """Sample each prompt several times from the reference and let every reward function score.
+
+    Returns the scores by the name of the reward function and the lengths (tokens, EOS included), [P, N] each.
 
     The random numbers depend on the prompt's position and the sample's number alone: more samples or prompts
     leave the first ones as they were, and no other figure of the evaluation shares them.
@@ -154,6 +173,7 @@ def draw(
         InvariantError: a score is not finite, so nothing can be ranked.
     """
     scores: dict[str, list[float]] = {name: [] for name in reward_fns}
+    lengths: list[float] = []
     rows = [(prompt, number) for prompt in range(len(prompts)) for number in range(samples)]
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
@@ -165,6 +185,7 @@ def draw(
         )
         for name, reward_fn in reward_fns.items():
             scores[name].extend(reward_fn(drawn.responses).tolist())
+        lengths.extend(drawn.actions_BR.sum(-1).float().tolist())
         progress(len(batch))
     for name, values in scores.items():
         bad = sum(not math.isfinite(value) for value in values)
@@ -173,7 +194,9 @@ def draw(
                 f"evaluate.best_of: {bad} of {len(values)} scores by {name} are not finite, so the best "
                 "response is not known; look at that model, or set evaluate.best_of to 0"
             )
-    return {name: np.array(values).reshape(len(prompts), samples) for name, values in scores.items()}
+    shape = len(prompts), samples
+    by_judge = {name: np.array(values).reshape(shape) for name, values in scores.items()}
+    return by_judge, np.array(lengths).reshape(shape)
 
 
 def best_of_figures(
@@ -184,6 +207,7 @@ def best_of_figures(
     *,
     proxy: str,
     judge: str,
+    lengths: tuple[Floats, Floats] | None = None,
 ) -> dict[str, Any]:
     """The curve of best-of-n beside the policy, as it goes into ``summary.json``; prompts are the units.
 
@@ -194,6 +218,8 @@ def best_of_figures(
         kl_P: KL of the policy from the reference, nats a response.
         proxy: the judge that chooses.
         judge: the judge that decides; may be the proxy.
+        lengths: tokens of the samples, [P, N], and of the reference's own responses, [P]; with them a row
+            says what the chosen response gains over the reference's own by ``judge``, length-controlled.
 
     Returns:
         samples and prompts (N and P), tied (:func:`tied_share` of the proxy), the policy's figures, a row for
@@ -205,15 +231,25 @@ def best_of_figures(
     rows: list[dict[str, Any]] = []
     for n in powers_of_two(samples):
         best = {name: best_of_n(scores[proxy], values, n) for name, values in scores.items()}
-        rows.append(
-            {
-                "n": n,
-                "kl_bound": kl_bound(n),
-                "win_rate_bound": win_rate_bound(n),
-                "scores": {name: mean_interval(values).as_dict() for name, values in best.items()},
-                "over_policy": mean_interval(best[judge] - after[judge]).as_dict(),
-            }
-        )
+        row: dict[str, Any] = {
+            "n": n,
+            "kl_bound": kl_bound(n),
+            "win_rate_bound": win_rate_bound(n),
+            "scores": {name: mean_interval(values).as_dict() for name, values in best.items()},
+            "over_policy": mean_interval(best[judge] - after[judge]).as_dict(),
+        }
+        if lengths:
+            weights_PN = chosen_weights(scores[proxy], n)
+            row["length"] = mean_interval(np.sum(weights_PN * lengths[0], axis=1)).as_dict()
+            row["length_controlled"] = length_controlled(
+                np.repeat(before[judge], samples),
+                scores[judge],
+                np.repeat(lengths[1], samples),
+                lengths[0],
+                np.repeat(np.arange(prompts), samples),
+                weights_PN,
+            )
+        rows.append(row)
     return {
         "samples": samples,
         "prompts": prompts,

@@ -35,6 +35,7 @@ def as_markdown(summary: dict[str, Any]) -> str:
         f"Base {summary['model']}; {summary['reward']['n']} held-out prompts, the same for both sides; "
         "95% intervals, paired by prompt.\n",
         _figures(summary),
+        _length_controlled(summary),
         *([_best_of_n(summary["best_of_n"])] if "best_of_n" in summary else []),
         _reward_model(summary["reward_model"]),
         _costs(summary["stages"]),
@@ -58,6 +59,42 @@ def _figures(summary: dict[str, Any]) -> str:
     kl, k3 = (plain(summary[key], ".2f") for key in ("kl", "kl_k3"))
     lines.append(f"KL(policy || reference), nats a response: {kl} (k1), {k3} (k3).\n")
     return "\n".join([table(["figure", "before", "after", "difference", "95% interval"], rows), *lines])
+
+
+def _length_controlled(summary: dict[str, Any]) -> str:
+    """What of the gain is not length, a row a judge; empty for a summary of an earlier version."""
+    found = {key: summary.get(f"{key}_length_controlled") for key in _WIN_RATES}
+    rows = [[_WIN_RATES[key], *_controlled(row)] for key, row in found.items() if row]
+    if not rows:
+        return ""
+    return "\n".join([_CONTROL, table(["judge", *_CONTROLLED], rows)])
+
+
+_CONTROLLED = (
+    "gain at equal length",
+    "gain a token",
+    "win rate at equal length",
+    "pairs of about equal length",
+    "gain there",
+    "win rate there",
+)
+_CONTROL = (
+    "At equal length: the intercept of the gain's regression on the difference in tokens, and the win rate "
+    "by a logistic one; about equal: within 10% of the longer response.\n"
+)
+
+
+def _controlled(row: dict[str, Any]) -> list[str]:
+    """The cells of :data:`_CONTROLLED`."""
+    near = row["about_equal"]
+    return [
+        plain(row["gain_at_equal_length"], "+.3f"),
+        plain(row["gain_a_token"], "+.4f"),
+        plain(row["win_rate_at_equal_length"], ".3f"),
+        str(near["pairs"]),
+        plain(near["gain"], "+.3f"),
+        plain(near["win_rate"], ".3f"),
+    ]
 
 
 def _best_of_n(found: dict[str, Any]) -> str:
@@ -84,8 +121,25 @@ def _best_of_n(found: dict[str, Any]) -> str:
         "prompt.\n",
         table(head, rows),
         _reached(found),
+        *_controlled_best_of_n(found),
     ]
     return "\n".join(parts)
+
+
+def _controlled_best_of_n(found: dict[str, Any]) -> list[str]:
+    """What best-of-n gains over the reference's own responses that is not length; by the judge."""
+    rows = [
+        [
+            str(row["n"]),
+            plain(row["length"], ".1f"),
+            plain(row["length_controlled"]["gain"], "+.3f"),
+            *_controlled(row["length_controlled"]),
+        ]
+        for row in found["rows"]
+        if "length_controlled" in row
+    ]
+    head = ["best of", "length, tokens", "gain over the reference", *_CONTROLLED]
+    return [f"By the {_SCORES[found['judge']]}, length-controlled:\n", table(head, rows)] if rows else []
 
 
 def _reached(found: dict[str, Any]) -> str:

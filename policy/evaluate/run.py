@@ -132,7 +132,7 @@ def _best_of_n(
     prompts = prompts[: section.best_of_prompts]
     with progress("best of n", total=len(prompts) * section.best_of, leave=True) as bar:
         options = {"samples": section.best_of, "progress": bar.update, **_sampling(recipe)}
-        scores = draw(backbone, dialogue, prompts, reward_fns, **options)
+        scores, lengths_PN = draw(backbone, dialogue, prompts, reward_fns, **options)
 
     def first(values: Sequence[float]) -> Any:
         return per_prompt(values, section.samples_per_prompt)[: len(prompts)]
@@ -142,8 +142,9 @@ def _best_of_n(
     )
     judge = next(iter(reward_fns))
     figures = best_of_figures(
-        scores, scored_before, scored_after, first(after.kl), proxy="reward", judge=judge
-    )
+        scores, scored_before, scored_after, first(after.kl),
+        proxy="reward", judge=judge, lengths=(lengths_PN, first(before.length)),
+    )  # fmt: skip
     return {"best_of_n": figures}
 
 
