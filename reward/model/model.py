@@ -142,7 +142,7 @@ def start_tensors(model: PeftModel, folder: Path, key: str = "reward.start") -> 
     if made.get("lora_alpha") != settings.lora_alpha or shapes != wanted:
         raise UserError(
             f"{key}: {file} does not fit this recipe ({len(saved)} tensors there, {len(wanted)} here): "
-            "it was made with other lora settings or another base, or `layers`"
+            "it was made with other lora settings or another base, or other layers of it"
         )
     return saved
 

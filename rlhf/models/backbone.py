@@ -277,7 +277,8 @@ class Backbone(nn.Module):
             ``start``; with it the values before each response token [B, R].
         """
         if role == "trunk":
-            self.activate(REFERENCE)  # an adapter of fewer layers begins below
+            if self._active in self.depths:  # such an adapter begins below
+                self.activate(REFERENCE)
             return self._decode(ids_BT, mask_BT, part="trunk")
         self.activate(role)
         depth = self.depths.get(role)
