@@ -11,7 +11,8 @@ from policy.distillation.data import Frame, content_hash, question, questions, s
 from policy.distillation.evaluation import Measured, figures, lines
 from policy.distillation.trainer import batch_rows
 from rlhf.collect import __main__ as collect
-from rlhf.data.comparisons import Comparison, Counts, Message, split_by_hash
+from rlhf.data.comparisons import Comparison, Counts, Message
+from rlhf.data.split import split_by_hash
 from rlhf.errors import UserError
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.tokenization.prompt_prefix import Context

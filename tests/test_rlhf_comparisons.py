@@ -1,4 +1,4 @@
-"""What a comparison is, how a set of them is cleaned, split by prompt and stored."""
+"""What a comparison is, how a set of them is cleaned and stored."""
 
 import dataclasses
 import json
@@ -19,7 +19,6 @@ from rlhf.data.comparisons import (
     problem,
     prompt_key,
     reservoir_sample,
-    split_by_prompt,
     write_native,
 )
 from rlhf.data.readers.native import read_native
@@ -171,55 +170,6 @@ def test_cleaning_twice_changes_nothing(comparisons):
     assert twice == once
     assert counts.dropped == {}
     assert all(problem(comparison) is None for comparison in once)
-
-
-@given(
-    st.lists(st.integers(0, 30), min_size=2, max_size=60).filter(lambda ns: len(set(ns)) > 1),
-    st.floats(0.01, 0.99),
-    st.integers(0, 2**32),
-)
-def test_a_prompt_is_never_in_both_parts(numbers, fraction, seed):
-    comparisons = [
-        make(prompt=str(n) + " " * (i % 2), responses=(f"a{i}", "b")) for i, n in enumerate(numbers)
-    ]
-    train, held = split_by_prompt(comparisons, fraction, seed)
-    assert train
-    assert held
-    assert not {prompt_key(c.prompt) for c in train} & {prompt_key(c.prompt) for c in held}
-    assert sorted(train + held, key=comparisons.index) == comparisons
-    assert [c for c in comparisons if c in held] == held
-
-
-def test_adding_prompts_never_moves_an_old_one():
-    small = [make(prompt=str(n)) for n in range(200)]
-    large = [make(prompt=str(n)) for n in range(1000, 0, -1)] + small
-    for part_small, part_large in zip(
-        split_by_prompt(small, 0.2, 7), split_by_prompt(large, 0.2, 7), strict=True
-    ):
-        assert {prompt_key(c.prompt) for c in part_small} <= {prompt_key(c.prompt) for c in part_large}
-
-
-def test_the_held_out_part_has_the_asked_share_and_follows_the_seed():
-    comparisons = [make(prompt=str(n)) for n in range(2000)]
-    parts = [split_by_prompt(comparisons, 0.1, seed)[1] for seed in (0, 1)]
-    # 4 standard deviations of a binomial with 2000 draws of 0.1.
-    assert all(abs(len(part) - 200) < 54 for part in parts)
-    overlap = {prompt_key(c.prompt) for c in parts[0]} & {prompt_key(c.prompt) for c in parts[1]}
-    assert len(overlap) < 50
-    assert split_by_prompt(comparisons, 0.1, 0)[1] == parts[0]
-
-
-def test_two_prompts_are_enough_for_a_split_and_one_is_not():
-    assert [len(part) for part in split_by_prompt([make("a"), make("b")], 0.001, 0)] == [1, 1]
-    assert [len(part) for part in split_by_prompt([make("a"), make("b")], 0.999, 0)] == [1, 1]
-    with pytest.raises(UserError, match="2 rows with 1 different prompts"):
-        split_by_prompt([make("a"), make("a ")], 0.5, 0)
-
-
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_a_share_that_leaves_a_part_empty_is_refused(fraction):
-    with pytest.raises(UserError, match="held-out fraction must lie between 0 and 1"):
-        split_by_prompt([make("a"), make("b")], fraction, 0)
 
 
 @given(comparisons=st.lists(usable(), max_size=5))

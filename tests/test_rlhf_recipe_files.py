@@ -14,7 +14,7 @@ def recipe(inside):
     return writer(inside)
 
 
-@pytest.mark.parametrize("key", ["comparisons", "prompts", "held_out_prompts"])
+@pytest.mark.parametrize("key", ["comparisons", "held_out_comparisons", "prompts", "held_out_prompts"])
 def test_a_missing_data_file_is_named_with_its_key_and_line(recipe, key):
     text = TEXT.replace("  comparisons: c.jsonl\n", f"  {key}: [c.jsonl, no.jsonl]\n")
     if key != "comparisons":

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.data.comparisons import Comparison, Counts, prompt_key, reservoir_sample, split_by_hash
+from rlhf.data.comparisons import Comparison, Counts, prompt_key, reservoir_sample
 from rlhf.data.readers import stream_comparisons
 from rlhf.data.readers.files import origins
 from rlhf.data.readers.native import read_native
+from rlhf.data.split import split_by_hash
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Distill

@@ -14,9 +14,10 @@ from torch import Tensor
 from policy.sft.data import encode
 from policy.sft.loss import check_packing, losses
 from policy.sft.trainer import new_trainer
-from rlhf.data.comparisons import Counts, drawn, split_by_prompt
+from rlhf.data.comparisons import Counts, drawn
 from rlhf.data.demonstrations import Demonstration, best_of, read_demonstrations
 from rlhf.data.readers.native import read_native
+from rlhf.data.split import split_by_prompt
 from rlhf.data.stored import within_prompt_limit
 from rlhf.errors import UserError
 from rlhf.markdown import plain

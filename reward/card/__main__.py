@@ -25,6 +25,7 @@ from rlhf.data.comparisons import Comparison, Counts, distinct_responses, native
 from rlhf.data.prompts import read_prompts
 from rlhf.data.readers import read_comparisons
 from rlhf.data.readers.native import read_native
+from rlhf.data.split import counted_as_trained
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import Recipe, from_command_line
 from rlhf.runs.artifacts import (
@@ -156,14 +157,17 @@ def seen(recipe: Recipe) -> str:
     """What is known of whether the model was trained on these comparisons, without a full stop."""
     run = _run_of(recipe.card.model) if recipe.card.model else RUNS / recipe.name
     if (run / "comparisons" / "train.jsonl").is_file():
-        return "No prompt of these comparisons is among the training comparisons of the model's run"
+        what, _ = counted_as_trained(recipe.data)
+        none = "No prompt of these comparisons" if what == "prompt" else "None of these comparisons"
+        return f"{none} is among the training comparisons of the model's run"
     return "Whether the model was trained on these comparisons is for its makers to say"
 
 
 def comparisons_of(recipe: Recipe, run: StageRun) -> tuple[list[Comparison], Counts]:
     """The comparisons to judge by, and what became of those read.
 
-    Prompts that are also training prompts of the run, or of a model's, are left out, and counted.
+    Prompts that are also training prompts of the run, or of a model's, are left out, and counted; where the
+    recipe does not split by prompt, comparisons that are also training ones.
 
     Raises:
         UserError: nothing is left.
@@ -175,10 +179,11 @@ def comparisons_of(recipe: Recipe, run: StageRun) -> tuple[list[Comparison], Cou
         counts = Counts()
         comparisons = read_native(comparison_files(recipe)[0], "stop", counts)
     trained = [read_native(file, "stop", Counts()) for file in training_files(recipe)]
-    keys = {prompt_key(c.prompt) for part in trained for c in part}
-    read, comparisons = len(comparisons), [c for c in comparisons if prompt_key(c.prompt) not in keys]
+    what, key_of = counted_as_trained(recipe.data)
+    keys = {key_of(c) for part in trained for c in part}
+    read, comparisons = len(comparisons), [c for c in comparisons if key_of(c) not in keys]
     if len(comparisons) < read:
-        counts.drop("also among the training prompts of a run", read - len(comparisons))
+        counts.drop(f"also among the training {what}s of a run", read - len(comparisons))
     if section.limit and len(comparisons) > section.limit:
         counts.drop("beyond card.limit", len(comparisons) - section.limit)
         comparisons = random.Random(recipe.seed).sample(comparisons, section.limit)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf.data.comparisons import Comparison, Counts, distinct_responses, split_by_prompt, write_native
+from rlhf.data.comparisons import Comparison, Counts, distinct_responses, write_native
 from rlhf.data.mixture import Filter, binarize, check_prefixes, sample_mixture, subsample_responses
+from rlhf.data.split import split_by_prompt
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import Recipe, check_batch_sizes, from_command_line
 from rlhf.recipe.schema import Pmp

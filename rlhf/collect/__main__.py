@@ -1,8 +1,9 @@
-"""The `comparisons` stage: read or sample comparisons, check them, split them by prompt.
+"""The `comparisons` stage: read or sample comparisons, check them, split them.
 
 ``python -m rlhf.collect RECIPE [section.key=value ...]`` writes, under ``runs/<name>/comparisons/``:
 ``train.jsonl`` and ``held_out.jsonl`` (comparisons), ``prompts.jsonl`` and ``held_out_prompts.jsonl``
-(what PPO and the evaluation start from). No prompt is on both sides.
+(what PPO and the evaluation start from). No prompt is on both sides, unless the recipe splits otherwise
+(``data.split_by``) or brings test files of its own (``data.held_out_comparisons``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ def main() -> None:
         recipe,
         "comparisons",
         section="collect",
-        inputs=[*data.comparisons, *data.prompts, *data.held_out_prompts],
+        inputs=[
+            *data.comparisons,
+            *data.held_out_comparisons,
+            *data.prompts,
+            *data.held_out_prompts,
+        ],
     )
     if run is not None:
         from rlhf.collect.run import collect

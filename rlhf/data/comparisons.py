@@ -1,4 +1,4 @@
-"""Human comparisons: what one is, what makes it unusable, how a set is cleaned, split and stored.
+"""Human comparisons: what one is, what makes it unusable, how a set is cleaned and stored.
 
 A comparison is a prompt with K >= 2 responses that a person put in order (k-way rankings as in Ouyang et
 al. 2022, "Training language models to follow instructions with human feedback", section 3.5; K = 2 is the
@@ -14,9 +14,8 @@ import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
-from rlhf.errors import UserError
 from rlhf.runs.artifacts import write_jsonl
 
 ROLES = ("system", "user", "assistant")
@@ -34,15 +33,6 @@ class Message:
 Prompt = tuple[Message, ...]
 
 
-class Prompted(Protocol):
-    """What has a prompt."""
-
-    @property
-    def prompt(self) -> Prompt:
-        """The dialogue before the response."""
-
-
-T = TypeVar("T", bound=Prompted)
 Item = TypeVar("Item")
 
 
@@ -235,46 +225,6 @@ def distinct_responses(comparison: Comparison, identity: Callable[[str], Hashabl
         responses=tuple(response for _, response in best.values()),
         ranks=tuple(dense[rank] for rank, _ in best.values()),
     )
-
-
-def split_by_prompt(comparisons: Sequence[T], held_out: float, seed: int) -> tuple[list[T], list[T]]:
-    """Split into (train, held out) so that no prompt is in both parts; order is kept.
-
-    held_out: the fraction of the PROMPTS that is expected in the held-out part, in (0, 1). The part of a
-    prompt follows from a hash of (seed, prompt), not from what else is in the file: adding data never moves
-    an old prompt. The one exception: when chance leaves a part empty, the nearest prompt is moved into it.
-
-    Raises UserError for a fraction outside (0, 1) and for fewer than two different prompts.
-    """
-    if not 0 < held_out < 1:
-        raise UserError(f"the held-out fraction must lie between 0 and 1 (both excluded), not {held_out}")
-    number = len({prompt_key(c.prompt) for c in comparisons})
-    if number < 2:
-        raise UserError(
-            f"cannot split {len(comparisons)} rows with {number} different prompts into a "
-            "training and a held-out part: give data with at least 2 different prompts"
-        )
-    return split_by_hash(comparisons, lambda c: prompt_key(c.prompt), held_out, str(seed))
-
-
-def split_by_hash(
-    items: Sequence[Item], key_of: Callable[[Item], str], held_out: float, salt: str
-) -> tuple[list[Item], list[Item]]:
-    """The split of :func:`split_by_prompt` for items with two keys or more; those of one key stay together.
-
-    The place of a key in [0, 1) is 53 bits, what a float holds, of its hash with the salt.
-    """
-
-    def place(key: str) -> float:
-        digest = hashlib.sha256(f"{salt}:{key}".encode("utf-8", "surrogatepass")).digest()
-        return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
-
-    keys = list(map(key_of, items))
-    places = {key: place(key) for key in keys}
-    number = sum(at < held_out for at in places.values())
-    held = set(sorted(places, key=places.__getitem__)[: min(max(number, 1), len(places) - 1)])
-    pairs = list(zip(items, keys, strict=True))
-    return [x for x, key in pairs if key not in held], [x for x, key in pairs if key in held]
 
 
 def drawn(items: Sequence[Item], number: int | None, seed: int) -> list[Item]:

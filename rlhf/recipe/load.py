@@ -290,6 +290,7 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
     files: dict[str, Sequence[str]] = {
         "hhh_prompt": [recipe.hhh_prompt] if distill else [],
         "data.comparisons": [] if data.sampled else data.comparisons,
+        "data.held_out_comparisons": data.held_out_comparisons,
         "data.prompts": data.prompts,
         "data.held_out_prompts": data.held_out_prompts,
         "sft.data": [] if sft is None or sft.chosen else sft.data,

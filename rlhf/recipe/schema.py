@@ -61,6 +61,11 @@ class Recipe(Section):
             raise ValueError(
                 "data.comparisons=sampled needs data.prompts and data.held_out_prompts to sample from"
             )
+        if self.data.sampled and (self.data.held_out_comparisons or self.data.rankings):
+            raise ValueError(
+                "data.comparisons=sampled makes rankings and a held-out part of its own: remove "
+                "data.held_out_comparisons and data.rankings"
+            )
         if self.evaluate.judge == "vader" and self.evaluate.reward_model:
             raise ValueError("evaluate.reward_model is only used with evaluate.judge=reward; remove one")
         if self.sft and self.sft.loss_on == "assistant" and self.dialogue.template == "plain":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -96,14 +96,29 @@ class Data(Section):
 
     comparisons: Files = Field(min_length=1)
     """Files, globs or `hub:NAME[:CONFIG][@SPLIT]`; or `sampled`: sample responses and let a judge rank."""
+    held_out_comparisons: Files = []
+    """Test files of their own (as `comparisons`), all of them held out; `held_out` and `split_by` then have
+    nothing to split. What they share with the training files is told."""
     prompts: Files = []
     """Prompts of the PPO rollouts (files as above); empty = the prompts of the training comparisons."""
     held_out_prompts: Files = []
     """Prompts of the evaluation; empty = the prompts of the held-out comparisons."""
     held_out: Fraction = 0.1
-    """Share of the prompts of the comparisons that is held out, whole prompts at a time."""
+    """Share of the prompts of the comparisons that is held out, whole prompts at a time (see `split_by`)."""
+    split_by: Literal["prompt", "group", "responses", "row"] = "prompt"
+    """What stays together in the split: a prompt; a row's `group` (a debate), its prompt where it has none;
+    responses that comparisons connect; each row by itself. All but the first tell what the parts share."""
+    allow_overlap: bool = False
+    """Comparisons that are both in the training and in the test files are counted and stay in both; without
+    it they are refused."""
+    rankings: Annotated[int, Field(ge=2, le=64, strict=True)] | None = None
+    """Pairwise votes over the responses to one prompt become rankings of that many responses, ordered by a
+    Bradley-Terry fit to all votes (Hunter 2004); longer ones are dealt into such. Training part only."""
+    ranking_passes: Positive = 4
+    """In how many of these rankings each response stands, where its pool is larger than one."""
     limit: Positive | None = None
-    """Use at most this many comparisons, drawn by the seed after de-duplication."""
+    """Use at most this many comparisons, drawn by the seed after de-duplication, single rows of groups too;
+    with `held_out_comparisons` those of `comparisons` only."""
     on_bad_rows: Literal["stop", "skip"] = "stop"
     """A malformed row is an error that names file and line, or is left out and counted."""
     max_line_megabytes: Positive = 64

@@ -46,20 +46,25 @@ def stream_comparisons(
 
 
 def read_comparisons(
-    specs: Sequence[str], *, on_bad_rows: OnBadRows, refuses: Refuses = no_refusal
+    specs: Sequence[str],
+    *,
+    on_bad_rows: OnBadRows,
+    key: str = "data.comparisons",
+    refuses: Refuses = no_refusal,
 ) -> tuple[list[Comparison], Counts]:
     """Read, check and de-duplicate the comparisons that the specs name, in their order.
 
     specs: paths, globs (sorted) or ``hub:NAME[:CONFIG][@SPLIT]``. on_bad_rows: "stop" raises UserError with
-    file and line at the first bad row, "skip" leaves bad rows out and counts them by reason. refuses: why a
-    prompt cannot be rendered; such a row is a bad one.
+    file and line at the first bad row, "skip" leaves bad rows out and counts them by reason. key: the
+    recipe's key that holds the specs, named in messages. refuses: why a prompt cannot be rendered; such a
+    row is a bad one.
 
     Raises UserError also for specs that name nothing, unreadable files, files of an unknown format, and when
     nothing is left.
     """
     counts = Counts()
     comparisons = deduplicate(
-        stream_comparisons(specs, on_bad_rows=on_bad_rows, counts=counts, refuses=refuses), counts
+        stream_comparisons(specs, on_bad_rows=on_bad_rows, counts=counts, key=key, refuses=refuses), counts
     )
     _check_some("comparison", comparisons, specs, counts)
     return comparisons, counts
