@@ -117,6 +117,12 @@ def test_a_unit_is_never_in_both_parts_and_one_prompt_is_enough(by):
 
 
 @pytest.mark.parametrize("by", ["group", "responses", "row"])
+def test_every_split_follows_the_seed_and_nothing_else(by):
+    held = [split_comparisons(pool(40), by, 0.3, seed)[1] for seed in (1, 1, 2)]
+    assert held[0] == held[1] != held[2]
+
+
+@pytest.mark.parametrize("by", ["group", "responses", "row"])
 def test_adding_rows_moves_no_old_unit(by):
     small, large = pool(40), pool(80)
     held = [split_comparisons(part, by, 0.3, 1)[1] for part in (small, large)]
@@ -228,6 +234,8 @@ def test_test_files_that_share_rows_are_refused_or_counted():
         "figures on them say less about new ones"
     ]
     assert check_apart(train, held[3:], allow=False) == []
+    (line,) = check_apart(train, held[1:], allow=False)
+    assert "1 share their prompt and 2 share a response with the training part: figures" in line
 
 
 def test_the_keys_of_a_unit_do_not_collide_across_kinds():

@@ -81,7 +81,7 @@ def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
 def demonstrations(
     recipe: Recipe, section: Sft, run: StageRun, dialogue: Dialogue
 ) -> tuple[tuple[list[Demonstration], list[Demonstration]], Counts]:
-    """What to learn, and what to measure on; no prompt is on both sides.
+    """What to learn, and what to measure on; no prompt is on both sides, but for ``data.split_by``.
 
     Raises:
         UserError: a bad row (file and line), a prompt beyond the limit, or nothing usable.
