@@ -161,7 +161,9 @@ def test_scores_keep_their_order_whatever_the_batches(model, share, tokens):
     torch.testing.assert_close(sums, torch.tensor(logps), rtol=1e-4, atol=1e-4)
     assert counts.tolist() == [said for e in backwards for said in e["spoken"]]
     rows = rows_of_all(backwards)
-    torch.testing.assert_close(scores_of(model, rows, 0), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        scores_of(model, [([], row) for row in rows], 0), expected, rtol=1e-4, atol=2e-5
+    )
 
 
 def test_packing_is_accepted_where_it_changes_nothing(model):
@@ -304,7 +306,7 @@ def test_a_model_that_reads_a_token_behind_eos_reads_it_wherever_it_is_loaded(tm
         expected = torch.stack([model(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
         on_eos = torch.stack([model(input_ids=torch.tensor([row[:-1]])).logits[0, 0] for row in rows])
     assert float((expected - on_eos).abs().min()) > 1e-3
-    torch.testing.assert_close(scores_of(model, rows, 0), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scores_of(model, [([], row) for row in rows], 0), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(TextRewardModel(folder).score(*asked(some)), expected, rtol=0, atol=1e-4)
 
 

@@ -55,7 +55,7 @@ def probe(recipe: Recipe) -> str:
         with torch.no_grad():
             for where in ("reference", "policy", *model.heads):
                 trunk = model.trunk(ids_BT, mask_BT)
-                options = {} if where in model.heads else {"start": 7}
+                options: Any = {"own_BT": mask_BT} if where in model.heads else {"start": 7}
                 found = model(where, ids_BT, mask_BT, trunk, **options)
                 _check_finite(found if where in model.heads else found[0])
         where = "sampling"

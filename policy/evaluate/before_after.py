@@ -99,7 +99,7 @@ def sample(
     hidden_BTD = backbone.trunk(ids_BT, mask_BT)
     part = window(ids_BT, mask_BT, hidden_BTD, start, torch.arange(len(prompts)))
     texts = [dialogue.decode(ids) for ids in sampled.response_ids_BR.tolist()]
-    return SampledBatch(Responses(list(prompts), texts, *part[:3]), sampled, actions_BR, part.start)
+    return SampledBatch(Responses(list(prompts), texts, *part[:4]), sampled, actions_BR, part.start)
 
 
 @torch.no_grad()

@@ -18,12 +18,12 @@ from policy.evaluate.best_of_n import best_of_figures, draw
 from policy.ppo.rollout import RewardFn
 from policy.ppo.setup import (
     check_rewards,
-    depths_of,
     load_scorer,
     reads_text,
     reward_adapters,
     reward_folders,
     score_function,
+    shapes_of,
 )
 from rlhf.collect.judges import JUDGES
 from rlhf.data.comparisons import Prompt
@@ -89,9 +89,9 @@ def _backbone(recipe: Recipe, run: StageRun) -> Backbone:
     rewards = reward_adapters(len(folders)) if folders else ()
     start = start_folder(recipe, run, "ppo")
     adapters = ("policy", *rewards, *((REFERENCE,) if start else ()))
-    depths = depths_of(rewards, folders)
+    shapes = shapes_of(rewards, folders)
     base = load_base(recipe.model)
-    backbone = Backbone(base, recipe.lora, adapters=adapters, heads=rewards, depths=depths)
+    backbone = Backbone(base, recipe.lora, adapters=adapters, heads=rewards, **shapes)
     backbone.load_adapter("policy", run.parent("ppo") / "policy")
     if start:
         backbone.load_adapter(REFERENCE, start)

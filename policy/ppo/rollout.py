@@ -40,6 +40,8 @@ class Responses(NamedTuple):
     """True = a real token; the last one is EOS in every row."""
     hidden_BTD: Tensor | None
     """The trunk's hidden states, where they are cached."""
+    start: int = 0
+    """First column of the responses."""
 
 
 RewardFn = Callable[[Responses], Tensor]
@@ -154,7 +156,7 @@ def collect(
         counted_BR = None if runtime.shards_weights else actions_BR
         whole = _scored_by_roles(runtime.model, backbone, section, part, counted_BR, order)
         for micro in order:
-            responses = Responses([chosen[i] for i in micro], [texts[i] for i in micro], *part(micro)[:3])
+            responses = Responses([chosen[i] for i in micro], [texts[i] for i in micro], *part(micro)[:4])
             scores.append(reward_fn(responses).to(runtime.device))
     return Rollout(
         ids_BT,

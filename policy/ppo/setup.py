@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +58,14 @@ def check_rewards(recipe: Recipe, dialogue: Dialogue, folders: Sequence[Path]) -
         check_same_contract(load_config(folder), recipe, dialogue, folder)
 
 
-def depths_of(names: Sequence[str], folders: Sequence[Path]) -> dict[str, int]:
-    """How many of the base's layers those reward models consist of that do not have them all, by adapter."""
-    depths = {name: load_config(folder).layers for name, folder in zip(names, folders, strict=True)}
-    return {name: depth for name, depth in depths.items() if depth is not None}
+def shapes_of(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
+    """What :class:`Backbone` has to know of reward models by adapter: ``depths``, how many of the base's
+    layers those consist of that do not have them all, and ``pooled``, which read the mean state."""
+    configs = {name: load_config(folder) for name, folder in zip(names, folders, strict=True)}
+    return {
+        "depths": {name: config.layers for name, config in configs.items() if config.layers is not None},
+        "pooled": [name for name, config in configs.items() if config.pooling == "mean"],
+    }
 
 
 def load_scorer(backbone: Backbone, adapter: str, folder: Path) -> str:
@@ -84,6 +89,7 @@ def new_backbone(
     rewards: Sequence[str] = (),
     reference_copy: bool = False,
     depths: Mapping[str, int] | None = None,
+    pooled: Sequence[str] = (),
 ) -> Backbone:
     """A base with fresh adapters and zero heads, as a ``ppo`` section needs them.
 
@@ -95,6 +101,7 @@ def new_backbone(
         reference_copy: make an adapter ``reference``; else the reference is the base without adapters.
         depths: rewards that consist of so many of the base's layers; the value that starts as the first of
             them does too.
+        pooled: rewards that read the mean state of a response.
     """
     depths = dict(depths or {})
     heads = ("value",) if section.has_value else ()
@@ -110,6 +117,7 @@ def new_backbone(
         trainable=("policy", *heads),
         shared={"value": "policy"} if heads and not own else None,
         depths=depths,
+        pooled=pooled,
     )
     backbone.zero_heads()
     return backbone
@@ -140,7 +148,7 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weight
         section,
         rewards=rewards,
         reference_copy=start is not None,
-        depths=depths_of(rewards, folders) if rewards else None,
+        **(shapes_of(rewards, folders) if rewards else {}),
     )
     origins = {"policy": f"{recipe.model.path}, fresh adapter (no change at the start)"}
     origins["reference"] = f"{recipe.model.path}, adapters off"
@@ -236,10 +244,13 @@ def _adapter(model: Backbone, name: str, last_token: int | None) -> RewardFn:
     """Scores by one adapter, read on ``last_token`` behind EOS, or on EOS itself where that is None."""
 
     def score(responses: Responses) -> Tensor:
-        inputs: tuple[Tensor | None, ...] = (responses.ids_BT, responses.mask_BT, responses.hidden_BTD)
+        ids_BT, mask_BT, hidden_BTD = responses.ids_BT, responses.mask_BT, responses.hidden_BTD
         if last_token is not None:  # the cached trunk has not seen that token
-            inputs = append_token(responses.ids_BT, responses.mask_BT, last_token)
+            ids_BT, mask_BT = append_token(ids_BT, mask_BT, last_token)
+            hidden_BTD = None
+        own_BT = mask_BT.clone()
+        own_BT[:, : responses.start] = False
         with model.folded(name):
-            return model(name, *inputs)
+            return model(name, ids_BT, mask_BT, hidden_BTD, own_BT=own_BT)
 
     return score

@@ -169,6 +169,13 @@ def pack(
     return PackedComparisons(**vars(rows), ranks_BK=ranks_BK, mask_BK=mask_BK, index_N=index_N)
 
 
-def as_example(row: Sequence[int]) -> Example:
-    """A closed sequence that stands for itself, to be scored."""
-    return {"prompt": [], "responses": [list(row)], "spoken": [len(row)], "ranks": [0], "index": -1}
+def as_example(response: Sequence[int], prompt: Sequence[int] = ()) -> Example:
+    """A closed sequence that stands for itself, to be scored behind its prompt."""
+    responses = [list(response)]
+    return {
+        "prompt": list(prompt),
+        "responses": responses,
+        "spoken": [len(response)],
+        "ranks": [0],
+        "index": -1,
+    }

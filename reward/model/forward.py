@@ -35,7 +35,8 @@ def forward_packed(
     if trunk is not None:
         states_NTD = trunk.states(packed.index_N.tolist(), packed.ids_NT)
         hidden = {"part": "top", "cut": trunk.cut, "hidden_NTD": states_NTD}
-    return model(**inputs_of(model, packed), **hidden, rows_B=packed.rows_B, columns_B=packed.columns_B)
+    places = {name: getattr(packed, name) for name in ("rows_B", "columns_B", "starts_B")}
+    return model(**inputs_of(model, packed), **hidden, **places)
 
 
 @torch.no_grad()
@@ -89,9 +90,10 @@ def score_examples(
     return read_examples(model, examples, pad_id, read, **options).unbind(dim=1)
 
 
-def scores_of(model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Raw head output of closed token rows, [len(rows)], in their order, float32 on the CPU."""
-    return score_examples(model, [as_example(row) for row in rows], pad_id, share=False)[0]
+def scores_of(model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> Tensor:
+    """Raw head output of prompts with a closed response each, [len(rows)], in order, float32 on the CPU."""
+    examples = [as_example(response, prompt) for prompt, response in rows]
+    return score_examples(model, examples, pad_id, share=False)[0]
 
 
 def check_packing(model: nn.Module, examples: Sequence[Example], pad_id: int) -> str | None:

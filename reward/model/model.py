@@ -28,6 +28,7 @@ from rlhf.models.base import load_base
 from rlhf.models.lora import HEAD, WEIGHTS, lora_config
 from rlhf.models.packing import with_hidden_states
 from rlhf.recipe.load import Recipe
+from rlhf.recipe.reward import Pooling
 from rlhf.recipe.schema import Model
 from rlhf.runs.artifacts import SETTINGS, read_json, write_json
 from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
@@ -72,11 +73,13 @@ class RewardModelConfig(NamedTuple):
     layers: int | None = None
     """How many of the base's layers, from the first, it consists of, its last norm and the head behind them;
     None = all."""
+    pooling: Pooling = "last"
+    """What the head reads: the state at the last token, or the mean over the response's."""
 
     def as_dict(self) -> dict[str, Any]:
         """As it is written: of what came later only what is not the default, as files before it."""
         usual = self._field_defaults
-        later = (*_LOADING, *_TURNS, "layers")
+        later = (*_LOADING, *_TURNS, "layers", "pooling")
         return {k: v for k, v in self._asdict().items() if k not in later or v != usual[k]}
 
     def loading(self) -> dict[str, Any]:
@@ -84,24 +87,31 @@ class RewardModelConfig(NamedTuple):
         return {name: getattr(self, name) for name in _LOADING}
 
 
-def load_classifier(model: Model, dialogue: Dialogue, layers: int | None = None) -> Any:
+def load_classifier(
+    model: Model, dialogue: Dialogue, layers: int | None = None, pooling: Pooling = "last"
+) -> Any:
     """The base, or its first ``layers`` layers, as a sequence classifier with one output, which reads packed
-    rows; its head is float32."""
+    rows; its head is float32. As Hugging Face calls it, it reads the last token whatever ``pooling``."""
     options: dict[str, Any] = {"num_labels": 1, "pad_token_id": dialogue.pad_id, "layers": layers}
     base: Any = with_hidden_states(load_base(model, AutoModelForSequenceClassification, **options))
-    base.score = base.score.float()
+    base.score, base.pooling = base.score.float(), pooling
     return base
 
 
 def new_reward_model(
-    recipe: Recipe, dialogue: Dialogue, seed: int | None = None, *, layers: int | None = None
+    recipe: Recipe,
+    dialogue: Dialogue,
+    seed: int | None = None,
+    *,
+    layers: int | None = None,
+    pooling: Pooling = "last",
 ) -> Any:
     """The base, or its first ``layers`` layers, with a fresh adapter and a fresh scalar head.
 
     The head's weights start as N(0, 1/(d+1)) (Stiennon 2020; Huang 2024, detail 5), from the recipe's seed
     unless another is given.
     """
-    base = load_classifier(recipe.model, dialogue, layers)
+    base = load_classifier(recipe.model, dialogue, layers, pooling)
     torch.manual_seed(recipe.seed if seed is None else seed)
     nn.init.normal_(base.score.weight, std=head_init_std(base.score.in_features))
     config = lora_config(recipe.lora, base, task="SEQ_CLS", depth=layers, modules_to_save=["score"])
@@ -255,7 +265,8 @@ class TextRewardModel:
             template_arguments=self.config.template_arguments,
         )
         options = self.config.loading() | {"trust_remote_code": trust_remote_code}
-        base = load_classifier(Model(path=self.config.base, **options), self.dialogue, self.config.layers)
+        shape = self.config.layers, self.config.pooling
+        base = load_classifier(Model(path=self.config.base, **options), self.dialogue, *shape)
         self.model = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
         self.model.requires_grad_(False)
         self._share, self._checked = True, 0  # tokens of the longest row with which sharing has been tried

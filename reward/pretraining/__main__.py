@@ -36,7 +36,7 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     dialogue = load_dialogue(recipe)
     parts, counts = public_comparisons(recipe, section, run, dialogue)
     train, held_out = encode_split(*parts, dialogue, lambda line: run.say(f"pmp: {line}"))
-    fresh = new_reward_model(recipe, dialogue, layers=section.layers)
+    fresh = new_reward_model(recipe, dialogue, layers=section.layers, pooling=section.pooling)
     if start := start_folder(recipe, run, "pmp"):
         read = start_from(fresh, start, "pmp.start")
         run.say(f"pmp: starts from {start} ({read} tensors)")

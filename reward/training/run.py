@@ -63,7 +63,7 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     rows = Rows(*encode_split(train, held_out, dialogue, lambda line: stage.say(f"reward: {line}")))
     stage.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
     layers = recipe.reward.layers
-    fresh = new_reward_model(recipe, dialogue, layers=layers)
+    fresh = new_reward_model(recipe, dialogue, layers=layers, pooling=recipe.reward.pooling)
     if start := start_folder(recipe):
         start_tensors(fresh, start)  # a mistake is told before there is work that a mended recipe would lose
     plan = plan_forward(recipe, recipe.reward, fresh, [*rows.train, *rows.held_out], dialogue)
@@ -107,7 +107,7 @@ def _member(
     """Train, normalize, save and judge one model."""
     section = recipe.reward
     clear_zero3_init()
-    fresh = new_reward_model(recipe, dialogue, recipe.seed + member, layers=layers)
+    fresh = new_reward_model(recipe, dialogue, recipe.seed + member, layers=layers, pooling=section.pooling)
     results: dict[str, Any] = {} if layers is None else {"layers": layers}
     if section.head_init == "zero":
         nn.init.zeros_(head_of(fresh).weight)
@@ -136,7 +136,7 @@ def _member(
             results["scores"] = (scores + config.offset).tolist()
     folder = stage.folder / (MODEL if member == 0 else f"{MODEL}-{member}")
     save(stage, model, folder, config, dialogue)
-    few = [[*e["prompt"], *e["responses"][0]] for e in rows.held_out[:4]]
+    few = [(e["prompt"], e["responses"][0]) for e in rows.held_out[:4]]
     expected = scores_of(model, few, dialogue.pad_id) + config.offset
     del model
     if stage.is_main:
@@ -172,6 +172,7 @@ def config_of(
         objective=section.objective,
         end_of_turn=dialogue.end_token,
         layers=layers,
+        pooling=section.pooling,
         **{name: getattr(recipe.dialogue, name) for name in names},
         **precision,
     )
@@ -197,7 +198,7 @@ def _normalize(recipe: Recipe, model: Any, rows: Sequence[Example], dialogue: Di
     The reference responses are those of the training comparisons (Ziegler 2019 takes samples of the
     reference policy, which in the lab is the same thing).
     """
-    responses = [[*e["prompt"], *r] for e in rows for r in e["responses"]]
+    responses = [(e["prompt"], r) for e in rows for r in e["responses"]]
     number = min(len(responses), recipe.reward.reference_responses)
     chosen = random.Random(recipe.seed).sample(responses, number)
     scores = scores_of(model, chosen, dialogue.pad_id)
@@ -255,7 +256,11 @@ def save(stage: StageRun, model: Any, folder: Path, config: RewardModelConfig, d
 
 @torch.no_grad()
 def _check_reload(
-    recipe: Recipe, folder: Path, rows: list[list[int]], expected: Tensor, dialogue: Dialogue
+    recipe: Recipe,
+    folder: Path,
+    rows: list[tuple[list[int], list[int]]],
+    expected: Tensor,
+    dialogue: Dialogue,
 ) -> float:
     """Load what was saved the way PPO will, and compare scores: a lost head must be noticed here.
 
@@ -264,13 +269,14 @@ def _check_reload(
     """
     clear_zero3_init()
     config = load_config(folder)
-    depths = {} if config.layers is None else {"reward": config.layers}
-    backbone = Backbone(
-        load_base(recipe.model), recipe.lora, adapters=["reward"], heads=["reward"], depths=depths
-    )
+    shape: Any = {"depths": {"reward": config.layers} if config.layers else {}}
+    shape["pooled"] = ["reward"] if config.pooling == "mean" else []
+    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["reward"], heads=["reward"], **shape)
     backbone.load_adapter("reward", folder)
-    ids_NT, mask_NT = right_pad(rows, dialogue.pad_id)
-    scores = backbone("reward", ids_NT, mask_NT) + config.offset
+    ids_NT, mask_NT = right_pad([[*prompt, *response] for prompt, response in rows], dialogue.pad_id)
+    prompts_N = torch.tensor([[len(prompt)] for prompt, _ in rows])
+    own_NT = mask_NT & (torch.arange(ids_NT.shape[1]) >= prompts_N)
+    scores = backbone("reward", ids_NT, mask_NT, own_BT=own_NT) + config.offset
     gap = float((scores - expected).abs().max())
     exact = backbone.base.dtype == torch.float32
     if gap > (_RELOAD_TOLERANCE if exact else _RELOAD_TOLERANCE_HALF):

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from rlhf.models.folding import Folding
 from rlhf.models.log_probs import check_head, chunk_of, logits_head, token_log_probs
 from rlhf.models.lora import HEAD, lora_config, read_adapter, write_adapter
-from rlhf.models.masks import attention_window, last_true_index, positions_from_mask
+from rlhf.models.masks import attention_window, last_true_index, masked_mean, positions_from_mask
 from rlhf.models.trunk_cache import ALL_ADAPTED
 from rlhf.recipe.schema import Lora
 
@@ -113,6 +113,7 @@ class Backbone(nn.Module):
         trainable: names of the adapters that learn; the others stay frozen.
         shared: heads that have no adapter of their own, and whose adapter each reads instead.
         depths: adapters that run through so many of the base's layers, from the first, and no further.
+        pooled: heads that read the mean state of a response, not the last one.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Backbone(nn.Module):
         trainable: Sequence[str] = (),
         shared: Mapping[str, str] | None = None,
         depths: Mapping[str, int] | None = None,
+        pooled: Sequence[str] = (),
     ) -> None:
         super().__init__()
         layers = int(base.config.get_text_config().num_hidden_layers)
@@ -140,7 +142,7 @@ class Backbone(nn.Module):
         width = int(getattr(shape, "word_embed_proj_dim", None) or shape.hidden_size)  # OPT-350m projects
         self.heads = nn.ModuleDict({name: nn.Linear(width, 1, dtype=torch.float32) for name in heads})
         self.offsets = dict.fromkeys(heads, 0.0)  # added to a head's output; constants, not weights
-        self.trainable = tuple(trainable)
+        self.trainable, self.pooled = tuple(trainable), frozenset(pooled)
         self.shared = dict(shared or {})
         self.frozen_layers = 0 if lora.top_k is None else layers - lora.top_k
         self.no_trunk = ALL_ADAPTED  # why there is no trunk, where there is none
@@ -257,6 +259,7 @@ class Backbone(nn.Module):
         targets_mask_BR: Tensor | None = None,
         bonus: bool = False,
         value: str | None = None,
+        own_BT: Tensor | None = None,
     ) -> Any:
         """One pass of one role.
 
@@ -265,11 +268,12 @@ class Backbone(nn.Module):
             ids_BT: left-padded prompts, then responses from column ``start``, then one closing column.
             mask_BT: True = a real token.
             hidden_BTD: the trunk's hidden states, where they have been computed.
-            start: first response column; None reads a head at the last real token.
+            start: first response column; None reads a head at the last real token, or over ``own_BT``.
             temperature: divides the logits before the log-softmax.
             targets_mask_BR: True = a response token whose log-prob is wanted.
             bonus: let the entropies carry a gradient.
             value: a head that shares the role's adapter; its values come along as a third tensor.
+            own_BT: True = a token of the response, its closing included, for a head that is ``pooled``.
 
         Returns:
             ``trunk``: hidden states [B, T, D]. ``policy``/``reference``: log-probs and entropies of the
@@ -287,6 +291,10 @@ class Backbone(nn.Module):
         part = "all" if hidden_BTD is None else "top"
         hidden_BTD = self._decode(ids_BT, mask_BT, part=part, hidden_BTD=hidden_BTD, depth=depth)
         if role in self.heads:
+            if start is None and role in self.pooled:
+                assert own_BT is not None, "a pooled head needs to know the response"
+                scores_BT = self.heads[role](hidden_BTD.float()).squeeze(-1)
+                return masked_mean(scores_BT, own_BT, dim=-1) + self.offsets[role]
             if start is None:
                 rows = torch.arange(len(ids_BT), device=ids_BT.device)
                 last_BD = hidden_BTD[rows, last_true_index(mask_BT)]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rlhf.errors import first_line
 from rlhf.models.backbone import layers_of
 from rlhf.models.log_probs import chunk_of, token_log_probs
-from rlhf.models.masks import attention_masks
+from rlhf.models.masks import attention_masks, masked_mean
 from rlhf.models.token_batches import token_batches
 
 SHARED = 1  # segment that the others of a row may look back at; 0 is padding, 2 and up stand for themselves
@@ -48,6 +48,8 @@ class PackedBatch:
     rows_B: Tensor
     columns_B: Tensor
     """Row and column of the last token of each sequence."""
+    starts_B: Tensor
+    """Column of the first token of each sequence."""
     rows_S: Tensor
     columns_S: Tensor
     """Row and column of the state that predicts each wanted token."""
@@ -121,13 +123,13 @@ def pack(
 
     Args:
         sequences: all of them; ``rows_B`` and ``owners_S`` count in this order. One that is in no bin has its
-            last token at 0, 0.
+            first and last token at 0, 0.
         bins: the indices of those that share a row, for each row.
         pad_id: fills the rows up.
         shared: tokens with which each row begins; None = none.
     """
     rows: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions, segments
-    last = [(0, 0)] * len(sequences)
+    ends = [(0, 0, 0)] * len(sequences)  # row, column of the last token, column of the first
     wanted: list[tuple[int, int, int, int]] = []  # row, column, target, owner
     for n, members in enumerate(bins):
         prefix = [] if shared is None else shared[n]
@@ -144,16 +146,16 @@ def pack(
             ids += row.ids
             positions += range(first, first + len(row.ids))
             segments += [SHARED + 1 + place] * len(row.ids)
-            last[index] = n, len(ids) - 1
+            ends[index] = n, len(ids) - 1, begin
         rows.append((ids, positions, segments))
     longest = max(len(ids) for ids, _, _ in rows)
     ids_NT, positions_NT, segments_NT = (
         torch.tensor([row[part] + [fill] * (longest - len(row[part])) for row in rows])
         for part, fill in enumerate((pad_id, 0, 0))
     )
-    last_B2 = torch.tensor(last, dtype=torch.long).reshape(-1, 2)
+    ends_B3 = torch.tensor(ends, dtype=torch.long).reshape(-1, 3)
     wanted_S4 = torch.tensor(wanted, dtype=torch.long).reshape(-1, 4)
-    return PackedBatch(ids_NT, positions_NT, segments_NT, *last_B2.T, *wanted_S4.T)
+    return PackedBatch(ids_NT, positions_NT, segments_NT, *ends_B3.T, *wanted_S4.T)
 
 
 class HiddenStates:
@@ -161,9 +163,12 @@ class HiddenStates:
 
     Called as anybody calls it, the model is what it was. With ``part`` it returns hidden states [N, T, D]:
     the last ones (``all``), those that enter layer ``cut`` (``trunk``), or the last ones as they follow from
-    ``hidden_NTD`` that enter layer ``cut`` (``top``). With ``rows_B`` and ``columns_B`` a sequence classifier
-    adds its head's outputs [B] there.
+    ``hidden_NTD`` that enter layer ``cut`` (``top``). With ``rows_B``, ``columns_B`` and ``starts_B`` a
+    sequence classifier adds its head's outputs [B]: at the last token of each sequence, or their mean over
+    its tokens where ``pooling`` says ``mean`` (the head is linear, so that is its output for the mean state).
     """
+
+    pooling = "last"
 
     def forward(
         self,
@@ -174,6 +179,7 @@ class HiddenStates:
         hidden_NTD: Tensor | None = None,
         rows_B: Tensor | None = None,
         columns_B: Tensor | None = None,
+        starts_B: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """See the class."""
@@ -187,7 +193,12 @@ class HiddenStates:
             out_NTD = decoder(**inputs, use_cache=False).last_hidden_state
         if rows_B is None:
             return out_NTD
-        return out_NTD, inside.score(out_NTD[rows_B, columns_B].float()).squeeze(-1)
+        if self.pooling == "last":
+            return out_NTD, inside.score(out_NTD[rows_B, columns_B].float()).squeeze(-1)
+        scores_NT = inside.score(out_NTD.float()).squeeze(-1)
+        columns_T = torch.arange(scores_NT.shape[1], device=scores_NT.device)
+        own_BT = (columns_T >= starts_B[:, None]) & (columns_T <= columns_B[:, None])  # type: ignore[index]
+        return out_NTD, masked_mean(scores_NT[rows_B], own_BT, dim=-1)
 
 
 def with_hidden_states(base: PreTrainedModel) -> PreTrainedModel:

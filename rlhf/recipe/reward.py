@@ -20,6 +20,8 @@ from rlhf.recipe.types import (
     Section,
 )
 
+Pooling = Literal["last", "mean"]
+
 
 class Collect(Section):
     """The lab: sampled responses, ranked by a gold judge with noise (Ziegler 2019, Gao 2022)."""
@@ -58,6 +60,10 @@ class PreferenceTraining(Training):
     """Coefficient of the mean squared sum of a pair's scores, which pulls scores to 0 (Eisenstein 2023)."""
     lm_coef: NonNegative = 0.0
     """Coefficient of the language-model loss on the best response (Askell 2021 and PPO-max use 1)."""
+    pooling: Pooling = "last"
+    """What the scalar head reads: the state at the closing token, as Hugging Face's classifiers do, or the
+    mean of the states over the response, which small models on long texts tell more by. A model of the latter
+    kind has to be loaded by this project."""
     learning_rate: Rate | None = None
     """Peak of AdamW; null = 0.1 (`pmp`) or 0.01 (`reward`) of model.pretraining_learning_rate (Bai 2022,
     A.2)."""
@@ -85,6 +91,8 @@ class PreferenceTraining(Training):
             raise ValueError(
                 "center_rewards_coef needs a score, which objective=imitation has not; remove one of them"
             )
+        if self.pooling != "last" and self.objective == "imitation":
+            raise ValueError("pooling is for a score, which objective=imitation has not; remove one of them")
         if self.lm_coef and self.objective == "imitation":
             raise ValueError("objective=imitation is the language-model loss already; remove lm_coef")
         return self
