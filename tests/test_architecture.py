@@ -32,6 +32,10 @@ STAGES = (  # a stage is a package; its command line is the package's __main__
 )
 SCRIPTS = (*(f"{stage}.__main__" for stage in STAGES), "policy.alignment_tax.preflight")
 
+_LIGHT_CARD = (
+    *("baselines", "beside", "calibration", "ceiling", "clusters", "figures", "first_page", "report"),
+    *("suites", "variance"),
+)
 # told to the user within a second, so nothing here may load torch before it is needed
 LIGHT = (
     "rlhf/errors.py",
@@ -46,7 +50,7 @@ LIGHT = (
             "training/metrics",
         )
     ),
-    *(f"reward/card/{name}.py" for name in ("calibration", "figures", "report")),
+    *(f"reward/card/{name}.py" for name in _LIGHT_CARD),
     *(f"policy/{name}.py" for name in ("evaluate/report", "alignment_tax/checks")),
     *(f"rlhf/evals/{name}.py" for name in ("outcome", "tasks/humaneval")),  # nor before generated code runs
     *(file for file in FILES if file.startswith("rlhf/evals/sandbox/")),

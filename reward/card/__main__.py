@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reward.card.beside import bag_of_words, ceiling_of, probe_of
+from reward.card.clusters import clusters
 from reward.card.figures import Scored, figures
 from reward.card.report import as_markdown
+from reward.card.suites import suites
 from rlhf.data.comparisons import Comparison, Counts, distinct_responses, native_row, prompt_key
 from rlhf.data.prompts import read_prompts
 from rlhf.data.readers import read_comparisons
@@ -47,11 +50,14 @@ _SHOWN = ("torch", "transformers", "peft", "numpy")
 
 def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     """Do the stage's work; returns the card."""
+    from reward.card.curve import check_curve, learning_curve
     from reward.card.scorers import check_scorer, load_scorer
 
     section = recipe.card
     if section.against:  # told now, and not when the first model is done
         check_scorer(section.against, recipe, key="card.against")
+    if section.curve:
+        check_curve(recipe)
     comparisons, counts = comparisons_of(recipe, run)
     path = model_of(recipe)
     scorer = load_scorer(path, recipe)
@@ -84,21 +90,30 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         },
     }
     normalised, gain = scorer.normalised, scorer.gain
+    bag = bag_of_words(recipe, run, model_run(recipe) / "comparisons" / "train.jsonl", comparisons)
     against_R = None
+    del scorer  # one model in memory at a time
     if section.against:
-        del scorer  # one model in memory at a time
         other = load_scorer(section.against, recipe, key="card.against")
         against_R, _ = scored(run, other, comparisons, "against")
         card["against_model"] = {
             **other.describe(),
             "files": input_hashes(list(map(str, model_files(section.against)))),
         }
+        del other
     card |= figures(
         Scored(comparisons, scores_R, cut_R, normalised, gain),
         bins=section.bins,
         near_tie=section.near_tie,
         against_R=against_R,
+        bag_R=np.array(bag["scores"]) if bag else None,
     )
+    of_C = clusters(comparisons).of_C
+    card["bag_of_words"] = bag and bag["about"]
+    card["probe"] = probe_of(recipe, card["accuracy"]["overall"])
+    card["ceiling"] = ceiling_of(recipe, comparisons, of_C)
+    card["suites"] = suites(comparisons, scores_R, of_C)
+    card["curve"] = learning_curve(recipe, run, comparisons) if section.curve else None
     card["out_of_distribution"] = found_elsewhere
     write_scores(run.folder / "scores.jsonl", comparisons, {"scores": scores_R, "against": against_R})
     return card
@@ -153,10 +168,14 @@ def _run_of(model: str) -> Path:
     return Path(model).expanduser().absolute().parent.parent
 
 
+def model_run(recipe: Recipe) -> Path:
+    """Folder of the run that the model is of, whether it is there or not."""
+    return _run_of(recipe.card.model) if recipe.card.model else RUNS / recipe.name
+
+
 def seen(recipe: Recipe) -> str:
     """What is known of whether the model was trained on these comparisons, without a full stop."""
-    run = _run_of(recipe.card.model) if recipe.card.model else RUNS / recipe.name
-    if (run / "comparisons" / "train.jsonl").is_file():
+    if (model_run(recipe) / "comparisons" / "train.jsonl").is_file():
         what, _ = counted_as_trained(recipe.data)
         none = "No prompt of these comparisons" if what == "prompt" else "None of these comparisons"
         return f"{none} is among the training comparisons of the model's run"

@@ -8,17 +8,20 @@ response of one prompt.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from rlhf.stats import clustered
 from rlhf.stats.clustered import Floats, Indices
 from rlhf.stats.intervals import Z95, Estimate
 
+MOST_PAIRS = 10_000  # of one comparison
+_MOST_LISTED = 2_000_000  # pairs of one comparison, ties included, that are put in a list
 _NEWTON_STEPS = 100
 
 
@@ -37,18 +40,48 @@ def labelled_pairs(ranks: Sequence[Sequence[int]]) -> Pairs:
     """All pairs that the labels order; a tie is no pair.
 
     ranks: of every comparison its ranks, 0 = best; the responses of all comparisons are numbered in order.
+    Of a comparison with more than :data:`MOST_PAIRS` pairs that many are drawn, the same ones every time.
     """
-    rows: list[tuple[int, int, int]] = []
+    parts = [np.empty((0, 3), dtype=np.intp)]
     first = 0
     for comparison, ranks_K in enumerate(ranks):
-        for i, rank in enumerate(ranks_K):
-            for j in range(i + 1, len(ranks_K)):
-                if rank != ranks_K[j]:
-                    a, b = (i, j) if rank < ranks_K[j] else (j, i)
-                    rows.append((first + a, first + b, comparison))
+        rank_K = np.asarray(ranks_K, dtype=np.int64)
+        i_P, j_P = _pairs_of(rank_K)
+        ordered = rank_K[i_P] < rank_K[j_P]
+        a_P, b_P = np.where(ordered, i_P, j_P), np.where(ordered, j_P, i_P)
+        parts.append(np.stack([first + a_P, first + b_P, np.full(a_P.size, comparison)], axis=1))
         first += len(ranks_K)
-    table = np.array(rows, dtype=np.intp).reshape(-1, 3)
+    table = np.concatenate(parts).astype(np.intp)
     return Pairs(table[:, 0], table[:, 1], table[:, 2])
+
+
+def possible_pairs(ranks_K: Sequence[int]) -> int:
+    """Number of pairs of one comparison that its ranks order."""
+    ties = Counter(ranks_K).values()
+    return math.comb(len(ranks_K), 2) - sum(math.comb(n, 2) for n in ties)
+
+
+def _pairs_of(rank_K: NDArray[np.int64]) -> tuple[Indices, Indices]:
+    """Positions i < j of different rank, all of them or :data:`MOST_PAIRS` drawn without replacement."""
+    k = rank_K.size
+    listed = math.comb(k, 2)
+    if listed <= MOST_PAIRS or (listed <= _MOST_LISTED and possible_pairs(rank_K.tolist()) <= MOST_PAIRS):
+        i_P, j_P = np.triu_indices(k, 1)
+        kept = rank_K[i_P] != rank_K[j_P]
+        return i_P[kept], j_P[kept]
+    # the first response is uniform over those that have a pair, by the number of their pairs
+    _, of_K, count = np.unique(rank_K, return_inverse=True, return_counts=True)
+    partners_K = k - count[of_K]
+    random, codes = np.random.default_rng(k), np.empty(0, dtype=np.int64)
+    number = min(MOST_PAIRS, int(partners_K.sum()) // 2)
+    while codes.size < number:  # pairs as i * k + j, i < j
+        i_P = random.choice(k, 2 * number, p=partners_K / partners_K.sum())
+        j_P = random.integers(0, k, 2 * number)
+        kept = rank_K[i_P] != rank_K[j_P]
+        low_P, high_P = np.minimum(i_P, j_P)[kept], np.maximum(i_P, j_P)[kept]
+        codes = np.unique(np.concatenate([codes, low_P.astype(np.int64) * k + high_P]))
+    codes = np.sort(random.permutation(codes)[:number])
+    return (codes // k).astype(np.intp), (codes % k).astype(np.intp)
 
 
 def right(gaps: ArrayLike) -> Floats:

@@ -1,7 +1,8 @@
 """From comparisons with scores to the figures of the reward-model card. No torch.
 
-Every figure is a dictionary {mean, ci95: [low, high], n}, n the number of prompts behind it (the clusters of
-its interval), mostly with ``pairs`` (or ``responses``), the number of items. What is not known is None.
+Every figure is a dictionary {mean, ci95: [low, high], n}, n the number of clusters behind its interval
+(:mod:`reward.card.clusters`: prompts, or what the card's ``unit`` says), mostly with ``pairs`` (or
+``responses``), the number of items. What is not known is None.
 Suffixes as in ``reward.card.calibration``: ``_N`` pair, ``_R`` response; ``_C`` comparison, ``_I`` item.
 """
 
@@ -17,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reward.card import calibration as calibrate
+from reward.card.clusters import clusters
+from reward.card.variance import variance_figures
 from rlhf.data.comparisons import Comparison, prompt_key
 from rlhf.stats import clustered
 from rlhf.stats.clustered import Floats, Indices
@@ -43,29 +46,29 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class _Items:
-    """Pairs or responses, in clusters by prompt."""
+class Items:
+    """Pairs or responses, in clusters."""
 
     name: str
-    prompt_I: Indices
+    cluster_I: Indices
 
     def figure(self, estimate: Estimate) -> dict[str, Any]:
         """An estimate over all of them."""
-        return {**estimate.as_dict(), self.name: int(self.prompt_I.size)}
+        return {**estimate.as_dict(), self.name: int(self.cluster_I.size)}
 
     def mean(self, values_I: Floats) -> dict[str, Any]:
         """Mean of a value of each."""
-        return self.figure(clustered.mean(values_I, self.prompt_I))
+        return self.figure(clustered.mean(values_I, self.cluster_I))
 
     def share(self, values_I: NDArray[Any], inside_I: NDArray[np.bool_] | None = None) -> dict[str, Any]:
         """Mean of outcomes in [0, 1], of all or of those inside."""
         if inside_I is not None:
-            return _Items(self.name, self.prompt_I[inside_I]).share(values_I[inside_I])
-        return self.figure(clustered.share(values_I, self.prompt_I))
+            return Items(self.name, self.cluster_I[inside_I]).share(values_I[inside_I])
+        return self.figure(clustered.share(values_I, self.cluster_I))
 
     def correlation(self, x_I: Floats, y_I: Floats, *, by_rank: bool = False) -> dict[str, Any]:
         """Correlation of two values of each."""
-        return self.figure(calibrate.correlation(x_I, y_I, self.prompt_I, by_rank=by_rank))
+        return self.figure(calibrate.correlation(x_I, y_I, self.cluster_I, by_rank=by_rank))
 
 
 def words(text: str) -> int:
@@ -73,7 +76,14 @@ def words(text: str) -> int:
     return len(text.split())
 
 
-def figures(scored: Scored, *, bins: int, near_tie: float, against_R: Floats | None = None) -> dict[str, Any]:
+def figures(
+    scored: Scored,
+    *,
+    bins: int,
+    near_tie: float,
+    against_R: Floats | None = None,
+    bag_R: Floats | None = None,
+) -> dict[str, Any]:
     """All figures of the card.
 
     Args:
@@ -82,14 +92,15 @@ def figures(scored: Scored, *, bins: int, near_tie: float, against_R: Floats | N
         near_tie: gap below which a pair is a near-tie, in units of the normalised score: where the scores
             are not normalised it is taken times their standard deviation.
         against_R: a second model's scores of the same responses.
+        bag_R: a bag of words' scores of them, where there is one.
     """
     comparisons, scores_R = scored.comparisons, scored.scores_R
-    keys = {key: i for i, key in enumerate(dict.fromkeys(prompt_key(c.prompt) for c in comparisons))}
-    prompt_C = np.array([keys[prompt_key(c.prompt)] for c in comparisons], dtype=np.intp)
+    keys = list(map(prompt_key, (c.prompt for c in comparisons)))
+    cluster_C, unit_of_n = clusters(comparisons)
     owner_R = np.repeat(np.arange(len(comparisons)), [len(c.responses) for c in comparisons])
     words_R = np.array([words(r) for c in comparisons for r in c.responses], dtype=np.float64)
     better_N, worse_N, comparison_N = calibrate.labelled_pairs([c.ranks for c in comparisons])
-    pairs, responses = _Items("pairs", prompt_C[comparison_N]), _Items("responses", prompt_C[owner_R])
+    pairs, responses = Items("pairs", cluster_C[comparison_N]), Items("responses", cluster_C[owner_R])
 
     def gaps(values_R: Floats) -> Floats:
         return values_R[better_N] - values_R[worse_N]
@@ -102,9 +113,12 @@ def figures(scored: Scored, *, bins: int, near_tie: float, against_R: Floats | N
     near_N = np.abs(gaps_N) < near_tie * unit
     found: dict[str, Any] = {
         "comparisons": len(comparisons),
-        "prompts": len(keys),
+        "prompts": len(set(keys)),
+        "unit": unit_of_n,
+        "clusters": int(cluster_C.max()) + 1,
         "responses": int(scores_R.size),
         "pairs": int(gaps_N.size),
+        "pairs_left_out": sum(calibrate.possible_pairs(c.ranks) for c in comparisons) - int(gaps_N.size),
         "accuracy": {
             "overall": pairs.share(right_N),
             "equal_scores": int((gaps_N == 0).sum()),
@@ -112,6 +126,13 @@ def figures(scored: Scored, *, bins: int, near_tie: float, against_R: Floats | N
                 pairs, right_N, [comparisons[i] for i in comparison_N], words_R[better_N], words_R[worse_N]
             ),
         },
+        "baselines": _baselines(
+            pairs,
+            right_N,
+            rule_N,
+            None if bag_R is None else calibrate.right(gaps(bag_R)),
+            about_equal(words_R[better_N], words_R[worse_N]),
+        ),
         "calibration": _calibration(pairs, gaps_N, bins, scored.gain),
         "length": {
             "spearman": responses.correlation(scores_R, words_R, by_rank=True),
@@ -130,6 +151,7 @@ def figures(scored: Scored, *, bins: int, near_tie: float, against_R: Floats | N
             "accuracy_of_others": pairs.share(right_N, ~near_N),
         },
         "scores": _scores(responses, scores_R, scored.cut_R),
+        "variance": variance_figures(comparisons, keys, scores_R, responses.cluster_I),
         "against": None,
     }
     if against_R is not None:
@@ -138,6 +160,30 @@ def figures(scored: Scored, *, bins: int, near_tie: float, against_R: Floats | N
             "correlation": responses.correlation(scores_R, against_R),
             "correlation_within": responses.correlation(within_R, calibrate.centred(against_R, owner_R)),
         }
+    return found
+
+
+def about_equal(better_N: Floats, worse_N: Floats) -> NDArray[np.bool_]:
+    """Where two lengths differ by at most :data:`ABOUT_EQUAL` of the longer one."""
+    return np.abs(better_N - worse_N) <= ABOUT_EQUAL * np.maximum(better_N, worse_N)
+
+
+def _baselines(
+    pairs: Items, right_N: Floats, rule_N: Floats, bag_N: Floats | None, like_N: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """What can be had without a model, and what the model adds to it: paired, this minus the baseline."""
+    found: dict[str, Any] = {
+        "chance": 0.5,
+        "longer_is_better": pairs.share(rule_N),
+        "bag_of_words": None if bag_N is None else pairs.share(bag_N),
+        "like_length": pairs.share(right_N, like_N),
+        "like_length_bag_of_words": None if bag_N is None else pairs.share(bag_N, like_N),
+        "adds": {"chance": pairs.mean(right_N - 0.5), "longer_is_better": pairs.mean(right_N - rule_N)},
+    }
+    if bag_N is not None:
+        found["adds"]["bag_of_words"] = pairs.mean(right_N - bag_N)
+        kept = Items(pairs.name, pairs.cluster_I[like_N])
+        found["adds"]["like_length_bag_of_words"] = kept.mean((right_N - bag_N)[like_N])
     return found
 
 
@@ -151,7 +197,7 @@ def _spread(x: Floats) -> float:
 
 
 def _by_group(
-    pairs: _Items, right_N: Floats, of_pair: Sequence[Comparison], better_N: Floats, worse_N: Floats
+    pairs: Items, right_N: Floats, of_pair: Sequence[Comparison], better_N: Floats, worse_N: Floats
 ) -> dict[str, list[dict[str, Any]]]:
     """Accuracy by source, by the number of responses, and by the length of the better response."""
 
@@ -163,7 +209,7 @@ def _by_group(
             if (label_N == name).any()
         ]
 
-    equal_N = np.abs(better_N - worse_N) <= ABOUT_EQUAL * np.maximum(better_N, worse_N)
+    equal_N = about_equal(better_N, worse_N)
     longer_N = np.where(equal_N, "about equal", np.where(better_N > worse_N, "longer", "shorter"))
     k = [len(c.responses) for c in of_pair]
     return {
@@ -183,11 +229,11 @@ def _most_common(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return [n if n in listed else rest for n in names], [*listed, rest]
 
 
-def _calibration(pairs: _Items, gaps_N: Floats, bins: int, gain: float | None) -> dict[str, Any]:
-    error, by_chance = calibrate.calibration_error(gaps_N, pairs.prompt_I, bins)
-    slope = calibrate.slope(gaps_N, pairs.prompt_I)
+def _calibration(pairs: Items, gaps_N: Floats, bins: int, gain: float | None) -> dict[str, Any]:
+    error, by_chance = calibrate.calibration_error(gaps_N, pairs.cluster_I, bins)
+    slope = calibrate.slope(gaps_N, pairs.cluster_I)
     found = {
-        "bins": calibrate.calibration_bins(gaps_N, pairs.prompt_I, bins),
+        "bins": calibrate.calibration_bins(gaps_N, pairs.cluster_I, bins),
         "slope": pairs.figure(slope),
         "ece": {**pairs.figure(error), "by_chance": known(by_chance)},
         "log_loss": pairs.mean(calibrate.log_loss(gaps_N)),
@@ -199,9 +245,9 @@ def _calibration(pairs: _Items, gaps_N: Floats, bins: int, gain: float | None) -
     return found
 
 
-def _scores(responses: _Items, scores_R: Floats, cut_R: NDArray[np.bool_]) -> dict[str, Any]:
+def _scores(responses: Items, scores_R: Floats, cut_R: NDArray[np.bool_]) -> dict[str, Any]:
     spread = clustered.jackknife(
-        lambda kept: _spread(scores_R[kept]), responses.prompt_I, forward=math.log, back=math.exp
+        lambda kept: _spread(scores_R[kept]), responses.cluster_I, forward=math.log, back=math.exp
     )
     centred_R = scores_R - float(scores_R.mean())
     return {
@@ -212,7 +258,7 @@ def _scores(responses: _Items, scores_R: Floats, cut_R: NDArray[np.bool_]) -> di
     }
 
 
-def _against(pairs: _Items, gaps_N: Floats, other_N: Floats) -> dict[str, Any]:
+def _against(pairs: Items, gaps_N: Floats, other_N: Floats) -> dict[str, Any]:
     """Two models on the same pairs: accuracies, their paired difference (first minus second), agreement.
 
     Agreement is the share of pairs that both put in the same order; where one scores equally it is 1/2.

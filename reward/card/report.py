@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from reward.card.first_page import (
+    curve_section,
+    dependence,
+    first_section,
+    section,
+    suite_sections,
+    variance_section,
+)
 from rlhf.markdown import Figure, cell, number, percent, plain, points, share, table, value
 
 _HASH = 16  # hexadecimal digits of a file's hash on the page
@@ -17,7 +25,6 @@ _GROUPS = (  # key of the accuracy, title, how to read it
         "model that follows length is good in the first row and bad in the last.",
     ),
 )
-_COUNTED = ["accuracy", "95% interval", "pairs", "prompts"]
 _READ = ["figure", "value", "95% interval", "how to read it"]
 _FIGURES = {  # of each section: key, title, how to read it
     "calibration": {
@@ -69,12 +76,17 @@ def as_markdown(card: dict[str, Any]) -> str:
     """
     sections = [
         f"# Reward-model card: {cell(card['model']['path'])}\n\n{opening(card)}\n",
-        _accuracy(card["accuracy"]),
+        first_section(card),
+        _accuracy(card),
         _calibration(card),
         _length(card),
-        _near_ties(card["near_ties"]),
+        _near_ties(card),
         _scores(card),
+        variance_section(card["variance"]),
+        *suite_sections(card.get("suites", {})),
     ]
+    if card.get("curve"):
+        sections.append(curve_section(card["curve"]))
     if card.get("against"):
         sections.append(_against(card))
     if card.get("out_of_distribution"):
@@ -149,11 +161,6 @@ def verdict(calibration: dict[str, Any]) -> str:
     return f"{word} (slope {plain(slope, '.2f')}, 1 is calibrated)"
 
 
-def _section(title: str, *parts: str) -> str:
-    """A heading and its paragraphs and tables."""
-    return "\n".join([f"## {title}\n", *parts])
-
-
 def _figures(card: dict[str, Any], section: str, **facts: str) -> str:
     """The table of a section's figures; ``facts`` go into the sentences."""
     figures = card[section]
@@ -169,18 +176,22 @@ def _figures(card: dict[str, Any], section: str, **facts: str) -> str:
     return table(_READ, rows)
 
 
-def _accuracy(accuracy: dict[str, Any]) -> str:
+def _counted_head(card: dict[str, Any]) -> list[str]:
+    return ["accuracy", "95% interval", "pairs", card["unit"]]
+
+
+def _accuracy(card: dict[str, Any]) -> str:
+    accuracy, head = card["accuracy"], _counted_head(card)
     parts = [
         "A pair is right where the preferred response has the higher score; equal scores count 1/2 (here "
-        f"{accuracy['equal_scores']:,} pairs). Intervals are 95% and take the pairs of one prompt as "
-        "dependent.\n",
-        table(["", *_COUNTED], [["all", *_counted(accuracy["overall"])]]),
+        f"{accuracy['equal_scores']:,} pairs). Intervals are 95%; {dependence(card)}.\n",
+        table(["", *head], [["all", *_counted(accuracy["overall"])]]),
     ]
     for key, title, reading in _GROUPS:
         if len(groups := accuracy[key]) > 1:
             rows = [[g["group"], *_counted(g)] for g in groups]
-            parts += [f"{reading}\n", table([title, *_COUNTED], rows)]
-    return _section("Accuracy", *parts)
+            parts += [f"{reading}\n", table([title, *head], rows)]
+    return section("Accuracy", *parts)
 
 
 def _calibration(card: dict[str, Any]) -> str:
@@ -194,12 +205,12 @@ def _calibration(card: dict[str, Any]) -> str:
         ]
         for b in c["bins"]
     ]
-    return _section(
+    return section(
         "Calibration",
         "A gap of Δ between two scores says that the higher one is right with probability 1/(1+exp(-Δ)) (Bai "
         "2022). Pairs in bins of equal number: where the accuracy is below the prediction the model is "
         "over-confident. Scores times the slope are calibrated.\n",
-        table(["score gap", "mean", "predicted", *_COUNTED], bins),
+        table(["score gap", "mean", "predicted", *_counted_head(card)], bins),
         _figures(
             card,
             "calibration",
@@ -211,25 +222,26 @@ def _calibration(card: dict[str, Any]) -> str:
 
 def _length(card: dict[str, Any]) -> str:
     effect = number(card["length"]["effect_per_100_words"], ".3f")
-    return _section(
+    return section(
         "Length",
         "A reward model that pays for length teaches a policy to ramble.\n",
         _figures(card, "length", effect=f"{effect} a 100 words, within comparisons"),
     )
 
 
-def _near_ties(near: dict[str, Any]) -> str:
+def _near_ties(card: dict[str, Any]) -> str:
+    near = card["near_ties"]
     titles = {
         "share of pairs": "share",
         "accuracy on near-ties": "accuracy",
         "accuracy on the others": "accuracy_of_others",
     }
-    return _section(
+    return section(
         "Near-ties",
         f"Pairs whose scores differ by less than {near['threshold']:.3f} ({near['near_tie']:g} of the "
         f"{near['of']}): the model has no opinion, and its accuracy there should be near 50%.\n",
         table(
-            ["figure", "value", *_COUNTED[1:]],
+            ["figure", "value", *_counted_head(card)[1:]],
             [[title, *_counted(near[key])] for title, key in titles.items()],
         ),
     )
@@ -238,7 +250,7 @@ def _near_ties(near: dict[str, Any]) -> str:
 def _scores(card: dict[str, Any]) -> str:
     scores = card["scores"]
     quantiles = scores["quantiles_of_centred"]
-    return _section(
+    return section(
         "Scores",
         f"{card['responses']:,} responses, mean {plain(scores['mean'], '.3f')}, standard deviation "
         f"{plain(scores['sd'], '.3f')}. Quantiles with the mean taken out, because scores of two models can "
@@ -251,7 +263,7 @@ def _scores(card: dict[str, Any]) -> str:
 
 def _against(card: dict[str, Any]) -> str:
     a = card["against"]
-    return _section(
+    return section(
         f"Against {cell(card['against_model']['path'])}",
         "Both models scored the same responses.\n",
         _figures(card, "against"),
@@ -267,7 +279,7 @@ def _out_of_distribution(found: dict[str, Any]) -> str:
     for name, x in found.items():
         cells = (number(x, ".3f") if isinstance(x, float) else str(x), "")
         rows.append([name.replace("_", " "), *(value(x, ".3f") if isinstance(x, dict) else cells)])
-    return _section(
+    return section(
         "Out of distribution",
         "How well the model's activations tell prompts that are unlike its own from those that are: "
         "areas under the ROC curve, 0.5 = not at all, 1 = without a mistake (Bai 2022, section 5.4).\n",
@@ -288,7 +300,7 @@ def _making(card: dict[str, Any]) -> str:
         ["drawn with seed", str(card["seed"])],
         ["versions", ", ".join(f"{k} {v}" for k, v in card["versions"].items())],
     ]
-    return _section("How this page was made", table(["", ""], rows))
+    return section("How this page was made", table(["", ""], rows))
 
 
 def _facts(model: dict[str, Any]) -> list[str]:

@@ -190,6 +190,9 @@ class Card(Section):
     """Use at most this many comparisons."""
     bins: Annotated[int, Field(ge=2, strict=True)] = 10
     """Bins of the calibration table, with equal numbers of pairs."""
+    curve: list[Positive] = []
+    """Numbers of the run's training comparisons, [100, 300, 1000] say, on each of which a linear probe of
+    the frozen base is fitted: a learning curve, and a line in log N (Bai 2022, section 3.2); empty = none."""
     near_tie: NonNegative = 0.5
     """A pair whose scores differ by less is a near-tie, in units of the normalised score."""
     outliers: Files = []

@@ -1,0 +1,133 @@
+"""What the card stage reads of the run and the files beside the model: words, probe, ceilings, curve."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import stage, tiny_recipe
+from test_reward_card_stage import FOLDER, RECIPE, judge, read_card, refusal, some
+from tiny_classifiers import llama
+
+from reward.card import __main__ as evaluate
+from reward.card import beside, curve, scorers
+from reward.card.baselines import fit_bag_of_words
+from reward.card.figures import Scored, figures
+from rlhf.data.comparisons import Comparison, Message, write_native
+from rlhf.data.readers import read_comparisons
+from rlhf.recipe.load import load
+
+
+@pytest.fixture
+def desk(inside):
+    """A folder with a recipe, comparisons and a classifier, and no run."""
+    Path("r.yaml").write_text(RECIPE)
+    write_native("data.jsonl", some())
+    llama("model", seed=1)
+    return inside
+
+
+def test_a_bag_of_words_is_fitted_on_the_training_comparisons(desk):
+    trained = [replace(c, prompt=(Message("user", f"new {i}"),)) for i, c in enumerate(some(12, seed=5))]
+    write_native("runs/judge/comparisons/train.jsonl", trained)
+    card = judge("card.model=model")
+    assert card["bag_of_words"] is None  # the model is not of this run
+    shutil.rmtree("runs/judge/card")
+    shutil.copytree("model", "runs/other/reward/model")
+    write_native("runs/other/comparisons/train.jsonl", trained)
+    card = judge("card.model=runs/other/reward/model")
+    bag = fit_bag_of_words(trained, seed=load("r.yaml").seed)
+    scores = bag.scores([r for c in some() for r in c.responses])
+    plain = figures(Scored(some(), scores, np.zeros(scores.size, bool)), bins=4, near_tie=0.5)
+    assert card["baselines"]["bag_of_words"] == plain["accuracy"]["overall"]
+    assert card["bag_of_words"]["comparisons"] == 12
+    assert card["bag_of_words"]["pairs"] == bag.pairs
+    assert "bag of words | " in (FOLDER / "card.md").read_text()
+
+
+def test_pairs_that_were_judged_again_are_found_in_the_files(desk):
+    again = some()[0]
+    turned = replace(again, ranks=again.ranks[::-1])
+    write_native("data.jsonl", [*some(), again, turned])
+    card = judge()
+    assert card["ceiling"]["duplicates"]["mean"] == pytest.approx(1 / 3)
+    assert card["ceiling"]["annotators"]["mean"] == pytest.approx(
+        np.mean([c.confidence for c in [*some(), turned]])
+    )
+    assert card["probe"] is None
+    assert card["ceiling"]["noise"] is None
+
+
+@pytest.mark.parametrize("rows", ["stop", "skip"])
+def test_a_file_without_a_pair_of_different_ranks_is_refused(desk, rows):
+    Path("data.jsonl").write_text('{"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]}\n' * 3)
+    message = refusal(f"data.on_bad_rows={rows}")
+    assert "all responses are tied" in message
+    assert "\n" not in message
+
+
+def test_ten_thousand_responses_to_one_prompt_are_judged_on_some_of_their_pairs(desk, monkeypatch):
+    monkeypatch.setattr(
+        scorers.ClassifierScorer, "score", lambda self, prompts, responses: np.arange(len(responses)) * -1.0
+    )
+    pool = Comparison(
+        (Message("user", "q"),), tuple(f"r{i}" for i in range(10_000)), tuple(range(10_000)), "s"
+    )
+    write_native("data.jsonl", [pool])
+    card = judge()
+    assert (card["pairs"], card["pairs_left_out"]) == (10_000, 49_985_000)
+    assert "49,985,000 pairs of very large comparisons are left out" in (FOLDER / "card.md").read_text()
+
+
+def test_a_curve_needs_the_run_s_training_comparisons(desk):
+    assert refusal("card.curve=[4,8]").startswith(
+        "card.curve: runs/judge/comparisons/train.jsonl is not there"
+    )
+    write_native("runs/judge/comparisons/train.jsonl", some()[:7])
+    assert "card.curve: 8 of 7 training comparisons; ask for 7 at most" in refusal("card.curve=[4,8]")
+
+
+def test_the_card_of_a_run_stands_beside_its_probe_its_words_and_its_curve(road, inside, monkeypatch):
+    shutil.copytree(road / "runs", "runs")
+    shutil.copytree(road / "models", "models")
+    manifest = Path("runs/tiny/reward/manifest.json")
+    results = json.loads(manifest.read_text())["results"]
+    best = {"layer": 1, "pooling": "mean", "accuracy": {"mean": 0.25, "ci95": [0.1, 0.4], "n": 9}}
+    monkeypatch.setattr(
+        beside,
+        "_results",
+        lambda recipe, stage: results | {"probe_best": best} if stage == "reward" else {},
+    )
+    stage(evaluate.main, "card.curve=[4,8,16]")
+    card = read_card(Path("runs/tiny/card"))
+    overall = card["accuracy"]["overall"]
+    if "probe_accuracy" in results:
+        assert card["probe"]["last"] == results["probe_accuracy"]
+    assert card["probe"]["best"]["pooling"] == "mean"
+    assert card["probe"]["adds_best"]["mean"] == pytest.approx(overall["mean"] - 0.25)
+    assert card["bag_of_words"]["comparisons"] > 0
+    points = card["curve"]["points"]
+    assert [p["comparisons"] for p in points] == [4, 8, 16]
+    assert {p["pairs"] for p in points} == {card["pairs"]}
+    line = np.polyfit([2, 3, 4], [p["mean"] for p in points], 1)
+    assert card["curve"]["fit"]["per_doubling"] == pytest.approx(line[0])
+    assert [p["fitted"] for p in points] == pytest.approx(np.polyval(line, [2, 3, 4]))
+    page = (Path("runs/tiny/card") / "card.md").read_text()
+    assert "## Learning curve" in page
+    assert "layer 1, mean" in page
+    again = curve.learning_curve(tiny_recipe("card.curve=[8]"), Unremembered(), held_out_of("tiny"))
+    assert again["fit"] is None
+    assert 0 <= again["points"][0]["mean"] <= 1
+
+
+class Unremembered:
+    """A run that computes everything anew."""
+
+    def remember(self, name, compute):
+        return compute()
+
+
+def held_out_of(name):
+    return read_comparisons([f"runs/{name}/comparisons/held_out.jsonl"], on_bad_rows="stop")[0]
