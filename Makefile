@@ -29,7 +29,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model comparisons sft distill pmp reward card ppo evaluate tax rlhf verify check test smoke clean \
+.PHONY: help setup model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf verify check test smoke clean \
         study-preference study-scaling bench-reward bench-ppo
 .NOTPARALLEL:
 
@@ -88,6 +88,9 @@ card: recipe ## reward.card: measure how far a reward model can be trusted: this
 
 ppo: recipe ## policy.ppo: train the policy with PPO against the reward model
 	@$(RUN) policy.ppo $(ARGS)
+
+dpo: comparisons sft distill ## policy.dpo: train a policy straight on the comparisons (DPO), where the recipe has it
+	@$(RUN) policy.dpo $(ARGS)
 
 evaluate: card ## policy.evaluate: compare before and after on held-out prompts
 	@$(PY) -m policy.evaluate $(ARGS)

@@ -28,7 +28,7 @@ STAGES = (  # a stage is a package; its command line is the package's __main__
     "reward.pretraining",
     "reward.training",
     "reward.card",
-    *(f"policy.{name}" for name in ("sft", "distillation", "ppo", "evaluate", "alignment_tax")),
+    *(f"policy.{name}" for name in ("sft", "distillation", "ppo", "dpo", "evaluate", "alignment_tax")),
 )
 SCRIPTS = (*(f"{stage}.__main__" for stage in STAGES), "policy.alignment_tax.preflight")
 
@@ -164,7 +164,9 @@ def test_the_trainings_and_their_formulas_do_not_reach_the_reward_model_by_any_w
     assert {f"policy/ppo/{name}.py" for name in ("trainer", "rollout", "loss")} <= loop
     assert {"policy/evaluate/before_after.py"} <= loop
     assert {
-        f"policy/{stage}/{name}.py" for stage in ("sft", "distillation") for name in ("__main__", "run")
+        f"policy/{stage}/{name}.py"
+        for stage in ("sft", "dpo", "distillation")
+        for name in ("__main__", "run")
     } <= loop
     wrong = assembling | {"policy.alignment_tax"}
     assert not any(all_imports(file) & wrong for file in loop)
@@ -238,7 +240,9 @@ def test_each_library_is_known_to_few():
     assert importers("accelerate") == {"rlhf/training/runtime.py", "rlhf/training/trackers.py"}
     assert importers("deepspeed") == {"rlhf/training/runtime.py"}
     assert importers("deepspeed", first_imports) == set()  # it takes seconds, and one process needs none
-    assert importers("trl") == {"reward/training/trainer.py", "policy/sft/trainer.py"}
+    assert importers("trl") == {
+        f"{name}/trainer.py" for name in ("reward/training", "policy/sft", "policy/dpo")
+    }
     assert importers("lm_eval") == {"rlhf/evals/harness.py"}
     assert importers("lm_eval", first_imports) == set()  # it takes seconds, and few stages ask for it
 
@@ -253,7 +257,7 @@ def test_only_the_base_loader_knows_how_a_base_is_quantised():
 
 
 def test_a_stage_of_the_policy_uses_the_loop_of_no_other():
-    for stage in ("alignment_tax", "distillation", "sft", "evaluate"):
+    for stage in ("alignment_tax", "distillation", "sft", "dpo", "evaluate"):
         assert (
             importers(f"policy.{stage}") - inside(f"policy/{stage}") - inside("policy/alignment_tax") == set()
         )

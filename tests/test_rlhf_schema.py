@@ -80,7 +80,7 @@ def test_every_field_says_what_it_means():
 
 
 def test_a_start_may_be_a_stage_that_runs_before():
-    order = ["sft", "distill", "pmp", "reward", "ppo"]
+    order = ["sft", "distill", "pmp", "reward", "ppo", "dpo"]
     assert set(STARTS) == set(order[1:])
     for section, stages in STARTS.items():
         assert set(stages) <= set(order[: order.index(section)])

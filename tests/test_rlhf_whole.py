@@ -23,11 +23,13 @@ LEFT = {
     "pmp": tuple(f"model/{name}" for name in MODEL),
     "reward": tuple(f"{model}/{name}" for model in ("model", "model-1") for name in MODEL),
     "ppo": (f"policy/{WEIGHTS}", f"policy/{SETTINGS}", f"value/{WEIGHTS}", f"policy_last/{WEIGHTS}"),
+    "dpo": (f"policy/{WEIGHTS}", f"policy/{SETTINGS}"),
     "card": ("card.json", "card.md"),
     "evaluate": ("summary.md",),
 }
 UNREAD = ("teacher/shard-00000.npy", f"value/{WEIGHTS}", f"policy_last/{WEIGHTS}")
 SFT = ("sft.data=chosen",)
+DPO = ("dpo.beta=0.2",)
 DISTILL = ("distill.text_share=0", f"hhh_prompt={ROOT}/recipes/prompts/hhh.txt")
 PMP = (f"pmp.sources=[{{files: {ROOT}/recipes/tiny/comparisons.jsonl}}]",)
 TAX = (
@@ -43,6 +45,7 @@ MAINS = {
     "pmp": "reward.pretraining",
     "reward": "reward.training",
     "ppo": "policy.ppo",
+    "dpo": "policy.dpo",
     "card": "reward.card",
     "evaluate": "policy.evaluate",
     "tax": "policy.alignment_tax",
@@ -72,7 +75,10 @@ SUCCESSORS = [  # of each stage, whoever reads it
         "tax",
         (*TAX, "tax.reward_model_hhh=true", HHH),
     ),
+    ("comparisons", "dpo", DPO),
+    ("sft", "dpo", (*SFT, "dpo.start=sft")),
     ("ppo", "evaluate", ()),
+    ("dpo", "evaluate", (*DPO, "evaluate.policy=dpo")),
     ("ppo", "tax", TAX),
 ]
 

@@ -31,7 +31,7 @@ def as_markdown(summary: dict[str, Any]) -> str:
         summary: as written to ``summary.json``.
     """
     parts = [
-        f"# {summary['name']}, seed {summary['seed']}\n",
+        f"# {summary['name']}, seed {summary['seed']}{_of(summary)}\n",
         f"Base {summary['model']}; {summary['reward']['n']} held-out prompts, the same for both sides; "
         "95% intervals, paired by prompt.\n",
         _figures(summary),
@@ -42,6 +42,10 @@ def as_markdown(summary: dict[str, Any]) -> str:
         _samples(summary["samples"]),
     ]
     return "\n".join(parts)
+
+
+def _of(summary: dict[str, Any]) -> str:
+    return f", policy {summary['policy']}" if "policy" in summary else ""
 
 
 def _figures(summary: dict[str, Any]) -> str:

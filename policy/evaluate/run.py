@@ -70,6 +70,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         "seed": recipe.seed,
         "model": recipe.model.path,
         "judged_by": section.judge,
+        **({} if section.policy == "ppo" else {"policy": section.policy}),
         **compare(before, after, samples=section.samples_per_prompt),
         **best_of,
         "reward_model": _reward_figures(made),
@@ -87,12 +88,16 @@ def _backbone(recipe: Recipe, run: StageRun) -> Backbone:
     """The policy, its reference, and room for the reward models that are adapters of the same base."""
     folders = [] if recipe.ppo.retokenize else reward_folders(recipe, run)
     rewards = reward_adapters(len(folders)) if folders else ()
-    start = start_folder(recipe, run, "ppo")
+    section = recipe.evaluate
+    start = start_folder(recipe, run, section.stage)
+    trained = (
+        run.parent(section.stage) / "policy" if section.policy == section.stage else Path(section.policy)
+    )
     adapters = ("policy", *rewards, *((REFERENCE,) if start else ()))
     shapes = shapes_of(rewards, folders)
     base = load_base(recipe.model)
     backbone = Backbone(base, recipe.lora, adapters=adapters, heads=rewards, **shapes)
-    backbone.load_adapter("policy", run.parent("ppo") / "policy")
+    backbone.load_adapter("policy", trained)
     if start:
         backbone.load_adapter(REFERENCE, start)
     return backbone

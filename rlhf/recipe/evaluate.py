@@ -12,6 +12,9 @@ from rlhf.recipe.types import Folder, Natural, Positive, Rate, Section
 class Evaluate(Section):
     """Before against after on held-out prompts, paired."""
 
+    policy: Folder = "ppo"
+    """What is compared with its start: `ppo` or `dpo`, that stage of this run, or the folder of a saved
+    adapter, whose reference is `ppo.start` (or the base). The folder of `dpo`'s figures is `evaluate_dpo`."""
     judge: Literal["vader", "reward"] = "reward"
     """Who scores the responses: a gold judge, or a reward model."""
     reward_model: Folder | None = None
@@ -31,6 +34,16 @@ class Evaluate(Section):
     for n = 1, 2, 4, ... up to it."""
     best_of_prompts: Positive | None = None
     """Held-out prompts for best of n, the first ones; null = all `prompts`."""
+
+    @property
+    def stage(self) -> str:
+        """Name of the section that the policy was trained by, which says what it started from."""
+        return "dpo" if self.policy == "dpo" else "ppo"
+
+    @property
+    def folder(self) -> str:
+        """Name of the stage's folder; both policies of a run can be evaluated."""
+        return "evaluate_dpo" if self.policy == "dpo" else "evaluate"
 
     @model_validator(mode="after")
     def _best_of(self) -> Evaluate:

@@ -341,6 +341,7 @@ def check_batch_sizes(recipe: Recipe, processes: int) -> None:
         ("reward.batch_size", reward.batch_size),
         ("pmp.batch_size", recipe.pmp.batch_size if recipe.pmp else processes),
         ("sft.batch_size", recipe.sft.batch_size if recipe.sft else processes),
+        ("dpo.batch_size", recipe.dpo.batch_size if recipe.dpo else processes),
     ):
         if size % processes:
             raise UserError(

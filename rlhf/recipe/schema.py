@@ -15,7 +15,7 @@ from rlhf.recipe.distill import Distill
 from rlhf.recipe.evaluate import Evaluate
 from rlhf.recipe.ppo import Ppo
 from rlhf.recipe.reward import Card, Collect, Pmp, Reward
-from rlhf.recipe.sft import Sft
+from rlhf.recipe.sft import Dpo, Sft
 from rlhf.recipe.shared import Data, Dialogue, Distributed, Lora, Model
 from rlhf.recipe.tax import Tax
 from rlhf.recipe.types import STARTS, Section
@@ -42,6 +42,7 @@ class Recipe(Section):
     reward: Reward = Reward()
     card: Card = Card()
     ppo: Ppo = Ppo()
+    dpo: Dpo | None = None
     evaluate: Evaluate = Evaluate()
     tax: Tax | None = None
     distributed: Distributed = Distributed()
@@ -68,6 +69,8 @@ class Recipe(Section):
             )
         if self.evaluate.judge == "vader" and self.evaluate.reward_model:
             raise ValueError("evaluate.reward_model is only used with evaluate.judge=reward; remove one")
+        if self.evaluate.policy == "dpo" and self.dpo is None:
+            raise ValueError("evaluate.policy=dpo: this recipe has no dpo section; add one")
         if self.sft and self.sft.loss_on == "assistant" and self.dialogue.template == "plain":
             raise ValueError(
                 "sft.loss_on=assistant needs to know whose turn a token is, which dialogue.template=plain "

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning."""
+"""What a policy learns from rows, without a reward: demonstrations (SFT) or comparisons (DPO)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlhf.recipe.shared import Training
-from rlhf.recipe.types import Files, Folder, Positive, Rate
+from rlhf.recipe.types import Files, Folder, LessThanHalf, Positive, Rate
 
 CHOSEN = "chosen"  # the value of sft.data that asks for the best responses of the comparisons
 
@@ -46,4 +46,38 @@ class Sft(Training):
             raise ValueError(f"data: {CHOSEN} stands alone; a file of that name is ./{CHOSEN}")
         if self.start in ("sft", "distill"):
             raise ValueError("start is a folder here: fine-tuning comes before the other stages")
+        return self
+
+
+class Dpo(Training):
+    """Direct preference optimization (`make dpo`): a policy from the comparisons themselves, without a reward
+    model and without sampling (Rafailov 2023, arXiv 2305.18290), through trl's trainer."""
+
+    start: Folder | None = None
+    """Adapter that the policy starts from, and which as it was is the reference: a folder, or `sft` or
+    `distill`, that stage of this run; null = the base."""
+    beta: Rate = 0.1
+    """β, strength of the pull to the reference (0.1 in Rafailov 2023, appendix B)."""
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"] = "sigmoid"
+    """`sigmoid`: eq. 7 of Rafailov 2023; `hinge`: Zhao 2023 (SLiC); `ipo`: Azar 2023, over the mean a token;
+    `robust`: Chowdhury 2024, needs `label_smoothing`; `sigmoid_norm`: eq. 7 over the mean a token."""
+    label_smoothing: LessThanHalf = 0.0
+    """Share of the labels taken to be wrong, with `robust`."""
+    pairs: Literal["all", "best"] = "all"
+    """Of a ranking, every pair of unequal rank, as the reward model reads it (Ouyang 2022), or the best
+    against each of the others. Ties are no pairs."""
+    limit: Positive | None = None
+    """Train on this many of the comparisons, drawn by the seed; null = all. A smaller number is a part of a
+    larger."""
+    eval_samples: Positive = 256
+    """Held-out comparisons whose implicit rewards are measured, at most."""
+    learning_rate: Rate = 5e-5
+    """Peak of AdamW (ten times the 5e-6 that is usual for full tuning, as LoRA wants)."""
+    batch_size: Positive = 16
+    """Pairs an optimizer step, over all processes."""
+
+    @model_validator(mode="after")
+    def _smoothing(self) -> Dpo:
+        if (self.loss_type == "robust") != bool(self.label_smoothing):
+            raise ValueError("loss_type robust and label_smoothing belong together: give both or neither")
         return self

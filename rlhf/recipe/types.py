@@ -30,5 +30,6 @@ STARTS: dict[str, tuple[str, ...]] = {
     "pmp": ("sft", "distill"),
     "reward": ("sft", "distill"),
     "ppo": ("sft", "distill"),
+    "dpo": ("sft", "distill"),
 }
 """The stages of the same run that the `start` of a section may name instead of a folder."""

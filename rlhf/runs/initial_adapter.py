@@ -1,12 +1,13 @@
 """Where a stage that trains an adapter starts from: nothing, a folder, or another stage of the same run.
 
-``ppo.start``, ``pmp.start``, ``reward.start`` and ``distill.start`` are null, a folder with a saved adapter,
-or the name of a stage, ``sft`` or ``distill``. A stage is a parent, so its successor is refused as changed
-when it was run anew; a folder is an input by its content. No torch here.
+``ppo.start``, ``dpo.start``, ``pmp.start``, ``reward.start`` and ``distill.start`` are null, a folder with a
+saved adapter, or the name of a stage, ``sft`` or ``distill``. A stage is a parent, so its successor is
+refused as changed when it was run anew; a folder is an input by its content. No torch here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def start_folder(recipe: Recipe, run: StageRun | str, section: str) -> Path | No
     Args:
         recipe: the whole recipe.
         run: an open stage of the run, or the run's name.
-        section: ``ppo``, ``pmp``, ``reward``, ``distill`` or ``sft``.
+        section: ``ppo``, ``dpo``, ``pmp``, ``reward``, ``distill`` or ``sft``.
     """
     named = _named(recipe, section)
     if named is None or not start_parents(recipe, section):
@@ -68,21 +69,34 @@ def start_inputs(recipe: Recipe, section: str) -> list[str]:
     """
     files = start_files(recipe, section)
     for file in map(Path, files):
-        for needed in (file, file.with_name(SETTINGS)):
-            if not needed.is_file():
-                words = " or ".join(STARTS.get(section, ()))
-                raise UserError(
-                    f"{section}.start: {needed} is not there; name the folder of a saved adapter"
-                    + (f", or {words} for that stage of this run" if words else "")
-                )
-        settings = read_json(file.with_name(SETTINGS))
-        for key, name, mine in (("r", "rank", recipe.lora.rank), ("lora_alpha", "alpha", recipe.lora.alpha)):
-            if settings.get(key) != mine:
-                raise UserError(
-                    f"{section}.start: {file} does not fit this recipe (lora.{name} {settings.get(key)} "
-                    f"there, {mine} here): it was made with other lora settings"
-                )
+        adapter_files(file.parent, recipe, f"{section}.start", STARTS.get(section, ()))
     return files
+
+
+def adapter_files(folder: Path, recipe: Recipe, key: str, stages: Sequence[str] = ()) -> list[str]:
+    """The weights of an adapter that a recipe names, as an input; it is there and has the recipe's settings.
+
+    key: the recipe's key that names it. stages: what that may name instead.
+
+    Raises:
+        UserError: as :func:`start_inputs`.
+    """
+    file = folder / WEIGHTS
+    for needed in (file, file.with_name(SETTINGS)):
+        if not needed.is_file():
+            words = " or ".join(stages)
+            raise UserError(
+                f"{key}: {needed} is not there; name the folder of a saved adapter"
+                + (f", or {words} for that stage of this run" if words else "")
+            )
+    settings = read_json(file.with_name(SETTINGS))
+    for name, ours, mine in (("r", "rank", recipe.lora.rank), ("lora_alpha", "alpha", recipe.lora.alpha)):
+        if settings.get(name) != mine:
+            raise UserError(
+                f"{key}: {file} does not fit this recipe (lora.{ours} {settings.get(name)} "
+                f"there, {mine} here): it was made with other lora settings"
+            )
+    return [str(file)]
 
 
 def check_same_start(recipe: Recipe, run: StageRun, stage: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import MutableMapping
 
 from rlhf.errors import UserError
 
-SHARED = ("sft", "distill", "pmp", "reward", "ppo")  # the stages that several processes can share
+SHARED = ("sft", "distill", "pmp", "reward", "ppo", "dpo")  # the stages that several processes can share
 RENDEZVOUS = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 _UNSET = f"env -u {' -u '.join((*RENDEZVOUS, 'LOCAL_RANK'))}"
 

@@ -44,6 +44,7 @@ _CHANGEABLE = {  # may change between two starts of an unfinished stage, because
     "reward.checkpoint_every",
     "pmp.checkpoint_every",
     "sft.checkpoint_every",
+    "dpo.checkpoint_every",
     "distill.checkpoint_every",
     "tax.cache",
 }

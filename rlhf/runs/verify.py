@@ -15,7 +15,7 @@ from rlhf.runs.artifacts import MANIFEST, fault_of, read_manifest
 from rlhf.runs.stage import RUNS
 from rlhf.runs.whole import STAGES, check_whole
 
-_OPTIONAL = ("sft", "distill", "pmp", "tax")  # stages that a recipe has with their section
+_OPTIONAL = ("sft", "distill", "pmp", "dpo", "tax")  # stages that a recipe has with their section
 
 
 def stages_of(recipe: Recipe) -> list[str]:

@@ -21,6 +21,7 @@ READ = {
     "pmp": ("model/*",),
     "reward": ("model*/*",),
     "ppo": ("policy/*",),
+    "dpo": ("policy/*",),
 }
 """What other stages read of a finished one: the names of its files. Nothing is read of the last three."""
 STAGES = (*READ, "card", "evaluate", "tax")

@@ -1,7 +1,7 @@
 """What makes a stage of a Hugging Face trainer: arguments, a log, checkpoints that survive ``kill -9``.
 
 The trainers themselves are trl's, with :class:`StepTrainer` mixed in where the stages are:
-``reward/training/trainer.py`` and ``policy/sft/trainer.py``.
+``reward/training/trainer.py``, ``policy/sft/trainer.py`` and ``policy/dpo/trainer.py``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from transformers import (
 from rlhf.errors import UserError
 from rlhf.models.folding import Folding
 from rlhf.recipe.load import Recipe
-from rlhf.recipe.reward import PreferenceTraining
-from rlhf.recipe.schema import Sft
+from rlhf.recipe.shared import Training
 from rlhf.runs.artifacts import Checkpoints, step_of
 from rlhf.runs.processes import processes, rank
 from rlhf.training.metrics import Metrics
@@ -38,9 +37,7 @@ Sums = dict[str, float]
 ADAPTER = "default"  # peft's name of the one adapter that learns; its files do not carry it
 
 
-def arguments(
-    recipe: Recipe, section: PreferenceTraining | Sft, folder: Path, *, rate: float, seed: int
-) -> dict[str, Any]:
+def arguments(recipe: Recipe, section: Training, folder: Path, *, rate: float, seed: int) -> dict[str, Any]:
     """Fields of trl's configurations for a section of a recipe; all files go below ``folder``.
 
     A batch of the data loader is everything that one process adds to one optimizer step; the trainer's
@@ -89,7 +86,7 @@ class StepTrainer:
 
     Args:
         section: the recipe's section, for the sizes.
-        stage: ``sft``, ``reward`` or ``pmp``; stands in the printed lines.
+        stage: ``sft``, ``reward``, ``pmp`` or ``dpo``; stands in the printed lines.
         folder: of the stage's run; ``metrics.jsonl`` and checkpoints go there.
         on_checkpoint: called behind every checkpoint.
         member: number of this training among those of the stage, whose steps follow each other in the log.
@@ -106,7 +103,7 @@ class StepTrainer:
     def __init__(
         self,
         *,
-        section: PreferenceTraining | Sft,
+        section: Training,
         stage: str,
         folder: Path,
         on_checkpoint: Callable[[], None] = lambda: None,
