@@ -1,5 +1,7 @@
 """Reward models whose head reads the mean state of a response: the same scores everywhere."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import stage, tiny_recipe
@@ -17,7 +19,6 @@ from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.models import prepare
 from rlhf.models.masks import left_pad, right_pad
-from rlhf.runs.stage import open_stage
 from rlhf.tokenization.dialogue import load_dialogue
 
 MIXED = cases(5)
@@ -66,7 +67,10 @@ def test_the_whole_road_with_a_pooled_head_and_ppo_scores_as_the_saved_model_doe
     folder = inside / "runs/tiny/reward/model"
     assert load_config(folder).pooling == "mean"
     recipe = tiny_recipe(*words)
-    run, dialogue = open_stage(tiny_recipe(*words, "name=tiny", "ppo.steps=3"), "ppo"), load_dialogue(recipe)
+    run, dialogue = (
+        SimpleNamespace(parent=(inside / "runs/tiny").joinpath, is_main=True),
+        load_dialogue(recipe),
+    )
     backbone = assemble(recipe, run, dialogue)
     prompts = [(Message("user", text),) for text in ("one", "another one")]
     texts = ["good", "bad and dull"]

@@ -198,7 +198,7 @@ def test_a_model_that_was_not_saved_as_it_is_is_noticed(usual, tmp_path, monkeyp
     recipe = tiny_recipe()
     dialogue = load_dialogue(recipe)
     some = stored("held_out")[:1]
-    rows = [[*e["prompt"], *r] for e in encode(some, dialogue) for r in e["responses"]]
+    rows = [(e["prompt"], r) for e in encode(some, dialogue) for r in e["responses"]]
     scores = TextRewardModel(usual / MODEL).score(*asked(some))
     assert reward.training.run._check_reload(recipe, usual / MODEL, rows, scores, dialogue) < 1e-4
     lost = shutil.copytree(usual / MODEL, tmp_path / "lost")
