@@ -216,3 +216,18 @@ def test_the_card_leaves_out_the_very_comparisons_that_were_trained_on(desk):
     page = json.loads(Path("runs/judge/card/card.json").read_text())
     assert page["comparisons"] == 60 - len(train)
     assert page["data"]["counts"]["dropped"] == {"also among the training comparisons of a run": len(train)}
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("split_by", ["debate", "1", "[row]", "null"]),
+        ("allow_overlap", ["maybe", "[true]", "null"]),
+        ("rankings", ["1", "0", "65", "2.5", "many", "[3]", ".nan"]),
+        ("ranking_passes", ["0", "-1", "1.5", "null"]),
+    ],
+)
+def test_values_that_a_key_cannot_have_are_refused_in_its_name(desk, key, values):
+    for value in values:
+        with pytest.raises(UserError, match=rf"data\.{key}"):
+            load("r.yaml", [f"data.{key}={value}"])
