@@ -207,7 +207,7 @@ def test_a_response_in_two_comparisons_counts_once_for_the_variance():
     assert told["within"]["responses"] == 7
     within = variance_components(np.array([1, 2, 6, 5, 4, 0, 3.0]), np.array([0, 0, 0, 1, 1, 2, 2]))[0]
     assert told["within"]["mean"] == pytest.approx(within)
-    low, high = told["share"]["ci95"] or (0, 1)
+    low, high = told["share"]["ci95"]
     assert 0 <= low <= high <= 1
     one = found([pair("a", "b"), pair("c", "d")], [1, 2, 3, 5])["variance"]
     assert one["within"]["mean"] > 0

@@ -97,7 +97,8 @@ def ceiling_of(recipe: Recipe, comparisons: Sequence[Comparison], of_C: Indices)
 def _duplicates(recipe: Recipe) -> dict[str, Any] | None:
     """Agreement of repeated judgements in the files that the comparisons came from, if those are there."""
     data = recipe.data
-    files = recipe.card.comparisons or ([] if data.sampled else list(data.comparisons))
+    own = [*([] if data.sampled else data.comparisons), *data.held_out_comparisons]
+    files = recipe.card.comparisons or own
     files = [file for file in files if not str(file).startswith("hub:")]
     if not files:
         return None

@@ -67,15 +67,10 @@ def variance_figures(
     return {
         "within": component(lambda within, _: within, math.log, math.exp),
         "between": component(lambda _, between: between, float, lambda x: max(0.0, x)),
-        "share": component(_share, _logit, lambda x: 1 / (1 + math.exp(-x))),
+        "share": component(_share, float, lambda x: min(1.0, max(0.0, x))),
     }
 
 
 def _share(within: float, between: float) -> float:
     total = within + between
     return within / total if total > 0 else math.nan
-
-
-def _logit(p: float) -> float:
-    """Raises ValueError at 0 and 1, as :func:`rlhf.stats.clustered.jackknife` expects."""
-    return math.log(p) - math.log1p(-p)
