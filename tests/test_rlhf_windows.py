@@ -288,7 +288,7 @@ def test_a_top_whose_layers_take_the_windows_of_others_is_noticed(family, monkey
     import contextlib
 
     @contextlib.contextmanager
-    def uncut(decoder, part, cut):  # the types of the layers stay as they were
+    def uncut(decoder, part, cut, *_):  # the types of the layers stay as they were
         layers, norm = decoder.layers, decoder.norm
         if part != "all":
             decoder.layers = layers[:cut] if part == "trunk" else layers[cut:]
