@@ -1,6 +1,8 @@
 """A reward model of fewer layers (`reward.layers`): what it is for others, and the same scores everywhere."""
 
+import gc
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +13,11 @@ from families import TEXT_PART, write_family
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
+import reward.training.run
 from policy.evaluate import __main__ as evaluate
 from policy.ppo import __main__ as ppo
 from policy.ppo.setup import new_backbone
-from reward.model.model import TextRewardModel, load_config, new_reward_model
+from reward.model.model import TextRewardModel, head_of, load_config, new_reward_model
 from reward.training import __main__ as train
 from rlhf.collect import __main__ as collect
 from rlhf.errors import UserError
@@ -142,6 +145,8 @@ def test_all_layers_leave_the_saved_file_as_it_was(tmp_path):
     [
         (["reward.layers=2", "reward.objective=imitation"], "behind all layers"),
         (["reward.layers=0"], "reward.layers"),
+        (["reward.layers=auto", "reward.probe=false"], "takes those of the best probe"),
+        (["reward.layers=auto", "reward.start=/x"], "name the number of layers"),
         (["reward.layers=2", "pmp.sources=[{files: hub:x}]"], r"pmp\.layers=None; give both the same number"),
         (["reward.layers=2", "reward.start=sft", "sft.data=x.jsonl"], "adapter for all layers"),
     ],
@@ -149,3 +154,53 @@ def test_all_layers_leave_the_saved_file_as_it_was(tmp_path):
 def test_what_cannot_have_fewer_layers_is_refused(words, message):
     with pytest.raises(UserError, match=message):
         tiny_recipe(*words)
+
+
+def figures():
+    return json.loads(Path("runs/tiny/reward/manifest.json").read_text())["results"]
+
+
+@pytest.fixture
+def labelled(road, inside):
+    """A current folder in which everything before the reward stage is done."""
+    shutil.copytree(road / "models", "models")
+    shutil.copytree(road / "runs/tiny/comparisons", "runs/tiny/comparisons")
+
+
+def test_auto_takes_the_best_layer_of_the_probe_and_remembers_it(labelled, monkeypatch, capsys):
+    words = ["reward.layers=auto", "reward.head_init=probe", "reward.epochs=1"]
+    trained = reward.training.run.train_preference_model
+    heads = []
+
+    def watched(recipe, section, dialogue, model, *args, **options):
+        heads.append(head_of(model).weight.detach().clone())
+        if len(heads) == 1:
+            raise KeyboardInterrupt
+        return trained(recipe, section, dialogue, model, *args, **options)
+
+    monkeypatch.setattr(reward.training.run, "train_preference_model", watched)
+    with pytest.raises(KeyboardInterrupt):
+        stage(train.main, *words)
+    monkeypatch.setattr(reward.training.run, "fit_probe", lambda *a, **o: 1 / 0)
+    gc.collect()  # a process that ends gives its lock back
+    stage(train.main, *words)
+    found = figures()
+    last = [row for row in found["probe_best"]["cv"] if row["pooling"] == "last token"]
+    assert [row["layer"] for row in last] == [1, 2, 3]
+    best = max(last, key=lambda row: row["accuracy"])["layer"]
+    assert found["layers"] == load_config(Path("runs/tiny/reward/model")).layers == best
+    assert f"layers=auto: the first {best} layers" in capsys.readouterr().out
+    assert torch.equal(heads[0], heads[1])
+    assert found["reload_gap"] < 1e-4
+    assert set(found["probe_best"]) >= {"layer", "pooling", "accuracy", "cv_accuracy", "cv", "penalty"}
+
+
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [([], [2, 3]), (["reward.probe=all"], [1, 2, 3]), (["reward.layers=1", "reward.probe=all"], [1, 2, 3]),
+     (["reward.layers=2", "lora.layers=top_1"], [2]), (["reward.trunk_gigabytes=0"], [1, 2, 3])],
+)  # fmt: skip
+def test_the_probe_reads_the_layers_that_cost_nothing_or_all(words, layers, labelled, monkeypatch):
+    monkeypatch.setattr("rlhf.runs.stage._parent_identity", lambda *a: "")  # lora.layers is another here
+    stage(train.main, "reward.epochs=1", "lora.layers=top_2", *words)
+    assert sorted({row["layer"] for row in figures()["probe_best"]["cv"]}) == layers

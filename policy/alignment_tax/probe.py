@@ -64,7 +64,7 @@ def probe(recipe: Recipe) -> str:
         sample(model, "policy", prompts, uniforms, eos_id=eos, pad_id=pad, temperature=1.0)
         del model, base
         where = "the reward model"
-        layers = recipe.reward.layers
+        layers = None if recipe.reward.layers == "auto" else recipe.reward.layers
         classifier: Any = new_reward_model(recipe, dialogue, layers=layers).to(best_device())
         with torch.no_grad():
             _check_finite(classifier(input_ids=ids_BT, attention_mask=mask_BT.long()).logits)

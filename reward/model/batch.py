@@ -27,8 +27,8 @@ from rlhf.tokenization.dialogue import Dialogue
 
 Example = dict[str, Any]
 """An encoded comparison: ``prompt`` (ids), ``responses`` (ids of each with its closing), ``spoken`` (how many
-of those each writer said: the closing EOS counts unless the response was cut), ``ranks``, and ``index``, its
-number among the examples of a stage."""
+of those each writer said: the closing EOS counts unless the response was cut), ``ranks``, ``index``, its
+number among the examples of a stage, and ``group``, what it belongs to beyond its prompt, or None."""
 Wanted = Literal["none", "best", "all"]
 
 
@@ -72,6 +72,7 @@ def encode(comparisons: Sequence[Comparison], dialogue: Dialogue, first: int = 0
                 "spoken": spoken,
                 "ranks": list(comparison.ranks),
                 "index": first + len(rows),
+                "group": comparison.group,
             }
         )
     return rows

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from reward.loss import candidate_scores, normalization, pair_accuracy
 from reward.model.batch import Example, encode_split, layout
 from reward.model.ensemble import MODEL
-from reward.model.forward import score_examples, scores_of
+from reward.model.forward import check_packing, score_examples, scores_of
 from reward.model.model import (
     RewardModelConfig,
     head_of,
@@ -25,14 +25,15 @@ from reward.model.model import (
     start_from,
     start_tensors,
 )
-from reward.training.probe import fit_probe
+from reward.training.features import POOLINGS, spread_layers
+from reward.training.probe import Head, Probe, fit_probe
 from reward.training.trainer import ForwardPlan, plan_forward, train_preference_model
 from rlhf.data.comparisons import Comparison, Counts, drawn
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.markdown import plain
 from rlhf.models.backbone import Backbone
-from rlhf.models.base import load_base, vocabulary_head
+from rlhf.models.base import best_device, load_base, vocabulary_head
 from rlhf.models.masks import right_pad
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.reward import PreferenceTraining
@@ -62,16 +63,20 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     held_out = stored(stage, "held_out")
     rows = Rows(*encode_split(train, held_out, dialogue, lambda line: stage.say(f"reward: {line}")))
     stage.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
-    layers = recipe.reward.layers
-    fresh = new_reward_model(recipe, dialogue, layers=layers, pooling=recipe.reward.pooling)
+    section, probe, layers = recipe.reward, None, recipe.reward.layers
+    if layers == "auto":
+        probe = _probe(recipe, stage, rows, dialogue)
+        layers = probe.layers
+    fresh = new_reward_model(recipe, dialogue, layers=layers, pooling=section.pooling)
     if start := start_folder(recipe):
         start_tensors(fresh, start)  # a mistake is told before there is work that a mended recipe would lose
-    plan = plan_forward(recipe, recipe.reward, fresh, [*rows.train, *rows.held_out], dialogue)
-    probe = _probe(stage, fresh, rows, dialogue, plan) if recipe.reward.probe else None
+    plan = plan_forward(recipe, section, fresh, [*rows.train, *rows.held_out], dialogue)
+    if section.probe and probe is None:
+        probe = _probe(recipe, stage, rows, dialogue, None if section.probe == "all" else (fresh, plan))
     del fresh
     members = [
         stage.remember(f"member-{n}", partial(_member, recipe, stage, dialogue, rows, plan, layers, probe, n))
-        for n in range(recipe.reward.members)
+        for n in range(section.members)
     ]
     results: dict[str, Any] = {name: value for name, value in members[0].items() if name != "scores"}
     if len(members) > 1:
@@ -101,7 +106,7 @@ def _member(
     rows: Rows,
     plan: ForwardPlan,
     layers: int | None,
-    probe: tuple[Tensor, dict[str, Any]] | None,
+    probe: Probe | None,
     member: int,
 ) -> dict[str, Any]:
     """Train, normalize, save and judge one model."""
@@ -112,10 +117,12 @@ def _member(
     if section.head_init == "zero":
         nn.init.zeros_(head_of(fresh).weight)
     if probe:
-        weights_D, results["probe_accuracy"] = probe
+        results["probe_accuracy"] = probe.accuracy
+        if probe.best:
+            results["probe_best"] = probe.best
         if section.head_init == "probe":
             with torch.no_grad():
-                head_of(fresh).weight.copy_(weights_D[None])
+                head_of(fresh).weight.copy_(torch.tensor(probe.weights)[None])
     if start := start_folder(recipe):
         read = start_from(fresh, start)
         stage.say(f"reward: starts from {start} ({read} tensors)")
@@ -179,16 +186,53 @@ def config_of(
 
 
 def _probe(
-    stage: StageRun, fresh: Any, rows: Rows, dialogue: Dialogue, plan: ForwardPlan
-) -> tuple[Tensor, dict[str, Any]]:
-    """The linear probe on the base below a fresh adapter, which changes nothing yet; fitted once a stage."""
+    recipe: Recipe,
+    stage: StageRun,
+    rows: Rows,
+    dialogue: Dialogue,
+    trained: tuple[Any, ForwardPlan] | None = None,
+) -> Probe:
+    """The linear probes on the base below a fresh adapter, which changes nothing yet; fitted once a stage.
+
+    trained: the model that will be trained, whose last layer and those above its trunk are probed; None = the
+    whole base, in a pass of its own.
+    """
+    wanted, pooling = recipe.reward.layers, recipe.reward.pooling
 
     def fit() -> dict[str, Any]:
-        probe = fit_probe(fresh, *rows, dialogue.pad_id, share=plan.share, trunk=plan.trunk)
-        return {"weights": probe.weights_D.tolist(), "accuracy": probe.accuracy.as_dict()}
+        model, plan = trained or _whole(recipe, rows, dialogue)
+        shape = model.base_model.model.config.get_text_config()
+        last, cut = int(shape.num_hidden_layers), plan.trunk.cut if plan.trunk else 0
+        responses = sum(len(e["responses"]) for part in rows for e in part)
+        layers = spread_layers(cut + 1, last, responses, int(shape.hidden_size))
+        if isinstance(wanted, int):
+            layers = sorted({*layers, wanted})
+        head: Head | None = None
+        if wanted is not None or pooling == "mean":
+            head = wanted or last, POOLINGS[pooling == "mean"]
+        where = "; reward.probe=all reads those of the frozen trunk too" if cut else ""
+        stage.say(f"reward: probes of layers {', '.join(map(str, layers))}{where}")
+        options: dict[str, Any] = {"share": plan.share, "trunk": plan.trunk, "layers": layers}
+        return fit_probe(model, *rows, dialogue.pad_id, **options, head=head)._asdict()
 
-    figures = stage.remember("probe", fit)
-    return torch.tensor(figures["weights"]), figures["accuracy"]
+    probe = Probe(**stage.remember("probes", fit))
+    if probe.best:
+        stage.say(
+            "reward: best probe by cross-validation on the training part: layer {layer}, {pooling}, "
+            "accuracy {cv_accuracy:.3f}, held-out ".format(**probe.best)
+            + plain(probe.best["accuracy"], ".3f")
+        )
+    if wanted == "auto":
+        stage.say(f"reward: layers=auto: the first {probe.layers} layers")
+    return probe
+
+
+def _whole(recipe: Recipe, rows: Rows, dialogue: Dialogue) -> tuple[Any, ForwardPlan]:
+    """All layers of the base, and how to go over the examples once."""
+    model = new_reward_model(recipe, dialogue).to(best_device()).eval()
+    some = [*rows.train, *rows.held_out]
+    share = recipe.reward.share_prompts and check_packing(model, some, dialogue.pad_id) is None
+    return model, ForwardPlan(share, None)
 
 
 @torch.no_grad()

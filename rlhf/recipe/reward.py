@@ -138,10 +138,12 @@ class Reward(PreferenceTraining):
     """Folder of a trained preference model to start from; or the folder of a policy's adapter, or `sft` or
     `distill`, that stage of this run, whose weights the adapter takes under a fresh head; null = the run's
     `pmp` stage where the recipe has one, else a fresh adapter and head."""
-    layers: Positive | None = None
+    layers: Positive | Literal["auto"] | None = None
     """The reward model consists of so many of the base's layers, from the first, then its last norm and the
     head: in the middle there may be more to read than at the end (Tenney 2019, arXiv 1905.05950), and what is
-    not there costs nothing, in PPO either. null = all. lora.layers=top_k counts from the last of them."""
+    not there costs nothing, in PPO either. `auto` = as many as give the best linear probe of that pooling
+    by cross-validation on the training comparisons; null = all. lora.layers=top_k counts from the last of
+    them."""
     limit: Positive | None = None
     """Train on this many of the training comparisons, drawn by the seed; null = all. A smaller number is
     a part of a larger, and the held-out part stays the same, so runs can be compared."""
@@ -149,15 +151,22 @@ class Reward(PreferenceTraining):
     """Reward models trained from different seeds on the same comparisons (an ensemble of adapters)."""
     reference_responses: Positive = 256
     """Responses whose scores are brought to mean 0 and variance 1 after training (Ziegler 2019)."""
-    probe: bool = True
-    """Also fit a linear probe on the frozen base's features, the figure a reward model has to beat."""
+    probe: bool | Literal["all"] = True
+    """Also fit linear probes on the frozen base's features, the figure a reward model has to beat: at the
+    last layer's last token, and at the layer and the pooling (last token, or mean over the response) that
+    cross-validation on the training part finds best. true = of the layers above the frozen trunk, where there
+    is one, since those below would take a pass of their own; `all` = of all, as with layers=auto."""
     head_init: Literal["normal", "zero", "probe"] = "normal"
-    """A fresh head starts as N(0, 1/(d+1)) (Stiennon 2020), as 0, or as the linear probe; with few
+    """A fresh head starts as N(0, 1/(d+1)) (Stiennon 2020), as 0, or as the linear probe there; with few
     comparisons the latter two spare the training a random direction to be unlearned first (LP-FT, Kumar 2022,
     arXiv 2202.10054)."""
 
     @model_validator(mode="after")
     def _head(self) -> Reward:
+        if self.layers == "auto" and not self.probe:
+            raise ValueError("layers=auto takes those of the best probe; set reward.probe=true")
+        if self.layers == "auto" and self.start:
+            raise ValueError("layers=auto fits the frozen base; name the number of layers that start has")
         if self.layers is not None and self.objective == "imitation":
             raise ValueError(
                 "objective=imitation reads the vocabulary head, behind all layers; remove layers"
