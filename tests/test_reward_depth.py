@@ -167,8 +167,9 @@ def labelled(road, inside):
     shutil.copytree(road / "runs/tiny/comparisons", "runs/tiny/comparisons")
 
 
-def test_auto_takes_the_best_layer_of_the_probe_and_remembers_it(labelled, monkeypatch, capsys):
-    words = ["reward.layers=auto", "reward.head_init=probe", "reward.epochs=1"]
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_auto_takes_the_best_layer_of_the_probe_and_remembers_it(pooling, labelled, monkeypatch, capsys):
+    words = ["reward.layers=auto", "reward.head_init=probe", "reward.epochs=1", f"reward.pooling={pooling}"]
     trained = reward.training.run.train_preference_model
     heads = []
 
@@ -185,7 +186,7 @@ def test_auto_takes_the_best_layer_of_the_probe_and_remembers_it(labelled, monke
     gc.collect()  # a process that ends gives its lock back
     stage(train.main, *words)
     found = figures()
-    last = [row for row in found["probe_best"]["cv"] if row["pooling"] == "last token"]
+    last = [row for row in found["probe_best"]["cv"] if row["pooling"].startswith(pooling)]
     assert [row["layer"] for row in last] == [1, 2, 3]
     best = max(last, key=lambda row: row["accuracy"])["layer"]
     assert found["layers"] == load_config(Path("runs/tiny/reward/model")).layers == best
