@@ -175,6 +175,13 @@ def test_the_value_starts_from_the_first_member_and_every_part_says_where_it_is_
     assert lines["score"].strip() == "mean - 1 x standard deviation of the 2 reward models"
 
 
+@pytest.mark.parametrize(("read", "told"), [(7, True), (8, False), (9, False)])
+def test_a_reward_model_that_has_read_less_than_ppo_samples_is_told(world, capsys, read, told):
+    write_card(world / "runs/tiny/reward/model", max_response_tokens=read)
+    built()
+    assert (f"max_response_tokens={read} is less than the 8 tokens" in capsys.readouterr().out) is told
+
+
 def test_without_a_trunk_its_memory_limit_is_named_as_without_effect(world, capsys):
     for layers, line in (("all", "none: no layers are frozen"), ("top_1", "frozen layers")):
         recipe = tiny_recipe(f"lora.layers={layers}", "ppo.retokenize=true")

@@ -84,6 +84,10 @@ LONGER = r"up to \d+ tokens, and the model at m reads 64; lower it$"
             ["dialogue.max_prompt_tokens=48", "dialogue.max_response_tokens=15", "dialogue.end_of_context=x"],
             r"dialogue\.max_prompt_tokens \+ dialogue\.max_response_tokens: up to 65",
         ),
+        (
+            ["dialogue.max_prompt_tokens=8", "reward.max_response_tokens=56"],
+            rf"^dialogue\.max_prompt_tokens \+ reward\.max_response_tokens: {LONGER}",
+        ),
         (["distill={texts: [t.txt], max_tokens: 65}"], rf"^distill\.max_tokens: {LONGER}"),
         (
             ["ppo.ptx_texts=[t.txt]", "ppo.ptx_coef=1", "ppo.ptx_max_tokens=65"],

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from policy.ppo.rollout import Responses, RewardFn
 from reward.model.ensemble import Combination, check_one_base, combine, member_folders, spread
-from reward.model.model import TextRewardModel, check_has_score, check_same_contract, load_config
+from reward.model.model import TextRewardModel, check_has_score, check_same_contract, load_config, too_short
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
 from rlhf.models.masks import append_token
@@ -136,7 +136,11 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weight
     """
     folders = reward_folders(recipe, run)
     for folder in folders:
-        check_has_score(load_config(folder), folder)
+        config = load_config(folder)
+        check_has_score(config, folder)
+        if run.is_main and config.max_response_tokens < (sampled := recipe.dialogue.max_response_tokens):
+            where = f"{folder}: max_response_tokens"
+            print(f"warning: {too_short(where, config.max_response_tokens, sampled)}", flush=True)
     names = reward_adapters(len(folders))
     section, start = recipe.ppo, start_folder(recipe, run, "ppo")
     rewards = () if section.retokenize else names

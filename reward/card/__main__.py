@@ -65,7 +65,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     comparisons = [c for c in distinct if len(set(c.ranks)) > 1]
     if len(comparisons) < len(distinct):
         lost = len(distinct) - len(comparisons)
-        counts.drop("responses equal within dialogue.max_response_tokens", lost)
+        counts.drop("responses equal within what the model reads", lost)
         run.say(
             f"card: {lost} of {len(distinct)} comparisons left out: their responses are equal after the cut"
         )

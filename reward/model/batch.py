@@ -83,15 +83,17 @@ def encode_split(
     held_out: Sequence[Comparison],
     dialogue: Dialogue,
     say: Callable[[str], None],
+    key: str = "dialogue.max_response_tokens",
 ) -> tuple[list[Example], list[Example]]:
-    """Both parts as examples, numbered through; says how many :func:`encode` has left out.
+    """Both parts as examples, numbered through; says how many :func:`encode` has left out; ``key`` names the
+    limit of the responses.
 
     Raises:
         UserError: nothing is left of a part.
     """
     rows = encode(train, dialogue)
     exam = encode(held_out, dialogue, first=len(rows))
-    limit = f"dialogue.max_response_tokens={dialogue.max_response_tokens}"
+    limit = f"{key}={dialogue.max_response_tokens}"
     for name, given, kept in (("training", train, rows), ("held-out", held_out, exam)):
         if not kept:
             raise UserError(

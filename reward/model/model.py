@@ -236,6 +236,14 @@ def check_same_contract(config: RewardModelConfig, recipe: Recipe, dialogue: Dia
     )
 
 
+def too_short(where: str, read: int, sampled: int) -> str:
+    """The warning that a reward model meets longer responses than it was trained on."""
+    return (
+        f"{where}={read} is less than the {sampled} tokens that PPO samples (dialogue.max_response_tokens): "
+        "the reward model will score longer responses than it has seen; raise it, or sample fewer"
+    )
+
+
 class TextRewardModel:
     """A reward model on a base of its own that reads text, whatever tokenizer the policy has.
 

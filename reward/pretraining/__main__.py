@@ -33,9 +33,10 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     from reward.training.trainer import plan_forward, train_preference_model
     from rlhf.tokenization.dialogue import load_dialogue
 
-    dialogue = load_dialogue(recipe)
+    dialogue = load_dialogue(recipe, section.max_response_tokens)
     parts, counts = public_comparisons(recipe, section, run, dialogue)
-    train, held_out = encode_split(*parts, dialogue, lambda line: run.say(f"pmp: {line}"))
+    key = section.length_key
+    train, held_out = encode_split(*parts, dialogue, lambda line: run.say(f"pmp: {line}"), key)
     fresh = new_reward_model(recipe, dialogue, layers=section.layers, pooling=section.pooling)
     if start := start_folder(recipe, run, "pmp"):
         read = start_from(fresh, start, "pmp.start")
@@ -83,7 +84,7 @@ def public_comparisons(
     left = told_apart(section, dialogue, drawn)
     if len(left) < len(drawn):
         lost = Counts(len(drawn))
-        lost.drop("responses equal within dialogue.max_response_tokens", len(drawn) - len(left))
+        lost.drop(f"responses equal within {section.length_key}", len(drawn) - len(left))
         counts["after the cut"] = lost
     thinned = [subsample_responses(c, section.max_responses) for c in left]
     if run.is_main:

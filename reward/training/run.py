@@ -24,6 +24,7 @@ from reward.model.model import (
     save_reward_model,
     start_from,
     start_tensors,
+    too_short,
 )
 from reward.training.features import POOLINGS, spread_layers
 from reward.training.probe import Head, Probe, fit_probe
@@ -58,10 +59,13 @@ class Rows(NamedTuple):
 
 def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     """Train the reward model of a recipe, or its ensemble; returns the figures for the manifest."""
-    dialogue = load_dialogue(recipe)
+    dialogue = load_dialogue(recipe, recipe.reward.max_response_tokens)
+    if dialogue.max_response_tokens < (sampled := recipe.dialogue.max_response_tokens):
+        stage.say(f"warning: {too_short(recipe.reward.length_key, dialogue.max_response_tokens, sampled)}")
     train = drawn(stored(stage, "train"), recipe.reward.limit, recipe.seed)
     held_out = stored(stage, "held_out")
-    rows = Rows(*encode_split(train, held_out, dialogue, lambda line: stage.say(f"reward: {line}")))
+    key = recipe.reward.length_key
+    rows = Rows(*encode_split(train, held_out, dialogue, lambda line: stage.say(f"reward: {line}"), key))
     stage.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
     section, probe, layers = recipe.reward, None, recipe.reward.layers
     if layers == "auto":
@@ -170,7 +174,7 @@ def config_of(
 ) -> RewardModelConfig:
     """What is saved beside a trained model."""
     precision = {name: getattr(recipe.model, name) for name in ("dtype", "quantization", "revision")}
-    names = ("template", "max_prompt_tokens", "max_response_tokens", "end_of_context", "template_arguments")
+    names = ("template", "max_prompt_tokens", "end_of_context", "template_arguments")
     return RewardModelConfig(
         base=recipe.model.path,
         offset=offset,
@@ -180,6 +184,7 @@ def config_of(
         end_of_turn=dialogue.end_token,
         layers=layers,
         pooling=section.pooling,
+        max_response_tokens=dialogue.max_response_tokens,
         **{name: getattr(recipe.dialogue, name) for name in names},
         **precision,
     )

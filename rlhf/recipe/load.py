@@ -382,6 +382,10 @@ def _lengths(recipe: Recipe) -> dict[str, int]:
     closing = 1 if dialogue.end_of_context is None else 2
     both = dialogue.max_prompt_tokens + dialogue.max_response_tokens + closing
     lengths = {"dialogue.max_prompt_tokens + dialogue.max_response_tokens": both}
+    for section in (recipe.reward, recipe.pmp):
+        if section is not None and section.max_response_tokens is not None:
+            both = dialogue.max_prompt_tokens + section.max_response_tokens + closing
+            lengths[f"dialogue.max_prompt_tokens + {section.length_key}"] = both
     if recipe.distill is not None:
         lengths["distill.max_tokens"] = recipe.distill.max_tokens
     if recipe.ppo.ptx_texts:

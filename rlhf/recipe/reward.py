@@ -73,6 +73,15 @@ class PreferenceTraining(Training):
     trunk_gigabytes: NonNegative = 4.0
     """Memory for the hidden states below the first adapted layer (lora.layers=top_k), which are computed once
     for all passes; where they need more, or with 0, every pass computes them anew."""
+    max_response_tokens: Positive | None = None
+    """Longest response that is read here, in tokens; longer ones are cut. null = that of `dialogue`, up to
+    which PPO samples; a greater number reads more of what people wrote."""
+
+    @property
+    def length_key(self) -> str:
+        """The key that says how long a response may be, for messages."""
+        own = self.max_response_tokens is not None
+        return f"{type(self).__name__.lower() if own else 'dialogue'}.max_response_tokens"
 
     @model_validator(mode="after")
     def _objective_options(self) -> PreferenceTraining:

@@ -245,8 +245,9 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def load_dialogue(recipe: Recipe) -> Dialogue:
-    """The recipe's tokenizer with the recipe's contract."""
+def load_dialogue(recipe: Recipe, max_response_tokens: int | None = None) -> Dialogue:
+    """The recipe's tokenizer with the recipe's contract; a stage may read responses up to a length of its
+    own, which the fingerprint does not know."""
     if recipe.model.source != "hub" and not Path(recipe.model.path).is_dir():  # do not ask the hub for it
         raise UserError(f"model.path: {recipe.model.path} is not there; run `make model RECIPE=...` first")
     tokenizer = load_tokenizer(
@@ -256,7 +257,9 @@ def load_dialogue(recipe: Recipe) -> Dialogue:
     )
     if recipe.dialogue.template_arguments and recipe.dialogue.template == "chat":
         check_arguments(tokenizer, recipe.dialogue.template_arguments)
-    return dialogue_of(recipe, tokenizer, also_end=generation_ends(recipe.model))
+    dialogue = dialogue_of(recipe, tokenizer, also_end=generation_ends(recipe.model))
+    dialogue.max_response_tokens = max_response_tokens or dialogue.max_response_tokens
+    return dialogue
 
 
 def generation_ends(model: Model) -> list[int]:
