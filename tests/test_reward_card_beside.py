@@ -1,5 +1,6 @@
 """What the card stage reads of the run and the files beside the model: words, probe, ceilings, curve."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -79,6 +80,28 @@ def test_ten_thousand_responses_to_one_prompt_are_judged_on_some_of_their_pairs(
     card = judge()
     assert (card["pairs"], card["pairs_left_out"]) == (10_000, 49_985_000)
     assert "49,985,000 pairs of very large comparisons are left out" in (FOLDER / "card.md").read_text()
+
+
+def test_a_response_in_many_comparisons_is_scored_once(desk, monkeypatch):
+    seen = []
+
+    def score(self, prompts, responses):
+        seen.extend(zip(prompts, responses, strict=True))
+        return np.array([float(len(r)) for r in responses])
+
+    monkeypatch.setattr(scorers.ClassifierScorer, "score", score)
+    monkeypatch.setattr(evaluate, "COMPARISONS_AT_ONCE", 2)
+    texts = ["a", "bb", "ccc", "dddd"]
+    pool = [
+        Comparison((Message("user", prompt),), (a, b), (0, 1), "s")
+        for prompt in "pq"
+        for a, b in itertools.combinations(texts, 2)
+    ]
+    write_native("data.jsonl", pool)
+    judge()
+    assert len(seen) == len(set(seen)) == 8
+    rows = [json.loads(line) for line in (FOLDER / "scores.jsonl").read_text().splitlines()]
+    assert [row["scores"] for row in rows] == [[len(r) for r in c.responses] for c in pool]
 
 
 def test_a_curve_needs_the_run_s_training_comparisons(desk):

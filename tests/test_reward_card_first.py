@@ -172,6 +172,8 @@ def test_judgements_of_the_same_pair_are_found_whatever_their_order():
     turned = [Comparison(v.prompt, v.responses[::-1], v.ranks[::-1], "s") for v in votes[::2]] + votes[1::2]
     assert duplicate_agreement(turned)["mean"] == pytest.approx(told["mean"])
     assert duplicate_agreement(votes[3:4]) is None
+    cell = pair("a", "b", "p", "rm_bench:1:0:0")
+    assert duplicate_agreement([cell, cell]) is None
     large = comparison("p", [str(i) for i in range(MOST_RESPONSES + 1)], list(range(MOST_RESPONSES + 1)))
     assert duplicate_agreement([large, large]) is None
 

@@ -24,7 +24,7 @@ from reward.card.clusters import clusters
 from reward.card.figures import Scored, figures
 from reward.card.report import as_markdown
 from reward.card.suites import suites
-from rlhf.data.comparisons import Comparison, Counts, distinct_responses, native_row, prompt_key
+from rlhf.data.comparisons import Comparison, Counts, Prompt, distinct_responses, native_row, prompt_key
 from rlhf.data.prompts import read_prompts
 from rlhf.data.readers import read_comparisons
 from rlhf.data.readers.native import read_native
@@ -217,21 +217,33 @@ def comparisons_of(recipe: Recipe, run: StageRun) -> tuple[list[Comparison], Cou
 def scored(
     run: StageRun, scorer: Scorer, comparisons: Sequence[Comparison], name: str
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Scores of all responses in order, and which texts were cut; what is done survives an interruption."""
+    """Scores of all responses in order, and which texts were cut; what is done survives an interruption.
 
-    def read(some: Sequence[Comparison]) -> dict[str, Any]:
-        prompts = [c.prompt for c in some for _ in c.responses]
-        responses = [r for c in some for r in c.responses]
+    A response that stands in several comparisons of a prompt is scored once.
+    """
+    place: dict[tuple[Prompt, str], int] = {}  # of each prompt and response, by their first comparison
+
+    def read(rows: Sequence[tuple[Prompt, str]]) -> dict[str, Any]:
+        if not rows:
+            return {"scores": [], "cut": []}
+        prompts, responses = [prompt for prompt, _ in rows], [response for _, response in rows]
         cut = scorer.cut(prompts, responses)
         return {"scores": scorer.score(prompts, responses).tolist(), "cut": cut.tolist()}
 
     parts = []
     starts = range(0, len(comparisons), COMPARISONS_AT_ONCE)
     for number, start in enumerate(progress(f"card: {name}", starts, leave=True)):
-        some = comparisons[start : start + COMPARISONS_AT_ONCE]
-        parts.append(run.remember(f"{name}-{number:05d}", partial(read, some)))
-    scores_R, cut_R = ([x for part in parts for x in part[name]] for name in ("scores", "cut"))
-    return np.array(scores_R, dtype=np.float64), np.array(cut_R, dtype=bool)
+        before = len(place)
+        for row in _rows(comparisons[start : start + COMPARISONS_AT_ONCE]):
+            place.setdefault(row, len(place))
+        parts.append(run.remember(f"{name}-{number:05d}", partial(read, list(place)[before:])))
+    scores_I, cut_I = ([x for part in parts for x in part[name]] for name in ("scores", "cut"))
+    place_R = [place[row] for row in _rows(comparisons)]
+    return np.array(scores_I, dtype=np.float64)[place_R], np.array(cut_I, dtype=bool)[place_R]
+
+
+def _rows(comparisons: Sequence[Comparison]) -> list[tuple[Prompt, str]]:
+    return [(c.prompt, r) for c in comparisons for r in c.responses]
 
 
 def write_scores(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from reward.card.clusters import suite_item
 from rlhf.data.comparisons import Comparison, prompt_key
 from rlhf.stats import clustered
 from rlhf.stats.clustered import Indices
@@ -36,12 +37,13 @@ def duplicate_agreement(comparisons: Iterable[Comparison]) -> dict[str, Any] | N
 
     comparisons: as they were read, repeats among them. A pair with a judgements for the one response and b
     for the other has a (a - 1) / 2 + b (b - 1) / 2 couples that agree, of (a + b) (a + b - 1) / 2; the pairs
-    are the clusters, and each counts the same. A tie is no judgement. Looked at are the first
-    :data:`MOST_PAIRS` pairs, in comparisons of up to :data:`MOST_RESPONSES` responses.
+    are the clusters, and each counts the same. A tie is no judgement, and items of benchmarks, which repeat
+    texts, are none; that a row is a copy of another cannot be seen, and counts as agreement. Looked
+    at are the first :data:`MOST_PAIRS` pairs, in comparisons of up to :data:`MOST_RESPONSES` responses.
     """
     votes: dict[bytes, list[int]] = {}
     for c in comparisons:
-        if len(c.responses) > MOST_RESPONSES:
+        if len(c.responses) > MOST_RESPONSES or suite_item(c.group):
             continue
         prompt = prompt_key(c.prompt)
         texts = [r.strip() for r in c.responses]

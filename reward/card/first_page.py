@@ -22,7 +22,8 @@ _CEILINGS = {
     ),
     "duplicates": (
         "ceiling: pairs judged again",
-        "of two judgements of the same pair, how often they agree, in all that was read",
+        "of two judgements of the same pair, how often they agree, in all that was read; a copied row "
+        "counts as one that agrees",
     ),
     "noise": (
         "ceiling: noise of the labels",
