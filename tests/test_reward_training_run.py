@@ -130,8 +130,6 @@ def test_responses_are_read_up_to_a_length_of_the_stage_s_own(retrained, usual, 
     assert "warning" not in capsys.readouterr().out
     assert load_config(long / MODEL).max_response_tokens == 9
     assert load_config(long / MODEL).contract == load_config(usual / MODEL).contract
-    for name in ("held_out_accuracy", "offset", "gain"):  # no response is longer than 8
-        assert results(long)[name] == results(usual)[name]
     assert TextRewardModel(long / MODEL).dialogue.max_response_tokens == 9
 
 
