@@ -143,6 +143,12 @@ def test_the_card_of_a_run_stands_beside_its_probe_its_words_and_its_curve(road,
     again = curve.learning_curve(tiny_recipe("card.curve=[8]"), Unremembered(), held_out_of("tiny"))
     assert again["fit"] is None
     assert 0 <= again["points"][0]["mean"] <= 1
+    asked = []
+    plain = curve.load_dialogue
+    monkeypatch.setattr(curve, "load_dialogue", lambda *given: asked.append(given[1]) or plain(*given))
+    longer = tiny_recipe("card.curve=[8]", "reward.max_response_tokens=12")
+    curve.learning_curve(longer, Unremembered(), held_out_of("tiny"))
+    assert asked == [12]  # it reads what the reward model reads
 
 
 class Unremembered:

@@ -57,7 +57,7 @@ def learning_curve(recipe: Recipe, run: StageRun, comparisons: Sequence[Comparis
 def _curve(recipe: Recipe, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     train = read_native(RUNS / recipe.name / "comparisons" / "train.jsonl", "stop", Counts())
     train = drawn(train, max(recipe.card.curve), recipe.seed)  # fewer are a beginning of more
-    dialogue = load_dialogue(recipe)
+    dialogue = load_dialogue(recipe, recipe.reward.max_response_tokens)
     model = new_reward_model(recipe, dialogue)  # its adapter changes nothing yet
 
     def states(some: Sequence[Comparison]) -> tuple[list[Comparison], list[Example], Floats]:
