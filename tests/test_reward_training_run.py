@@ -130,7 +130,6 @@ def test_responses_are_read_up_to_a_length_of_the_stage_s_own(retrained, usual, 
     assert "warning" not in capsys.readouterr().out
     assert load_config(long / MODEL).max_response_tokens == 9
     assert load_config(long / MODEL).contract == load_config(usual / MODEL).contract
-    assert TextRewardModel(long / MODEL).dialogue.max_response_tokens == 9
 
 
 def test_reading_less_than_ppo_samples_is_told(retrained, capsys):
