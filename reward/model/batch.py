@@ -11,7 +11,7 @@ Shape suffixes: ``_B`` comparison, ``_K`` response of a comparison, ``_R`` respo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,6 +76,11 @@ def encode(comparisons: Sequence[Comparison], dialogue: Dialogue, first: int = 0
             }
         )
     return rows
+
+
+def group_of(example: Example) -> Hashable:
+    """What an example must not be parted from the others of: its group, or its prompt where it has none."""
+    return example.get("group") or tuple(example["prompt"])
 
 
 def encode_split(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from reward.loss import pair_accuracy, ranked_loss
-from reward.model.batch import Example, layout
+from reward.model.batch import Example, group_of, layout
 from reward.training.features import POOLINGS, Features, features
 from rlhf.models.trunk_cache import TrunkCache
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
@@ -122,7 +122,7 @@ def folds_of(examples: Sequence[Example], folds: int = _FOLDS) -> Tensor:
     the folds have about as many comparisons. Fewer groups than folds make fewer folds."""
     members: dict[Any, list[int]] = {}
     for index, example in enumerate(examples):
-        members.setdefault(example.get("group") or tuple(example["prompt"]), []).append(index)
+        members.setdefault(group_of(example), []).append(index)
     groups = list(members.values())
     random.Random(0).shuffle(groups)
     sizes = [0] * min(folds, len(groups))

@@ -29,6 +29,7 @@ from reward.model.model import (
 from reward.training.features import POOLINGS, spread_layers
 from reward.training.probe import Head, Probe, fit_probe
 from reward.training.trainer import ForwardPlan, plan_forward, train_preference_model
+from reward.training.validation import Validation, keep_out
 from rlhf.data.comparisons import Comparison, Counts, drawn
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
@@ -55,6 +56,8 @@ class Rows(NamedTuple):
 
     train: list[Example]
     held_out: list[Example]
+    validation: list[Example] = []  # noqa: RUF012
+    """Kept out of the training part, to choose the step that is kept."""
 
 
 def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
@@ -67,14 +70,19 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     key = recipe.reward.length_key
     rows = Rows(*encode_split(train, held_out, dialogue, lambda line: stage.say(f"reward: {line}"), key))
     stage.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
+    lost = {"train": len(train) - len(rows.train), "held_out": len(held_out) - len(rows.held_out)}
     section, probe, layers = recipe.reward, None, recipe.reward.layers
+    if section.validation:
+        learned, kept_out = keep_out(rows.train, section.validation, recipe.seed)
+        rows = Rows(learned, rows.held_out, kept_out)
+        stage.say(f"reward: {len(kept_out)} of those to train on are kept out to choose the step by")
     if layers == "auto":
         probe = _probe(recipe, stage, rows, dialogue)
         layers = probe.layers
     fresh = new_reward_model(recipe, dialogue, layers=layers, pooling=section.pooling)
     if start := start_folder(recipe):
         start_tensors(fresh, start)  # a mistake is told before there is work that a mended recipe would lose
-    plan = plan_forward(recipe, section, fresh, [*rows.train, *rows.held_out], dialogue)
+    plan = plan_forward(recipe, section, fresh, [example for part in rows for example in part], dialogue)
     if section.probe and probe is None:
         probe = _probe(recipe, stage, rows, dialogue, None if section.probe == "all" else (fresh, plan))
     del fresh
@@ -87,7 +95,6 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
         results["members"] = [m["held_out_accuracy"] for m in members]
         mean = torch.tensor([m["scores"] for m in members]).mean(0)
         results["ensemble_accuracy"] = accuracy(mean, rows.held_out).as_dict()
-    lost = {"train": len(train) - len(rows.train), "held_out": len(held_out) - len(rows.held_out)}
     if any(lost.values()):
         results["equal_after_cut"] = lost
     if stage.is_main:
@@ -130,10 +137,17 @@ def _member(
     if start := start_folder(recipe):
         read = start_from(fresh, start)
         stage.say(f"reward: starts from {start} ({read} tensors)")
+    validation = None
+    if rows.validation:
+        place = stage.folder / "parts" / f"validation-{member}"
+        say = partial(_say_of, stage, member, section.members)
+        validation = Validation(rows.validation, place, section.evaluations, say)
     model = train_preference_model(
         recipe, section, dialogue, fresh, rows.train, plan, folder=stage.folder,
-        on_checkpoint=stage.note_clock, member=member, members=section.members,
+        on_checkpoint=stage.note_clock, member=member, members=section.members, validation=validation,
     )  # fmt: skip
+    if validation is not None:
+        results["validation"] = validation.finish()
     results |= {"prompts_shared": plan.share, "trunk_cached": plan.trunk is not None}
     scored = section.objective != "imitation"
     results |= _normalize(recipe, model, rows.train, dialogue) if scored else {"gain": 1.0, "offset": 0.0}
@@ -155,6 +169,10 @@ def _member(
     if processes() > 1:
         dist.barrier()
     return results
+
+
+def _say_of(stage: StageRun, member: int, members: int, line: str) -> None:
+    stage.say(f"reward: {f'member {member}: ' if members > 1 else ''}{line}")
 
 
 def start_folder(recipe: Recipe) -> Path | None:
@@ -218,7 +236,7 @@ def _probe(
         where = "; reward.probe=all reads those of the frozen trunk too" if cut else ""
         stage.say(f"reward: probes of layers {', '.join(map(str, layers))}{where}")
         options: dict[str, Any] = {"share": plan.share, "trunk": plan.trunk, "layers": layers}
-        return fit_probe(model, *rows, dialogue.pad_id, **options, head=head)._asdict()
+        return fit_probe(model, *rows[:2], dialogue.pad_id, **options, head=head)._asdict()
 
     probe = Probe(**stage.remember("probes", fit))
     if probe.best:
@@ -235,7 +253,7 @@ def _probe(
 def _whole(recipe: Recipe, rows: Rows, dialogue: Dialogue) -> tuple[Any, ForwardPlan]:
     """All layers of the base, and how to go over the examples once."""
     model = new_reward_model(recipe, dialogue).to(best_device()).eval()
-    some = [*rows.train, *rows.held_out]
+    some = [example for part in rows for example in part]
     share = recipe.reward.share_prompts and check_packing(model, some, dialogue.pad_id) is None
     return model, ForwardPlan(share, None)
 

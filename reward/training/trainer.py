@@ -12,8 +12,9 @@ from trl import RewardConfig, RewardTrainer
 
 from reward.loss import Signals, needs_language, objective_loss
 from reward.model.batch import Example, Wanted, micro_batches, pack
-from reward.model.forward import check_packing, forward_packed
+from reward.model.forward import check_packing, forward_packed, score_examples
 from reward.model.trunk_cache import build_trunk
+from reward.training.validation import Validation
 from rlhf.models.base import best_device, vocabulary_head
 from rlhf.models.packing import sequence_log_probs
 from rlhf.models.trunk_cache import TrunkCache
@@ -141,6 +142,7 @@ def train_preference_model(
     on_checkpoint: Callable[[], None] = lambda: None,
     member: int = 0,
     members: int = 1,
+    validation: Validation | None = None,
 ) -> nn.Module:
     """Train a model on encoded comparisons; an interrupted training goes on from its newest checkpoint.
 
@@ -156,6 +158,7 @@ def train_preference_model(
         on_checkpoint: called behind every checkpoint.
         member: number of this training among those of the stage; it moves the seed.
         members: how many trainings the stage has.
+        validation: judges the model meanwhile.
 
     Returns:
         The trained model.
@@ -179,6 +182,12 @@ def train_preference_model(
         train_dataset=Dataset.from_list(list(rows)),
         processing_class=dialogue.tokenizer,
     )
-    trainer.fit()
     trained: Any = trainer.model
+    if validation is not None:
+        steps = section.epochs * -(-len(rows) // section.batch_size)
+        options: Any = {"share": plan.share, "trunk": plan.trunk}
+        pad_id, held = dialogue.pad_id, validation.rows
+        validation.begin(trained, steps, lambda model: score_examples(model, held, pad_id, **options)[0])
+        trainer.add_callback(validation)
+    trainer.fit()
     return trained.eval()

@@ -156,6 +156,12 @@ class Reward(PreferenceTraining):
     limit: Positive | None = None
     """Train on this many of the training comparisons, drawn by the seed; null = all. A smaller number is
     a part of a larger, and the held-out part stays the same, so runs can be compared."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training comparisons' groups (else prompts) that is kept out of training to choose by: the
+    adapter of the step with the best pair accuracy there is kept, of equal ones that with the lower loss.
+    0 = the last step's."""
+    evaluations: Positive = 4
+    """Steps at which `validation` judges, evenly spread, the last one included."""
     members: Positive = 1
     """Reward models trained from different seeds on the same comparisons (an ensemble of adapters)."""
     reference_responses: Positive = 256
@@ -172,6 +178,10 @@ class Reward(PreferenceTraining):
 
     @model_validator(mode="after")
     def _head(self) -> Reward:
+        if self.validation and self.objective == "imitation":
+            raise ValueError(
+                "validation is for a score, which objective=imitation has not; remove one of them"
+            )
         if self.layers == "auto" and not self.probe:
             raise ValueError("layers=auto takes those of the best probe; set reward.probe=true")
         if self.layers == "auto" and self.start:

@@ -1,0 +1,114 @@
+"""Early stopping on a part of the training comparisons."""
+
+import gc
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import stage
+from preference_cases import assert_equal_tensors
+from safetensors.torch import load_file
+
+from reward.training import __main__ as train
+from reward.training.trainer import PreferenceTrainer
+from reward.training.validation import Validation, keep_out
+from rlhf.errors import UserError
+from rlhf.runs.artifacts import WEIGHTS, read_json
+
+WORDS = ["reward.probe=false", "reward.validation=0.2", "reward.epochs=2", "reward.checkpoint_every=2",
+         "reward.evaluations=3"]  # fmt: skip
+
+
+@pytest.fixture
+def prepared(road, tmp_path, monkeypatch):
+    """Makes a current folder in which everything before the reward stage is done."""
+
+    def make(name):
+        folder = tmp_path / name
+        shutil.copytree(road / "models", folder / "models")
+        shutil.copytree(road / "runs/tiny/comparisons", folder / "runs/tiny/comparisons")
+        monkeypatch.chdir(folder)
+
+    return make
+
+
+def outcome():
+    folder = Path("runs/tiny/reward")
+    return load_file(folder / "model" / WEIGHTS), read_json(folder / "manifest.json")["results"]
+
+
+def test_groups_and_prompts_are_kept_out_whole():
+    rows = [{"prompt": [n % 10], "group": f"g{n % 3}" if n < 30 else None, "index": n} for n in range(60)]
+    learned, out = keep_out(rows, 0.2, 0)
+    assert sorted(r["index"] for r in learned + out) == list(range(60))
+    assert out
+    for name in ("group", "prompt"):
+        inside = {str(r[name]) for r in learned if (r["group"] is None) == (name == "prompt")}
+        assert not inside & {str(r[name]) for r in out if (r["group"] is None) == (name == "prompt")}
+    assert keep_out(rows, 0.0, 0) == (rows, [])
+    assert keep_out(rows, 0.2, 1)[1] != out
+    with pytest.raises(UserError, match=r"reward\.validation: .* set it to 0"):
+        keep_out([r for r in rows if r["group"] == "g1"], 0.2, 0)
+    learned, out = keep_out(rows[:2], 0.99, 0)
+    assert (len(learned), len(out)) == (1, 1)
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_weights_of_the_best_step_are_put_back(best, tmp_path):
+    model = torch.nn.Linear(1, 1)
+    rows = [{"ranks": [0, 1], "responses": [[1], [2]], "prompt": [n]} for n in range(2)]
+    told = Validation(rows, tmp_path, 3, lambda line: None)
+    wrong, half, right = [0.0, 1, 0, 1], [0.0, 1, 1, 0], [1.0, 0, 1, 0]
+    scores = [torch.tensor(wrong), torch.tensor(half), torch.tensor(half)]
+    scores[best] = torch.tensor(right)
+    told.begin(model, 7, lambda model: scores.pop(0))
+    assert told.at == [2, 4, 7]
+    for step in range(1, 8):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        told.on_step_end(None, type("State", (), {"global_step": step}), None)
+    found = told.finish()
+    assert found["step"] == told.at[best] == model.weight.item()
+    assert [row["step"] for row in found["evaluations"]] == [2, 4, 7]
+    assert found["evaluations"][best]["accuracy"] == 1.0
+
+
+def test_a_killed_training_chooses_from_the_same_bit_for_bit(prepared, monkeypatch, capsys):
+    prepared("alone")
+    stage(train.main, *WORDS)
+    alone, figures = outcome()
+    table = figures["validation"]["evaluations"]
+    assert len(table) == 3
+    best = max(table, key=lambda row: (row["accuracy"], -row["loss"]))
+    assert figures["validation"]["step"] == best["step"]
+    assert f"reward: kept step {best['step']} of {table[-1]['step']}" in capsys.readouterr().out
+    assert figures["reload_gap"] < 1e-4
+
+    prepared("killed")
+    whole, taken = PreferenceTrainer.training_step, []
+
+    def killed(self, *args, **options):
+        taken.append(1)
+        if len(taken) == table[-1]["step"]:  # the second judged step is behind, and no checkpoint of it
+            raise KeyboardInterrupt
+        return whole(self, *args, **options)
+
+    monkeypatch.setattr(PreferenceTrainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage(train.main, *WORDS)
+    gc.collect()  # a process that ends gives its lock back
+    stage(train.main, *WORDS)
+    again, resumed = outcome()
+    assert_equal_tensors(again, alone, atol=0)
+    assert all(torch.equal(again[name], alone[name]) for name in alone)
+    assert resumed["validation"] == figures["validation"]
+    assert not Path("runs/tiny/reward/parts").exists()
+
+
+def test_every_member_chooses_for_itself(prepared):
+    prepared("members")
+    stage(train.main, *WORDS, "reward.members=2", "reward.checkpoint_every=100")
+    _, figures = outcome()
+    assert figures["validation"]["comparisons"] == 8
+    assert len(figures["members"]) == 2
