@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf verify check test smoke clean \
-        study-preference study-scaling bench-reward bench-ppo
+        study-preference study-people study-scaling bench-reward bench-ppo
 .NOTPARALLEL:
 
 help: ## make: list the targets
@@ -126,6 +126,9 @@ smoke: setup ## make rlhf: the two tiny recipes from end to end, in scratch fold
 
 study-preference: setup ## studies.preference: check the papers' claims on a ladder of small models (STUDY=--quick)
 	@$(PY) -m studies.preference $(STUDY)
+
+study-people: setup ## studies.people: a policy that learns from people, five ways at equal samples (STUDY="--recipe ... | --quick")
+	@$(PY) -m studies.people $(STUDY)
 
 study-scaling: setup ## studies.scaling: evaluations and preference objectives over a ladder of models (STUDY=--quick)
 	@$(PY) -m studies.scaling $(STUDY)

@@ -1,0 +1,60 @@
+"""Run the study: ``python -m studies.people [--recipe RECIPE] [--set KEY=VALUE ...] [--quick]``.
+
+Stopped at any moment, the same command goes on where it was: units and the runs behind them are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from rlhf.errors import exit_on_user_error
+from rlhf.recipe.load import load
+from studies.engine import command
+
+
+def main() -> None:
+    """Read the command line, do what is not done, write study.json and study.md."""
+    parser = command.arguments("people", __doc__)
+    parser.add_argument("--recipe", default=None, help="the experiment (tiny.yaml with --quick)")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe, key=value")
+    parser.add_argument("--seeds", nargs="*", type=int, default=None, help="of the policies")
+    args = parser.parse_args()
+    from studies.people.plan import Plan, units_of
+
+    recipe = args.recipe or ("recipes/tiny.yaml" if args.quick else "recipes/convincing.yaml")
+    seeds = tuple(args.seeds or ((0,) if args.quick else (0, 1, 2)))
+    plan = Plan(recipe, tuple(args.set), seeds, best_of=4 if args.quick else 16)
+    units = units_of(plan, load(Path(recipe), args.set))
+    command.check(args)
+    from studies.engine.report import content
+    from studies.engine.results import Results
+    from studies.engine.units import with_needs
+    from studies.people import report
+    from studies.people.units import compute
+
+    units = with_needs(units)
+    with command.workers(args.jobs) as do:
+        do(units, args.work, compute)
+    results = Results.read(units, args.work)
+    words = [*(["--quick"] if args.quick else []), f"--recipe {recipe}"]
+    words += [f"--set {' '.join(args.set)}"] if args.set else []
+    kept = content(
+        "people",
+        asdict(plan),
+        [],
+        results,
+        command=f"python -m studies.people {' '.join(words)}",
+        jobs=args.jobs,
+        short=lambda result: {key: value for key, value in result.items() if key != "samples"},
+        halves=results.one("halves"),
+        reward_models={h: results.one("reward", half=h)["held_out_accuracy"] for h in ("train", "test")},
+        arms=report.arms(results),
+        base_length=report.base_length(results),
+        samples=results.by_seed("policy", arm="ppo")[0]["samples"],
+    )
+    command.write(args.output, kept, report.page(kept), [], {})
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,180 @@
+"""The study of policies that learn from people: its halves, units, equal sizes, scores and page."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROMPTS, TINY, tiny_recipe
+
+from reward.model.model import RewardModelConfig, TextRewardModel, new_reward_model, save_reward_model
+from reward.model.reward_func import as_reward_func
+from rlhf.data.comparisons import Comparison, Counts, Message, prompt_key, write_native
+from rlhf.data.readers.native import read_native
+from rlhf.models import prepare
+from rlhf.recipe.load import load
+from rlhf.tokenization.dialogue import load_dialogue
+from studies.engine.results import Results
+from studies.engine.units import with_needs
+from studies.people import report, trl_arms, units
+from studies.people.plan import ARMS, Plan, units_of
+
+
+def settings(**more):
+    plan = Plan(str(TINY), tuple(PROMPTS))
+    return units_of(plan, load(TINY, PROMPTS))[0].settings | more
+
+
+def test_a_study_has_two_reward_models_and_a_policy_an_arm_and_seed():
+    plan = Plan(str(TINY), tuple(PROMPTS))
+    found = with_needs(units_of(plan, load(TINY, PROMPTS)))
+    assert [u.kind for u in found] == ["halves", "reward", "reward", *["policy"] * 15]
+    assert {(u.settings["arm"], u.settings["seed"]) for u in found[3:]} == {
+        (a, s) for a in ARMS for s in (0, 1, 2)
+    }
+    other = with_needs(units_of(plan, load(TINY, [*PROMPTS, "ppo.steps=7"])))
+    assert not {u.key for u in found} & {u.key for u in other}  # another recipe, other units and runs
+    assert units.run_name(found[0].settings, "all") != units.run_name(other[0].settings, "all")
+
+
+def test_no_group_and_no_prompt_is_in_both_halves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        Comparison((Message("user", f"{i % 30} "),), ("a", "b"), (0, 1), "x", None, group)
+        for i, group in ((i, f"g{i % 7}" if i % 2 else None) for i in range(120))
+    ]
+
+    def collect(s, modules, overrides):
+        folder = Path("runs") / units.run_name(s, "all") / "comparisons"
+        folder.mkdir(parents=True)
+        write_native(folder / "train.jsonl", rows)
+
+    monkeypatch.setattr(units, "stages", collect)
+    s = settings()
+    sizes = units.halves(s)
+    train, test = (list(read_native(units.half_file(s, half), "stop", Counts())) for half in sizes)
+    assert (len(train), len(test)) == (sizes["train"], sizes["test"])
+    assert min(sizes.values()) > 20
+    assert sorted(map(repr, train + test)) == sorted(map(repr, rows))
+    keys = [{c.group or prompt_key(c.prompt) for c in part} for part in (train, test)]
+    assert not keys[0] & keys[1]
+
+
+def test_the_overrides_of_a_half_make_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s = settings()
+    for file in (units.half_file(s, "train"), Path("runs") / units.run_name(s, "all") / "comparisons/x"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    units.half_file(s, "train").write_text("")
+    (Path("runs") / units.run_name(s, "all") / "comparisons/held_out_prompts.jsonl").write_text("")
+    limited = s | {"overrides": [*s["overrides"], "data.limit=5"]}
+    recipe = units.recipe_of(limited, *units.of_half(s | {"overrides": limited["overrides"]}, "train"))
+    assert recipe.data.limit is None  # what a half holds has been drawn already
+    assert recipe.data.comparisons == [str(units.half_file(s, "train"))]
+
+
+def test_trl_has_as_many_responses_and_optimizer_steps_as_ppo():
+    recipe = tiny_recipe()
+    found = trl_arms.arguments(recipe, Path("x"))
+    rollouts = found["max_steps"] / (found["steps_per_generation"] * found["num_iterations"])
+    responses = rollouts * found["per_device_train_batch_size"] * found["steps_per_generation"]
+    assert responses == recipe.ppo.steps * recipe.ppo.batch_size
+    assert found["max_steps"] == recipe.ppo.steps * recipe.ppo.minibatches * recipe.ppo.epochs
+    for _, config in trl_arms.TRAINERS.values():
+        assert config(**found).generation_batch_size == recipe.ppo.batch_size
+
+
+@pytest.mark.parametrize(("how", "cut"), [("ignore", 2.0), ("replace", -3.0), ("subtract", -1.0)])
+def test_a_response_that_was_cut_scores_as_in_ppo(how, cut):
+    recipe = tiny_recipe(f"ppo.missing_eos={how}", "ppo.missing_eos_penalty=3")
+
+    class Ends:
+        end_ids = (1,)
+
+    reward = trl_arms.scored_as_ppo(lambda prompts, completions, **_: [2.0, 2.0], recipe.ppo, Ends())
+    assert reward(["p", "p"], ["a", "b"], completion_ids=[[5, 1], [5, 6]]) == [2.0, cut]
+
+
+# --- the reward model as a function ----------------------------------------------------------------------
+
+
+def test_a_saved_reward_model_is_a_reward_func(inside):
+    from conftest import stage
+
+    stage(prepare.main)
+    recipe = tiny_recipe()
+    dialogue, folder = load_dialogue(recipe), Path("saved")
+    model = new_reward_model(recipe, dialogue)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    card = RewardModelConfig(recipe.model.path, 0.5, 1.0, dialogue.fingerprint(), "plain", 96, 8)
+    save_reward_model(model, folder, card, dialogue)
+    prompts, said = ["one ", "two "], ["ab", "c"]
+    expected = TextRewardModel(folder).score([(Message("user", p),) for p in prompts], said).tolist()
+    reward = as_reward_func(folder)
+    assert reward(prompts=prompts, completions=said, completion_ids=[[3], [4]]) == pytest.approx(expected)
+    assert expected[0] != pytest.approx(expected[1])
+    turns = [[{"role": "user", "content": p}] for p in prompts]
+    answers = [[{"role": "assistant", "content": text}] for text in said]
+    assert reward(turns, answers) == pytest.approx(expected)
+    assert isinstance(reward.__name__, str)
+
+
+# --- the page --------------------------------------------------------------------------------------------
+
+
+def figure(mean, half=0.1):
+    return {"mean": mean, "ci95": [mean - half, mean + half], "n": 9}
+
+
+def test_an_interval_over_seeds_does_not_shrink_with_prompts_that_they_share():
+    found = report.over_seeds([figure(1.0), figure(1.0), figure(1.0)])
+    assert found["ci95"] == pytest.approx([0.9, 1.1])
+    found = report.over_seeds([figure(0.0), figure(1.0), figure(2.0)])
+    half = 4.302653 / 3**0.5  # Student's t, 2 degrees of freedom, deviation 1
+    assert found["ci95"] == pytest.approx([1 - half, 1 + half], abs=1e-4)
+    assert report.over_seeds([{"mean": None, "ci95": None, "n": 0}]) == {"mean": None, "ci95": None, "n": 0}
+
+
+def summary(gain):
+    paired = {"before": 0.0, "after": gain, "diff": gain, "ci95": [gain - 0.1, gain + 0.1], "n": 9}
+    controlled = {
+        "gain": figure(gain),
+        "gain_at_equal_length": figure(gain / 2),
+        "win_rate_at_equal_length": figure(0.6),
+        "about_equal": {"gain": figure(gain / 4), "win_rate": figure(0.5), "pairs": 3},
+    }
+    row = {"n": 1, "kl_bound": 0.0, "length_controlled": controlled}
+    return {
+        "reward": paired, "judge": paired, "judge_win_rate": figure(0.7),
+        "judge_length_controlled": controlled, "kl": figure(3.0),
+        "response_length": paired | {"before": 20.0},
+        "best_of_n": {"rows": [row, row | {"n": 2, "kl_bound": 0.193}]},
+        "samples": [{"prompt": "p", "before": "b", "after": "a"}],
+    }  # fmt: skip
+
+
+def test_the_page_has_a_row_an_arm_with_its_figures():
+    plan = Plan(str(TINY), tuple(PROMPTS), seeds=(0, 1))
+    done = units_of(plan, load(TINY, PROMPTS))
+    gains = {"ppo": 1.0, "rloo": 0.8}
+    results = Results(
+        done, [{"result": summary(gains.get(u.settings["arm"], 0.0) + u.settings["seed"])} for u in done]
+    )
+    content = {
+        "command": "c", "plan": {"seeds": [0, 1]}, "halves": {"train": 3, "test": 4},
+        "reward_models": {"train": figure(0.6), "test": figure(0.7)},
+        "arms": report.arms(results), "base_length": report.base_length(results),
+        "samples": summary(0.0)["samples"], "machine": {"cpu": "x", "cores": 2},
+        "time": {"units": 2, "unit_seconds": 60, "jobs": 2},
+    }  # fmt: skip
+    page = report.page(json.loads(json.dumps(content)))
+    rows = {cells[1].strip(): cells for cells in (x.split("|") for x in page.splitlines()) if len(cells) > 5}
+    assert list(rows)[2:] == ["best of 2", *ARMS.values()]
+    assert rows["PPO"][3].strip().startswith("+1.500 [")
+    assert rows["PPO"][4].strip().startswith("+0.750 [")
+    assert rows["RLOO"][3].strip().startswith("+1.300 [")
+    assert rows["best of 2"][8].strip() == "at most 0.19"
+    assert rows["PPO"][8].strip() == "3.00 [2.90, 3.10]"
+    assert "over 2 seeds" in page
