@@ -154,7 +154,7 @@ COMPARISONS = [
     ('{"prompt": ', "not valid JSON: Expecting value at column 12"),
     ("[" * 100_000, "not valid JSON: "),
     ([1], "not a row with fields: a list"),
-    ({"x": 1}, "fields of no known format: x; expected one of: native"),
+    ({"x": 1}, "fields of no known format: x; columns of comparisons "),
     ({**HH, "rejected": "\n\nHuman: Yo\n\nAssistant: No"}, f"the two transcripts {NO_SHARE}"),
     ({**HH, "chosen": HH["chosen"] + "\n\nHuman: Who?\n\nAssistant: Me"}, f"the two transcripts {NO_SHARE}"),
     ({**HH, "chosen": "\n\nHuman: Hi"}, f"one of the two transcripts {NO_ANSWER}"),
@@ -224,7 +224,7 @@ PROMPTS = [
     ),
     ({"messages": "q"}, 'messages are not a list: "messages" is a str'),
     ({"messages": [{"role": "user"}]}, f'{NO_CONTENT}: in "messages"'),
-    ({"prompt": 3}, "fields of no known format: prompt; expected one of: native "),
+    ({"prompt": 3}, "fields of no known format: prompt; nearest: "),
 ]
 DEMONSTRATIONS = [
     ({"messages": chat(HI)}, f"the conversation {NO_ANSWER}"),
@@ -269,23 +269,16 @@ def test_a_row_of_a_json_list_is_numbered_as_a_row(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])
-@pytest.mark.parametrize(
-    ("reading", "formats"),
-    [
-        (read, ("native", "HH", "TRL", "OpenAssistant")),
-        (prompts_of, ("native", "TRL", '"messages"', '"prompt"')),
-        (demonstrations_of, ('"messages"', '"prompt", "completion"', '"conversations"', "native", "TRL")),
-    ],
-)
-def test_a_file_of_an_unknown_format_is_refused_even_when_bad_rows_are_skipped(
-    tmp_path, reading, formats, mode
-):
+@pytest.mark.parametrize("reading", [read, prompts_of, demonstrations_of])
+def test_a_file_of_an_unknown_format_is_refused_even_when_bad_rows_are_skipped(tmp_path, reading, mode):
     good = jsonl(tmp_path / "a.jsonl", TRL)
-    path = jsonl(tmp_path / "b.jsonl", {"question": "q", "score": 1})
+    path = jsonl(tmp_path / "b.jsonl", {"history": "q", "human_ref_a": "x"})
     message = refusal(good, path, reading=reading, on_bad_rows=mode)
-    assert message.startswith(f"{path}:1: fields of no known format: question, score; expected one of: ")
+    assert message.startswith(
+        f"{path}:1: fields of no known format: history, human_ref_a; nearest: Reddit: SHP "
+    )
+    assert "data.columns={prompt: " in message
     assert REMEDY not in message
-    assert all(name in message for name in formats)
 
 
 def test_one_bad_set_does_not_take_its_tree_along(tmp_path):

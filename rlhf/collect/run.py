@@ -136,7 +136,11 @@ def _read(name: str, recipe: Recipe, dialogue: Dialogue, counts: dict[str, Count
     """The comparisons of ``data.<name>`` whose prompts fit; notes what became of the others."""
     data = recipe.data
     found, counts[name] = read_comparisons(
-        getattr(data, name), on_bad_rows=data.on_bad_rows, key=f"data.{name}", refuses=dialogue.refusal
+        getattr(data, name),
+        on_bad_rows=data.on_bad_rows,
+        key=f"data.{name}",
+        refuses=dialogue.refusal,
+        columns=data.columns,
     )
     return within_prompt_limit(found, lambda c: c.prompt, recipe, dialogue, counts[name])
 

@@ -99,6 +99,8 @@ class Data(Section):
     held_out_comparisons: Files = []
     """Test files of their own (as `comparisons`), all of them held out; `held_out` and `split_by` then have
     nothing to split. What they share with the training files is told."""
+    columns: dict[str, str | list[str]] = {}
+    """Columns of the comparisons by the names of a known format, as in {prompt: question, chosen: good}."""
     prompts: Files = []
     """Prompts of the PPO rollouts (files as above); empty = the prompts of the training comparisons."""
     held_out_prompts: Files = []

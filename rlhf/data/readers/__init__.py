@@ -11,12 +11,17 @@ from typing import TypeVar
 from rlhf.data.comparisons import Comparison, Counts, OnBadRows, Prompt, deduplicate, problem
 from rlhf.data.readers import hh, native, oasst, reddit, stackexchange, trl, wikipedia
 from rlhf.data.readers.files import origins
-from rlhf.data.readers.rows import Origin, Reader, sift
+from rlhf.data.readers.given import Columns, renamed
+from rlhf.data.readers.public import PUBLIC
+from rlhf.data.readers.rows import Origin, Reader
+from rlhf.data.readers.sieve import sift
 from rlhf.errors import UserError
 
 # The order is that of recognition: TRL's fields are the least particular, so it comes last.
-READERS: tuple[Reader[Comparison], ...] = tuple(
-    module.READER for module in (native, oasst, stackexchange, reddit, wikipedia, hh, trl)
+READERS: tuple[Reader[Comparison], ...] = (
+    *(module.READER for module in (native, oasst, stackexchange, reddit, wikipedia, hh)),
+    *PUBLIC,
+    trl.READER,
 )
 T = TypeVar("T")
 Refuses = Callable[[Prompt], str | None]
@@ -34,14 +39,15 @@ def stream_comparisons(
     counts: Counts,
     key: str = "data.comparisons",
     refuses: Refuses = no_refusal,
+    columns: Columns = {},  # noqa: B006 - never changed
 ) -> Iterator[Comparison]:
     """The comparisons that the specs name, in their order, checked, one at a time; repeats stay.
 
-    specs, on_bad_rows and refuses as in :func:`read_comparisons`; key: the recipe's key that holds the
-    specs, named in messages. ``counts`` is complete when the iterator is at its end. The memory does not
-    depend on the size of the files, except for .json and for gzipped .parquet, which are read whole.
+    specs, on_bad_rows, refuses and columns as in :func:`read_comparisons`; key: the recipe's key that holds
+    the specs, named in messages. ``counts`` is complete when the iterator is at its end. The memory does not
+    depend on the size of the files, except for gzipped .parquet and for formats whose comparisons span rows.
     """
-    for origin in origins(specs, key=key):
+    for origin in (renamed(origin, columns) for origin in origins(specs, key=key)):
         yield from sift(origin, READERS, lambda c: problem(c) or refuses(c.prompt), on_bad_rows, counts)
 
 
@@ -51,6 +57,7 @@ def read_comparisons(
     on_bad_rows: OnBadRows,
     key: str = "data.comparisons",
     refuses: Refuses = no_refusal,
+    columns: Columns = {},  # noqa: B006 - never changed
 ) -> tuple[list[Comparison], Counts]:
     """Read, check and de-duplicate the comparisons that the specs name, in their order.
 
@@ -64,7 +71,10 @@ def read_comparisons(
     """
     counts = Counts()
     comparisons = deduplicate(
-        stream_comparisons(specs, on_bad_rows=on_bad_rows, counts=counts, key=key, refuses=refuses), counts
+        stream_comparisons(
+            specs, on_bad_rows=on_bad_rows, counts=counts, key=key, refuses=refuses, columns=columns
+        ),
+        counts,
     )
     _check_some("comparison", comparisons, specs, counts)
     return comparisons, counts

@@ -7,6 +7,7 @@ import csv
 import glob
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -59,16 +60,16 @@ def local(path: Path) -> Origin:
     kind = _kind(path)
     name = _plain_name(path)[: -len(kind)]
     source = path.resolve().parent.name if (name, kind) == ("Posts", ".xml") else name
-    return Origin(str(path), source or name, rows(path), kind in (".jsonl", ".csv", ".txt", ".xml"))
+    return Origin(str(path), source or name, rows(path), kind in (".jsonl", ".csv", ".tsv", ".txt", ".xml"))
 
 
 def rows(path: Path) -> Iterator[tuple[int, object]]:
-    """The rows of a .jsonl, .json, .csv, .parquet, .xml or .txt file, each also as .gz, numbered from 1.
+    """The rows of a .jsonl, .json, .csv, .tsv, .parquet, .xml or .txt file, each also as .gz, from 1.
 
-    The number is that of the line on which the row starts (.jsonl, .csv, .xml, .txt) or of the row (.json,
-    .parquet). A .json file holds a list, or an object with a list under "data" or "examples". An .xml file
-    is a dump that :mod:`rlhf.data.readers.xml_dumps` knows. A .txt row is a str. Blank lines are no rows. A
-    row that is broken by itself comes as a BadRow *value*, so that the rows after it can still be read.
+    The number is that of the line on which the row starts, or of the row (.json, .parquet). A .json file
+    holds a list, or an object with a list under "data" or "examples". An .xml file is a dump that
+    :mod:`rlhf.data.readers.xml_dumps` knows. A .txt row is a str. Blank lines are no rows. A row that is
+    broken by itself comes as a BadRow *value*, so that the rows after it can still be read.
 
     Raises UserError for a missing file, an unknown ending, a broken archive, or text that is not UTF-8.
     """
@@ -268,7 +269,9 @@ def _csv(path: Path) -> Iterator[tuple[int, object]]:
                 )
             yield line
 
-    reader = csv.reader(bounded(), strict=True)
+    lines = bounded()
+    first = next(lines, "")
+    reader = csv.reader(itertools.chain([first], lines), strict=True, **_dialect(path, first))
     header: list[str] | None = None
     while True:
         start = reader.line_num + 1  # a quoted cell may span lines
@@ -281,10 +284,28 @@ def _csv(path: Path) -> Iterator[tuple[int, object]]:
             continue
         if header is None:
             header = cells
+            if _is_text_only(cells):
+                header = [str(place) for place in range(1, len(cells) + 1)]
+                yield start, dict(zip(header, cells, strict=True))
         elif len(cells) == len(header):
             yield start, dict(zip(header, cells, strict=True))
         elif cells:
             yield start, BadRow("not as many cells as the header", f"{len(cells)} instead of {len(header)}")
+
+
+def _dialect(path: Path, header: str) -> dict[str, Any]:
+    """Tabs where name or header say so; behind a header that begins with # a quote is a character."""
+    tabs = _kind(path) == ".tsv" or ("\t" in header and "," not in header)
+    quoting = csv.QUOTE_NONE if header.startswith("#") else csv.QUOTE_MINIMAL
+    return {"delimiter": "\t" if tabs else ",", "quoting": quoting}
+
+
+def _is_text_only(cells: Sequence[str]) -> bool:
+    """Whether a first row is no header: two cells or more, each of three words or more.
+
+    The columns of such a file are named by their place: "1", "2", ...
+    """
+    return len(cells) > 1 and all(len(cell.split()) >= 3 for cell in cells)
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, object]]:
@@ -311,6 +332,7 @@ _KINDS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
+    ".tsv": _csv,
     ".parquet": _parquet,
     ".xml": _xml,
     ".txt": _txt,

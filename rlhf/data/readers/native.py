@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rlhf.data.comparisons import Comparison, Counts, OnBadRows, problem
 from rlhf.data.readers.files import local
-from rlhf.data.readers.rows import BadRow, Reader, Row, confidence, prompt_of, sift
+from rlhf.data.readers.rows import BadRow, Reader, Row, confidence, prompt_of
+from rlhf.data.readers.sieve import sift
 
 
 def parse(row: Row, source: str) -> Iterator[Comparison]:

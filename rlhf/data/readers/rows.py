@@ -1,13 +1,12 @@
-"""What the readers share: bad rows, messages, rankings, and the sieve that obeys ``on_bad_rows``."""
+"""What the readers share: bad rows, messages and rankings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from rlhf.data.comparisons import ROLES, Comparison, Counts, Message, OnBadRows, Prompt
-from rlhf.errors import UserError
+from rlhf.data.comparisons import ROLES, Comparison, Message, Prompt
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -53,12 +52,15 @@ class Reader(Generic[T_co]):
     parse: what the row holds, not yet checked; raises BadRow where it does not hold together. Its second
     argument labels the items.
     nearly: what is wrong with a row that is nearly of this format, None where it is not.
+    together: of a format whose items span rows: the key of a row, or BadRow. All rows of an origin with one
+    key are parsed at its end as one, {"rows": [...]}.
     """
 
     format: str
     recognizes: Callable[[Row], bool]
     parse: Callable[[Row, str], Iterable[T_co | LeftOut]]
     nearly: Callable[[Row], BadRow | None] = lambda _: None
+    together: Callable[[Row], Hashable] | None = None
 
     def then(self, give: Callable[[T_co | LeftOut], Iterable[Other | LeftOut]]) -> Reader[Other]:
         """A reader of the same rows that gives something else for each item."""
@@ -67,6 +69,7 @@ class Reader(Generic[T_co]):
             self.recognizes,
             lambda row, source: (other for item in self.parse(row, source) for other in give(item)),
             self.nearly,
+            self.together,
         )
 
 
@@ -82,117 +85,6 @@ class Origin:
     def where(self, number: int) -> str:
         """The place of a row, as an editor can open it when rows are lines."""
         return f"{self.name}:{number}" if self.numbered_by_line else f"{self.name}: row {number}"
-
-
-def sift(
-    origin: Origin,
-    readers: Sequence[Reader[T]],
-    problem: Callable[[T], str | None],
-    on_bad_rows: OnBadRows,
-    counts: Counts,
-) -> Iterator[T]:
-    """The usable items of an origin; every item is counted in ``counts``.
-
-    "stop" raises UserError at the first bad row or item. "skip" counts it and goes on; but an origin of
-    whose rows none is recognized is a mistake in the recipe and raises UserError in both cases. What a
-    reader leaves out by rule (:class:`LeftOut`) is counted in both cases.
-    """
-    recognized = False
-    unrecognized = ""
-    for number, row in _numbered(origin):
-        where = origin.where(number)
-        try:
-            reader = _reader(row, readers)
-            if reader is None:
-                unknown = BadRow("fields of no known format", _fields_and_formats(row, readers))
-                unrecognized = unrecognized or f"{where}: {unknown}"
-                if on_bad_rows == "stop" and not recognized:  # the file is wrong, skipping would not help
-                    raise UserError(unrecognized)
-                raise unknown
-            recognized = True
-            watched = _Watched(row)  # type: ignore[arg-type]
-            items = list(reader.parse(watched, origin.source))
-        except LeftOut as left_out:
-            counts.read += 1
-            counts.drop(left_out.reason)
-            continue
-        except BadRow as error:
-            counts.read += 1
-            place = where if error.column is None else f"{where}:{error.column}"
-            _refuse(error.reason, str(error), place, on_bad_rows, counts)
-            continue
-        counts.note_unused(str(name) for name in watched.unused())
-        for item in items:
-            counts.read += 1
-            if isinstance(item, LeftOut):
-                counts.drop(item.reason)
-            elif reason := problem(item):
-                _refuse(reason, reason, where, on_bad_rows, counts)
-            else:
-                yield item
-    if unrecognized and not recognized:
-        raise UserError(unrecognized)
-
-
-def _numbered(origin: Origin) -> Iterator[tuple[int, object]]:
-    """The rows; a row of the hub that its library cannot read, for one of dozens of reasons, is one line."""
-    number = 0
-    try:
-        for number, row in origin.rows:
-            yield number, row
-    except Exception as error:
-        if not origin.name.startswith("hub:") or isinstance(error, UserError | BadRow):
-            raise
-        cause = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(
-            f"{origin.where(number + 1)}: cannot be read ({type(error).__name__}: {cause}); "
-            "download the set, mend it and give local files"
-        ) from None
-
-
-def _refuse(reason: str, message: str, where: str, on_bad_rows: OnBadRows, counts: Counts) -> None:
-    if on_bad_rows == "stop":
-        raise UserError(
-            f"{where}: {message}; set data.on_bad_rows=skip to leave such rows out and count them"
-        )
-    counts.drop(reason)
-
-
-def _reader(row: object, readers: Sequence[Reader[T]]) -> Reader[T] | None:
-    if isinstance(row, BadRow):  # the file reader could not make a row of it, and did not want to stop
-        raise row
-    if not isinstance(row, Mapping):
-        raise BadRow("not a row with fields", f"a {type(row).__name__}")
-    found = next((reader for reader in readers if reader.recognizes(row)), None)
-    if not found and (fault := next(filter(None, (reader.nearly(row) for reader in readers)), None)):
-        raise fault
-    return found
-
-
-class _Watched(dict[str, Any]):
-    """A row that knows which columns have been asked for."""
-
-    def __init__(self, row: Row) -> None:
-        super().__init__(row)
-        self.used: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.used.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """As of a dict."""
-        return self[name] if name in self else default  # noqa: SIM401 - this is get()
-
-    def unused(self) -> list[str]:
-        """Columns that hold something and have not been asked for."""
-        return [name for name, value in self.items() if name not in self.used and value not in (None, "", [])]
-
-
-def _fields_and_formats(row: object, readers: Sequence[Reader[T]]) -> str:
-    fields = ", ".join(sorted(map(str, row))) if isinstance(row, Mapping) else ""
-    known = "; ".join(reader.format for reader in readers)
-    return f"{fields or 'no field'}; expected one of: {known}"
 
 
 def is_text(row: Row, *names: str) -> bool:
@@ -268,7 +160,12 @@ def confidence(row: Row) -> float | None:
 
 
 def ranked_by_score(
-    prompt: Prompt, responses: Sequence[str], scores: Sequence[float], source: str
+    prompt: Prompt,
+    responses: Sequence[str],
+    scores: Sequence[float],
+    source: str,
+    confidence: float | None = None,
+    group: str | None = None,
 ) -> Comparison | LeftOut:
     """Responses with their scores, the highest the best, as one comparison; equal scores are a tie.
 
@@ -279,7 +176,8 @@ def ranked_by_score(
     places = {score: rank for rank, score in enumerate(sorted(set(scores), reverse=True))}
     if len(places) < 2:
         return LeftOut("all answers have the same score", prompt)
-    return Comparison(prompt, tuple(responses), tuple(places[score] for score in scores), source)
+    ranks = tuple(places[score] for score in scores)
+    return Comparison(prompt, tuple(responses), ranks, source, confidence, group)
 
 
 def merge_turns(dialogue: Sequence[Message]) -> tuple[Message, ...]:

@@ -4,12 +4,13 @@ Texts or messages, each with the prompt in a field of its own (explicit) or at t
 (implicit). Two mixtures that widely used data sets hold are read as well: a prompt written as an HH
 transcript, and a text prompt next to whole conversations. So are an answer that is one message, as in the
 pairs of ShareGPT, and a prompt in a column of another name (:mod:`rlhf.data.readers.columns`). Other columns
-(scores, margins) are not used, and counted.
+(scores, margins) are not used, and counted; ``group`` is the comparison's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from rlhf.data.comparisons import Comparison, Message, Prompt
@@ -31,6 +32,12 @@ SIDES = ("chosen", "rejected")
 
 def parse(row: Row, source: str) -> Iterator[Comparison]:
     """The row's pair. Raises BadRow where the sides do not share a prompt or the types do not fit."""
+    group = row.get("group")
+    for pair in _pair(row, source):
+        yield pair if is_empty(group) else replace(pair, group=str(group))
+
+
+def _pair(row: Row, source: str) -> Iterator[Comparison]:
     chosen, rejected, certainty = row["chosen"], row["rejected"], confidence(row)
     if not isinstance(chosen, str):
         sides = [messages(as_list(row[name]), name) for name in SIDES]

@@ -1,0 +1,266 @@
+"""Pairs with a verdict: two responses, and who is better. Ties are left out and counted.
+
+The table ``_TABLE`` holds the sets with words of their own. What is like them is read by its columns: two
+called response, answer, output, completion, summary, text or option with the ends _0/_1, _1/_2, _a/_b or
+_left/_right, and the verdict in one of ``_VERDICTS``, which names an end, a column, model_a, left, A>B or
+tie. A list of verdicts, or columns annotator1, annotator2, ... are votes, counted as in
+:mod:`rlhf.data.readers.public.verdicts`.
+An end that is a number is named by that number: a verdict 1 is the second of _0/_1 and the first of _1/_2.
+
+PKU-SafeRLHF has two verdicts: ``better_response_id`` is read; to read by safety, the recipe says
+data.columns={better_response_id: safer_response_id}, and the counts list the other one as not used.
+Conversations (Chatbot Arena) that differ before the last answer share no prompt: left out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.data.comparisons import Comparison, Message, Prompt
+from rlhf.data.readers.public.verdicts import (
+    TIE,
+    TIES,
+    as_prompt,
+    asked,
+    group_of,
+    named,
+    number,
+    side,
+    sign,
+    text,
+    voted,
+)
+from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, messages, pair_of_dialogues
+
+Found = Iterator[Comparison | LeftOut]
+_STEMS = (
+    "response", "answer", "output", "completion", "summary", "text", "option", "conversation", "orig_response"
+)  # fmt: skip
+_ENDS = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"), ("left", "right"))
+_VERDICTS = (
+    "better_response_id", "winner", "votes", "vote", "verdict", "preferred", "preference", "orig_preference",
+    "choice", "label", "better", "selected", "comparison", "pw", "chosen",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One set. prompt: of a row. sides: the columns of the responses. votes: of a row, 0, 1 or TIE each."""
+
+    format: str
+    sides: tuple[str, str]
+    needs: tuple[str, ...]
+    votes: Callable[[Row], Sequence[int]]
+    prompt: Callable[[Row], Prompt] = asked
+
+    def parse(self, row: Row, source: str) -> Found:
+        """The row's pair."""
+        answers = [text(row[name]) for name in self.sides]
+        yield voted(self.prompt(row), answers, self.votes(row), source, group_of(row))
+
+    def reader(self) -> Reader[Comparison]:
+        """The reader of the set."""
+        return Reader(self.format, lambda row: named(row, *self.sides, *self.needs), self.parse)
+
+
+def _by_strength(column: str, votes: str, strength: str) -> Callable[[Row], list[int]]:
+    """Several annotators' strengths where the row has them, else the one of the set."""
+
+    def read(row: Row) -> list[int]:
+        given = row.get(votes)
+        every = [x.get(strength) for x in given if isinstance(x, Mapping)] if isinstance(given, list) else []
+        overall = sign(row[column], column)
+        found = [sign(x, strength) for x in every if x is not None]
+        # the set's own verdict stands; votes that do not give it as their majority tell nothing about it
+        return found if len(found) > 1 and found.count(overall) * 2 > len(found) else [overall]
+
+    return read
+
+
+def _annotators(row: Row) -> list[int]:
+    meaning = {"1": 0, "2": 1, "0": TIE}
+    names = [name for name in row if re.fullmatch("annotator_?[0-9]+", name) and named(row, name)]
+    return [side(row[name], name, meaning) for name in names]
+
+
+def _higher(one: str, other: str) -> Callable[[Row], list[int]]:
+    return lambda row: [sign(number(row[other]) - number(row[one]), one)]
+
+
+def _webgpt_prompt(row: Row) -> Prompt:
+    question = row["question"]
+    return as_prompt(question.get("full_text") if isinstance(question, Mapping) else question)
+
+
+_TABLE = (
+    Pairs(
+        'HelpSteer 3 {"context", "response1", "response2", "overall_preference"}',
+        ("response1", "response2"),
+        ("context",),
+        _by_strength("overall_preference", "individual_preference", "score"),
+        lambda row: as_prompt(row["context"]),
+    ),
+    Pairs(
+        'HelpSteer 2 {"prompt", "response_1", "response_2", "preference_strength"}',
+        ("response_1", "response_2"),
+        ("preference_strength",),
+        _by_strength("preference_strength", "all_preferences_unprocessed", "strength"),
+    ),
+    Pairs(
+        'WebGPT {"question", "answer_0", "answer_1", "score_0", "score_1"}',
+        ("answer_0", "answer_1"),
+        ("question", "score_0", "score_1"),
+        _higher("score_0", "score_1"),
+        _webgpt_prompt,
+    ),
+    Pairs(
+        'PandaLM {"instruction", "input", "response1", "response2", "annotator1"}',
+        ("response1", "response2"),
+        ("instruction", "annotator1"),
+        _annotators,
+    ),
+    Pairs(
+        'Auto-J {"prompt", "response 1", "response 2", "label"}',
+        ("response 1", "response 2"),
+        ("prompt", "label"),
+        lambda row: [side(row["label"], "label", {"0": 0, "1": 1, "2": TIE})],
+    ),
+)
+
+
+def _summaries(row: Row, source: str) -> Found:
+    """OpenAI's comparisons of summaries; the prompt is laid out as in Stiennon et al. 2020, appendix B."""
+    info, summaries = row["info"], row["summaries"]
+    if not isinstance(info, Mapping) or not isinstance(summaries, list):
+        raise BadRow("info or summaries are not what the set has")
+    names = ("subreddit", "title", "post")
+    parts = [f"{x.upper()}: {info[x]}" for x in names if info.get(x)] if info.get("post") else []
+    words = "\n".join(parts) or str(info.get("article") or "")
+    meaning = {str(place): place for place in range(len(summaries))}
+    vote = side(row["choice"], "choice", meaning)
+    prompt = (Message("user", f"{words}\nTL;DR:".strip() if words else ""),)
+    yield voted(prompt, [text(x).strip() for x in summaries], [vote], source, group_of(row))
+
+
+_ARENA = {"model_a": 0, "model_b": 1} | dict.fromkeys(TIES, TIE)
+
+
+def _arena(row: Row, source: str) -> Found:
+    sides = [messages(row[name], name) for name in ("conversation_a", "conversation_b")]
+    yield _of_dialogues(sides, side(row["winner"], "winner", _ARENA), source)
+
+
+def _of_dialogues(sides: list[Prompt], vote: int, source: str) -> Comparison | LeftOut:
+    if any(not dialogue or dialogue[-1].role != "assistant" for dialogue in sides):
+        raise BadRow("one of the two conversations does not end in an assistant turn")
+    if sides[0][:-1] != sides[1][:-1]:
+        return LeftOut("conversations that differ before the last answer", sides[0][:1])
+    pair = pair_of_dialogues(sides[0], sides[1], source)
+    return voted(pair.prompt, pair.responses, [vote], source)
+
+
+def _arena_table(row: Row, source: str) -> Found:
+    """The table of a vote per row in which prompt and responses are lists of turns, or their JSON text."""
+    columns = ("winner_model_a", "winner_model_b", "winner_tie")
+    won = [number(row.get(name, 0) or 0, name) for name in columns]
+    if sum(map(bool, won)) != 1:
+        raise BadRow("the verdict names no side", f"{columns[0]}, {columns[1]}, {columns[2]} are {won}")
+    vote = (0, 1, TIE)[won.index(max(won))]
+    asked_for, *answers = (_turns(row[name]) for name in ("prompt", "response_a", "response_b"))
+    if any(len(side_) != len(asked_for) for side_ in answers):
+        raise BadRow("not as many answers as prompts")
+    sides = []
+    for answer in answers:
+        turns = zip(asked_for, answer, strict=True)
+        sides.append(tuple(Message(r, t) for q, a in turns for r, t in (("user", q), ("assistant", a))))
+    yield _of_dialogues(sides, vote, source)
+
+
+def _turns(value: Any) -> list[str]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRow("a list of turns is not valid JSON", value[:40]) from None
+    turns = [value] if isinstance(value, str) else value
+    if not isinstance(turns, list) or not all(isinstance(turn, str | None) for turn in turns):
+        raise BadRow("turns are not a list of texts")
+    return [turn or "" for turn in turns]
+
+
+def columns_of_sides(row: Row) -> tuple[str, str, tuple[str, str]] | None:
+    """The columns of two responses and their ends, None where the row has no such two."""
+    for stem in _STEMS:
+        for ends in _ENDS:
+            for between in ("_", "-", " ", ""):
+                one, other = (f"{stem}{between}{end}" for end in ends)
+                if named(row, one, other):
+                    return one, other, ends
+    return None
+
+
+def meaning_of(one: str, other: str, ends: tuple[str, str]) -> dict[str, int]:
+    """What the words of a verdict about two columns mean."""
+    a, b = (end.lower() for end in ends)
+    words = {a: 0, b: 1, one.lower(): 0, other.lower(): 1, f"model_{a}": 0, f"model_{b}": 1}
+    words |= {f"{a}>{b}": 0, f"{b}>{a}": 1, f"response_{a}": 0, f"response_{b}": 1, "left": 0, "right": 1}
+    return words | {tie: TIE for tie in TIES if tie not in words}
+
+
+def votes_in(value: object, column: str, meaning: Mapping[str, int]) -> list[int]:
+    """The votes of a verdict: one, or a list; an object holds it under "value" or "selected"."""
+    if isinstance(value, list):
+        submitted = [x for x in value if not isinstance(x, Mapping) or x.get("status") != "discarded"]
+        return [vote for x in submitted for vote in votes_in(x, column, meaning)]
+    if isinstance(value, Mapping):
+        value = next((value[name] for name in ("value", "selected") if name in value), None)
+    return [side(value, column, meaning)]
+
+
+def _verdict_of(row: Row) -> str:
+    return next((name for name in _VERDICTS if named(row, name)), "")
+
+
+def _pair(row: Row, source: str) -> Found:
+    found = columns_of_sides(row)
+    if found is None:
+        raise BadRow("no two responses")
+    one, other, _ = found
+    answers = [text(row[one]), text(row[other])]
+    verdict = _verdict_of(row)
+    votes = votes_in(row[verdict], verdict, meaning_of(*found)) if verdict else _annotators(row)
+    yield voted(asked(row), answers, votes, source, group_of(row))
+
+
+READERS: tuple[Reader[Comparison], ...] = (
+    *(pairs.reader() for pairs in _TABLE),
+    Reader(
+        'summarize-from-feedback {"info", "summaries", "choice"}',
+        lambda row: {"info", "summaries", "choice"} <= row.keys(),
+        _summaries,
+    ),
+    Reader(
+        'Chatbot Arena {"conversation_a", "conversation_b", "winner"}',
+        lambda row: {"conversation_a", "conversation_b", "winner"} <= row.keys(),
+        _arena,
+    ),
+    Reader(
+        'Chatbot Arena {"prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"}',
+        lambda row: named(row, "prompt", "response_a", "response_b") and "winner_model_a" in row,
+        _arena_table,
+    ),
+    Reader(
+        'a pair {"prompt", "response_a", "response_b", "winner"} or PKU-SafeRLHF {"prompt", "response_0", '
+        '"response_1", "better_response_id"} or LLMBar {"input", "output_1", "output_2", "label"}',
+        lambda row: (
+            "rejected" not in row
+            and columns_of_sides(row) is not None
+            and (bool(_verdict_of(row)) or named(row, "annotator1"))
+        ),
+        _pair,
+    ),
+)
