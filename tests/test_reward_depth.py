@@ -88,6 +88,12 @@ def test_layers_that_a_model_has_not_are_refused(tmp_path):
         new_reward_model(recipe_of(tmp_path, Lora()), SimpleNamespace(pad_id=0), layers=4)
 
 
+def test_what_is_listed_a_layer_is_cut_with_the_layers(tmp_path):
+    write_family("gemma3", tmp_path)
+    config = load_base(Model(path=str(tmp_path)), layers=2).config
+    assert config.num_hidden_layers == len(config.layer_types) == 2
+
+
 def test_top_k_counts_from_the_last_layer_that_is_there(tmp_path):
     write_family("llama", tmp_path)
     for layers, wanted in (("top_1", {1}), ("top_3", {0, 1}), ("all", {0, 1})):

@@ -143,13 +143,14 @@ def test_a_group_is_in_one_fold_and_a_prompt_where_there_is_none():
     assert len(sizes) == 5
     assert int(sizes.max() - sizes.min()) < 10
     assert int(folds_of(examples[:3]).max()) == 2
-    assert folds_of([examples[0]] * 4).tolist() == [0] * 4
+    assert sorted(folds_of([examples[0]] * 4).tolist()) == [0, 1, 2, 3]  # one group: by comparison
+    assert folds_of(examples[:1]).tolist() == [0]
 
 
 def test_cross_validation_finds_the_layer_and_the_pooling_that_hold_the_label_and_no_other():
-    examples = labelled(90, 1, by_chance)
+    examples = [{**e, "prompt": [n]} for n, e in enumerate(labelled(90, 1, by_chance))]
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(3, 2, sum(len(e["responses"]) for e in examples), 8, generator=generator)
+    states = torch.randn(3, 2, sum(len(e["responses"]) for e in examples), 60, generator=generator)
     ranks = torch.tensor([rank for e in examples for rank in e["ranks"]])
     states[1, 1, :, 4] -= 2.0 * ranks
     table = cross_validated(Features(states[2, 0], [4, 8, 12], states.half()), examples)
@@ -157,7 +158,7 @@ def test_cross_validation_finds_the_layer_and_the_pooling_that_hold_the_label_an
     best = max(table, key=lambda row: row["accuracy"])
     assert (best["layer"], best["pooling"]) == (8, "mean over the response")
     assert best["accuracy"] > 0.9
-    assert all(row["accuracy"] < 0.65 for row in table if row is not best)  # judged on what it has not seen
+    assert all(row["accuracy"] < 0.62 for row in table if row is not best)  # judged on what it has not seen
 
 
 def test_the_layers_are_spread_and_as_many_as_there_is_room_for():

@@ -119,11 +119,12 @@ def fit_pairs(
 
 def folds_of(examples: Sequence[Example], folds: int = _FOLDS) -> Tensor:
     """Number of the fold of each comparison, [B]: those of one group, else of one prompt, stand together, and
-    the folds have about as many comparisons. Fewer groups than folds make fewer folds."""
+    the folds have about as many comparisons. Fewer groups than folds make fewer folds; of one
+    group each comparison stands by itself."""
     members: dict[Any, list[int]] = {}
     for index, example in enumerate(examples):
         members.setdefault(group_of(example), []).append(index)
-    groups = list(members.values())
+    groups = list(members.values()) if len(members) > 1 else [[index] for index in range(len(examples))]
     random.Random(0).shuffle(groups)
     sizes = [0] * min(folds, len(groups))
     fold_B = torch.zeros(len(examples), dtype=torch.long)
@@ -203,7 +204,7 @@ def cross_validated(x: Features, train: Sequence[Example]) -> list[dict[str, Any
     fold_B = folds_of(train, _FOLDS if len(pairs.better_P) <= _MANY else 3)
     folds, fold_P = int(fold_B.max()) + 1, fold_B[pairs.owner_P]
     left_out_PF = fold_P[:, None] == torch.arange(folds)
-    fits_PF = ~left_out_PF if folds > 1 else left_out_PF  # one group: nothing is unseen
+    fits_PF = ~left_out_PF if folds > 1 else left_out_PF  # one comparison: nothing is unseen
     grid = [(penalty, fold) for penalty in _PENALTIES for fold in range(folds)]
     penalty_C, fold_C = torch.tensor([p for p, _ in grid]), torch.tensor([f for _, f in grid])
     weight_PC = pairs.weight_P[:, None] * fits_PF[:, fold_C]
