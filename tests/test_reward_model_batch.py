@@ -6,7 +6,17 @@ import pytest
 import torch
 from preference_cases import EOS, cases
 
-from reward.model.batch import as_example, encode, encode_split, layout, micro_batches, pack, rows_of, width
+from reward.model.batch import (
+    as_example,
+    distinct,
+    encode,
+    encode_split,
+    layout,
+    micro_batches,
+    pack,
+    rows_of,
+    width,
+)
 from reward.pretraining.__main__ import told_apart
 from rlhf.data.comparisons import Comparison, Message
 from rlhf.errors import UserError
@@ -165,13 +175,6 @@ def test_a_row_holds_one_copy_of_the_prompt_and_nothing_else_but_padding(share):
 
 
 @SHARED
-def test_a_row_knows_the_example_that_it_comes_from(share):
-    shuffled = [MIXED[i] | {"index": 100 + i} for i in (3, 0, 5)]
-    found = pack(shuffled, PAD, share=share).index_N.tolist()
-    assert found == [e["index"] for e in shuffled for _ in range(1 if share else len(e["responses"]))]
-
-
-@SHARED
 @pytest.mark.parametrize("wanted", ["none", "best", "all"])
 def test_each_wanted_token_is_predicted_by_the_state_before_it(share, wanted):
     packed = pack(MIXED, PAD, share=share, wanted=wanted)
@@ -220,3 +223,26 @@ def test_a_micro_batch_is_within_its_budget_or_a_single_comparison(share, budget
     for example in MIXED:
         rows = pack([example], PAD, share=share).ids_NT
         assert rows.shape == (rows_of(example, share), width(example, share))
+
+
+def test_each_response_stands_once_behind_its_prompt():
+    def example(prompt, *responses):
+        return {
+            "prompt": prompt,
+            "responses": list(responses),
+            "spoken": [1] * len(responses),
+            "ranks": [0, 1],
+        }
+
+    a, b, c = [7, 1], [8, 8, 1], [9, 1]
+    some = [example([5], a, b), example([5], b, c), example([6], a, b), example([5], c, a)]
+    merged, places = distinct(some, 100)
+    assert [(e["prompt"], e["responses"]) for e in merged] == [([5], [a, b, c]), ([6], [a, b])]
+    flat = [r for e in merged for r in e["responses"]]
+    assert [flat[place] for place in places] == [r for e in some for r in e["responses"]]
+    cut, places = distinct(some, 6)  # a prompt's responses in as many rows as they need
+    assert [e["responses"] for e in cut] == [[a, b], [c], [a, b]]
+    flat = [r for e in cut for r in e["responses"]]
+    assert [flat[place] for place in places] == [r for e in some for r in e["responses"]]
+    alone = [example([5], a, b), example([5], c, [3, 1])]
+    assert distinct(alone, 100).examples == alone  # nothing stands twice

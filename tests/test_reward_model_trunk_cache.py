@@ -1,5 +1,7 @@
 """Hidden states below the first adapted layer: computed once, equal to computing them anew, and used."""
 
+import itertools
+
 import pytest
 import torch
 from preference_cases import (
@@ -93,19 +95,16 @@ def test_the_states_are_those_that_enter_the_first_adapted_layer(model, share):
         packed = pack([example], 0, share=share)
         with torch.no_grad():
             forward_packed(model, packed)
-        rows = trunk.rows[example["index"]]
-        lengths = (packed.segments_NT > 0).sum(1).tolist()
-        assert [len(row) for row in rows] == lengths
-        for row, states, length in zip(rows, seen.pop(), lengths, strict=True):
-            torch.testing.assert_close(row, states[:length], rtol=1e-4, atol=1e-5)
-        states_NTD = trunk.states(packed.index_N.tolist(), packed.ids_NT)
+        states_NTD = trunk.of(packed)
+        real_NT = packed.segments_NT > 0
+        torch.testing.assert_close(states_NTD[real_NT], seen.pop()[real_NT], rtol=1e-4, atol=1e-5)
         assert states_NTD.shape[:2] == packed.ids_NT.shape
         assert not states_NTD[packed.segments_NT == 0].any()
 
 
 def test_the_states_are_the_same_bits_however_far_the_training_has_come(model, tmp_path):
     def bits(trunk):
-        return [tensor.numpy().tobytes() for index in sorted(trunk.rows) for tensor in trunk.rows[index]]
+        return {piece: tensor.numpy().tobytes() for piece, tensor in trunk.pieces.items()}
 
     recipe, dialogue = tiny()
     rows = encoded(8)
@@ -113,7 +112,28 @@ def test_the_states_are_the_same_bits_however_far_the_training_has_come(model, t
     trained = taught(tmp_path, rows, "reward.learning_rate=0.1")
     assert bits(trunk_of(trained, rows)) == bits(fresh)
     assert bits(trunk_of(awake(recipe, dialogue), rows, "reward.tokens_per_micro_batch=3")) == bits(fresh)
-    assert all(not tensor.requires_grad for states in fresh.rows.values() for tensor in states)
+    assert not any(tensor.requires_grad for tensor in fresh.pieces.values())
+
+
+@SHARED
+def test_what_several_comparisons_hold_goes_through_the_layers_once(model, share):
+    responses = [[10 + n] * (n + 1) + [1] for n in range(4)]
+    pairs = [
+        {"prompt": [5, 6, 7], "responses": [a, b], "spoken": [1, 1], "ranks": [0, 1], "index": n}
+        for n, (a, b) in enumerate(itertools.permutations(responses, 2))
+    ]
+    trunk = trunk_of(model, pairs, share=share)
+    assert len(trunk.pieces) == 1 + len(responses)
+    alone = torch.cat([score_examples(model, [pair], 0, share=False)[0] for pair in pairs])
+    read = []
+    model.base_model.model.model.layers[-1].register_forward_hook(
+        lambda _, inputs, output: read.append((output[0] if isinstance(output, tuple) else output).shape[:2])
+    )
+    for kept in (None, trunk):
+        read.clear()
+        found = score_examples(model, pairs, 0, share=share, trunk=kept)[0]
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+        assert sum(rows for rows, _ in read) == (1 if share else len(responses))
 
 
 @SHARED

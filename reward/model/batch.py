@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,6 @@ class PackedComparisons(PackedBatch):
     """0 = best, equal = tie."""
     mask_BK: Tensor
     """True = a real response."""
-    index_N: Tensor
-    """Number of the example that each row comes from; a row a response if rows are separate."""
 
     def by_comparison(self, values_R: Tensor) -> Tensor:
         """One value a response, flat, as [B, K]; 0 where there is no response."""
@@ -131,6 +129,49 @@ def micro_batches(examples: Sequence[Example], budget: int, *, share: bool) -> l
     )
 
 
+class Distinct(NamedTuple):
+    """Examples in which every response to a prompt stands once."""
+
+    examples: list[Example]
+    places_R: Tensor
+    """Of each response of what they were made of, flat: its place among theirs, flat."""
+
+
+def distinct(examples: Sequence[Example], budget: int) -> Distinct:
+    """Put the responses of each prompt together, each once, however many examples hold it.
+
+    Examples that hold no response twice stay as they are. Ranks mean nothing any more.
+
+    Args:
+        examples: any number.
+        budget: tokens of the longest row that the responses of a prompt are put together in.
+    """
+    keys = [(tuple(e["prompt"]), tuple(r)) for e in examples for r in e["responses"]]
+    if len(set(keys)) == len(keys):
+        return Distinct(list(examples), torch.arange(len(keys)))
+    said = [spoken for e in examples for spoken in e["spoken"]]
+    merged: list[Example] = []
+    newest: dict[tuple[int, ...], Example] = {}  # of each prompt
+    places: dict[Any, tuple[int, int]] = {}
+    for key, spoken in zip(keys, said, strict=True):
+        if key in places:
+            continue
+        prompt, response = key
+        example = newest.get(prompt)
+        if example is None or width(example, True) + len(response) > budget:
+            example = {name: [] for name in ("responses", "spoken", "ranks")}
+            example |= {"prompt": list(prompt), "index": len(merged)}
+            newest[prompt] = example
+            merged.append(example)
+        places[key] = example["index"], len(example["responses"])
+        for name, value in (("responses", list(response)), ("spoken", spoken), ("ranks", 0)):
+            example[name].append(value)
+    starts = [0]
+    for example in merged:
+        starts.append(starts[-1] + len(example["responses"]))
+    return Distinct(merged, torch.tensor([starts[places[key][0]] + places[key][1] for key in keys]))
+
+
 def layout(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
     """Where each response stands in the flat list of all responses: index, ranks and mask, [B, K] each."""
     widest = max(len(e["ranks"]) for e in examples)
@@ -173,8 +214,7 @@ def pack(
             sequences.append(Row(response, [t < said for t in range(len(response))]))
     rows = packing.pack(sequences, bins, pad_id, prompts)
     _, ranks_BK, mask_BK = layout(examples)
-    index_N = torch.tensor([e["index"] for e in examples for _ in range(rows_of(e, share))])
-    return PackedComparisons(**vars(rows), ranks_BK=ranks_BK, mask_BK=mask_BK, index_N=index_N)
+    return PackedComparisons(**vars(rows), ranks_BK=ranks_BK, mask_BK=mask_BK)
 
 
 def as_example(response: Sequence[int], prompt: Sequence[int] = ()) -> Example:

@@ -16,25 +16,25 @@ from reward.model.batch import (
     PackedComparisons,
     Wanted,
     as_example,
+    distinct,
     micro_batches,
     pack,
     width,
 )
+from reward.model.states import ResponseStates
 from rlhf.models.packing import compare_packing, inputs_of, sequence_log_probs
-from rlhf.models.trunk_cache import TrunkCache
 from rlhf.training.progress import progress
 
 TOKENS_AT_ONCE = 4096  # tokens, padding included, of one scoring batch
 
 
 def forward_packed(
-    model: Any, packed: PackedComparisons, trunk: TrunkCache | None = None
+    model: Any, packed: PackedComparisons, trunk: ResponseStates | None = None
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states [N, T, D] and one score a response [R]."""
     hidden: dict[str, Any] = {"part": "all"}
     if trunk is not None:
-        states_NTD = trunk.states(packed.index_N.tolist(), packed.ids_NT)
-        hidden = {"part": "top", "cut": trunk.cut, "hidden_NTD": states_NTD}
+        hidden = {"part": "top", "cut": trunk.cut, "hidden_NTD": trunk.of(packed)}
     places = {name: getattr(packed, name) for name in ("rows_B", "columns_B", "starts_B")}
     return model(**inputs_of(model, packed), **hidden, **places)
 
@@ -47,13 +47,14 @@ def read_examples(
     read: Callable[[PackedComparisons, Tensor, Tensor], Tensor],
     *,
     share: bool,
-    trunk: TrunkCache | None = None,
+    trunk: ResponseStates | None = None,
     wanted: Wanted = "none",
     tokens: int = TOKENS_AT_ONCE,
     name: str = "score",
 ) -> Tensor:
     """One row a response, flat and in order, float32 on the CPU: what ``read`` makes of the packed examples,
-    their last hidden states [N, T, D] and their scores [R]."""
+    their last hidden states [N, T, D] and their scores [R]; what several examples hold is read once."""
+    examples, places_R = distinct(examples, tokens)
     device = next(model.parameters()).device
     found: dict[int, Tensor] = {}  # of each example
     for batch in progress(name, micro_batches(examples, tokens, share=share)):
@@ -61,7 +62,7 @@ def read_examples(
         rows = read(packed, *forward_packed(model, packed, trunk)).float().cpu()
         sizes = [len(examples[i]["responses"]) for i in batch]
         found.update(zip(batch, rows.split(sizes), strict=True))
-    return torch.cat([found[i] for i in range(len(examples))])
+    return torch.cat([found[i] for i in range(len(examples))])[places_R]
 
 
 def score_examples(
@@ -72,7 +73,7 @@ def score_examples(
     share: bool = True,
     tokens: int = TOKENS_AT_ONCE,
     vocabulary: nn.Module | None = None,
-    trunk: TrunkCache | None = None,
+    trunk: ResponseStates | None = None,
 ) -> tuple[Tensor, ...]:
     """Raw head output of every response, flat and in order, [sum of K], float32 on the CPU.
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reward.model.batch import Example, PackedComparisons, micro_batches, pack
+from reward.model.batch import Example, PackedComparisons, distinct, micro_batches, pack
 from reward.model.forward import TOKENS_AT_ONCE, forward_packed
+from reward.model.states import ResponseStates
 from rlhf.models.backbone import layers_of, stack_of
 from rlhf.models.packing import inputs_of
-from rlhf.models.trunk_cache import TrunkCache
 from rlhf.training.progress import progress
 
 POOLINGS = ("last token", "mean over the response")
@@ -71,18 +71,19 @@ def features(
     layers: Sequence[int] = (),
     *,
     share: bool = False,
-    trunk: TrunkCache | None = None,
+    trunk: ResponseStates | None = None,
 ) -> Features:
     """Read all examples once.
 
     Args:
         model: a reward model whose adapter changes nothing yet.
-        examples: encoded comparisons.
+        examples: encoded comparisons; a response that several hold is read once.
         pad_id: padding token.
         layers: numbers of the layers whose states are kept; above the trunk's end, where there is a trunk.
         share: pack the responses of a prompt behind one copy of it.
         trunk: states of all examples, where they have been computed.
     """
+    examples, places_R = distinct(examples, TOKENS_AT_ONCE)
     starts = [0]
     for example in examples:
         starts.append(starts[-1] + len(example["responses"]))
@@ -101,11 +102,11 @@ def features(
         for index, states_NTD in enumerate(found):
             limit = torch.finfo(torch.float16).max
             pooled_LPRD[index][:, places] = pooled(states_NTD, packed).clamp(-limit, limit).half().cpu()
-    return Features(last_RD, list(layers), pooled_LPRD)
+    return Features(last_RD[places_R], list(layers), pooled_LPRD[:, :, places_R])
 
 
 def _states(
-    model: Any, packed: PackedComparisons, layers: Sequence[int], trunk: TrunkCache | None
+    model: Any, packed: PackedComparisons, layers: Sequence[int], trunk: ResponseStates | None
 ) -> tuple[Tensor, list[Tensor]]:
     """The last hidden states [N, T, D], and those of some layers behind the last norm."""
     if not layers:

@@ -23,8 +23,8 @@ from torch.nn.functional import softplus
 
 from reward.loss import pair_accuracy, ranked_loss
 from reward.model.batch import Example, group_of, layout
+from reward.model.states import ResponseStates
 from reward.training.features import POOLINGS, Features, features
-from rlhf.models.trunk_cache import TrunkCache
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.training.progress import progress
 
@@ -156,7 +156,7 @@ def fit_probe(
     pad_id: int,
     *,
     share: bool = False,
-    trunk: TrunkCache | None = None,
+    trunk: ResponseStates | None = None,
     layers: Sequence[int] = (),
     head: Head | None = None,
 ) -> Probe:
