@@ -39,7 +39,15 @@ def labelled(number, seed, rank):
     examples = []
     for _ in range(number):
         rows = [[rng.randrange(2, 30) for _ in range(rng.randint(1, 4))] + [EOS] for _ in range(3)]
-        examples.append({"prompt": [], "responses": rows, "ranks": rank(rows, rng), "index": len(examples)})
+        examples.append(
+            {
+                "prompt": [],
+                "responses": rows,
+                "spoken": [1] * len(rows),
+                "ranks": rank(rows, rng),
+                "index": len(examples),
+            }
+        )
     return examples
 
 
