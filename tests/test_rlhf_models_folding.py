@@ -1,6 +1,7 @@
 """Folded adapters against peft's own layers: same outputs, same gradients, nothing left behind."""
 
 import contextlib
+import copy
 import itertools
 
 import pytest
@@ -34,12 +35,13 @@ class Chain(nn.Module):
         return self.third(x)
 
 
-def adapted(base=None, targets=("first", "second", "third"), **options):
+def adapted(base=None, targets=("first", "second", "third"), autocast_adapter_dtype=True, **options):
     """The base under two adapters, both far from zero."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=list(targets), **options)
-    model = get_peft_model(base or Chain(), config, adapter_name=NAMES[0])
-    model.add_adapter(NAMES[1], config)
+    kind = {"autocast_adapter_dtype": autocast_adapter_dtype}
+    model = get_peft_model(base or Chain(), config, adapter_name=NAMES[0], **kind)
+    model.add_adapter(NAMES[1], config, **kind)
     stir(model, 1)
     model.set_adapter(NAMES[0])
     return model
@@ -150,6 +152,45 @@ def test_gradients_add_up_over_passes_also_of_a_backward_pass_after_leaving(mode
     found = gradients(Folding(model).folded("policy"))
     assert len(found) == 6
     assert all(relative(found[name], expected[name]) < 1e-5 for name in expected)
+
+
+# ---- beside bfloat16
+
+
+@pytest.mark.parametrize("shape", [(5, 10), (2, 6, 10), (10,)])
+def test_beside_bfloat16_outputs_and_gradients_are_those_of_float64_but_for_rounding(shape):
+    model = adapted(Chain(torch.bfloat16))
+    x = inputs(*shape).bfloat16()
+    with Folding(model).folded("policy"):
+        assert [is_folded(layer) for layer in lora_layers(model)] == [True] * 3
+        out, grad_x, grads = run(model, x)
+    assert out.dtype == grad_x.dtype == torch.bfloat16
+    assert {gradient.dtype for gradient in grads.values()} == {torch.float32}
+    exact_out, exact_x, exact = run(copy.deepcopy(model).double(), x.double())
+    assert relative(out, exact_out) < 0.03
+    assert relative(grad_x, exact_x) < 0.03
+    assert len(grads) == 6
+    assert all(relative(grads[name], exact[name]) < 0.03 for name in exact)
+
+
+def test_beside_bfloat16_an_update_too_small_for_the_matrix_still_counts():
+    base = nn.Linear(10, 6, bias=False, dtype=torch.bfloat16)
+    nn.init.ones_(base.weight)
+    model = adapted(nn.Sequential(base), ("0",))
+    layer = lora_layers(model)[0]
+    with torch.no_grad():
+        layer.lora_B["policy"].weight.mul_(1e-3)
+    x = torch.tensor([1.0, -1.0] * 5, dtype=torch.bfloat16)  # the matrix alone maps it to 0
+    update = (
+        layer.scaling["policy"] * layer.lora_B["policy"].weight @ (layer.lora_A["policy"].weight @ x.float())
+    )
+    assert torch.equal((base.weight + 1e-3).bfloat16(), base.weight)
+    with Folding(model).folded("policy"):
+        assert relative(model(x).detach(), update.detach()) < 0.02
+        model.set_adapter("value")
+        assert float(model(x).abs().max()) > 0.1
+        with model.disable_adapter():
+            assert not model(x).any()
 
 
 # ---- who else is there
@@ -286,10 +327,8 @@ def merged():
     "make",
     [
         merged,
-        *(
-            lambda dtype=dtype: adapted(Chain(dtype))
-            for dtype in (torch.float16, torch.bfloat16, torch.float64)
-        ),
+        *(lambda dtype=dtype: adapted(Chain(dtype)) for dtype in (torch.float16, torch.float64)),
+        lambda: adapted(Chain(torch.bfloat16), autocast_adapter_dtype=False),
         *(lambda o=o: adapted(**{o: 0.5}).eval() for o in ("lora_dropout", "use_dora", "lora_bias")),
     ],
 )

@@ -6,8 +6,10 @@ the weights change is a plain matrix product, backwards too. The gradients of A 
 the gradient of the output, and are the same to rounding (Hu 2021, eq. 3, differentiated).
 
 W itself is never written to, so nothing drifts: W' stands in buffers of its own. Only float32 weights are
-folded, since half precision would round small updates away, and only whole ones (not quantized, not sharded);
-every other layer goes on as peft has it.
+folded, since half precision would round small updates away. Beside a bfloat16 matrix on the CPU the update
+stays apart and runs in bfloat16 itself, as autocast would run it: peft takes float32 copies of all
+activations there. Only whole matrices (not quantized, not sharded) are taken; every other layer goes on as
+peft has it.
 
 Shape suffixes: ``_O`` output feature, ``_I`` input feature, ``_N`` token, ``_r`` rank.
 """
@@ -19,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -50,6 +53,45 @@ class _Folded(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_b = ctx.scaling * (grad_NO.T @ (x_NI @ a_rI.T))
         return grad_x, None, None, grad_a, grad_b, None
+
+
+class _Beside(torch.autograd.Function):
+    """x W^T + b + s·(x A^T) B^T in the type of x and W, with the gradients of x, A and B; W and b are
+    constants, A and B float32 with copies in that type, ``sb_Or`` that of s·B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_rI: Tensor,
+        b_Or: Tensor,
+        half_a_rI: Tensor,
+        sb_Or: Tensor,
+        s: float,
+    ) -> Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        low_Nr = x_NI @ half_a_rI.T
+        ctx.save_for_backward(x_NI, low_Nr, weight_OI, half_a_rI, sb_Or)
+        ctx.scaling = s
+        out_NO = F.linear(x_NI, weight_OI, bias_O).addmm_(low_Nr, sb_Or.T)
+        return out_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x_NI, low_Nr, weight_OI, half_a_rI, sb_Or = ctx.saved_tensors
+        grad_NO = grad.reshape(-1, grad.shape[-1])
+        back_Nr = grad_NO @ sb_Or
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_NO @ weight_OI).addmm_(back_Nr, half_a_rI).view(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[3]:
+            grad_a = (back_Nr.T @ x_NI).float()
+        if ctx.needs_input_grad[4]:
+            grad_b = ctx.scaling * (low_Nr.T @ grad_NO).float().T
+        return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
 class Folding:
@@ -94,6 +136,8 @@ class Folding:
     def _fold(self, layer: LoraLinear, adapter: str) -> Forward:
         base: Any = layer.base_layer
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        if weight.dtype != torch.float32:
+            return _BesideForward(layer, adapter, weight)
         forward = _FoldedForward(layer, adapter)
         buffer = self._buffers.get(layer)
         if buffer is None or buffer.device != weight.device:
@@ -103,10 +147,8 @@ class Folding:
         return forward
 
 
-class _FoldedForward(Forward):
-    """The forward pass of a LoRA layer while an adapter is folded in."""
-
-    folded_OI: Tensor
+class _AdapterForward(Forward):
+    """The forward pass of a LoRA layer inside :meth:`Folding.folded`."""
 
     def __init__(self, layer: LoraLinear, adapter: str) -> None:
         self.layer, self.adapter = layer, adapter
@@ -115,20 +157,50 @@ class _FoldedForward(Forward):
         self.a_rI, self.b_Or = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
         self.scaling = float(lora.scaling[adapter])
 
+    def active(self) -> bool:
+        """Whether this adapter, and no other, is what the layer is to add."""
+        lora: Any = self.layer
+        return not lora.disable_adapters and lora.active_adapters == [self.adapter]
+
+
+class _FoldedForward(_AdapterForward):
+    """One product with W'."""
+
+    folded_OI: Tensor
+
     def plain(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        if args or options or self.weights() is None:
+        if args or options or not self.active():
             return type(self.layer).forward(self.layer, x, *args, **options)
         folded: Tensor = _Folded.apply(x, self.folded_OI, self.bias_O, self.a_rI, self.b_Or, self.scaling)
         return folded
 
     def weights(self) -> Weights | None:
-        lora: Any = self.layer
-        active = not lora.disable_adapters and lora.active_adapters == [self.adapter]
-        return (self.folded_OI, self.bias_O) if active else None
+        return (self.folded_OI, self.bias_O) if self.active() else None
+
+
+class _BesideForward(_AdapterForward):
+    """The product with W, and the update in the same type."""
+
+    def __init__(self, layer: LoraLinear, adapter: str, weight_OI: Tensor) -> None:
+        super().__init__(layer, adapter)
+        self.weight_OI = weight_OI
+        self.half_a_rI = self.a_rI.to(weight_OI.dtype)
+        self.sb_Or = (self.scaling * self.b_Or).to(weight_OI.dtype)
+
+    def plain(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        if args or options or x.dtype != self.weight_OI.dtype or not self.active():
+            return type(self.layer).forward(self.layer, x, *args, **options)
+        copies = self.half_a_rI, self.sb_Or
+        constant = self.weight_OI, self.bias_O
+        out: Tensor = _Beside.apply(x, *constant, self.a_rI, self.b_Or, *copies, self.scaling)
+        return out
+
+    def weights(self) -> None:
+        return None
 
 
 def _can_fold(layer: LoraLinear, adapter: str) -> bool:
-    """Whether an adapter of a layer is a plain update of a whole float32 matrix."""
+    """Whether an adapter of a layer is a plain update of a whole matrix, float32 or bfloat16 on the CPU."""
     base: Any = layer.base_layer
     if adapter not in layer.lora_A or type(base) not in (nn.Linear, Conv1D) or hasattr(base.weight, "ds_id"):
         return False
@@ -136,4 +208,6 @@ def _can_fold(layer: LoraLinear, adapter: str) -> bool:
     plain = as_it_is and not (layer.merged or adapter in layer.lora_variant)
     plain = plain and not layer.lora_bias.get(adapter, False)
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
-    return plain and dropout == 0.0 and base.weight.dtype == torch.float32
+    kind, own = base.weight.dtype, layer.lora_A[adapter].weight.dtype
+    beside = kind == torch.bfloat16 and own == torch.float32 and base.weight.device.type == "cpu"
+    return plain and dropout == 0.0 and (kind == torch.float32 or beside)
