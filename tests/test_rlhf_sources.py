@@ -239,13 +239,15 @@ def fake_hub(monkeypatch, load_dataset):
         ("hub:org/name:conf", ("org/name", "conf", "train")),
         ("hub:org/name@test", ("org/name", None, "test")),
         ("hub:org/name:conf@train[:10%]", ("org/name", "conf", "train[:10%]")),
+        ("hub:org/name/some/part@test", ("org/name", None, "test", "some/part")),
     ],
 )
 def test_a_hub_spec_names_data_set_config_and_split(monkeypatch, spec, call):
     calls = []
 
-    def load_dataset(name, config, *, split):
-        calls.append((name, config, split))
+    def load_dataset(name, config, *, split, **folder):
+        calls.append((name, config, split, *folder.values()))
+        assert set(folder) <= {"data_dir"}
         return [TRL, {**TRL, "chosen": ""}]
 
     fake_hub(monkeypatch, load_dataset)

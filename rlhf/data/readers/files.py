@@ -19,7 +19,7 @@ from rlhf.data.readers import xml_dumps as xml
 from rlhf.data.readers.rows import BadRow, Origin
 from rlhf.errors import UserError
 
-HUB = "hub:"  # hub:NAME[:CONFIG][@SPLIT]
+HUB = "hub:"  # hub:NAME[/FOLDER][:CONFIG][@SPLIT]
 LINE_LIMIT = ContextVar("LINE_LIMIT", default=64 << 20)
 """Bytes of the longest line, or row of a .json file: the recipe's ``data.max_line_megabytes``."""
 _ROW_LINES = 100_000  # lines that a row of a .csv file may span; a quote that is not closed spans all
@@ -340,15 +340,19 @@ _KINDS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
 
 
 def _hub(spec: str, key: str) -> Origin:
-    """A data set of the Hugging Face hub, through ``datasets.load_dataset``; split "train" by default."""
+    """A data set of the Hugging Face hub, or one folder of it, through ``datasets.load_dataset``; split "train"
+    by default."""
     name_and_config, _, split = spec.removeprefix(HUB).partition("@")
     name, _, config = name_and_config.partition(":")
     if not name:
         raise UserError(f"{key}: {spec!r} names no data set; write {HUB}NAME[:CONFIG][@SPLIT]")
+    owner, *rest = name.split("/", 2)
+    name, folder = "/".join([owner, *rest[:1]]), rest[1:]
+    options = {"data_dir": folder[0]} if folder else {}
     try:
         import datasets
 
-        table = datasets.load_dataset(name, config or None, split=split or "train")
+        table = datasets.load_dataset(name, config or None, split=split or "train", **options)
     except Exception as error:  # the hub client raises a dozen unrelated types, and all have one remedy
         cause = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(
