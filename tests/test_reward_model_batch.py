@@ -8,6 +8,7 @@ from preference_cases import EOS, cases
 
 from reward.model.batch import (
     as_example,
+    bins_of,
     distinct,
     encode,
     encode_split,
@@ -246,3 +247,18 @@ def test_each_response_stands_once_behind_its_prompt():
     assert [flat[place] for place in places] == [r for e in some for r in e["responses"]]
     alone = [example([5], a, b), example([5], c, [3, 1])]
     assert distinct(alone, 100).examples == alone  # nothing stands twice
+
+
+def test_a_row_of_many_long_responses_is_cut_where_attention_would_cost_more_than_the_prompt():
+    def rows(prompt, *lengths):
+        example = {
+            "prompt": [5] * prompt,
+            "responses": [[7] * n for n in lengths],
+            "ranks": [0] * len(lengths),
+        }
+        return bins_of(example, True), width(example, True)
+
+    assert rows(12, 100, 200, 200) == ([[0, 1, 2]], 512)
+    assert rows(12, 100, 200, 201) == ([[0, 1], [2]], 312)
+    assert rows(200, 300, 300, 1) == ([[0, 1], [2]], 800)
+    assert rows(12, 900, 3) == ([[0], [1]], 912)

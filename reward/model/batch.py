@@ -30,6 +30,7 @@ Example = dict[str, Any]
 of those each writer said: the closing EOS counts unless the response was cut), ``ranks``, ``index``, its
 number among the examples of a stage, and ``group``, what it belongs to beyond its prompt, or None."""
 Wanted = Literal["none", "best", "all"]
+_ROW = 512  # tokens of a row with several responses
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,33 @@ def encode_split(
     return rows, exam
 
 
+def bins_of(example: Example, share: bool) -> list[list[int]]:
+    """Which of its responses stand in each row that an example makes.
+
+    Attention costs the square of a row's length, so a row is not longer than 512 tokens, or four prompts: a
+    ranking of many long responses repeats its prompt instead.
+    """
+    prompt, lengths = len(example["prompt"]), [len(r) for r in example["responses"]]
+    bins: list[list[int]] = []
+    longest, room = max(_ROW, 4 * prompt) if share else 0, 0
+    for k, length in enumerate(lengths):
+        if not bins or length > room:
+            bins.append([])
+            room = longest - prompt
+        bins[-1].append(k)
+        room -= length
+    return bins
+
+
 def width(example: Example, share: bool) -> int:
     """Tokens of the longest row that an example makes."""
-    prompt, lengths = len(example["prompt"]), [len(r) for r in example["responses"]]
-    return prompt + (sum(lengths) if share else max(lengths))
+    longest = max(sum(len(example["responses"][k]) for k in row) for row in bins_of(example, share))
+    return len(example["prompt"]) + longest
 
 
 def rows_of(example: Example, share: bool) -> int:
     """Number of rows that an example makes."""
-    return 1 if share else len(example["responses"])
+    return len(bins_of(example, share))
 
 
 def micro_batches(examples: Sequence[Example], budget: int, *, share: bool) -> list[list[int]]:
@@ -158,7 +177,7 @@ def distinct(examples: Sequence[Example], budget: int) -> Distinct:
             continue
         prompt, response = key
         example = newest.get(prompt)
-        if example is None or width(example, True) + len(response) > budget:
+        if example is None or len(prompt) + sum(map(len, example["responses"])) + len(response) > budget:
             example = {name: [] for name in ("responses", "spoken", "ranks")}
             example |= {"prompt": list(prompt), "index": len(merged)}
             newest[prompt] = example
@@ -196,7 +215,8 @@ def pack(
     Args:
         examples: at least one.
         pad_id: fills the rows up.
-        share: one row a comparison, its responses behind one copy of the prompt; False = a row a response.
+        share: the responses of a comparison behind one copy of the prompt, as far as :func:`bins_of` lets
+            them; False = a row a response.
         wanted: whose tokens' log-probabilities will be asked for: nobody's, the best (rank 0), or all.
     """
     sequences: list[Row] = []
@@ -204,11 +224,10 @@ def pack(
     prompts: list[list[int]] = []
     for example in examples:
         best = min(example["ranks"])
+        own = bins_of(example, share)
+        bins += [[len(sequences) + k for k in row] for row in own]
+        prompts += [example["prompt"]] * len(own)
         for k, response in enumerate(example["responses"]):
-            if k == 0 or not share:
-                bins.append([])
-                prompts.append(example["prompt"])
-            bins[-1].append(len(sequences))
             asked = wanted == "all" or (wanted == "best" and example["ranks"][k] == best)
             said = example["spoken"][k] if asked else 0
             sequences.append(Row(response, [t < said for t in range(len(response))]))

@@ -95,7 +95,7 @@ class Data(Section):
     """Comparisons and prompts."""
 
     comparisons: Files = Field(min_length=1)
-    """Files, globs or `hub:NAME[/FOLDER][:CONFIG][@SPLIT]`; or `sampled`: sample responses, let a judge rank."""
+    """Files, globs or `hub:NAME[/FOLDER][:CONFIG][@SPLIT]`; or `sampled`: sample and let a judge rank."""
     held_out_comparisons: Files = []
     """Test files of their own (as `comparisons`), all of them held out; `held_out` and `split_by` then have
     nothing to split. What they share with the training files is told."""

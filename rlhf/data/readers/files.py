@@ -340,8 +340,7 @@ _KINDS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
 
 
 def _hub(spec: str, key: str) -> Origin:
-    """A data set of the Hugging Face hub, or one folder of it, through ``datasets.load_dataset``; split "train"
-    by default."""
+    """A data set of the hub, or one folder of it, by ``datasets.load_dataset``; split "train" by default."""
     name_and_config, _, split = spec.removeprefix(HUB).partition("@")
     name, _, config = name_and_config.partition(":")
     if not name:
