@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import reward.model.model
-from reward.model.batch import encode, pack
+from reward.model.batch import encode, pack, rows_of
 from reward.model.forward import check_packing, forward_packed, score_examples, scores_of
 from reward.model.model import (
     RewardModelConfig,
@@ -79,8 +79,10 @@ def model():
 # --- packed rows -----------------------------------------------------------------------------------------
 
 
-@SHARED
-def test_packed_rows_score_as_the_classifier_does_and_teach_the_same(model, share):
+@pytest.mark.parametrize(("share", "longest"), [(True, 512), (True, 1), (False, 512)])
+def test_packed_rows_score_as_the_classifier_does_and_teach_the_same(model, share, longest, monkeypatch):
+    monkeypatch.setattr("reward.model.batch._ROW", longest)
+    assert any(rows_of(e, share) not in (1, len(e["ranks"])) for e in MIXED) == (longest == 1)
     weights = torch.randn(sum(len(e["ranks"]) for e in MIXED), generator=torch.Generator().manual_seed(0))
     expected = plain_scores(model, MIXED)
     (expected * weights).sum().backward()

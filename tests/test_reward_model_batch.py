@@ -260,5 +260,6 @@ def test_a_row_of_many_long_responses_is_cut_where_attention_would_cost_more_tha
 
     assert rows(12, 100, 200, 200) == ([[0, 1, 2]], 512)
     assert rows(12, 100, 200, 201) == ([[0, 1], [2]], 312)
-    assert rows(200, 300, 300, 1) == ([[0, 1], [2]], 800)
+    assert rows(200, 300, 300, 1) == ([[0, 2], [1]], 501)
     assert rows(12, 900, 3) == ([[0], [1]], 912)
+    assert rows(12, *[100] * 16) == ([list(range(first, 16, 4)) for first in range(4)], 412)

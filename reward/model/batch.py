@@ -116,18 +116,21 @@ def bins_of(example: Example, share: bool) -> list[list[int]]:
     """Which of its responses stand in each row that an example makes.
 
     Attention costs the square of a row's length, so a row is not longer than 512 tokens, or four prompts: a
-    ranking of many long responses repeats its prompt instead.
+    ranking of many long responses repeats its prompt instead. They are dealt, the longest first, to as few
+    rows, each response to the shortest, so that these are about equally long and little is padded; one may
+    then be somewhat longer than that.
     """
     prompt, lengths = len(example["prompt"]), [len(r) for r in example["responses"]]
-    bins: list[list[int]] = []
-    longest, room = max(_ROW, 4 * prompt) if share else 0, 0
-    for k, length in enumerate(lengths):
-        if not bins or length > room:
-            bins.append([])
-            room = longest - prompt
-        bins[-1].append(k)
-        room -= length
-    return bins
+    number = len(lengths)
+    if share:
+        number = min(number, max(1, -(-sum(lengths) // (max(_ROW, 4 * prompt) - prompt))))
+    bins: list[list[int]] = [[] for _ in range(number)]
+    sizes = [0] * number
+    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
+        shortest = min(range(number), key=lambda row: (sizes[row], len(bins[row])))
+        bins[shortest].append(k)
+        sizes[shortest] += lengths[k]
+    return sorted(map(sorted, bins))
 
 
 def width(example: Example, share: bool) -> int:
