@@ -187,11 +187,11 @@ def test_a_group_stays_and_is_written_only_where_it_is_set(tmp_path):
     kept, _ = cleaned(
         make(responses=("a", "b", "a"), ranks=(0, 1, 2), group="g"), make(group="other"), make("p")
     )
-    assert [c.group for c in kept] == ["g", None]  # a group does not make another comparison
+    assert [c.group for c in kept] == ["g", "other", None]  # of another group is another judgement
     write_native(tmp_path / "c.jsonl", kept)
     rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert rows[0]["group"] == "g"
-    assert list(rows[1]) == ["prompt", "responses", "ranks", "source", "confidence"]
+    assert list(rows[2]) == ["prompt", "responses", "ranks", "source", "confidence"]
 
 
 def test_a_group_that_is_no_text_is_a_bad_row(tmp_path):

@@ -186,14 +186,15 @@ def deduplicate(comparisons: Iterable[Comparison], counts: Counts) -> list[Compa
 
     A response that stands twice in one comparison keeps its better rank. A comparison left with one
     response, or with ties only, is dropped. Two comparisons are the same when prompt, responses and their
-    order of preference are, however the responses are listed; source, confidence and group do not count.
+    order of preference are, however the responses are listed, and the group is (an item of a benchmark may
+    repeat a text of another style); source and confidence do not count.
     The ranks of the result are dense (0, 1, 2, ... without gaps). White space at the ends of a text does
     not make it another text.
 
     ``counts`` is the tally of the reading that gave ``comparisons`` (they are in ``counts.read``).
     """
     kept: list[Comparison] = []
-    seen: set[tuple[str, tuple[tuple[int, str], ...]]] = set()
+    seen: set[tuple[str, str | None, tuple[tuple[int, str], ...]]] = set()
     for comparison in comparisons:
         distinct = distinct_responses(comparison)
         if len(distinct.responses) < 2:
@@ -203,7 +204,11 @@ def deduplicate(comparisons: Iterable[Comparison], counts: Counts) -> list[Compa
             counts.drop("only ties are left without duplicate responses")
             continue
         texts = (response.strip() for response in distinct.responses)
-        key = (prompt_key(distinct.prompt), tuple(sorted(zip(distinct.ranks, texts, strict=True))))
+        key = (
+            prompt_key(distinct.prompt),
+            distinct.group,
+            tuple(sorted(zip(distinct.ranks, texts, strict=True))),
+        )
         if key in seen:
             counts.drop("duplicate comparison")
             continue
