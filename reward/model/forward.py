@@ -99,7 +99,7 @@ def scores_of(model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int
 
 def check_packing(model: nn.Module, examples: Sequence[Example], pad_id: int) -> str | None:
     """A warning where the model reads the most awkward examples otherwise if their prompts are shared."""
-    some = awkward(examples)
+    some = awkward(distinct(examples, TOKENS_AT_ONCE).examples)
     return compare_packing(
         lambda share: read_examples(model, some, pad_id, last_states, share=share, name="packing"), model
     )
