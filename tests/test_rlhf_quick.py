@@ -3,7 +3,7 @@
 import pytest
 import yaml
 from recipe_cases import TEXT, refusal, writer
-from test_rlhf_recipe import ROOT, SHIPPED
+from test_rlhf_recipe import ROOT, SHIPPED, shipped
 
 from rlhf.errors import UserError
 from rlhf.recipe.load import check_batch_sizes, dump, load
@@ -22,9 +22,9 @@ def test_a_shipped_quick_block_changes_something_and_runs_on_one_process(path, m
     monkeypatch.chdir(ROOT)
     if "\nquick:" not in (ROOT / path).read_text(encoding="utf-8"):
         with pytest.raises(UserError, match="has no quick block"):
-            load(path, ["quick=true"])
+            shipped(path, "quick=true")
         return
-    whole, quick = load(path), load(path, ["quick=true"])
+    whole, quick = shipped(path), shipped(path, "quick=true")
     check_batch_sizes(quick, 1)
     assert quick.name == f"{whole.name}-quick"
     assert quick.model_dump() != whole.model_dump() | {"name": quick.name}
