@@ -240,20 +240,18 @@ def test_a_makefile_passes_its_variables_and_no_count_of_gpus():
     assert "num_gpus" not in Path(ROOT / "Makefile").read_text(encoding="utf-8")
 
 
+def set_up(python, folder):
+    """`make setup` with a Python, into an environment in a folder."""
+    places = (f"PYTHON={python}", f"VENV={folder}/v", f"STAMPS={folder}/s")
+    command = ["make", "-C", str(ROOT), "setup", *places]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def test_an_old_python_is_named_before_anything_is_made(tmp_path):
     stub = tmp_path / "python"
     stub.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 10, 4); $2"\n')
     stub.chmod(0o755)
-    command = [
-        "make",
-        "-C",
-        str(ROOT),
-        "setup",
-        f"PYTHON={stub}",
-        f"VENV={tmp_path}/v",
-        f"STAMPS={tmp_path}/s",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = set_up(stub, tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(
         "error: Python 3.10 is too old, 3.11 or later is needed: make setup PYTHON="
@@ -267,16 +265,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(tmp_path):
     kept.touch()
     stub.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exit 1\nexec {sys.executable} "$@"\n')  # has no venv
     stub.chmod(0o755)
-    command = [
-        "make",
-        "-C",
-        str(ROOT),
-        "setup",
-        f"PYTHON={stub}",
-        f"VENV={tmp_path}/v",
-        f"STAMPS={tmp_path}/s",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = set_up(stub, tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(
         f"error: {stub} cannot make a virtual environment with pip: install its venv"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,14 @@ from transformers import PreTrainedModel
 
 from policy.ppo.rollout import Responses, RewardFn
 from reward.model.ensemble import Combination, check_one_base, combine, member_folders, spread
-from reward.model.model import TextRewardModel, check_has_score, check_same_contract, load_config, too_short
+from reward.model.model import (
+    TextRewardModel,
+    check_has_score,
+    check_same_contract,
+    load_config,
+    shapes_of,
+    too_short,
+)
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
 from rlhf.models.masks import append_token
@@ -56,16 +62,6 @@ def check_rewards(recipe: Recipe, dialogue: Dialogue, folders: Sequence[Path]) -
     check_one_base(folders)
     for folder in folders:
         check_same_contract(load_config(folder), recipe, dialogue, folder)
-
-
-def shapes_of(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
-    """What :class:`Backbone` has to know of reward models by adapter: ``depths``, how many of the base's
-    layers those consist of that do not have them all, and ``pooled``, which read the mean state."""
-    configs = {name: load_config(folder) for name, folder in zip(names, folders, strict=True)}
-    return {
-        "depths": {name: config.layers for name, config in configs.items() if config.layers is not None},
-        "pooled": [name for name, config in configs.items() if config.pooling == "mean"],
-    }
 
 
 def load_scorer(backbone: Backbone, adapter: str, folder: Path) -> str:

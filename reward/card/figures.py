@@ -24,9 +24,9 @@ from rlhf.data.comparisons import Comparison, prompt_key
 from rlhf.stats import clustered
 from rlhf.stats.clustered import Floats, Indices
 from rlhf.stats.intervals import Estimate
+from rlhf.stats.length_control import ABOUT_EQUAL
 from rlhf.stats.tests import sign_test
 
-ABOUT_EQUAL = 0.1  # two lengths that differ by at most this share of the longer one
 MOST_GROUPS = 20  # sources listed by name
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 

@@ -194,6 +194,16 @@ def load_config(folder: Path) -> RewardModelConfig:
     return RewardModelConfig(**read_json(file))
 
 
+def shapes_of(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
+    """What a backbone has to know of reward models by adapter: ``depths``, how many of the base layers those
+    consist of that do not have them all, and ``pooled``, which read the mean state."""
+    configs = {name: load_config(folder) for name, folder in zip(names, folders, strict=True)}
+    return {
+        "depths": {name: config.layers for name, config in configs.items() if config.layers is not None},
+        "pooled": [name for name, config in configs.items() if config.pooling == "mean"],
+    }
+
+
 def check_has_score(config: RewardModelConfig, folder: Path) -> None:
     """A model trained by imitation has an adapter and an untrained head: it gives no score.
 

@@ -22,6 +22,7 @@ from reward.model.model import (
     load_config,
     new_reward_model,
     save_reward_model,
+    shapes_of,
     start_from,
     start_tensors,
     too_short,
@@ -336,9 +337,9 @@ def _check_reload(
     """
     clear_zero3_init()
     config = load_config(folder)
-    shape: Any = {"depths": {"reward": config.layers} if config.layers else {}}
-    shape["pooled"] = ["reward"] if config.pooling == "mean" else []
-    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["reward"], heads=["reward"], **shape)
+    names = ["reward"]
+    shapes = shapes_of(names, [folder])
+    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=names, heads=names, **shapes)
     backbone.load_adapter("reward", folder)
     ids_NT, mask_NT = right_pad([[*prompt, *response] for prompt, response in rows], dialogue.pad_id)
     prompts_N = torch.tensor([[len(prompt)] for prompt, _ in rows])
