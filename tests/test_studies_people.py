@@ -16,7 +16,7 @@ from rlhf.recipe.load import load
 from rlhf.tokenization.dialogue import load_dialogue
 from studies.engine.results import Results
 from studies.engine.units import with_needs
-from studies.people import report, trl_arms, units
+from studies.people import __main__, report, trl_arms, units
 from studies.people.plan import ARMS, Plan, units_of
 
 
@@ -35,6 +35,17 @@ def test_a_study_has_two_reward_models_and_a_policy_an_arm_and_seed():
     other = with_needs(units_of(plan, load(TINY, [*PROMPTS, "ppo.steps=7"])))
     assert not {u.key for u in found} & {u.key for u in other}  # another recipe, other units and runs
     assert units.run_name(found[0].settings, "all") != units.run_name(other[0].settings, "all")
+
+
+@pytest.mark.parametrize(
+    ("given", "arms"), [([], tuple(ARMS)), (["--arms", "dpo"], ("ppo", "dpo")), (["--arms"], ("ppo",))]
+)
+def test_a_study_of_some_arms_keeps_what_others_have_done(given, arms):
+    plan = __main__.plan_of(__main__.arguments().parse_args(["--recipe", str(TINY), *given]))
+    assert plan.arms == arms
+    recipe = load(TINY, PROMPTS)
+    every = units_of(Plan(plan.recipe), recipe)
+    assert {u.key for u in units_of(plan, recipe)} == {u.key for u in every if u.settings["arm"] in arms}
 
 
 def test_no_group_and_no_prompt_is_in_both_halves(tmp_path, monkeypatch):

@@ -5,27 +5,39 @@ Stopped at any moment, the same command goes on where it was: units and the runs
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import load
 from studies.engine import command
+from studies.people.plan import ARMS, Plan, units_of
 
 
-def main() -> None:
-    """Read the command line, do what is not done, write study.json and study.md."""
+def arguments() -> ArgumentParser:
+    """The study's options."""
     parser = command.arguments("people", __doc__)
     parser.add_argument("--recipe", default=None, help="the experiment (tiny.yaml with --quick)")
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe, key=value")
     parser.add_argument("--seeds", nargs="*", type=int, default=None, help="of the policies")
-    args = parser.parse_args()
-    from studies.people.plan import Plan, units_of
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), help="policies; always ppo")
+    return parser
 
+
+def plan_of(args: Namespace) -> Plan:
+    """The study that the options ask for."""
     recipe = args.recipe or ("recipes/tiny.yaml" if args.quick else "recipes/convincing.yaml")
     seeds = tuple(args.seeds or ((0,) if args.quick else (0, 1, 2)))
-    plan = Plan(recipe, tuple(args.set), seeds, best_of=4 if args.quick else 16)
-    units = units_of(plan, load(Path(recipe), args.set))
+    arms = tuple(arm for arm in ARMS if arm in ("ppo", *args.arms))
+    return Plan(recipe, tuple(args.set), seeds, arms, best_of=4 if args.quick else 16)
+
+
+def main() -> None:
+    """Read the command line, do what is not done, write study.json and study.md."""
+    args = arguments().parse_args()
+    plan = plan_of(args)
+    units = units_of(plan, load(Path(plan.recipe), args.set))
     command.check(args)
     from studies.engine.report import content
     from studies.engine.results import Results
@@ -37,7 +49,8 @@ def main() -> None:
     with command.workers(args.jobs) as do:
         do(units, args.work, compute)
     results = Results.read(units, args.work)
-    words = [*(["--quick"] if args.quick else []), f"--recipe {recipe}"]
+    words = [*(["--quick"] if args.quick else []), f"--recipe {plan.recipe}"]
+    words += [f"--arms {' '.join(plan.arms)}"] if plan.arms != tuple(ARMS) else []
     words += [f"--set {' '.join(args.set)}"] if args.set else []
     kept = content(
         "people",
