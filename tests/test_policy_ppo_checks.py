@@ -33,13 +33,53 @@ def test_a_reference_that_is_another_model_is_found():
             checks.check_reference(log_probs, wrong, ACTIONS)
 
 
+def gap_check(bound=None, precision="bfloat16"):
+    return checks.SamplerGap(bound, precision, lambda gaps: [gaps])
+
+
+LOG_PROBS = torch.full((2, 3), -1.0)
+OFF = torch.tensor([[0.3, 0.0, 9.0], [0.0, 9.0, 9.0]])  # the actions' mean is 0.1
+
+
 def test_a_sampler_that_runs_another_model_is_found():
-    log_probs = torch.full((2, 3), -1.0)
-    off = log_probs - torch.tensor([[0.3, 0.0, 9.0], [0.0, 9.0, 9.0]])
-    assert checks.check_sampler(off, log_probs, ACTIONS, bound=0.11) == pytest.approx(0.1)
-    for wrong, bound in ((off, 0.09), (off * torch.nan, 1.0)):
+    found = gap_check(0.11)(LOG_PROBS - OFF, LOG_PROBS, ACTIONS)
+    assert found == {"policy/sampler_gap": pytest.approx(0.1), "policy/sampler_gap_p99": pytest.approx(0.3)}
+    for wrong, bound in ((OFF, 0.09), (OFF * torch.nan, 1.0)):
         with pytest.raises(InvariantError, match="max_log_prob_gap"):
-            checks.check_sampler(wrong, log_probs, ACTIONS, bound=bound)
+            gap_check(bound)(LOG_PROBS - wrong, LOG_PROBS, ACTIONS)
+
+
+def test_the_bound_of_the_sampler_follows_from_the_rounding_before_the_first_update(capsys):
+    check = gap_check()
+    check(LOG_PROBS - OFF, LOG_PROBS, ACTIONS)
+    assert check.floor == (pytest.approx(0.1), pytest.approx(0.3))
+    assert capsys.readouterr().out == (
+        "ppo: before the first update sampling and training differ by 0.1 nats a token "
+        "(99th percentile 0.3), the rounding of bfloat16; on average they may by 0.4\n"
+    )
+    check(LOG_PROBS - 3.9 * OFF, LOG_PROBS, ACTIONS)
+    again = gap_check()
+    again.restore(json.loads(json.dumps(check.state())))
+    for kept in (check, again):
+        with pytest.raises(InvariantError, match=r"0\.41 nats.*rounding of bfloat16"):
+            kept(LOG_PROBS - 4.1 * OFF, LOG_PROBS, ACTIONS)
+        assert kept.floor == check.floor
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 0.05), ("bfloat16", 0.25), ("int8", 0.75)])
+def test_a_sampler_that_is_wrong_from_the_start_is_not_taken_for_rounding(precision, bound):
+    gap_check(None, precision)(LOG_PROBS - 0.99 * bound / 0.1 * OFF, LOG_PROBS, ACTIONS)
+    with pytest.raises(InvariantError, match=f"beyond the rounding of {precision}"):
+        gap_check(None, precision)(LOG_PROBS - 1.01 * bound / 0.1 * OFF, LOG_PROBS, ACTIONS)
+
+
+def test_a_sampler_whose_rounding_is_nothing_may_differ_a_little_later():
+    check = gap_check(None, "float32")
+    check(LOG_PROBS, LOG_PROBS, ACTIONS)
+    check(LOG_PROBS - 0.49 * OFF, LOG_PROBS, ACTIONS)
+    with pytest.raises(InvariantError, match=r"above 0\.05"):
+        check(LOG_PROBS - 0.51 * OFF, LOG_PROBS, ACTIONS)
 
 
 def test_a_first_ratio_off_one_is_found():

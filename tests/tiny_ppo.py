@@ -30,10 +30,10 @@ def dialogue_of(limit=LIMIT):
     return Dialogue(TOKENIZER, template="plain", max_prompt_tokens=32, max_response_tokens=limit)
 
 
-def backbone_of(ppo, *, stir=0.0, start=False, width=64):
+def backbone_of(ppo, *, stir=0.0, start=False, width=64, dtype=torch.float32):
     """A random base with the adapters that a ``ppo`` section needs; all random numbers are seeded."""
     torch.manual_seed(0)
-    base = tiny_model(len(TOKENIZER), width=width).requires_grad_(False).eval()
+    base = tiny_model(len(TOKENIZER), width=width).to(dtype).requires_grad_(False).eval()
     backbone = new_backbone(base, Lora(rank=4, alpha=8, layers="top_2"), ppo, reference_copy=start)
     torch.manual_seed(1)  # the same stir whatever other adapters there are
     for name, parameter in backbone.parameters_of("policy").items():
@@ -44,16 +44,27 @@ def backbone_of(ppo, *, stir=0.0, start=False, width=64):
     return backbone
 
 
-def trainer(folder, *, reward_fn=varied, stir=0.0, trunk=True, start=False, width=64, limit=LIMIT, **section):
+def trainer(
+    folder,
+    *,
+    reward_fn=varied,
+    stir=0.0,
+    trunk=True,
+    start=False,
+    width=64,
+    limit=LIMIT,
+    dtype=torch.float32,
+    **section,
+):
     """A trainer in a folder.
 
     stir: spread of the policy adapter's B at the start. start: that adapter has a frozen copy as its
-    reference. section: fields of the recipe's ``ppo`` section.
+    reference. dtype: of the base. section: fields of the recipe's ``ppo`` section.
     """
     options = {"steps": 2, "batch_size": 16, "micro_batch_size": 16, "epochs": 2, "learning_rate": 1e-2,
                "missing_eos": "ignore", "checkpoint_every": 1000} | section  # fmt: skip
     ppo = Ppo(**options)
-    backbone = backbone_of(ppo, stir=stir, start=start, width=width)
+    backbone = backbone_of(ppo, stir=stir, start=start, width=width, dtype=dtype)
     if not trunk:
         backbone.frozen_layers = 0
     return PpoTrainer(

@@ -12,7 +12,7 @@ from reward.model.model import new_reward_model
 from rlhf.errors import UserError, first_line
 from rlhf.generation.sampling import sample
 from rlhf.models.base import best_device, load_base
-from rlhf.models.masks import left_pad
+from rlhf.models.masks import last_true_index, left_pad, positions_from_mask
 from rlhf.recipe.load import Recipe
 from rlhf.runs.cache import remember
 from rlhf.tokenization.dialogue import load_dialogue
@@ -67,7 +67,11 @@ def probe(recipe: Recipe) -> str:
         layers = None if recipe.reward.layers == "auto" else recipe.reward.layers
         classifier: Any = new_reward_model(recipe, dialogue, layers=layers).to(best_device())
         with torch.no_grad():
-            _check_finite(classifier(input_ids=ids_BT, attention_mask=mask_BT.long()).logits)
+            columns_B = last_true_index(mask_BT)
+            places = {"rows_B": torch.arange(2).to(columns_B), "columns_B": columns_B, "starts_B": columns_B}
+            inputs = {"attention_mask": mask_BT.long(), "position_ids": positions_from_mask(mask_BT)}
+            _, scores_B = classifier(ids_BT, part="all", **inputs, **places)
+            _check_finite(scores_B)
     except _FAULTS as error:
         reason = first_line(error, 200)
         raise UserError(

@@ -42,7 +42,6 @@ def rollout_metrics(
         "policy/entropy": rollout.entropy_BR,
         "value/mean": rollout.values_BR,
         "value/error": (rollout.values_BR - returns_BR).square(),
-        "policy/sampler_gap": (rollout.sampled_log_probs_BR - rollout.log_probs_BR).abs(),
     }
     rows = torch.stack([tensor.sum() for tensor in per_row.values()])
     tokens = torch.stack([(tensor * actions).sum() for tensor in per_token.values()])

@@ -22,7 +22,7 @@ from torch import Tensor
 from policy.ppo import checks
 from policy.ppo.advantages import estimate_advantages
 from policy.ppo.batching import PtxBatches
-from policy.ppo.checks import GuardedScore
+from policy.ppo.checks import GuardedScore, SamplerGap
 from policy.ppo.kl import KLController
 from policy.ppo.metrics import rollout_metrics
 from policy.ppo.reward_shaping import RewardShaper
@@ -32,6 +32,7 @@ from policy.ppo.weights import AdapterWeights
 from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError, lost_process, lost_process_error
 from rlhf.models.backbone import Backbone
+from rlhf.models.base import precision_of
 from rlhf.models.lora import HEAD
 from rlhf.recipe.schema import Distributed, Ppo
 from rlhf.runs.artifacts import Checkpoints, read_json, step_of, write_atomically
@@ -92,6 +93,7 @@ class PpoTrainer:
         self._anchors = {"reference": backbone.reference_hash(), "contract": dialogue.fingerprint()}
         self.reward_shaper = RewardShaper(section, self.runtime)
         self.kl_controller = KLController(section, self.runtime)
+        self.sampler_gap = SamplerGap(section.max_log_prob_gap, precision_of(backbone), self.runtime.gather)
         self.nonfinite = NonfiniteUpdates(self.folder, self.runtime, section.max_nonfinite_updates)
         self.weights = AdapterWeights(backbone, self.runtime, section, checkpoint)
         self.update = Updater(
@@ -101,6 +103,7 @@ class PpoTrainer:
             texts=PtxBatches(section, dialogue, self.runtime, seed) if section.ptx_coef else None,
         )
         self.stop, self.collected_at, self.kl = StopRequest(), 0.0, 0.0
+        self.gaps: dict[str, float] = {}  # between sampling and training, of the last rollout
         self.metrics: Metrics | None = None
         if checkpoint:
             self._restore(checkpoint)
@@ -170,7 +173,7 @@ class PpoTrainer:
     ) -> None:
         """Write the metrics of a step; every process must call it."""
         found = rollout_metrics(self.runtime, rollout, rewards_BR, returns_BR, self.section.batch_size)
-        found |= stats | self.reward_metrics() | dict(rollout.seconds)
+        found |= stats | self.gaps | self.reward_metrics() | dict(rollout.seconds)
         found["progress/episodes"] = float((step + 1) * self.section.batch_size)
         found["time/update"] = time.monotonic() - self.collected_at
         self.kl, self.done = found["objective/kl"], step + 1
@@ -213,12 +216,7 @@ class PpoTrainer:
         """The invariants of a rollout (:mod:`policy.ppo.checks`)."""
         actions = rollout.actions_BR
         checks.check_closed(rollout.ids_BT, rollout.mask_BT, self.dialogue.end_id)
-        checks.check_sampler(
-            rollout.sampled_log_probs_BR,
-            rollout.log_probs_BR,
-            actions,
-            bound=self.section.max_log_prob_gap,
-        )
+        self.gaps = self.sampler_gap(rollout.sampled_log_probs_BR, rollout.log_probs_BR, actions)
         if step == 0:
             checks.check_reference(rollout.log_probs_BR, rollout.reference_log_probs_BR, actions)
 
@@ -282,6 +280,7 @@ class PpoTrainer:
                     "value_offset": self.backbone.offsets.get("value", 0.0),
                     **self.kl_controller.state(),
                     **self.reward_shaper.state(),
+                    **self.sampler_gap.state(),
                     **self._anchors,
                 }
                 write_atomically(folder / "state.json", json.dumps(state))
@@ -311,6 +310,7 @@ class PpoTrainer:
             self.backbone.set_offset("value", float(state["value_offset"]))
         self.kl_controller.restore(state)
         self.reward_shaper.restore(state)
+        self.sampler_gap.restore(state)
         self.weights.restore(checkpoint)
         torch.set_rng_state(load((checkpoint / "rng.safetensors").read_bytes())["torch"])
         if self.is_main:

@@ -40,6 +40,14 @@ def best_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def precision_of(base: nn.Module) -> str:
+    """What a base's passes are rounded to: ``int8``, which rounds activations too, or a type of floats."""
+    kinds = {parameter.dtype for parameter in base.parameters()}
+    if torch.int8 in kinds:
+        return "int8"
+    return str(max((k for k in kinds if k.is_floating_point), key=lambda k: torch.finfo(k).eps))[6:]
+
+
 def quantization_config(kind: str) -> Any:
     """The bitsandbytes configuration of ``model.quantization`` (QLoRA, Dettmers 2023), None for ``none``."""
     if kind == "none":

@@ -171,8 +171,9 @@ class Checking(Section):
 
     checkpoint_every: Positive = 5
     """PPO steps between checkpoints."""
-    max_log_prob_gap: Rate = 0.05
-    """Largest accepted mean gap between the log-probs of sampling and of training, in nats a token."""
+    max_log_prob_gap: Rate | None = None
+    """Largest accepted mean gap between the log-probs of sampling and of training, in nats a token; null =
+    four times what rounding makes of it before the first update, at least 0.05."""
     max_nonfinite_updates: Positive = 3
     """Updates with a loss or gradient that is not finite are skipped and counted; stop after this many."""
 
