@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf verify check test smoke clean \
-        study-preference study-people study-scaling bench-reward bench-ppo
+        study-preference study-people study-scaling bench-reward bench-ppo gpu-check
 .NOTPARALLEL:
 
 help: ## make: list the targets
@@ -138,6 +138,9 @@ bench-reward: setup ## benchmarks.reward: throughput and memory of the reward st
 
 bench-ppo: setup ## benchmarks.ppo: seconds and memory of a PPO step against trl's last PPOTrainer (BENCH=--scaling)
 	@$(PY) -m benchmarks.ppo $(BENCH)
+
+gpu-check: setup ## benchmarks.gpu_check: what this machine's GPUs do with it: ten minutes, one page (CHECK=--quick)
+	@$(PY) -m benchmarks.gpu_check $(CHECK)
 
 clean: ## rm: remove runs and models, keep the environment
 	rm -rf runs models .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -105,8 +105,11 @@ def matmul_peak(size: int, repeats: int = 8) -> float:
 # ------------------------------------------------------------------ the sides
 
 
-def ours(task: Task, rows: list[dict[str, Any]], scratch: Path) -> Figures:
-    """All steps of a task on all prompts: the loop of ``make ppo``, policy, value and reward on one base."""
+def ours(task: Task, rows: list[dict[str, Any]], scratch: Path, base: Any = None) -> Figures:
+    """All steps of a task on all prompts: the loop of ``make ppo``, policy, value and reward on one base.
+
+    base: a model in place of the task's, whose tokenizer it gets.
+    """
     from policy.ppo.rollout import Responses
     from policy.ppo.setup import new_backbone
     from policy.ppo.trainer import PpoTrainer
@@ -119,7 +122,7 @@ def ours(task: Task, rows: list[dict[str, Any]], scratch: Path) -> Figures:
     if [dialogue.encode_prompt(prompt) for prompt in prompts] != [row["ids"] for row in rows]:
         raise RuntimeError("ours: the prompts are not the token ids that theirs gets")
     torch.manual_seed(recipe.seed)
-    base = load_base(recipe.model)
+    base = load_base(recipe.model) if base is None else base
     sizes = sizes_of(base)
     backbone = new_backbone(base, recipe.lora, recipe.ppo, rewards=("reward",))
     head: Any = backbone.heads["reward"]

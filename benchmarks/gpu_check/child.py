@@ -1,0 +1,103 @@
+"""What has to be measured inside a process that owns the GPU: ``... .child KIND TASK RESULT``, JSON files."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from benchmarks.harness import Figures, machine, peak_bytes, serve
+from benchmarks.ppo.sides import ours, prepare
+from benchmarks.ppo.task import Task
+from rlhf.errors import exit_on_user_error
+from rlhf.models.base import best_device
+from rlhf.models.tiny import write_tiny_model
+
+PROMPTS = "recipes/prompts/sentiment_train.jsonl"
+PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "bitsandbytes")
+SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {  # of the models' config.json on the hub
+    "0.6b": (Qwen3Config, {"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072,
+             "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+             "tie_word_embeddings": True}),  # Qwen/Qwen3-0.6B
+    "8b": (LlamaConfig, {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
+           "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "tie_word_embeddings": False}),  # meta-llama/Llama-3.1-8B
+}  # fmt: skip
+_SMALL = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
+
+
+def products_a_second(size: int, dtype: torch.dtype, repeats: int = 6) -> float:
+    """Operations a second of the best of several products of two squares on the best device."""
+    a = torch.randn(size, size, device=best_device()).to(dtype)
+    b = torch.randn(size, size, device=best_device()).to(dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        _wait()
+        start = time.perf_counter()
+        a @ b
+        _wait()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device(size: int) -> Figures:
+    """The machine, its cards, and what its matrix products reach."""
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        **machine(PACKAGES),
+        "cuda": torch.version.cuda,
+        "cards": [{"name": c.name, "memory_gb": round(c.total_memory / 1e9, 1)} for c in cards],
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())) if cards else None,
+        **{
+            f"{name}_tflops": products_a_second(size, getattr(torch, name)) / 1e12
+            for name in ("float32", "bfloat16")
+        },
+    }
+
+
+def ppo(shape: str, quick: bool) -> Figures:
+    """Steps of ``make ppo`` over a random model of a known shape; ``quick``: small in every respect.
+
+    Returns:
+        Seconds a step and by phase, tokens a second, the share of the bfloat16 peak, memory in bytes: of the
+        GPU (``gpu_bytes``, the most that tensors held) and of the process.
+    """
+    kind, values = SHAPES[shape]
+    config = kind(**{**values, **(_SMALL if quick else {})}, eos_token_id=1, pad_token_id=0)
+    torch.manual_seed(0)
+    with torch.device(best_device()):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    number, response = (4, 8) if quick else (16, 64)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "tokenizer"
+        write_tiny_model(folder)
+        rows = prepare(str(folder), PROMPTS, number, 16, 64, 0)
+        steps = 2 if quick else 3
+        task = Task(str(folder), "", "all", response, epochs=2, steps=steps, micro_batch=min(8, number))
+        found = ours(task, rows, Path(scratch), base)
+    peak = products_a_second(512 if quick else 8192, torch.bfloat16)
+    kept = ("s_per_step", "generate_s", "score_s", "update_s", "tokens_per_s", "flops_per_s")
+    return {
+        **{name: found[name] for name in kept},
+        "share_of_bfloat16_peak": found["flops_per_s"] / peak,
+        "parameters": sum(p.numel() for p in base.parameters()),
+        "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        "process_bytes": peak_bytes(),
+    }
+
+
+KINDS: dict[str, Callable[..., Figures]] = {"device": device, "ppo": ppo}
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: serve(KINDS))
