@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import io
 import os
@@ -48,6 +49,11 @@ _LOST_PROCESS = (  # gloo, NCCL, torch's store
 )
 
 
+_NO_MEMORY = ("CUDA error: out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")  # besides torch's own class
+LESS_MEMORY: contextvars.ContextVar[str] = contextvars.ContextVar("LESS_MEMORY", default="free some memory")
+"""What to do where the memory of a device is not enough, in the stage that this process is in."""
+
+
 class UserError(Exception):
     """A mistake that the user can mend: one line that says what is wrong, where, and what to do."""
 
@@ -90,6 +96,23 @@ def refused_by_system(error: BaseException) -> str | None:
     return f"{what}{f': {where}' if where else ''}: {advice}"
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """One line about a device whose memory is not enough: what was asked for, and :data:`LESS_MEMORY`.
+
+    None for other errors. No torch here, so its class goes by its name.
+    """
+    text = " ".join(str(error).split())
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    torchs = isinstance(error, RuntimeError) and any(sign in text for sign in _NO_MEMORY)
+    if not (torchs or kinds & {"OutOfMemoryError", "MemoryError"}):
+        return None
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)|Unable to allocate ([\d.]+ \w+)", text)
+    gpu = re.search(r"(GPU \d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text)
+    what = f" for {asked[1] or asked[2]}" if asked else ""
+    where = f" on {gpu[1]} ({gpu[2]}, {gpu[3]} free)" if gpu else ""
+    return f"out of memory: no room{what}{where}; {LESS_MEMORY.get()}"
+
+
 def lost_process(error: BaseException) -> str | None:
     """What a collective call says when another process of the run ended or hangs; None for other errors."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
@@ -120,9 +143,9 @@ def lost_process_error(reason: str, stage: str = "", goes_on: str = "from its la
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a stage's ``main``; a :class:`UserError` becomes one line on stderr and exit status 2.
 
-    What the operating system refuses and the loss of another process are reported in the same way: the
-    commonest faults that are nobody's bug. A stop by Ctrl-C, SIGTERM or SIGHUP is one line too, with the
-    status that a shell gives it.
+    What the operating system refuses, a device without room and the loss of another process are reported in
+    the same way: the commonest faults that are nobody's bug. A stop by Ctrl-C, SIGTERM or SIGHUP is one line
+    too, with the status that a shell gives it.
     """
     for number in STOP_SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -159,7 +182,7 @@ def _message_of(error: Exception) -> str:
         return str(error)
     if (lost := lost_process(error)) is not None:
         return str(lost_process_error(lost))
-    line = refused_by_system(error)
+    line = out_of_memory(error) or refused_by_system(error)
     if line is None:
         raise error
     return line

@@ -270,6 +270,15 @@ def test_batches_that_do_not_divide_over_the_processes_are_refused(lab, refused,
     assert made("ppo") == set()
 
 
+def test_more_processes_than_rows_are_refused_before_the_base_is_loaded(lab, refused, monkeypatch):
+    shutil.rmtree(lab / "runs" / "tiny" / "reward")
+    for name, value in one_of(64).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("reward.model.model.load_base", None)
+    line = refused(reward_train.main, "reward.batch_size=64", "ppo.batch_size=128")
+    assert line == "reward: 64 processes and only 38 rows to train on: use PROCS=38 or more data"
+
+
 # --- a reward model that does not fit --------------------------------------------------------------------
 
 

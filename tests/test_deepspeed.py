@@ -113,6 +113,26 @@ def test_two_processes_and_a_kill_learn_what_one_process_learns(zero, road, alon
     assert_close(here, alone, "ppo", "policy", "value")
 
 
+# each process's states, and with ZeRO-3 its weights, lie on the CPU by DeepSpeed's own ways of offloading
+@pytest.mark.parametrize(
+    ("zero", "options"),
+    [
+        (2, ["distributed.offload_optimizer=cpu", "model.gradient_checkpointing=true"]),
+        (3, ["distributed.offload_optimizer=cpu", "distributed.offload_param=cpu",
+             "model.gradient_checkpointing=true",
+             "distributed.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"]),
+    ],
+    ids=["2", "3"],
+)  # fmt: skip
+def test_offloaded_and_checkpointed_processes_learn_the_same(zero, options, road, alone, tmp_path):
+    here = copy_of(road, tmp_path / "here", "comparisons", "reward")
+    options = [*PPO, *options, f"distributed.zero_stage={zero}"]
+    interrupt(here, *options)
+    said = finish(here, "ppo", *options)
+    assert "ppo: going on after step" in said
+    assert_close(here, alone, "ppo", "policy", "value")
+
+
 # from ZeRO 2 to ZeRO 2 and, because a checkpoint holds whole tensors, to ZeRO 3
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_run_of_zero_2_goes_on_with_any_zero_stage(zero, stopped, alone, tmp_path):
@@ -182,6 +202,14 @@ def test_two_processes_train_the_reward_model_of_one(zero, single, road, tmp_pat
     ]
     assert scores[0].tolist() == pytest.approx(scores[1].tolist(), abs=1e-4)
     assert scores[1].std() > 0.01
+
+
+def test_offloaded_processes_train_the_reward_model_of_one(single, road, tmp_path):
+    here = copy_of(road, tmp_path / "here", "comparisons")
+    options = [f"distributed.offload_{name}=cpu" for name in ("optimizer", "param")]
+    options += ["distributed.zero_stage=3", "model.gradient_checkpointing=true"]
+    finish(here, "reward", *REWARD, *options)
+    assert_close(here, single[0], "reward", "model")
 
 
 @pytest.mark.parametrize(

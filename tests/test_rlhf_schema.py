@@ -8,7 +8,8 @@ from conftest import ROOT
 from pydantic import ValidationError
 
 from rlhf.recipe.reward import Pmp, Reward
-from rlhf.recipe.schema import STARTS, Ppo, Recipe, Section, Sft
+from rlhf.recipe.schema import STARTS, Distributed, Ppo, Recipe, Section, Sft
+from rlhf.recipe.shared import OWNED
 
 
 def section_of(annotation):
@@ -124,6 +125,12 @@ CONTRADICTIONS = [
     (Ppo, "warmup_steps 7 leaves nothing of 7 steps", {"warmup_steps": 7, "steps": 7}),
     (Ppo, "does not divide into 3 minibatches", {"minibatches": 3}),
     (Ppo, "does not divide into 5 samples_per_prompt", {"samples_per_prompt": 5}),
+    (Distributed, "offload_param=cpu needs weights that are sharded", {"offload_param": "cpu"}),
+    (
+        Distributed,
+        "offload_optimizer=cpu needs states that are",
+        {"offload_optimizer": "cpu", "zero_stage": 0},
+    ),
 ]
 
 
@@ -137,6 +144,26 @@ def test_options_that_contradict_each_other_are_refused(section, message, option
         mended = {"kl_estimator": "k2", "steps": 100}.get(left_out)
         others = {name: value for name, value in options.items() if name != left_out}
         section(**others | ({} if mended is None else {left_out: mended}), **more)
+
+
+@pytest.mark.parametrize("path", OWNED)
+def test_a_key_of_deepspeed_that_follows_from_the_recipe_is_refused_with_the_key_that_sets_it(path):
+    *sections, key = path.split(".")
+    nested = {key: "auto"}
+    for name in reversed(sections):
+        nested = {name: nested}
+    with pytest.raises(ValidationError, match=f"{path} follows from the recipe: set") as caught:
+        Distributed(deepspeed=nested)
+    assert caught.value.error_count() == 1
+    keys = {f"{holder}.{name}" for holder, name, _ in fields()} | {name for _, name, _ in fields()}
+    assert any(word.strip(",") in keys for word in OWNED[path].split())
+
+
+def test_other_keys_of_deepspeed_are_taken():
+    kept = {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
+    assert Distributed(deepspeed=kept).deepspeed == kept
+    with pytest.raises(ValidationError, match=r"zero_optimization .* is a mapping"):
+        Distributed(deepspeed={"zero_optimization": 3})
 
 
 def test_rloo_compares_the_samples_of_a_prompt():

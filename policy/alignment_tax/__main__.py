@@ -36,7 +36,7 @@ def main() -> None:
     folder = RUNS / recipe.name / "tax"
     if run is not None:
         if "policy" in names and section.interpolate:
-            check_same_start(recipe, run, "ppo")
+            check_same_start(run.recipe, run, "ppo")
         items = read_items(recipe, section)
         absent = [name for name in DEFAULT_VARIANTS if name not in names] if section.variants is None else []
         print(
@@ -46,7 +46,7 @@ def main() -> None:
         )
         from policy.alignment_tax.run import measure
 
-        run.finish(measure(recipe, section, run, items))
+        run.finish(measure(run.recipe, section, run, items))
     elif section.score and not same_score_settings(read_json(folder / "tax.json")["evaluate"], recipe):
         raise UserError(
             f"{folder} was finished with other settings of the section `evaluate`, which tax.score uses: "

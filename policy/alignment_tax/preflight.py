@@ -13,6 +13,7 @@ from policy.alignment_tax.checks import check, read_items
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import from_command_line
 from rlhf.runs.artifacts import MANIFEST
+from rlhf.runs.dtype import settled
 from rlhf.runs.stage import RUNS
 
 
@@ -23,7 +24,10 @@ def main() -> None:
     if Path(recipe.model.path, "config.json").expanduser().is_file():
         from policy.alignment_tax.probe import probe_once
 
-        print(f"preflight: {probe_once(recipe, RUNS / recipe.name / 'preflight')}", flush=True)
+        print(
+            f"preflight: {probe_once(settled(recipe, RUNS / recipe.name), RUNS / recipe.name / 'preflight')}",
+            flush=True,
+        )
     if section is None or (RUNS / recipe.name / "tax" / MANIFEST).is_file():
         return
     variants = check(recipe, section, planned=True)

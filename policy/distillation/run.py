@@ -23,6 +23,7 @@ from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Distill
 from rlhf.runs.artifacts import library_errors_as_os_error
 from rlhf.runs.initial_adapter import start_folder
+from rlhf.runs.processes import check_rows
 from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.tokenization.prompt_prefix import Context, window_of
@@ -55,6 +56,7 @@ def _fit(recipe: Recipe, section: Distill, run: StageRun, stop: StopRequest) -> 
     frame = Frame(context, Context.none(dialogue), dialogue, section.max_tokens)
     train, held_out, counts = passages(recipe, section, run, frame)
     steps_of(section, len(train))
+    check_rows("distill", len(train))
     rows = [*train, *held_out]
     context.check_window(teacher.window, more=max(len(p.teacher_ids) for p in rows))
     start = start_folder(recipe, run, "distill")

@@ -29,7 +29,7 @@ def main() -> None:
         return
     from policy.dpo.run import fit
 
-    run.finish(fit(recipe, section, run))
+    run.finish(fit(run.recipe, section, run))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Dpo
 from rlhf.runs.initial_adapter import ADAPTER as SAVED
 from rlhf.runs.initial_adapter import start_folder
-from rlhf.runs.processes import processes
+from rlhf.runs.processes import check_rows, processes
 from rlhf.runs.stage import StageRun
 from rlhf.stats import clustered
 from rlhf.tokenization.dialogue import load_dialogue
@@ -56,6 +56,7 @@ def fit(recipe: Recipe, section: Dpo, run: StageRun) -> dict[str, Any]:
             f"dpo: {folder / 'train.jsonl'} has no pair of different responses; raise "
             "dialogue.max_response_tokens, or give other comparisons"
         )
+    check_rows("dpo", len(pairs))
     backbone = new_backbone(recipe, start_folder(recipe, run, "dpo"), run.say)
     trainer = new_trainer(
         recipe, section, dialogue, backbone, pairs, folder=run.folder, on_checkpoint=run.note_clock

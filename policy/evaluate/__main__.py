@@ -29,10 +29,10 @@ def main() -> None:
     run = open_stage(recipe, section.folder, section="evaluate", parents=parents, inputs=inputs, reads=reads)
     if run is not None:
         if own:
-            check_same_start(recipe, run, trained)
+            check_same_start(run.recipe, run, trained)
         from policy.evaluate.run import evaluate
 
-        summary = evaluate(recipe, run)
+        summary = evaluate(run.recipe, run)
         write_json(run.folder / "summary.json", summary)
         write_atomically(run.folder / "summary.md", as_markdown(summary))
         run.finish({"summary": "summary.json"})

@@ -36,7 +36,7 @@ def main() -> None:
         return
     from policy.ppo.run import build_trainer, save
 
-    trainer = build_trainer(recipe, stage)
+    trainer = build_trainer(stage.recipe, stage)
     trainer.train()
     stage.finish(save(trainer))
 

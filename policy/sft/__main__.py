@@ -30,7 +30,7 @@ def main() -> None:
         return
     from policy.sft.run import fit
 
-    run.finish(fit(recipe, section, run))
+    run.finish(fit(run.recipe, section, run))
 
 
 if __name__ == "__main__":

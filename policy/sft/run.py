@@ -28,7 +28,7 @@ from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Sft
 from rlhf.runs.initial_adapter import ADAPTER as SAVED
 from rlhf.runs.initial_adapter import start_folder
-from rlhf.runs.processes import processes
+from rlhf.runs.processes import check_rows, processes
 from rlhf.runs.stage import StageRun
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.contract import describe
@@ -43,6 +43,7 @@ def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
     parts, counts = demonstrations(recipe, section, run, dialogue)
     train, held_out = (encode(part, dialogue, section.loss_on) for part in parts)
     run.say(f"sft: {len(train)} demonstrations to learn, {len(held_out)} held out")
+    check_rows("sft", len(train))
     backbone = new_backbone(recipe, start_folder(recipe, run, "sft"), run.say)
     head = vocabulary_head(recipe, backbone.base)
     model: Any = backbone.model

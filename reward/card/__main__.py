@@ -271,7 +271,7 @@ def main() -> None:
     inputs += [str(file) for name in named for file in model_files(name)]
     run = open_stage(recipe, "card", section="card", parents=parents, inputs=inputs, reads=named)
     if run is not None:
-        card = evaluate(recipe, run)
+        card = evaluate(run.recipe, run)
         write_json(run.folder / "card.json", card)
         write_atomically(run.folder / "card.md", as_markdown(card))
         shown = {"accuracy": card["accuracy"]["overall"], "slope": card["calibration"]["slope"]}

@@ -17,7 +17,7 @@ from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import Recipe, check_batch_sizes, from_command_line
 from rlhf.recipe.schema import Pmp
 from rlhf.runs.initial_adapter import start_files, start_folder, start_parents
-from rlhf.runs.processes import processes, rank
+from rlhf.runs.processes import check_rows, processes, rank
 from rlhf.runs.stage import StageRun, open_stage
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     parts, counts = public_comparisons(recipe, section, run, dialogue)
     key = section.length_key
     train, held_out = encode_split(*parts, dialogue, lambda line: run.say(f"pmp: {line}"), key)
+    check_rows("pmp", len(train))
     fresh = new_reward_model(recipe, dialogue, layers=section.layers, pooling=section.pooling)
     if start := start_folder(recipe, run, "pmp"):
         read = start_from(fresh, start, "pmp.start")
@@ -146,7 +147,7 @@ def main() -> None:
     inputs, parents = [*files, *start_files(recipe, "pmp")], start_parents(recipe, "pmp")
     run = open_stage(recipe, "pmp", section="pmp", parents=parents, inputs=inputs)
     if run is not None:
-        run.finish(pretrain(recipe, section, run))
+        run.finish(pretrain(run.recipe, section, run))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main() -> None:
         return
     from reward.training.run import run
 
-    stage.finish(run(recipe, stage))
+    stage.finish(run(stage.recipe, stage))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from rlhf.recipe.load import Recipe
 from rlhf.recipe.reward import PreferenceTraining
 from rlhf.runs import initial_adapter as starts
 from rlhf.runs.artifacts import MANIFEST, read_json
-from rlhf.runs.processes import processes
+from rlhf.runs.processes import check_rows, processes
 from rlhf.runs.stage import RUNS, StageRun
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
@@ -77,6 +77,7 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
         learned, kept_out = keep_out(rows.train, section.validation, recipe.seed)
         rows = Rows(learned, rows.held_out, kept_out)
         stage.say(f"reward: {len(kept_out)} of those to train on are kept out to choose the step by")
+    check_rows("reward", len(rows.train))
     if layers == "auto":
         probe = _probe(recipe, stage, rows, dialogue)
         layers = probe.layers

@@ -31,7 +31,7 @@ def main() -> None:
     if run is not None:
         from rlhf.collect.run import collect
 
-        run.finish(collect(recipe, run))
+        run.finish(collect(run.recipe, run))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from rlhf.models.onednn import use_onednn
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Model
 from rlhf.runs.processes import processes
+from rlhf.training.gradient_checkpointing import checkpoint_layers
+from rlhf.training.matrix_units import check_dtype
 from rlhf.training.runtime import gathered
 
 hf_logging.disable_progress_bar()
@@ -123,8 +125,10 @@ def load_base(
         options: fields of the model's configuration.
 
     Raises:
-        UserError: there is no model at the path, and which target makes it; or none of this kind.
+        UserError: there is no model at the path, and which target makes it; or none of this kind; or the GPU
+            has no units for its type.
     """
+    check_dtype(model.dtype)
     source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
         whole = AutoConfig.from_pretrained(model.path, **source)
@@ -161,6 +165,8 @@ def load_base(
             module.support_avx512bf16_for_cpu = False
     base.requires_grad_(False)
     use_onednn(base)
+    if model.gradient_checkpointing:
+        checkpoint_layers(base.get_decoder())
     return base.eval()
 
 

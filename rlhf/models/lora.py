@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -111,6 +112,35 @@ def fused_share(base: PreTrainedModel, first: int) -> tuple[float, list[str]]:
                 fused += parameter.numel()
                 names.add(f"{module_name[place.end() :]}.{name}")
     return fused / max(1, total), sorted(names)
+
+
+class Switches:
+    """A context in which the LoRA layers of a module run as they did when it was made: with the same adapter,
+    folded in or not, whatever has been switched on since. ``requires_grad``, which peft ties to its own
+    switch, stays as it is.
+    """
+
+    _NAMES = ("forward", "_active_adapter", "_disable_adapters")
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = [layer.__dict__ for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        self._states = [(layer, self._of(layer)) for layer in layers]
+
+    def _of(self, layer: dict[str, Any]) -> dict[str, Any]:
+        return {name: layer[name] for name in self._NAMES if name in layer}
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
+
+    def _swap(self) -> None:
+        for index, (layer, state) in enumerate(self._states):
+            self._states[index] = layer, self._of(layer)
+            for name in self._NAMES:
+                layer.pop(name, None)
+            layer.update(state)
 
 
 def write_adapter(

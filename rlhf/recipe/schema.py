@@ -77,7 +77,7 @@ class Recipe(Section):
                 "does not say: use template chat, or loss_on=response or all"
             )
         whole = self.distill is not None and self.distill.method == "full"
-        if whole and (self.model.dtype, self.model.quantization) != ("float32", "none"):
+        if whole and (self.model.dtype not in ("auto", "float32") or self.model.quantization != "none"):
             raise ValueError(
                 "distill.method: full needs float32 weights that are not quantised, since small updates "
                 "would be rounded away; set model.dtype=float32 model.quantization=none, or method=lora"

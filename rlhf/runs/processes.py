@@ -74,6 +74,19 @@ def check_alone(stage: str) -> None:
         )
 
 
+def check_rows(stage: str, rows: int) -> None:
+    """Refuse more processes than a stage has rows to train on, which would all repeat the same few.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    if rows < processes():
+        raise UserError(
+            f"{stage}: {processes()} processes and only {rows} rows to train on: use PROCS={max(1, rows)} "
+            "or more data"
+        )
+
+
 def _number(environment: MutableMapping[str, str], name: str, default: int) -> int:
     text = environment.get(name, "").strip()
     if text and not (text.isascii() and text.isdigit() and len(text) < 10):

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,20 +26,26 @@ import yaml
 
 from rlhf import NAME, __version__
 from rlhf.data.readers.files import LINE_LIMIT
-from rlhf.errors import UserError
+from rlhf.errors import LESS_MEMORY, UserError
 from rlhf.recipe.load import Recipe, dump, files_of
 from rlhf.recipe.stored import modernized
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import MANIFEST, Checkpoints
 from rlhf.runs.cache import remember
+from rlhf.runs.dtype import settled
 from rlhf.runs.processes import check_alone, rank
 from rlhf.runs.whole import READ, check_place, check_whole, manifest_of
 
 RUNS = Path("runs")
 CONTRACT = ("seed", "model", "lora", "dialogue", "data")  # what all stages share
+_ROWS = {  # what says how much a stage has in memory at once; the result stays the same, up to rounding
+    **{name: (f"{name}.tokens_per_micro_batch",) for name in ("sft", "distill", "pmp", "reward", "dpo")},
+    "ppo": ("ppo.micro_batch_size", "ppo.rollout_batch_size"),
+}
 _CHANGEABLE = {  # may change between two starts of an unfinished stage, because the result stays the same
+    *(key for keys in _ROWS.values() for key in keys),
     "data.max_line_megabytes",
-    "ppo.micro_batch_size",
+    "model.gradient_checkpointing",
     "ppo.checkpoint_every",
     "ppo.score_timeout_minutes",
     "reward.checkpoint_every",
@@ -63,6 +70,7 @@ class StageRun:
     stage: str
     folder: Path
     recipe: Recipe
+    """The resolved one, whose `model.dtype` is a type."""
     fingerprint: dict[str, Any]
     parents: dict[str, str]
     is_main: bool
@@ -202,14 +210,18 @@ def open_stage(
             is not what a finished stage wrote.
     """
     check_alone(stage)
+    recipe = settled(recipe, RUNS / recipe.name, measured=False)
     LINE_LIMIT.set(recipe.data.max_line_megabytes << 20)
+    LESS_MEMORY.set(_less_memory(recipe, stage))
     folder = RUNS / recipe.name / stage
     found = {name: _parent_identity(recipe, name, stage) for name in parents}
+    hashes = input_hashes(inputs)
+    recipe = settled(recipe, folder.parent)  # now that nothing else is wrong with what the stage reads
     resolved = recipe.model_dump(mode="json")
     keys = (*CONTRACT, *([section] if section else []))
     fingerprint = {
         "recipe": {key: resolved[key] for key in keys},
-        "inputs": input_hashes(inputs),
+        "inputs": hashes,
         "parents": found,
     }
     is_main, finished = rank() == 0, (folder / MANIFEST).exists()
@@ -231,6 +243,16 @@ def open_stage(
         _start_or_resume(folder, fingerprint, recipe)
         print(f"{NAME} {__version__}: {stage}: {folder}", flush=True)
     return StageRun(stage, folder, recipe, fingerprint, found, is_main, lock)
+
+
+def _less_memory(recipe: Recipe, stage: str) -> str:
+    """How a stage gets by with less memory, and goes on."""
+    ways = [f"lower {key} ({attrgetter(key)(recipe)} now)" for key in _ROWS.get(stage, ())]
+    if ways and not recipe.model.gradient_checkpointing:
+        ways.append("set model.gradient_checkpointing=true")
+    if not ways:
+        return f"free some memory and run {stage} again"
+    return f"{', or '.join(ways)}; {stage} then goes on from its last checkpoint"
 
 
 def _drop_work(folder: Path) -> None:

@@ -30,7 +30,7 @@ from rlhf.recipe.shared import Training
 from rlhf.runs.artifacts import Checkpoints, step_of
 from rlhf.runs.processes import processes, rank
 from rlhf.training.metrics import Metrics
-from rlhf.training.runtime import all_max, backward_part, deepspeed_config, join_cpu_processes
+from rlhf.training.runtime import all_max, deepspeed_config, join_cpu_processes
 from rlhf.training.signals import StopRequest
 
 Sums = dict[str, float]
@@ -76,6 +76,30 @@ def arguments(recipe: Recipe, section: Training, folder: Path, *, rate: float, s
         "dataloader_pin_memory": False,  # the loader hands over lists, not tensors
         "deepspeed": config if processes() > 1 else None,
     }
+
+
+def backward_part(accelerator: Any, loss: Tensor, *, last: bool) -> None:
+    """Add a part's gradients in a Hugging Face trainer that cuts its batch itself; the last part steps.
+
+    DeepSpeed averages over the processes, so a loss is a share of its own process's mean.
+    """
+    wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    if wrapped is None:
+        accelerator.backward(loss)
+        return
+    engine = wrapped.engine
+    engine.set_gradient_accumulation_boundary(is_boundary=last)
+    engine.backward(loss, scale_wrt_gas=False)
+    if not last:
+        return
+    if engine.zero_optimization_stage() == 0:
+        # without ZeRO the gradients are whole here, and DeepSpeed would not tell their norm
+        found = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        engine._global_grad_norm = torch.nn.utils.get_total_norm(found)
+    engine.step()
+    if engine.zero_optimization_stage() == 3:
+        # ZeRO-3 starts its next sum from zero only for parameters in the first backward pass of a step
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
 
 
 class StepTrainer:

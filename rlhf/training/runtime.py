@@ -23,10 +23,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DeepSpeedPlugin
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from rlhf.errors import UserError
+from rlhf.recipe.quick import laid_over
 from rlhf.recipe.schema import Distributed
 from rlhf.runs.processes import processes, rank
 from rlhf.training.optimizer import make_optimizer
@@ -40,9 +42,21 @@ def seed_everything(seed: int) -> None:
 
 
 def deepspeed_config(section: Distributed, *, batch: int, clip: float) -> dict[str, Any]:
-    """DeepSpeed's configuration for a recipe."""
+    """DeepSpeed's configuration for a recipe, with ``distributed.deepspeed`` laid over it.
+
+    Args:
+        section: the recipe's ``distributed`` section.
+        batch: rows of a process in an optimizer step.
+        clip: global gradient-norm clip.
+
+    Raises:
+        UserError: DeepSpeed does not know a key of its ZeRO section, or not such a value.
+    """
     zero: dict[str, Any] = {"stage": section.zero_stage}
-    return {
+    for name in ("offload_optimizer", "offload_param"):
+        if (device := getattr(section, name)) != "none":
+            zero[name] = {"device": device}
+    own = {
         "train_micro_batch_size_per_gpu": batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip,
@@ -53,6 +67,17 @@ def deepspeed_config(section: Distributed, *, batch: int, clip: float) -> dict[s
         # The base may be bf16 while the adapters are float32: DeepSpeed must cast neither.
         "bf16": {"enabled": False},
     }
+    whole = laid_over(own, section.deepspeed)
+    if section.deepspeed and processes() > 1:
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        try:
+            DeepSpeedZeroConfig(**whole["zero_optimization"])
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+            raise UserError(f"distributed.deepspeed: {key}: {first['msg']}; mend or remove it") from None
+    return whole
 
 
 def leave_out_kernel() -> None:
@@ -87,30 +112,6 @@ def all_max(number: int, device: torch.device) -> int:
     most = torch.tensor(number, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most)
-
-
-def backward_part(accelerator: Accelerator, loss: Tensor, *, last: bool) -> None:
-    """Add a part's gradients in a Hugging Face trainer that cuts its batch itself; the last part steps.
-
-    DeepSpeed averages over the processes, so a loss is a share of its own process's mean.
-    """
-    wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)
-    if wrapped is None:
-        accelerator.backward(loss)
-        return
-    engine = wrapped.engine
-    engine.set_gradient_accumulation_boundary(is_boundary=last)
-    engine.backward(loss, scale_wrt_gas=False)
-    if not last:
-        return
-    if engine.zero_optimization_stage() == 0:
-        # without ZeRO the gradients are whole here, and DeepSpeed would not tell their norm
-        found = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        engine._global_grad_norm = torch.nn.utils.get_total_norm(found)
-    engine.step()
-    if engine.zero_optimization_stage() == 3:
-        # ZeRO-3 starts its next sum from zero only for parameters in the first backward pass of a step
-        engine.optimizer.grad_partitions_flat_buffer.zero_()
 
 
 @contextlib.contextmanager
@@ -155,6 +156,7 @@ class Runtime:
         self.rank = rank()
         self.max_grad_norm = max_grad_norm
         self.stage = section.zero_stage if self.world > 1 else 0
+        self._offloads = self.stage > 0 and section.offload_optimizer != "none"
         cpu = not torch.cuda.is_available()
         plugin = None
         handlers = []
@@ -238,6 +240,8 @@ class Runtime:
         A norm that is not finite leaves the weights as they are; the caller counts it.
         """
         if self.stage > 0:
+            if self._offloads:  # at the last backward pass DeepSpeed hands over what that one reached, alone
+                self.optimizer.finalize_gradient_accumulation_boundary()
             self._engine.step()
             self._clear_buffer()
             return math.inf if self.optimizer.overflow else float(self._engine.get_global_grad_norm())
@@ -263,9 +267,12 @@ class Runtime:
         self._clear_buffer()
 
     def _clear_buffer(self) -> None:
-        """Start the next sum from zero: ZeRO-3 does so only for parameters in the first backward pass."""
+        """Start the next sum from zero: DeepSpeed does so only for parameters in the first backward pass."""
         if self.stage == 3:
             self.optimizer.grad_partitions_flat_buffer.zero_()
+        elif self._offloads:
+            for buffer in self.optimizer.accumulated_grads_in_cpu.values():
+                buffer.zero_()
 
     # ---------------------------------------------------------------- talking to the other processes
 
