@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, stage, tiny_recipe
+from ranks import finish
+from test_deepspeed import alone_in, assert_close, copy_of
 
 from policy.dpo import __main__ as dpo
 from policy.dpo.data import encode, ordered_pairs
+from policy.dpo.forward import Reading, distinct, micro_batches, reading
 from policy.dpo.run import fit, judged, margins, new_backbone
-from policy.dpo.trainer import DpoTrainer, batches, new_trainer, width
+from policy.dpo.trainer import DpoTrainer, new_trainer
 from policy.evaluate import __main__ as evaluate
 from rlhf.collect import __main__ as collect
-from rlhf.data.comparisons import Comparison, Message, write_native
+from rlhf.data.comparisons import Comparison, Counts, Message, drawn, write_native
+from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.models import prepare
 from rlhf.models.backbone import REFERENCE
@@ -109,12 +113,37 @@ def test_a_response_closes_where_it_ended_and_equal_rows_are_left_out(inside_lab
     assert encode([equal], dialogue, "all") == ([], 1)
 
 
-def test_batches_hold_every_pair_once_and_no_more_tokens_than_asked_for(inside_lab):
-    rows, _ = encode(RANKED, load_dialogue(tiny_recipe()), "all")
-    parts = list(batches(rows, 80))
+@pytest.mark.parametrize(
+    ("share", "cost"), [(True, lambda r: sum(map(len, r))), (False, lambda r: 2 * max(map(len, r)))]
+)
+def test_batches_hold_every_pair_once_and_no_more_tokens_than_asked_for(inside_lab, share, cost):
+    rows = [*map(reading, encode(RANKED, load_dialogue(tiny_recipe()), "all")[0])]
+    parts = micro_batches(rows, 120, share=share)
     assert sorted(index for part in parts for index in part) == list(range(len(rows)))
     assert len(parts) > 1
-    assert all(len(p) == 1 or 2 * len(p) * max(width(rows[i]) for i in p) <= 80 for p in parts)
+    copies = 1 if share else 2
+    for part in parts:
+        widest = max(cost(rows[i].responses) + copies * len(rows[i].prompt) for i in part)
+        assert len(part) == 1 or len(part) * widest <= 120
+
+
+def test_a_response_that_many_pairs_hold_is_read_once():
+    pair = lambda p, c, r: {"prompt_ids": p, "chosen_ids": c, "rejected_ids": r}  # noqa: E731
+    pairs = [
+        pair([1], [5, 6], [7]),
+        pair([2], [5, 6], [8]),
+        pair([1], [7], [9] * 600),
+        pair([1], [3], [5, 6]),
+    ]
+    readings, places = distinct(pairs)
+    assert readings == [
+        Reading([1], [[7], [3], [5, 6]]),
+        Reading([1], [[9] * 600]),  # no longer row than needed
+        Reading([2], [[8], [5, 6]]),
+    ]
+    flat = [(one.prompt, response) for one in readings for response in one.responses]
+    for side, name in enumerate(("chosen_ids", "rejected_ids")):
+        assert [flat[i] for i in places[side]] == [(p["prompt_ids"], p[name]) for p in pairs]
 
 
 # --- the loss --------------------------------------------------------------------------------------------
@@ -147,6 +176,37 @@ def test_loss_and_gradient_are_those_of_equation_7(inside_lab, tmp_path, tokens)
     assert float(loss) != pytest.approx(math.log(2), abs=0.01)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("dpo.trunk_gigabytes=0", "dpo.loss_type=ipo"),
+        ("lora.layers=all", "dpo.share_prompts=false", "dpo.loss_type=robust", "dpo.label_smoothing=0.2"),
+    ],
+)
+def test_loss_gradient_and_reference_are_those_of_trl_on_whole_sequences(inside_lab, tmp_path, options):
+    recipe = tiny_recipe(*FAST, "dpo.tokens_per_micro_batch=100", *options)
+    dialogue, backbone = load_dialogue(recipe), new_backbone(recipe)
+    rows, _ = encode(RANKED, dialogue, "all")
+    trainer = new_trainer(recipe, recipe.dpo, dialogue, backbone, rows, folder=tmp_path)
+    assert (trainer._forward.trunk is not None) == (not options)
+    trainer.refer_to(*trainer.log_probs(rows))
+    plain = trainer._collate(rows)
+    theirs = trainer.compute_ref_log_probs(trainer.model, plain)
+    for mine, expected in zip(("ref_chosen_logps", "ref_rejected_logps"), theirs, strict=True):
+        torch.testing.assert_close(torch.tensor(trainer.train_dataset[mine]), expected, atol=1e-4, rtol=1e-5)
+        plain[mine] = expected
+    stir(backbone, 2)
+    trainer.model.train()
+    expected = trainer._compute_loss(trainer.model, plain, False)
+    parameters = [p for p in backbone.parameters_of(ADAPTER).values() if p.requires_grad]
+    gradients = torch.autograd.grad(expected, parameters)
+    loss = trainer.training_step(trainer.model, {"examples": list(trainer.train_dataset)})
+    assert float(loss) == pytest.approx(expected.item(), abs=1e-4)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-3)
 
 
 def test_the_figures_of_the_held_out_pairs_by_hand():
@@ -267,3 +327,27 @@ def test_the_evaluation_takes_it_beside_ppo_and_takes_a_folder(road, tmp_path, m
         stage(evaluate.main, "evaluate.policy=runs/gone", "name=tiny")
     with pytest.raises(UserError, match="this recipe has no dpo section"):
         tiny_recipe("evaluate.policy=dpo")
+
+
+@pytest.fixture(scope="module")
+def together(road, tmp_path_factory):
+    """Settings in which all pairs are one batch, of an even number, so that none is padded; one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(road)
+        recipe = tiny_recipe()
+        dialogue = load_dialogue(recipe)
+        train = read_native("runs/tiny/comparisons/train.jsonl", "stop", Counts())
+    pairs = {n: len(encode(drawn(train, n, recipe.seed), dialogue, "all")[0]) for n in range(8, 14)}
+    limit = next(n for n, number in pairs.items() if number % 2 == 0)
+    sizes = (f"dpo.limit={limit}", f"dpo.batch_size={pairs[limit]}", "dpo.tokens_per_micro_batch=300")
+    options = (*sizes, "dpo.learning_rate=1e-2", "dpo.warmup_ratio=0", "dpo.epochs=3")
+    folder = copy_of(road, tmp_path_factory.mktemp("alone") / "run", "comparisons")
+    return alone_in(folder, dpo.main, *options), options
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_processes_learn_what_one_process_learns(zero, together, road, tmp_path):
+    alone, options = together
+    here = copy_of(road, tmp_path / "here", "comparisons")
+    finish(here, "dpo", *options, f"distributed.zero_stage={zero}")
+    assert_close(here, alone, "dpo", "policy")

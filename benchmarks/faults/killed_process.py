@@ -41,6 +41,7 @@ MODULES = {
     "comparisons": "rlhf.collect.__main__",
     "reward": "reward.training.__main__",
     "sft": "policy.sft.__main__",
+    "dpo": "policy.dpo.__main__",
     "distill": "policy.distillation.__main__",
     "pmp": "reward.pretraining.__main__",
     "ppo": "policy.ppo.__main__",

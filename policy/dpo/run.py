@@ -59,7 +59,7 @@ def fit(recipe: Recipe, section: Dpo, run: StageRun) -> dict[str, Any]:
     check_rows("dpo", len(pairs))
     backbone = new_backbone(recipe, start_folder(recipe, run, "dpo"), run.say)
     trainer = new_trainer(
-        recipe, section, dialogue, backbone, pairs, folder=run.folder, on_checkpoint=run.note_clock
+        recipe, section, dialogue, backbone, pairs, others, folder=run.folder, on_checkpoint=run.note_clock
     )
     trainer.refer_to(*run.remember("reference", lambda: trainer.log_probs(pairs)))
     before = run.remember("held_out", lambda: trainer.log_probs(others))

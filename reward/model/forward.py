@@ -21,8 +21,8 @@ from reward.model.batch import (
     pack,
     width,
 )
-from reward.model.states import ResponseStates
 from rlhf.models.packing import compare_packing, inputs_of, sequence_log_probs
+from rlhf.models.trunk_cache import ResponseStates
 from rlhf.training.progress import progress
 
 TOKENS_AT_ONCE = 4096  # tokens, padding included, of one scoring batch
@@ -32,9 +32,7 @@ def forward_packed(
     model: Any, packed: PackedComparisons, trunk: ResponseStates | None = None
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states [N, T, D] and one score a response [R]."""
-    hidden: dict[str, Any] = {"part": "all"}
-    if trunk is not None:
-        hidden = {"part": "top", "cut": trunk.cut, "hidden_NTD": trunk.of(packed)}
+    hidden = {"part": "all"} if trunk is None else trunk.inputs(packed)
     places = {name: getattr(packed, name) for name in ("rows_B", "columns_B", "starts_B")}
     return model(**inputs_of(model, packed), **hidden, **places)
 

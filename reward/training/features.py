@@ -17,9 +17,9 @@ from torch import Tensor
 
 from reward.model.batch import Example, PackedComparisons, distinct, micro_batches, pack
 from reward.model.forward import TOKENS_AT_ONCE, forward_packed
-from reward.model.states import ResponseStates
 from rlhf.models.backbone import layers_of, stack_of
 from rlhf.models.packing import inputs_of
+from rlhf.models.trunk_cache import ResponseStates
 from rlhf.training.progress import progress
 
 POOLINGS = ("last token", "mean over the response")

@@ -23,8 +23,8 @@ from torch.nn.functional import softplus
 
 from reward.loss import pair_accuracy, ranked_loss
 from reward.model.batch import Example, group_of, layout
-from reward.model.states import ResponseStates
 from reward.training.features import POOLINGS, Features, features
+from rlhf.models.trunk_cache import ResponseStates
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.training.progress import progress
 

@@ -13,11 +13,11 @@ from trl import RewardConfig, RewardTrainer
 from reward.loss import Signals, needs_language, objective_loss
 from reward.model.batch import Example, Wanted, micro_batches, pack
 from reward.model.forward import check_packing, forward_packed, score_examples
-from reward.model.states import ResponseStates
 from reward.model.trunk_cache import build_trunk
 from reward.training.validation import Validation
 from rlhf.models.base import best_device, vocabulary_head
 from rlhf.models.packing import sequence_log_probs
+from rlhf.models.trunk_cache import ResponseStates
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.reward import PreferenceTraining
 from rlhf.tokenization.dialogue import Dialogue

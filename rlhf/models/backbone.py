@@ -30,10 +30,10 @@ from rlhf.models.folding import Folding
 from rlhf.models.log_probs import check_head, chunk_of, logits_head, token_log_probs
 from rlhf.models.lora import HEAD, lora_config, read_adapter, write_adapter
 from rlhf.models.masks import attention_window, last_true_index, masked_mean, positions_from_mask
-from rlhf.models.trunk_cache import ALL_ADAPTED
 from rlhf.recipe.schema import Lora
 
 REFERENCE = "reference"  # the role of the base without adapters
+ALL_ADAPTED = "no layers are frozen (lora.layers adapts all of them)"
 
 
 @contextlib.contextmanager

@@ -1,21 +1,30 @@
 """Hidden states of the frozen layers below the first adapted one (``lora.layers: top_k``), computed once for
 many passes.
 
+They are kept by example (:class:`TrunkCache`), or by what was read, a prompt or a response behind it
+(:class:`ResponseStates`), and computed in batches that depend on the data alone, so that a resumed run has
+the same ones bit for bit.
+
 Shape suffixes: ``_N`` row, ``_T`` token, ``_D`` hidden unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
+from rlhf.models.backbone import ALL_ADAPTED
+from rlhf.models.packing import SHARED, PackedBatch, difference, inputs_of, tolerance
+from rlhf.recipe.load import Recipe
 from rlhf.recipe.reward import PreferenceTraining
-from rlhf.recipe.schema import Distill, Ppo
-from rlhf.runs.processes import print_once
+from rlhf.recipe.schema import Distill, Dpo, Ppo
+from rlhf.runs.processes import print_once, processes
+from rlhf.training.progress import progress
 
-ALL_ADAPTED = "no layers are frozen (lora.layers adapts all of them)"
+Item = TypeVar("Item")
 
 
 def trunk_bytes(base: Any, tokens: int) -> int:
@@ -24,7 +33,7 @@ def trunk_bytes(base: Any, tokens: int) -> int:
 
 
 def keeps_trunk(
-    section: Distill | Ppo | PreferenceTraining,
+    section: Distill | Dpo | Ppo | PreferenceTraining,
     frozen_layers: int,
     needed: int,
     any_process: Callable[[bool], bool] = bool,
@@ -72,3 +81,115 @@ class TrunkCache:
             kept_TD = self.rows[index][row % len(self.rows[index])]
             out_NTD[n, : len(kept_TD)] = kept_TD
         return out_NTD.to(ids_NT.device)
+
+
+Piece = tuple[tuple[int, ...], tuple[int, ...] | None]
+"""A prompt's ids, and those of a response behind it; None = the prompt itself."""
+
+
+class ResponseStates:
+    """States that enter layer ``cut``, the first adapted one, on the CPU.
+
+    The comparisons of a pool, such as votes over thirty arguments, hold each response a dozen times; its
+    states are computed once and laid out for whatever rows ask for them. What else was in its row then
+    changes them by rounding only.
+    """
+
+    def __init__(self, cut: int) -> None:
+        self.cut = cut
+        self.pieces: dict[Piece, Tensor] = {}  # [T, D]
+
+    def add(self, packed: PackedBatch, states_NTD: Tensor) -> None:
+        """Keep what a packed batch holds and has not been seen; what has been seen stays as it was."""
+        for n, piece, begin, end in _pieces(packed):
+            if piece not in self.pieces:
+                self.pieces[piece] = states_NTD[n, begin:end].cpu().clone()
+
+    def of(self, packed: PackedBatch) -> Tensor:
+        """The states of a packed batch, [N, T, D], 0 at padding, on its device.
+
+        Raises:
+            KeyError: it holds what was never added.
+        """
+        first = next(iter(self.pieces.values()))
+        out_NTD = first.new_zeros(*packed.ids_NT.shape, first.shape[-1])
+        for n, piece, begin, end in _pieces(packed):
+            out_NTD[n, begin:end] = self.pieces[piece]
+        return out_NTD.to(packed.ids_NT.device)
+
+    def inputs(self, packed: PackedBatch) -> dict[str, Any]:
+        """What a model with hidden states (:mod:`rlhf.models.packing`) takes to go on from here."""
+        return {"part": "top", "cut": self.cut, "hidden_NTD": self.of(packed)}
+
+
+def _pieces(packed: PackedBatch) -> Iterator[tuple[int, Piece, int, int]]:
+    """Row, piece, and the columns from which to which it stands."""
+    for n, (ids, segments) in enumerate(zip(packed.ids_NT.tolist(), packed.segments_NT, strict=True)):
+        numbers, sizes = torch.unique_consecutive(segments, return_counts=True)
+        begin, prompt = 0, ()
+        for number, size in zip(numbers.tolist(), sizes.tolist(), strict=True):
+            end = begin + size
+            part = tuple(ids[begin:end])
+            if number == SHARED:
+                prompt = part
+                yield n, (prompt, None), begin, end
+            elif number > SHARED:
+                yield n, (prompt, part), begin, end
+            begin = end
+
+
+@torch.no_grad()
+def response_states(
+    recipe: Recipe,
+    section: Dpo | PreferenceTraining,
+    model: Any,
+    tokens: int,
+    pack: Callable[[Sequence[Item]], PackedBatch],
+    batches: Sequence[Sequence[Item]],
+    few: Sequence[Sequence[Item]],
+) -> ResponseStates | None:
+    """Compute the hidden states of prompts with their responses, or print why not.
+
+    None where :func:`keeps_trunk` is false, where ZeRO-3 makes a forward pass a collective call, or where the
+    architecture cannot be split.
+
+    Args:
+        recipe: says which layers are frozen.
+        section: says how much memory there is.
+        model: a peft model over one with hidden states.
+        tokens: of all distinct prompts and responses.
+        pack: lays a batch out as rows.
+        batches: all that is to be read.
+        few: those in which a wrong split would show; they are read whole, too, and compared.
+    """
+    top_k = recipe.lora.top_k
+    base = model.base_model.model
+    if top_k is not None and processes() > 1 and recipe.distributed.zero_stage == 3:
+        return None
+    cut = 0 if top_k is None else max(0, base.config.get_text_config().num_hidden_layers - top_k)
+    if not keeps_trunk(section, cut, trunk_bytes(base, tokens)):
+        return None
+    trunk, device = ResponseStates(cut), next(model.parameters()).device
+
+    def read(batch: Sequence[Item]) -> PackedBatch:
+        packed = pack(batch).to(device)
+        trunk.add(packed, model(**inputs_of(model, packed), part="trunk", cut=cut))
+        return packed
+
+    try:
+        gap = 0.0
+        for packed in map(read, few):
+            split, whole = (
+                model(**inputs_of(model, packed), **part)[packed.rows_B, packed.columns_B]
+                for part in (trunk.inputs(packed), {"part": "all"})
+            )
+            gap = max(gap, difference(split, whole))
+    except (AttributeError, TypeError, RuntimeError, ValueError, LookupError) as error:
+        print(f"warning: this architecture cannot be split at layer {cut} ({error}): no trunk cache")
+        return None
+    if not gap <= tolerance(model):
+        print(f"warning: trunk and top differ from the whole (by {gap:.2g}): no trunk cache", flush=True)
+        return None
+    for batch in progress("trunk", batches):
+        read(batch)
+    return trunk

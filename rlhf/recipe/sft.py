@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlhf.recipe.shared import Training
-from rlhf.recipe.types import Files, Folder, LessThanHalf, Positive, Rate
+from rlhf.recipe.types import Files, Folder, LessThanHalf, NonNegative, Positive, Rate
 
 CHOSEN = "chosen"  # the value of sft.data that asks for the best responses of the comparisons
 
@@ -75,6 +75,12 @@ class Dpo(Training):
     """Peak of AdamW (ten times the 5e-6 that is usual for full tuning, as LoRA wants)."""
     batch_size: Positive = 16
     """Pairs an optimizer step, over all processes."""
+    share_prompts: bool = True
+    """Forward a prompt once for both responses (one packed row, block attention mask). Both ways give the
+    same losses; an architecture that cannot pack falls back with a warning."""
+    trunk_gigabytes: NonNegative = 4.0
+    """Memory for the hidden states below the first adapted layer (lora.layers=top_k), which are computed once
+    for the reference and all passes; where they need more, or with 0, every pass computes them anew."""
 
     @model_validator(mode="after")
     def _smoothing(self) -> Dpo:
