@@ -14,7 +14,7 @@ from reward.training import __main__ as reward_train
 from rlhf.collect import __main__ as collect
 from rlhf.data.comparisons import Comparison, Counts, Message, prompt_key, write_native
 from rlhf.data.readers.native import read_native
-from rlhf.data.split import row_key
+from rlhf.data.split import check_rankings, row_key
 from rlhf.errors import UserError
 from rlhf.models import prepare
 from rlhf.recipe.load import load
@@ -156,6 +156,26 @@ def test_the_training_part_becomes_rankings_and_the_held_out_part_stays(desk, ca
     assert results["rankings"]["pairs"] == 60 - len(held_out)
     assert results["rankings"]["agreement"] == 1
     assert "the Bradley-Terry fit agrees with the vote in 1.000 of the pairs" in capsys.readouterr().out
+
+
+def test_a_ranking_that_orders_a_held_out_pair_is_refused_or_told(desk, capsys):
+    by_row = ("data.split_by=row", "data.rankings=4")
+    message = refusal(*by_row)
+    assert message.startswith("data.rankings: training rankings order the responses of ")
+    assert message.endswith("or set data.allow_overlap=true to test on them nevertheless")
+    _, held_out, results = made(*by_row, "data.allow_overlap=true")
+    assert f"of {len(held_out)} held-out comparisons (the first: 'q' / 'answer" in capsys.readouterr().out
+    assert any("(data.allow_overlap)" in line for line in results["notes"])
+
+
+def test_only_an_ordered_pair_of_the_same_prompt_is_one_that_a_ranking_gives_away():
+    ranking = Comparison((Message("user", "q"),), ("a", "b ", "c"), (0, 1, 1), "s")
+    apart = [pair("q", "b", "c"), pair("q", "a", "d"), pair("p", "a", "b")]
+    assert check_rankings([ranking], apart, False) == []
+    (line,) = check_rankings([ranking], [*apart, pair("q", " b", "a")], True)
+    assert "the responses of 1 of 4 held-out comparisons (the first: 'q' / 'b' / 'a')" in line
+    with pytest.raises(UserError, match="training rankings order"):
+        check_rankings([ranking], [pair("q", "c", "a")], False)
 
 
 def test_votes_that_all_cancel_out_are_refused(desk):

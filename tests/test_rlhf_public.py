@@ -82,6 +82,28 @@ def test_shares_add_up_and_are_less_than_one_off(weights, total):
 # --- the mixture -----------------------------------------------------------------------------------------
 
 
+def test_a_source_names_its_own_columns(tmp_path):
+    asked = jsonl(tmp_path / "x.jsonl", {"ask": "q", "good": "a", "bad": "b"})
+    own = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    plain = source(tmp_path, "plain", 3)
+    found, _ = mix([plain, PmpSource(files=[asked], columns=own)], 4)
+    assert Comparison((user("q"),), ("a", "b"), (0, 1), "x") in found
+    wrong = PmpSource(files=[asked], columns={**own, "prompt": "asks"})
+    message = refusal([plain, wrong], 4)
+    assert message == f"{asked}:1: no column 'asks', nearest: ask; mend pmp.sources[1].columns"
+    message = refusal([plain, PmpSource(files=[jsonl(tmp_path / "y.jsonl", {"x1": 1})])], 4)
+    assert "named by pmp.sources[1].columns={prompt: ..." in message
+
+
+def test_a_kept_part_is_not_that_of_other_columns(tmp_path):
+    row = {"ask": "q", "good": "a", "bad": "b", "worse": "c"}
+    asked, own = jsonl(tmp_path / "x.jsonl", row), {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    for name in ("bad", "worse"):
+        one = PmpSource(files=[asked], columns={**own, "rejected": name})
+        found, _ = mix([one], 1, cache=tmp_path / "parts")
+        assert found[0].responses == ("a", row[name])
+
+
 def test_each_source_gives_its_share_and_what_is_not_drawn_is_counted(tmp_path):
     sources = [source(tmp_path, "x", 50, 3), source(tmp_path, "y", 40, 1)]
     comparisons, counts = mix(sources, 20)

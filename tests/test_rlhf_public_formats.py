@@ -289,7 +289,7 @@ def test_columns_are_named_by_the_recipe(tmp_path):
     named = {"prompt": "ask", "responses": ["good", "bad", "more"], "scores": ["s1", "s2", "s3"]}
     found, counts = read(path, columns={**named, "group": "topic"}, on_bad_rows="skip")
     assert found == [Comparison((user("q"),), ("a", "b", "c"), (2, 0, 1), "y", None, "t")]
-    assert counts.dropped == {"a column of data.columns is not there": 1}
+    assert counts.dropped == {"a column that the recipe names is not there": 1}
     assert refusal(path, columns={"prompt": "asks"}).startswith(f"{path}:1: no column 'asks', nearest: ask; ")
     pair = {"prompt": "ask", "chosen": "good", "rejected": "bad", "group": "topic", "confidence": "s1"}
     found, _ = read(jsonl(tmp_path / "z.jsonl", row), columns=pair)

@@ -18,7 +18,7 @@ from rlhf.data.comparisons import (
 from rlhf.data.prompts import read_prompts
 from rlhf.data.rankings import as_rankings
 from rlhf.data.readers import read_comparisons
-from rlhf.data.split import check_apart, split_comparisons
+from rlhf.data.split import check_apart, check_rankings, split_comparisons
 from rlhf.data.stored import within_prompt_limit, write_prompts
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
@@ -43,6 +43,7 @@ def collect(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     more: dict[str, Any] = {}
     if data.rankings:
         train, more["rankings"] = _rankings(recipe, train, lines)
+        lines += check_rankings(train, held_out, data.allow_overlap)
     else:
         train = _bounded(train, "comparisons", recipe, counts)
     held_out = _bounded(held_out, "held_out_comparisons" if data.held_out_comparisons else "comparisons",

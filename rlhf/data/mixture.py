@@ -181,7 +181,12 @@ def _drawn(
     def read() -> dict[str, Any]:
         refuses = fits.refuses if fits else no_refusal
         stream = stream_comparisons(
-            source.files, on_bad_rows=on_bad_rows, counts=counts, key=key, refuses=refuses
+            source.files,
+            on_bad_rows=on_bad_rows,
+            counts=counts,
+            key=key,
+            refuses=refuses,
+            columns=source.columns,
         )
         kept = reservoir_sample(filter(usable, stream), share, _random(seed, "draw"))
         if counts.kept > len(kept):
@@ -190,6 +195,7 @@ def _drawn(
 
     identity = {
         "files": _state(source.files, key),
+        "columns": source.columns,
         "share": share,
         "seed": seed,
         "on_bad_rows": on_bad_rows,

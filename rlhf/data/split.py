@@ -8,6 +8,7 @@ moves an old one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -243,6 +244,41 @@ def check_apart(train: Sequence[Comparison], held_out: Sequence[Comparison], all
             "data.allow_overlap=true to train and test on them"
         )
     return found.lines(None)
+
+
+def check_rankings(train: Sequence[Comparison], held_out: Sequence[Comparison], allow: bool) -> list[str]:
+    """Lines about held-out responses that a training ranking orders, having them from other votes.
+
+    Raises:
+        UserError: there are such, and that is not allowed.
+    """
+    ranks: dict[tuple[str, str], dict[int, int]] = {}  # of each response, by the ranking that holds it
+    for number, c in enumerate(train):
+        for text, rank in zip(c.responses, c.ranks, strict=True):
+            ranks.setdefault((prompt_key(c.prompt), text.strip()), {})[number] = rank
+
+    def ordered(c: Comparison) -> bool:
+        key = prompt_key(c.prompt)
+        places = [ranks.get((key, text.strip()), {}) for text in c.responses]
+        return any(
+            one[number] != other[number]
+            for one, other in itertools.combinations(places, 2)
+            for number in one.keys() & other.keys()
+        )
+
+    found = [c for c in held_out if ordered(c)]
+    if not found:
+        return []
+    said = (
+        f"data.rankings: training rankings order the responses of {len(found):,} of {len(held_out):,} "
+        f"held-out comparisons (the first: {_shown(found[0])})"
+    )
+    if not allow:
+        raise UserError(
+            f"{said}, by other votes: set data.split_by=responses or group, remove data.rankings, or set "
+            "data.allow_overlap=true to test on them nevertheless"
+        )
+    return [f"warning: {said} (data.allow_overlap): figures on them say little about new ones"]
 
 
 def counted_as_trained(data: Data) -> tuple[str, Callable[[Comparison], str]]:

@@ -114,6 +114,8 @@ class PmpSource(Section):
     """StackExchange `Posts.xml`, MediaWiki export XML, Reddit and SHP rows, comparisons; globs, hub ids."""
     weight: Rate = 1.0
     """Share of this source in the mixture, relative to the others."""
+    columns: dict[str, str | list[str]] = {}
+    """Its columns by the names of a known format, as `data.columns`."""
 
 
 class Pmp(PreferenceTraining):
@@ -214,6 +216,8 @@ class Card(Section):
     """A second reward model, judged on the same comparisons and compared by a paired test."""
     comparisons: Files = []
     """Files as in data.comparisons; empty = the run's held-out comparisons."""
+    columns: dict[str, str | list[str]] = {}
+    """Their columns by the names of a known format, as `data.columns`."""
     limit: Positive | None = None
     """Use at most this many comparisons."""
     bins: Annotated[int, Field(ge=2, strict=True)] = 10
@@ -221,6 +225,9 @@ class Card(Section):
     curve: list[Positive] = []
     """Numbers of the run's training comparisons, [100, 300, 1000] say, on each of which a linear probe of
     the frozen base is fitted: a learning curve, and a line in log N (Bai 2022, section 3.2); empty = none."""
+    curve_of: Literal["probe", "reward"] = "probe"
+    """What the curve is of: that probe, or the reward model, trained by `reward` anew for every number; these
+    stand in the run's folder as curve-<number> and are not trained again."""
     near_tie: NonNegative = 0.5
     """A pair whose scores differ by less is a near-tie, in units of the normalised score."""
     outliers: Files = []

@@ -131,8 +131,8 @@ class Data(Section):
     """What stays together in the split: a prompt; a row's `group` (a debate), its prompt where it has none;
     responses that comparisons connect; each row by itself. All but the first tell what the parts share."""
     allow_overlap: bool = False
-    """Comparisons that are both in the training and in the test files are counted and stay in both; without
-    it they are refused."""
+    """Comparisons that are both in the training and in the test files, or whose responses a training ranking
+    orders (`rankings`), are counted and stay in both; without it they are refused."""
     rankings: Annotated[int, Field(ge=2, le=64, strict=True)] | None = None
     """Pairwise votes over the responses to one prompt become rankings of that many responses, ordered by a
     Bradley-Terry fit to all votes (Hunter 2004); longer ones are dealt into such. Training part only."""

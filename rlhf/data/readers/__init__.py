@@ -11,7 +11,8 @@ from typing import TypeVar
 from rlhf.data.comparisons import Comparison, Counts, OnBadRows, Prompt, deduplicate, problem
 from rlhf.data.readers import hh, native, oasst, reddit, stackexchange, trl, wikipedia
 from rlhf.data.readers.files import origins
-from rlhf.data.readers.given import Columns, renamed
+from rlhf.data.readers.given import KEY as COLUMNS
+from rlhf.data.readers.given import Columns, key_of, renamed
 from rlhf.data.readers.public import PUBLIC
 from rlhf.data.readers.rows import Origin, Reader
 from rlhf.data.readers.sieve import sift
@@ -47,8 +48,11 @@ def stream_comparisons(
     the specs, named in messages. ``counts`` is complete when the iterator is at its end. The memory does not
     depend on the size of the files, except for gzipped .parquet and for formats whose comparisons span rows.
     """
-    for origin in (renamed(origin, columns) for origin in origins(specs, key=key)):
-        yield from sift(origin, READERS, lambda c: problem(c) or refuses(c.prompt), on_bad_rows, counts)
+    try:
+        for origin in (renamed(origin, columns) for origin in origins(specs, key=key)):
+            yield from sift(origin, READERS, lambda c: problem(c) or refuses(c.prompt), on_bad_rows, counts)
+    except UserError as error:
+        raise UserError(str(error).replace(COLUMNS, key_of(key))) from None
 
 
 def read_comparisons(

@@ -16,6 +16,14 @@ from rlhf.data.readers.rows import BadRow, Origin
 from rlhf.errors import UserError
 
 Columns = Mapping[str, str | list[str]]
+KEY = "data.columns"  # in messages, also of other keys that hold columns (:func:`key_of`)
+
+
+def key_of(files: str) -> str:
+    """The recipe's key of the columns that belong to the files of a key."""
+    if files == "card.comparisons":
+        return "card.columns"
+    return f"{files}.columns" if files.startswith("pmp.sources[") else KEY
 
 
 def renamed(origin: Origin, columns: Columns) -> Origin:
@@ -37,8 +45,8 @@ def _rows(origin: Origin, columns: Columns) -> Iterator[tuple[int, object]]:
         if absent := sorted(wanted - row.keys()):
             fault = f"no column {absent[0]!r}, {_nearest(absent[0], row)}"
             if first:
-                raise UserError(f"{origin.where(number)}: {fault}; mend data.columns")
-            yield number, BadRow("a column of data.columns is not there", fault)
+                raise UserError(f"{origin.where(number)}: {fault}; mend {KEY}")
+            yield number, BadRow("a column that the recipe names is not there", fault)
             continue
         first = False
         given = {
