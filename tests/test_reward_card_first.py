@@ -10,7 +10,6 @@ import scipy
 from test_reward_card_figures import card, comparison, found, many, scores_for
 
 from reward.card.baselines import fit_bag_of_words, fit_pairs
-from reward.card.beside import unpaired
 from reward.card.calibration import MOST_PAIRS, labelled_pairs, possible_pairs
 from reward.card.ceiling import MOST_RESPONSES, annotator_agreement, duplicate_agreement
 from reward.card.clusters import clusters, suite_item
@@ -178,13 +177,22 @@ def test_judgements_of_the_same_pair_are_found_whatever_their_order():
     assert duplicate_agreement([large, large]) is None
 
 
-def test_a_difference_that_is_not_paired_adds_the_errors():
-    a, b = ({"mean": m, "ci95": [m - h, m + h], "n": 9} for m, h in ((0.7, 0.03), (0.6, 0.04)))
-    told = unpaired(a, b)
-    assert told["mean"] == pytest.approx(0.1)
-    assert told["ci95"] == pytest.approx([0.05, 0.15])
-    assert unpaired(a, {**b, "ci95": None})["ci95"] is None
-    assert unpaired(a, {"mean": None, "ci95": None, "n": 0})["mean"] is None
+def test_what_the_model_adds_to_a_probe_is_paired_on_the_pairs_that_the_probe_knows():
+    cs = [pair(f"good {i}", f"bad {i}", f"p{i}") for i in range(40)]
+    mine, theirs = np.tile([1.0, 0.0], 40), np.tile([1.0, 0.0], 40)
+    for i in (0, 1, 2, 3):
+        mine[2 * i : 2 * i + 2] = 0, 1
+    for i in (0, 1, 2, 3, 4, 5):
+        theirs[2 * i : 2 * i + 2] = 0, 1
+    theirs[-4] = np.nan
+    probe = found(cs, mine, probes_R={"last": theirs, "best": np.full(80, np.nan)})["probe"]
+    assert set(probe) == {"last", "adds_last"}
+    assert (probe["last"]["pairs"], probe["last"]["mean"]) == (39, pytest.approx(33 / 39))
+    difference = np.array([0.0] * 4 + [1.0] * 2 + [0.0] * 33)  # no more than two pairs differ
+    half = 2.0244 * difference.std(ddof=1) / math.sqrt(39)
+    assert probe["adds_last"]["mean"] == pytest.approx(2 / 39)
+    assert probe["adds_last"]["ci95"] == pytest.approx([2 / 39 - half, 2 / 39 + half], abs=0.003)
+    assert found(cs, mine)["probe"] is None
 
 
 # --- variance --------------------------------------------------------------------------------------------
@@ -224,7 +232,11 @@ def test_the_page_begins_with_what_a_reader_needs():
         "bag_of_words": {"words": 12, "pairs": 34},
         "probe": {"last": figure, "adds_last": figure, "best": {**figure, "layer": 14, "pooling": "mean"}},
         "ceiling": {"annotators": {**figure, "pairs": 7}, "duplicates": None, "noise": None},
-        "curve": {"points": [{"comparisons": 100, **figure, "pairs": 9, "fitted": 0.6}], "fit": None},
+        "curve": {
+            "of": "probe",
+            "points": [{"comparisons": 100, **figure, "pairs": 9, "fitted": 0.6}],
+            "fit": None,
+        },
     }
     page = as_markdown(told)
     assert page.index("## What a reader needs first") < page.index("## Accuracy")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reward.card.beside import bag_of_words, ceiling_of, probe_of
+from reward.card.beside import bag_of_words, best_probe, ceiling_of, probe_scores
 from reward.card.clusters import clusters
 from reward.card.figures import Scored, figures
 from reward.card.report import as_markdown
@@ -107,10 +107,12 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         near_tie=section.near_tie,
         against_R=against_R,
         bag_R=np.array(bag["scores"]) if bag else None,
+        probes_R=probe_scores(recipe, comparisons),
     )
     of_C = clusters(comparisons).of_C
     card["bag_of_words"] = bag and bag["about"]
-    card["probe"] = probe_of(recipe, card["accuracy"]["overall"])
+    if card["probe"] and "best" in card["probe"]:
+        card["probe"]["best"] |= best_probe(recipe)
     card["ceiling"] = ceiling_of(recipe, comparisons, of_C)
     card["suites"] = suites(comparisons, scores_R, of_C)
     card["curve"] = learning_curve(recipe, run, comparisons) if section.curve else None
@@ -193,7 +195,12 @@ def comparisons_of(recipe: Recipe, run: StageRun) -> tuple[list[Comparison], Cou
     """
     section = recipe.card
     if section.comparisons:
-        comparisons, counts = read_comparisons(section.comparisons, on_bad_rows=recipe.data.on_bad_rows)
+        comparisons, counts = read_comparisons(
+            section.comparisons,
+            on_bad_rows=recipe.data.on_bad_rows,
+            key="card.comparisons",
+            columns=section.columns,
+        )
     else:
         counts = Counts()
         comparisons = read_native(comparison_files(recipe)[0], "stop", counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,15 +11,14 @@ import numpy as np
 
 from reward.card.baselines import fit_bag_of_words
 from reward.card.ceiling import annotator_agreement, duplicate_agreement, from_manifest
-from rlhf.data.comparisons import Comparison, Counts, drawn
+from rlhf.data.comparisons import Comparison, Counts, drawn, prompt_key
 from rlhf.data.readers import stream_comparisons
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
-from rlhf.runs.artifacts import MANIFEST, read_json
+from rlhf.runs.artifacts import MANIFEST, PROBE_SCORES, read_json, read_jsonl
 from rlhf.runs.stage import RUNS, StageRun
-from rlhf.stats.clustered import Indices
-from rlhf.stats.intervals import Z95, Estimate
+from rlhf.stats.clustered import Floats, Indices
 
 MOST_READ = 300_000  # comparisons looked through for pairs that were judged again
 
@@ -50,37 +48,33 @@ def bag_of_words(
     return found
 
 
-def probe_of(recipe: Recipe, accuracy: dict[str, Any]) -> dict[str, Any] | None:
-    """The reward stage's probes, where the card is about its model on its own held-out comparisons.
+def probe_scores(recipe: Recipe, comparisons: Sequence[Comparison]) -> dict[str, Floats]:
+    """The scores of all responses by the reward stage's probes, NaN where they are not known.
 
-    accuracy: of the model. ``last`` is the last layer at the last token, ``best`` the one that
-    cross-validation chose, with ``layer`` and ``pooling``; ``adds_last`` and ``adds_best`` are the model's
-    accuracy minus theirs, with the errors of both as if they were independent: the pairs of the probe are not
-    kept, and as both are right on the same easy pairs the interval is too wide.
+    ``last`` is the last layer at the last token, ``best`` the layer and pooling that cross-validation chose.
+    They are there where the card is about this run's model on its own held-out comparisons.
     """
-    if recipe.card.model or recipe.card.comparisons:
-        return None
-    results = _results(recipe, "reward")
-    found: dict[str, Any] = {}
-    if last := from_manifest(results.get("probe_accuracy")):
-        found |= {"last": last, "adds_last": unpaired(accuracy, last)}
-    best = results.get("probe_best")
-    if isinstance(best, dict) and (figure := from_manifest(best.get("accuracy"))):
-        where = {name: best.get(name) for name in ("layer", "pooling")}
-        found |= {"best": {**figure, **where}, "adds_best": unpaired(accuracy, figure)}
-    return found or None
+    file = RUNS / recipe.name / "reward" / PROBE_SCORES
+    if recipe.card.model or recipe.card.comparisons or not file.is_file():
+        return {}
+    rows = list(read_jsonl(file))
+    texts = [(prompt_key(c.prompt), r) for c in comparisons for r in c.responses]
+    found = {}
+    for name in ("last", "best"):
+        known = {
+            (row["prompt"], r): x
+            for row in rows
+            for r, x in zip(row["responses"], row.get(name, ()), strict=False)
+        }
+        if known:
+            found[name] = np.array([known.get(text) for text in texts], dtype=np.float64)
+    return found
 
 
-def unpaired(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """First minus second figure, the errors added as those of independent figures."""
-    if first["mean"] is None or second["mean"] is None:
-        return Estimate(math.nan, math.nan, math.nan, 0).as_dict()
-    difference, n = first["mean"] - second["mean"], min(first["n"], second["n"])
-    if first["ci95"] is None or second["ci95"] is None:
-        return Estimate(difference, math.nan, math.nan, n).as_dict()
-    errors = [(f["ci95"][1] - f["ci95"][0]) / (2 * Z95) for f in (first, second)]
-    half = Z95 * float(np.hypot(*errors))
-    return Estimate(difference, difference - half, difference + half, n).as_dict()
+def best_probe(recipe: Recipe) -> dict[str, Any]:
+    """Layer and pooling of the reward stage's best probe."""
+    best = _results(recipe, "reward").get("probe_best") or {}
+    return {name: best.get(name) for name in ("layer", "pooling")}
 
 
 def ceiling_of(recipe: Recipe, comparisons: Sequence[Comparison], of_C: Indices) -> dict[str, Any]:
@@ -102,7 +96,8 @@ def _duplicates(recipe: Recipe) -> dict[str, Any] | None:
     files = [file for file in files if not str(file).startswith("hub:")]
     if not files:
         return None
-    rows = stream_comparisons(files, on_bad_rows="skip", counts=Counts())
+    columns = recipe.card.columns if recipe.card.comparisons else data.columns
+    rows = stream_comparisons(files, on_bad_rows="skip", counts=Counts(), columns=columns)
     try:
         return duplicate_agreement(islice(rows, MOST_READ))
     except UserError:  # a run outlives the files it was made from

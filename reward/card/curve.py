@@ -1,13 +1,14 @@
-"""The learning curve of the linear probe: does more of these comparisons help, and by how much?
+"""The learning curve: does more of these comparisons help, and by how much?
 
-A reward model would have to be trained once for every number; the probe on the frozen base's states costs one
-pass over the texts. ``_R`` response, ``_N`` pair, ``_D`` hidden unit.
+The probe on the frozen base's states costs one pass over the texts; the reward model is trained once for
+every number. ``_R`` response, ``_N`` pair, ``_D`` hidden unit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,19 @@ import numpy as np
 from reward.card.baselines import best_penalty, fit_pairs
 from reward.card.calibration import labelled_pairs, right
 from reward.card.clusters import clusters
+from reward.card.scorers import load_scorer
 from reward.model.batch import Example, encode
+from reward.model.ensemble import MODEL
 from reward.model.forward import last_states, read_examples
 from reward.model.model import new_reward_model
+from reward.training.run import run as train_reward_model
 from rlhf.data.comparisons import Comparison, Counts, drawn
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
-from rlhf.runs.stage import RUNS, StageRun
+from rlhf.runs.artifacts import MANIFEST, read_json
+from rlhf.runs.initial_adapter import start_files, start_parents
+from rlhf.runs.stage import RUNS, StageRun, open_stage
 from rlhf.stats import clustered
 from rlhf.stats.clustered import Floats
 from rlhf.tokenization.dialogue import load_dialogue
@@ -39,22 +45,75 @@ def check_curve(recipe: Recipe) -> None:
         raise UserError(
             f"card.curve: {file} is not there; run make comparisons for this recipe, or remove card.curve"
         )
-    with file.open("rb") as lines:
-        found = sum(1 for line in lines if line.strip())
+    found = _training_comparisons(recipe)
     if max(recipe.card.curve) > found:
         raise UserError(
             f"card.curve: {max(recipe.card.curve)} of {found} training comparisons; ask for {found} at most"
         )
 
 
+def _training_comparisons(recipe: Recipe) -> int:
+    with (RUNS / recipe.name / "comparisons" / "train.jsonl").open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
 def learning_curve(recipe: Recipe, run: StageRun, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Points of the curve and the line through them; what is done survives an interruption."""
     check_curve(recipe)
-    found: dict[str, Any] = run.remember("curve", lambda: _curve(recipe, comparisons))
+    of = recipe.card.curve_of
+    if of == "reward":
+        run.say(f"card: {how_long(recipe)}")
+    make = _of_reward_models if of == "reward" else _of_probes
+    found: dict[str, Any] = run.remember("curve", lambda: {"of": of, **make(recipe, comparisons)})
     return found
 
 
-def _curve(recipe: Recipe, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def how_long(recipe: Recipe) -> str:
+    """What the curve of the reward model costs, judged by the run's own reward stage."""
+    numbers = sorted(set(recipe.card.curve))
+    said = (
+        f"card.curve_of=reward: trains a reward model on {', '.join(f'{n:,}' for n in numbers)} comparisons"
+    )
+    manifest = RUNS / recipe.name / "reward" / MANIFEST
+    if not manifest.is_file():
+        return f"{said}; how long is not known before make reward"
+    whole = _training_comparisons(recipe)
+    of_stage = min(whole, recipe.reward.limit or whole)
+    minutes = float(read_json(manifest)["seconds"]) / 60 * sum(numbers) / of_stage
+    return f"{said}; about {minutes:.0f} min, as make reward took for {of_stage:,}"
+
+
+def _of_reward_models(recipe: Recipe, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    better_N, worse_N, comparison_N = labelled_pairs([c.ranks for c in comparisons])
+    cluster_N = clusters(comparisons).of_C[comparison_N]
+    texts = [(c.prompt, r) for c in comparisons for r in c.responses]
+    distinct = list(dict.fromkeys(texts))
+    place = {text: i for i, text in enumerate(distinct)}
+    points = []
+    for number in sorted(set(recipe.card.curve)):
+        scorer = load_scorer(str(_trained(recipe, number)), recipe)
+        scores_R = scorer.score(*map(list, zip(*distinct, strict=True)))[[place[text] for text in texts]]
+        right_N = right(scores_R[better_N] - scores_R[worse_N])
+        accuracy = clustered.share(right_N, cluster_N).as_dict()
+        points.append({"comparisons": number, **accuracy, "pairs": int(right_N.size)})
+    return with_line(points)
+
+
+def _trained(recipe: Recipe, number: int) -> Path:
+    """The reward model of the recipe on so many comparisons, trained unless it is there."""
+    section = recipe.reward
+    probe = section.probe if section.head_init == "probe" or section.layers == "auto" else False
+    own = section.model_copy(update={"limit": number, "members": 1, "probe": probe})
+    small, stage = recipe.model_copy(update={"reward": own}), f"curve-{number}"
+    pretrained = ("pmp",) if recipe.pmp and not section.start else ()
+    parents = ("comparisons", *pretrained, *start_parents(recipe, "reward"))
+    run = open_stage(small, stage, section="reward", parents=parents, inputs=start_files(recipe, "reward"))
+    if run is not None:
+        run.finish(train_reward_model(small, run))
+    return RUNS / recipe.name / stage / MODEL
+
+
+def _of_probes(recipe: Recipe, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     train = read_native(RUNS / recipe.name / "comparisons" / "train.jsonl", "stop", Counts())
     train = drawn(train, max(recipe.card.curve), recipe.seed)  # fewer are a beginning of more
     dialogue = load_dialogue(recipe, recipe.reward.max_response_tokens)

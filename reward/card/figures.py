@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,7 @@ def figures(
     near_tie: float,
     against_R: Floats | None = None,
     bag_R: Floats | None = None,
+    probes_R: Mapping[str, Floats] | None = None,
 ) -> dict[str, Any]:
     """All figures of the card.
 
@@ -93,6 +94,7 @@ def figures(
             are not normalised it is taken times their standard deviation.
         against_R: a second model's scores of the same responses.
         bag_R: a bag of words' scores of them, where there is one.
+        probes_R: the probes' scores of them by name, NaN where they are not known.
     """
     comparisons, scores_R = scored.comparisons, scored.scores_R
     keys = list(map(prompt_key, (c.prompt for c in comparisons)))
@@ -133,6 +135,7 @@ def figures(
             None if bag_R is None else calibrate.right(gaps(bag_R)),
             about_equal(words_R[better_N], words_R[worse_N]),
         ),
+        "probe": _probes(pairs, right_N, {name: gaps(x_R) for name, x_R in (probes_R or {}).items()}),
         "calibration": _calibration(pairs, gaps_N, bins, scored.gain),
         "length": {
             "spearman": responses.correlation(scores_R, words_R, by_rank=True),
@@ -185,6 +188,17 @@ def _baselines(
         kept = Items(pairs.name, pairs.cluster_I[like_N])
         found["adds"]["like_length_bag_of_words"] = kept.mean((right_N - bag_N)[like_N])
     return found
+
+
+def _probes(pairs: Items, right_N: Floats, gaps: Mapping[str, Floats]) -> dict[str, Any] | None:
+    """Accuracy of each probe, and (``adds_``) what the model adds to it, paired, on the pairs it knows."""
+    found: dict[str, Any] = {}
+    for name, gaps_N in gaps.items():
+        known_N = np.isfinite(gaps_N)
+        if known_N.any():
+            some, probe_N = Items(pairs.name, pairs.cluster_I[known_N]), calibrate.right(gaps_N[known_N])
+            found |= {name: some.share(probe_N), f"adds_{name}": some.mean(right_N[known_N] - probe_N)}
+    return found or None
 
 
 def known(x: float) -> float | None:

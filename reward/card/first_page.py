@@ -37,6 +37,12 @@ _SUITES = {
     "judgebench": "JudgeBench",
     "ppe": "PPE",
 }
+_CURVES = {
+    "probe": "Of the linear probe on the base's frozen states (last layer, last token), not of the reward "
+    "model, which would have to be trained once for every number (card.curve_of: reward): the curve says "
+    "whether more comparisons would help.",
+    "reward": "Of the reward model, trained by the recipe's settings on each number of comparisons.",
+}
 _STYLES = ("concise", "detailed", "Markdown")
 
 
@@ -107,8 +113,8 @@ def _bag_reading(bag: dict[str, Any] | None) -> str:
 
 
 def _probe_rows(probe: dict[str, Any]) -> list[list[str]]:
-    """The probes of the reward stage; it keeps their accuracy only, so the difference is not paired."""
-    reading = "linear on the base's frozen states, {}; difference not paired, so its interval is too wide"
+    """The probes of the reward stage."""
+    reading = "linear on the base's frozen states, {}"
     rows = [
         _row(
             "linear probe", probe.get("last"), probe.get("adds_last"),
@@ -141,7 +147,7 @@ def variance_section(variance: dict[str, Any]) -> str:
 
 
 def curve_section(curve: dict[str, Any]) -> str:
-    """Accuracy of the probe by the number of training comparisons."""
+    """Accuracy by the number of training comparisons."""
     rows = [
         [
             f"{x['comparisons']:,}",
@@ -160,9 +166,7 @@ def curve_section(curve: dict[str, Any]) -> str:
     )
     return section(
         "Learning curve",
-        "Of the linear probe on the base's frozen states (last layer, last token), not of the reward model, "
-        "which would have to be trained once for every number: the curve says whether more comparisons would "
-        f"help. The smaller sets are parts of the larger. {said}\n",
+        f"{_CURVES[curve['of']]} The smaller sets are parts of the larger. {said}\n",
         table(["training comparisons", "accuracy", "95% interval", "pairs", "on the line"], rows),
     )
 

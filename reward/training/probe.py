@@ -147,6 +147,8 @@ class Probe(NamedTuple):
     best: dict[str, Any] | None
     """``layer``, ``pooling`` and ``penalty`` that are best by cross-validation on the training part, the
     held-out ``accuracy`` there, and ``cv``: accuracy and best penalty of each layer and pooling."""
+    scores: dict[str, list[float]]
+    """Of every held-out response, flat, by ``last``, the probe of ``accuracy``, and by ``best``."""
 
 
 def fit_probe(
@@ -184,18 +186,20 @@ def fit_probe(
         penalty = max(_PENALTIES, key=lambda p: _accuracy(_fit(x_RD, fit, p), x_RD, choose).mean)  # type: ignore[arg-type]
     weights_D = _fit(x_RD, whole, penalty)
     accuracy = _accuracy(weights_D, y_RD, layout(held_out)).as_dict()
+    scores = {"last": (y_RD @ weights_D).tolist()}
     # the mean of the features changes no comparison, so only their spread has to be undone
     weights_D, best, layer = weights_D / spread_D, None, None
     if layers:
         table = cross_validated(x, train)
         best = max(table, key=lambda row: row["accuracy"])
-        _, figure = _refitted(x, y, train, held_out, best)
+        _, scores_R, figure = _refitted(x, y, train, held_out, best)
+        scores["best"] = scores_R.tolist()
         best = {**best, "cv_accuracy": best["accuracy"], "accuracy": figure.as_dict(), "cv": table}
         if head is not None:
             rows = [r for r in table if r["pooling"] == head[1] and head[0] in ("auto", r["layer"])]
             chosen = max(rows, key=lambda row: row["accuracy"])
-            layer, (weights_D, _) = chosen["layer"], _refitted(x, y, train, held_out, chosen)
-    return Probe(weights_D.tolist(), layer, accuracy, best)
+            layer, (weights_D, *_) = chosen["layer"], _refitted(x, y, train, held_out, chosen)
+    return Probe(weights_D.tolist(), layer, accuracy, best, scores)
 
 
 def cross_validated(x: Features, train: Sequence[Example]) -> list[dict[str, Any]]:
@@ -224,14 +228,14 @@ def cross_validated(x: Features, train: Sequence[Example]) -> list[dict[str, Any
 
 def _refitted(
     x: Features, y: Features, train: Sequence[Example], held_out: Sequence[Example], row: dict[str, Any]
-) -> tuple[Tensor, Estimate]:
+) -> tuple[Tensor, Tensor, Estimate]:
     """Weights on the unscaled features of a row of the table, fitted to all of the training part, and the
-    held-out accuracy."""
+    held-out scores and accuracy."""
     place = x.layers.index(row["layer"]), POOLINGS.index(row["pooling"])
     x_RD, spread_D, y_RD = _standardised(x.pooled_LPRD[place].float(), y.pooled_LPRD[place].float())
     pairs = pairs_of(train)
     (weights_D,) = fit_pairs(x_RD, pairs, pairs.weight_P[:, None], torch.tensor([row["penalty"]]))
-    return weights_D / spread_D, _accuracy(weights_D, y_RD, layout(held_out))
+    return weights_D / spread_D, y_RD @ weights_D, _accuracy(weights_D, y_RD, layout(held_out))
 
 
 def _standardised(x_RD: Tensor, y_RD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

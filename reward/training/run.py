@@ -31,7 +31,7 @@ from reward.training.features import POOLINGS, spread_layers
 from reward.training.probe import Head, Probe, fit_probe
 from reward.training.trainer import ForwardPlan, plan_forward, train_preference_model
 from reward.training.validation import Validation, keep_out
-from rlhf.data.comparisons import Comparison, Counts, drawn
+from rlhf.data.comparisons import Comparison, Counts, drawn, prompt_key
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.markdown import plain
@@ -41,7 +41,7 @@ from rlhf.models.masks import right_pad
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.reward import PreferenceTraining
 from rlhf.runs import initial_adapter as starts
-from rlhf.runs.artifacts import MANIFEST, read_json
+from rlhf.runs.artifacts import MANIFEST, PROBE_SCORES, read_json, write_jsonl
 from rlhf.runs.processes import check_rows, processes
 from rlhf.runs.stage import RUNS, StageRun
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
@@ -87,6 +87,8 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     plan = plan_forward(recipe, section, fresh, [example for part in rows for example in part], dialogue)
     if section.probe and probe is None:
         probe = _probe(recipe, stage, rows, dialogue, None if section.probe == "all" else (fresh, plan))
+    if probe and stage.is_main:
+        _keep_scores(stage.folder / PROBE_SCORES, probe, rows.held_out, held_out, dialogue)
     del fresh
     members = [
         stage.remember(f"member-{n}", partial(_member, recipe, stage, dialogue, rows, plan, layers, probe, n))
@@ -105,6 +107,22 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
             results["noise_ceiling"] = labels["noise_ceiling"]
         stage.say(_summary(results, len(rows.held_out)))
     return results
+
+
+def _keep_scores(
+    file: Path, probe: Probe, rows: Sequence[Example], held_out: Sequence[Comparison], dialogue: Dialogue
+) -> None:
+    """Write what the probes give every held-out response, for the card; None where it was left out."""
+    ids = [(tuple(e["prompt"]), tuple(r)) for e in rows for r in e["responses"]]
+    scores = {name: dict(zip(ids, flat, strict=True)) for name, flat in probe.scores.items()}
+
+    def line(c: Comparison) -> dict[str, Any]:
+        prompt = tuple(dialogue.encode_prompt(c.prompt))
+        read = [(prompt, tuple(dialogue.close([], dialogue.encode_response(r)))) for r in c.responses]
+        given = {name: [of.get(key) for key in read] for name, of in scores.items()}
+        return {"prompt": prompt_key(c.prompt), "responses": c.responses, **given}
+
+    write_jsonl(file, map(line, held_out))
 
 
 def stored(stage: StageRun, part: str) -> list[Comparison]:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from rlhf.errors import UserError, errno_of
 
 MANIFEST = "manifest.json"
+PROBE_SCORES = "probe_scores.jsonl"  # what the reward stage's probes give its held-out responses
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # what a saved adapter consists of
 _KEPT = 2  # checkpoints of a stage
 _CHECKSUM = "checksum"  # of all else in a manifest

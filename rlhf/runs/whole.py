@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.runs.artifacts import MANIFEST, fault_of, read_manifest
+from rlhf.runs.artifacts import MANIFEST, PROBE_SCORES, fault_of, read_manifest
 
 READ = {
     "comparisons": ("*.jsonl",),
     "sft": ("policy/*",),
     "distill": ("policy/*", "model/*"),
     "pmp": ("model/*",),
-    "reward": ("model*/*",),
+    "reward": ("model*/*", PROBE_SCORES),
     "ppo": ("policy/*",),
     "dpo": ("policy/*",),
 }
