@@ -23,6 +23,7 @@ from rlhf.errors import exit_on_user_error
 from rlhf.markdown import table
 from rlhf.recipe.load import Recipe, load
 from rlhf.runs.artifacts import hash_of, read_json, sha256_of, write_atomically
+from rlhf.runs.dtype import settled
 from rlhf.runs.stage import RUNS
 from rlhf.stats.intervals import cluster_mean_interval
 from studies.engine.command import say
@@ -164,6 +165,7 @@ def main() -> None:
         subprocess.run(command, check=True)
 
     stage("rlhf.collect")
+    recipe = settled(recipe, RUNS / recipe.name)
     for arm in arms[1:]:
         stage("reward.pretraining", *ARMS[arm], f"name={recipe.name}-{arm}")
     units, work = units_of(recipe, arms, given.numbers, given.seeds), RUNS / recipe.name / "transfer"

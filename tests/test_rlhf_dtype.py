@@ -147,6 +147,8 @@ def test_a_gpu_without_units_for_bfloat16_is_told_by_its_name(monkeypatch):
     with pytest.raises(UserError, match=r"model.dtype: bfloat16 needs .* and Tesla T4 has 7.5: use float16"):
         matrix_units.check_dtype("bfloat16")
     matrix_units.check_dtype("float16")
+    with pytest.raises(UserError, match=r"model.dtype: auto is chosen by a stage"):
+        matrix_units.check_dtype("auto")
     assert matrix_units.fastest_dtype(64, 256) == ("float32", "Tesla T4 has no units for bfloat16")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     matrix_units.check_dtype("bfloat16")

@@ -190,6 +190,16 @@ def test_what_does_not_change_the_result_may_change(inside, start, section, over
     assert (run is None) is (start is finished)
 
 
+@pytest.mark.parametrize("name", ["ppo", "evaluate"])
+def test_offloading_with_one_process_is_no_offloading(inside, capsys, name):
+    begin("distributed.offload_optimizer=cpu", name=name)
+    assert ("warning: distributed: one process offloads nothing" in capsys.readouterr().out) is (
+        name == "ppo"
+    )
+    begin(name=name)
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_what_changes_the_result_by_rounding_and_saves_no_memory_may_not_change(inside):
     begin_and_work(name="reward", section="reward")
     message = refusal("reward.share_prompts=false", name="reward", section="reward")

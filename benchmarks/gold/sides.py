@@ -17,6 +17,7 @@ from benchmarks.harness import Figures, check_release, peak_bytes, serve
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import Recipe, load
 from rlhf.runs.artifacts import read_jsonl
+from rlhf.runs.dtype import settled
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.training.runtime import seed_everything
 
@@ -141,7 +142,9 @@ def judge_both(recipe: Recipe, run: Path, adapter: Path) -> Figures:
 
 
 def _with_recipe(work: Callable[[Recipe, Path, Path], Figures]) -> Callable[..., Figures]:
-    return lambda recipe, overrides, run, adapter: work(load(recipe, overrides), Path(run), Path(adapter))
+    return lambda recipe, overrides, run, adapter: work(
+        settled(load(recipe, overrides), Path(run), measured=False), Path(run), Path(adapter)
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from rlhf.runs import artifacts
 from rlhf.runs.artifacts import MANIFEST, Checkpoints
 from rlhf.runs.cache import remember
 from rlhf.runs.dtype import settled
-from rlhf.runs.processes import check_alone, rank
+from rlhf.runs.processes import SHARED, check_alone, processes, rank
 from rlhf.runs.whole import READ, check_place, check_whole, manifest_of
 
 RUNS = Path("runs")
@@ -242,6 +242,13 @@ def open_stage(
     if is_main:
         _start_or_resume(folder, fingerprint, recipe)
         print(f"{NAME} {__version__}: {stage}: {folder}", flush=True)
+        shared = recipe.distributed
+        if (
+            {shared.offload_optimizer, shared.offload_param} != {"none"}
+            and stage in SHARED
+            and processes() == 1
+        ):
+            print("warning: distributed: one process offloads nothing; use PROCS=2 or more", flush=True)
     return StageRun(stage, folder, recipe, fingerprint, found, is_main, lock)
 
 

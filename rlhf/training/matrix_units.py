@@ -20,8 +20,10 @@ def check_dtype(dtype: str) -> None:
     """Refuse a type for which the GPU has no units, in which torch would stop in the middle or crawl.
 
     Raises:
-        UserError: and what to use.
+        UserError: and what to use; or it is still to be chosen (:func:`rlhf.runs.dtype.settled`).
     """
+    if dtype == "auto":
+        raise UserError("model.dtype: auto is chosen by a stage when it starts; outside of one name a type")
     if dtype == "bfloat16" and not has_bfloat16():
         name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         raise UserError(
