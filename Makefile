@@ -4,6 +4,7 @@
 #   make reward RECIPE=recipes/hh.yaml SET="reward.epochs=2 name=hh-2"
 #   make rlhf RECIPE=recipes/hhh.yaml QUICK=1       with the small sizes of the recipe's quick block
 #   make ppo PROCS=2                                two processes under the DeepSpeed launcher, on a free port (PORT=n)
+#   make plan GPU=24GB PROCS=8 NODES=2               what a recipe needs of such machines, before anything is loaded
 
 RECIPE ?= recipes/sentiment.yaml
 SET ?=
@@ -16,6 +17,10 @@ VENV ?= .venv
 export PROCS ?=
 export PORT ?=
 export HOSTFILE
+# Of `make plan`: the memory of a GPU (none = the CPU), and machines of PROCS processes; else what is here.
+export GPU ?=
+export NODES ?=
+TIME ?=
 
 PY := $(VENV)/bin/python
 STAMPS := .stamps
@@ -29,7 +34,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf verify check test smoke clean \
+.PHONY: help setup plan model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf verify check test smoke clean \
         study-preference study-people study-scaling bench-reward bench-ppo gpu-check
 .NOTPARALLEL:
 
@@ -39,7 +44,7 @@ help: ## make: list the targets
 	@echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ([^:]*): (.*)/  \1|\2|\3/' | column -t -s '|'
 	@echo
-	@echo '  RECIPE=$(RECIPE)   SET="section.key=value ..."   QUICK=1   PROCS=n   PORT=n   HOSTFILE=path'
+	@echo '  RECIPE=$(RECIPE)   SET="section.key=value ..."   QUICK=1   PROCS=n   PORT=n   HOSTFILE=path   GPU=24GB   NODES=n   TIME=1'
 
 setup: $(STAMPS)/setup ## pip: make the virtual environment with the pinned dependencies
 
@@ -64,6 +69,9 @@ recipe: setup
 .PHONY: preflight
 preflight: recipe
 	@$(PY) -m policy.alignment_tax.preflight $(ARGS)
+
+plan: setup ## rlhf.plan: say what the recipe needs of a machine, and what to change where it does not fit
+	@$(PY) -m rlhf.plan $(ARGS) $(if $(filter-out 0,$(TIME)),time=true)
 
 model: recipe ## rlhf.models.prepare: put the recipe's base model in place
 	@$(PY) -m rlhf.models.prepare $(ARGS)

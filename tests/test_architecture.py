@@ -21,10 +21,11 @@ def python_files(folders):
 FILES = python_files(PACKAGES)
 MAX_LINES = 400
 MAX_MODULES = 15  # of a folder
-MAX_PRODUCT_LINES, MAX_TEST_LINES = 40_000, 33_800  # of all files; the aim is 26,500 and 24,500
+MAX_PRODUCT_LINES, MAX_TEST_LINES = 40_700, 33_900  # of all files; the aim is 26,500 and 24,500
 
 STAGES = (  # a stage is a package; its command line is the package's __main__
     "rlhf.collect",
+    "rlhf.plan",
     "reward.pretraining",
     "reward.training",
     "reward.card",
@@ -40,6 +41,7 @@ _LIGHT_CARD = (
 LIGHT = (
     "rlhf/errors.py",
     "rlhf/markdown.py",
+    *(f for f in FILES if f.startswith("rlhf/plan/") and f != "rlhf/plan/timing.py"),  # which loads the model
     *(file for file in FILES if file.startswith(("rlhf/recipe/", "rlhf/runs/", "rlhf/data/", "rlhf/stats/"))),
     *(
         f"rlhf/{name}.py"

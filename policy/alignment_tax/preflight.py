@@ -1,6 +1,7 @@
 """Check what a road needs before its first stage: ``python -m policy.alignment_tax.preflight RECIPE``.
 
-Where the base is in place, a few tokens go through every role; that is remembered for a base and a recipe.
+First the memory that the recipe needs (``rlhf.plan``). Then, where the base is in place, a few tokens go
+through every role; that is remembered for a base and a recipe.
 The tax table comes hours after the start; an unknown task, a file that cannot be read or a reference that no
 stage will make is an error at once.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from policy.alignment_tax.checks import check, read_items
 from rlhf.errors import exit_on_user_error
+from rlhf.plan.check import before_a_run
 from rlhf.recipe.load import from_command_line
 from rlhf.runs.artifacts import MANIFEST
 from rlhf.runs.dtype import settled
@@ -20,6 +22,7 @@ from rlhf.runs.stage import RUNS
 def main() -> None:
     """The first step of the `rlhf` target; it writes nothing but the result of the probe."""
     recipe = from_command_line()
+    before_a_run(recipe)
     section = recipe.tax
     if Path(recipe.model.path, "config.json").expanduser().is_file():
         from policy.alignment_tax.probe import probe_once

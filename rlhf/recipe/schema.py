@@ -48,6 +48,14 @@ class Recipe(Section):
     distributed: Distributed = Distributed()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where the figures of every training step go beside `metrics.jsonl`, which is always written."""
+    plan: Literal["warn", "refuse", "off"] = "refuse"
+    """What `make rlhf` does first where the recipe does not fit into the memory that there is (`make plan`):
+    say so (`warn`), or end where it would not fit with 15% less either (`refuse`)."""
+
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _plan(cls, value: object) -> object:
+        return "off" if value is False else value  # as YAML reads off
 
     @field_validator("name")
     @classmethod

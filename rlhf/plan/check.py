@@ -1,0 +1,112 @@
+"""Put together: the plan of a recipe on the machine at hand, printed, and refused where it cannot fit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rlhf.errors import UserError
+from rlhf.plan.lengths import Lengths, lengths_of
+from rlhf.plan.machine import Machine, machine
+from rlhf.plan.remedies import remedies, together
+from rlhf.plan.report import cannot_fit, fits, help_page, page, verdict
+from rlhf.plan.shapes import Known, shape_of
+from rlhf.plan.stages import Moment, Plan, plan
+from rlhf.recipe.load import Recipe
+from rlhf.runs.dtype import AUTO, settled
+from rlhf.runs.stage import RUNS
+
+
+class Planned(NamedTuple):
+    """A plan and what it was made from."""
+
+    plan: Plan
+    machine: Machine
+    known: Known
+    lengths: Lengths
+
+    @property
+    def notes(self) -> list[str]:
+        """Where the sizes come from."""
+        lengths, shape = self.lengths, self.known.shape
+        how = "longest found" if lengths.measured else "the recipe's limit"
+        number = "an unknown number of" if lengths.comparisons is None else f"{lengths.comparisons}"
+        return [
+            f"Shape: {self.known.origin}; {shape.matrices() + shape.others():,} weights.",
+            f"Prompts of {lengths.prompt} tokens ({how}); {number} comparisons of {lengths.responses} "
+            "responses.",
+        ]
+
+
+def planned(recipe: Recipe, here: Machine | None = None) -> Planned:
+    """The plan of a recipe on a machine, None = what the environment says and what is here.
+
+    Raises:
+        UserError: nothing is known of the base, or the environment names no such machine.
+    """
+    here = here or machine()
+    recipe = as_it_will_run(recipe, gpu=here.gpu)
+    known, lengths = shape_of(recipe.model), lengths_of(recipe)
+    return Planned(plan(recipe, known.shape, lengths, gpu=here.gpu, world=here.world), here, known, lengths)
+
+
+def as_it_will_run(recipe: Recipe, *, gpu: bool) -> Recipe:
+    """The recipe with the type that ``auto`` has become; before a run has chosen, bfloat16 on a GPU, and on a
+    CPU float32, which needs more."""
+    recipe = settled(recipe, RUNS / recipe.name, measured=False)
+    if recipe.model.dtype != AUTO:
+        return recipe
+    update = {"dtype": "bfloat16" if gpu else "float32"}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=update)})
+
+
+def show(recipe: Recipe) -> None:
+    """Print the plan of a recipe.
+
+    Raises:
+        UserError: it does not fit; what would help has been printed.
+    """
+    found = planned(recipe)
+    print(page(found.plan, found.machine, found.notes), flush=True)
+    largest = found.plan.largest()
+    if not fits(largest, found.machine):
+        print(_help(recipe, found), flush=True)
+        raise UserError(f"plan: {verdict(largest, found.machine)}")
+
+
+def before_a_run(recipe: Recipe) -> None:
+    """Say in a line what a run will need, as ``plan`` of the recipe asks for.
+
+    Raises:
+        UserError: with ``refuse``, where it cannot fit.
+    """
+    if recipe.plan == "off":
+        return
+    try:
+        found = planned(recipe)
+    except UserError as error:
+        print(f"plan: {error}", flush=True)
+        return
+    largest = found.plan.largest()
+    if fits(largest, found.machine):
+        print(f"plan: {verdict(largest, found.machine)}", flush=True)
+        return
+    print(page(found.plan, found.machine, found.notes), _help(recipe, found), sep="\n", flush=True)
+    if recipe.plan == "refuse" and cannot_fit(largest, found.machine):
+        raise UserError(
+            f"plan: {verdict(largest, found.machine)}; change one of the above, or set plan=warn to "
+            "start all the same"
+        )
+
+
+def _help(recipe: Recipe, found: Planned) -> str:
+    here = found.machine
+    recipe = as_it_will_run(recipe, gpu=here.gpu)
+
+    def need(changed: Recipe) -> Moment:
+        lengths = found.lengths
+        if changed.dialogue.max_prompt_tokens < lengths.prompt:
+            lengths = lengths._replace(prompt=changed.dialogue.max_prompt_tokens)
+        return plan(changed, found.known.shape, lengths, gpu=here.gpu, world=here.world).largest()
+
+    single = remedies(recipe, need, world=here.world)
+    return help_page(single, together(recipe, need, world=here.world, limit=here.bytes), here)

@@ -1,0 +1,224 @@
+"""`make plan`: what is read before anything is loaded, what is said, what is refused."""
+
+import json
+import os
+import subprocess
+
+import pytest
+from conftest import ROOT, TINY, tiny_recipe
+from safetensors.numpy import save_file
+
+from rlhf.errors import UserError
+from rlhf.plan import check, memory
+from rlhf.plan.lengths import Lengths
+from rlhf.plan.machine import Machine, machine, size_of
+from rlhf.plan.remedies import remedies, together
+from rlhf.plan.report import fits
+from rlhf.plan.shapes import PUBLISHED, shape_of, stored_weights
+from rlhf.plan.stages import plan
+from rlhf.recipe.load import load
+from rlhf.recipe.schema import Model, Recipe
+
+LENGTHS = Lengths(512, 2, 1000, measured=False)
+QWEN = PUBLISHED["qwen3-8b"]
+
+
+def big(**sections):
+    """A recipe over an 8B model that is nowhere here."""
+    values = {
+        "name": "big",
+        "model": {"path": "Qwen/Qwen3-8B", "dtype": "bfloat16"},
+        "data": {"comparisons": "x"},
+    }
+    return Recipe.model_validate(values | sections)
+
+
+def largest(recipe, world=1, gpu=True):
+    return plan(recipe, QWEN, LENGTHS, gpu=gpu, world=world).largest()
+
+
+def total(recipe, world=1):
+    return largest(recipe, world).parts.total
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("24GB", 24e9), ("80 GiB", 80 * 2**30), ("24g", 24e9), ("512MB", 512e6), ("1000", 1000)],
+)
+def test_a_size_is_read(text, expected):
+    assert size_of(text, "GPU") == expected
+
+
+@pytest.mark.parametrize("text", ["24 bananas", "0GB", "-1GB", "GB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(UserError, match="write a size of memory, such as GPU=24GB"):
+        machine({"GPU": text})
+
+
+def test_processes_share_a_machine_and_not_a_gpu():
+    alone, two = machine({"GPU": "none", "PROCS": "1"}), machine({"GPU": "none", "PROCS": "2"})
+    assert two.bytes == alone.bytes / 2
+    many = machine({"GPU": "80GB", "PROCS": "8", "NODES": "2"})
+    assert (many.bytes, many.world, many.gpu) == (80e9, 16, True)
+    with pytest.raises(UserError, match="NODES=none must be a number"):
+        machine({"GPU": "80GB", "NODES": "none"})
+
+
+def test_a_shape_comes_from_the_folder_the_cache_or_what_is_published(tmp_path, monkeypatch):
+    sizes = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "vocab_size": 11,
+        "head_dim": 16,
+    }
+    text = json.dumps(sizes)
+    snapshot = tmp_path / "hub" / "models--meta-llama--Llama-3.1-8B" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "config.json").write_text(text)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    own = shape_of(Model(path=str(tmp_path))).shape
+    assert (own.layers, own.hidden, own.intermediate, own.attention, own.kv) == (3, 8, 32, 32, 32)
+    model = Model(path="meta-llama/Llama-3.1-8B")
+    assert shape_of(model).shape == PUBLISHED["llama-3.1-8b"]
+    assert shape_of(Model(path="meta-llama/Meta-Llama-3-70B-Instruct")).shape == PUBLISHED["llama-3.1-70b"]
+    (snapshot / "config.json").write_text(text)
+    assert shape_of(model).shape == own
+    with pytest.raises(UserError, match="who/knows is not in place and its shape is not known here"):
+        shape_of(Model(path="who/knows"))
+
+
+def test_weight_files_are_read_by_their_headers(tmp_path):
+    import numpy as np
+
+    save_file({"a": np.zeros((3, 5), np.float32), "b": np.zeros(2, np.float16)}, tmp_path / "m.safetensors")
+    assert stored_weights(tmp_path) == (64, "float32")
+    (tmp_path / "m.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"m.safetensors is damaged"):
+        stored_weights(tmp_path)
+
+
+def test_each_way_to_save_memory_saves_it():
+    """Against figures worked out by hand where there are any."""
+    recipe = big()
+    setting = memory.Setting("bfloat16", "none", gpu=True)
+    assert memory.weights(QWEN, setting)[0] == 2 * 8190735360
+    nf4 = memory.weights(QWEN, setting._replace(quantization="nf4"))[0]
+    assert nf4 == pytest.approx((8190735360 - 2 * 151936 * 4096) * 0.5625 + 2 * 2 * 151936 * 4096, rel=1e-3)
+    assert memory.kv_cache(QWEN, 1, 1, setting) == 147456  # 36 layers, 8 heads of 128, keys and values
+    for change in (
+        {"model": {"path": "x", "dtype": "bfloat16", "gradient_checkpointing": True}},
+        {"model": {"path": "x", "dtype": "bfloat16", "quantization": "nf4"}},
+        {"ppo": {"micro_batch_size": 1, "rollout_batch_size": 8}},
+        {"lora": {"layers": "top_8"}},
+        {"dialogue": {"max_response_tokens": 16}},
+    ):
+        assert total(big(**change)) < total(recipe), change
+    sharded = [memory.learning(1000, setting._replace(zero=stage, world=8), bucket=10) for stage in range(4)]
+    assert sharded == [(4000, 8000), (4040, 1500), (540, 1500), (540, 1500)]
+    offloaded = setting._replace(zero=2, world=8, offload_optimizer=True)
+    assert memory.learning(1000, offloaded, bucket=10) == (540, 0)
+    update = [m for m in plan(big(distributed={"zero_stage": 3}), QWEN, LENGTHS, gpu=True, world=8).moments
+              if (m.stage, m.name) == ("ppo", "update")]  # fmt: skip
+    assert update[0].parts.weights == pytest.approx(8190735360 * 2 / 8)
+
+
+def test_the_remedies_are_valid_fit_and_begin_with_what_changes_no_result():
+    recipe = big()
+    found = remedies(recipe, largest, world=1)
+    needs = [remedy.largest.parts.total for remedy in found]
+    assert needs == sorted(needs)
+    assert 0 < needs[-1] < total(recipe)
+    assert any("model.gradient_checkpointing=true" in remedy.overrides for remedy in found)
+    combined = together(recipe, largest, world=1, limit=24e9)
+    assert combined.largest.parts.total <= 24e9
+    keys = [override.partition("=")[0] for override in combined.overrides]
+    assert "ppo.micro_batch_size" in keys
+    assert not any(key.startswith("dialogue.") for key in keys)
+    assert together(recipe, largest, world=1, limit=1e9) is None
+
+
+def test_a_plan_that_fits_ends_well_and_one_that_does_not_says_what_would_help(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPU", "24GB")
+    check.show(tiny_recipe())
+    text = capsys.readouterr().out
+    assert "| stage | largest at |" in text
+    assert "it fits" in text
+    with pytest.raises(UserError, match=r"plan: .* of 24\.0 GB, .* does not fit"):
+        check.show(big())
+    text = capsys.readouterr().out
+    assert "model.quantization=nf4" in text
+    assert "| yes |" in text
+
+
+@pytest.mark.parametrize(("policy", "refused"), [("refuse", True), ("warn", False), ("off", False)])
+def test_a_run_that_cannot_fit_is_refused_as_the_recipe_says(tmp_path, capsys, monkeypatch, policy, refused):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPU", "24GB")
+    if refused:
+        with pytest.raises(UserError, match=r"does not fit .* set plan=warn to start all the same"):
+            check.before_a_run(big(plan=policy))
+    else:
+        check.before_a_run(big(plan=policy))
+    assert ("gradient_checkpointing" in capsys.readouterr().out) == (policy != "off")
+
+
+def test_within_its_own_error_a_plan_refuses_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    need = check.planned(big(), Machine(True, 1.0, 1, 1, "x")).plan.largest().parts.total
+    monkeypatch.setenv("GPU", str(int(need * 0.9)))
+    check.before_a_run(big())
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_yaml_reads_off_as_false():
+    assert load(TINY, ["plan=off"]).plan == "off"
+
+
+def test_the_command_ends_with_2_where_it_does_not_fit(tmp_path):
+    command = [
+        "make",
+        "--no-print-directory",
+        "plan",
+        "RECIPE=recipes/tiny.yaml",
+        f"SET=name={tmp_path.name[:20]}",
+    ]
+    for gpu, status in (("1GB", 0), ("1kB", 2)):
+        done = subprocess.run(
+            [*command, f"GPU={gpu}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ},
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+
+
+def stated(recipe):
+    """What a recipe's header says of its machine: the words behind `Plan:`."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    words = next((line.partition("Plan:")[2].split() for line in lines if line.startswith("# Plan:")), None)
+    return dict(word.split("=") for word in words or ["GPU=none", "PROCS=1"])
+
+
+SHIPPED = sorted(p for p in (ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_recipe_fits_the_machine_that_it_is_for(file, monkeypatch):
+    monkeypatch.setattr("rlhf.recipe.load.files_of", lambda spec: [spec])  # data may be elsewhere
+    monkeypatch.chdir(ROOT)
+    words = stated(file)
+    here = machine(words)
+    if not here.gpu:
+        here = here._replace(bytes=16e9)
+    recipe = load(str(file.relative_to(ROOT)))
+    monkeypatch.undo()
+    found = check.planned(recipe, here)
+    assert fits(found.plan.largest(), here), found.plan.largest()
+
+
+def test_some_recipes_are_for_gpus():
+    assert sum("GPU" in stated(file) and stated(file)["GPU"] != "none" for file in SHIPPED) >= 5
