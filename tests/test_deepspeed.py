@@ -214,6 +214,28 @@ def test_offloaded_processes_train_the_reward_model_of_one(single, road, tmp_pat
     assert_close(here, single[0], "reward", "model")
 
 
+SHORT = ("reward.layers=2", "reward.pooling=mean")
+
+
+def test_two_processes_agree_with_one_on_a_reward_model_of_fewer_layers(road, tmp_path):
+    """ZeRO-3 takes the layers apart, and a role goes through some of them only."""
+    from policy.ppo import __main__ as ppo
+    from reward.training import __main__ as train
+
+    alone = copy_of(road, tmp_path / "alone", "comparisons")
+    few = [option for option in REWARD if "lm_coef" not in option]
+    options = (*SHORT, *few, *PPO[:1], "distributed.zero_stage=3")
+    alone_in(alone, train.main, *options)
+    here = copy_of(alone, tmp_path / "here", "comparisons", "reward")
+    alone_in(alone, ppo.main, *options)
+    finish(here, "ppo", *options)
+    assert_close(here, alone, "ppo", "policy", "value")
+    shutil.rmtree(here / "runs/tiny/reward")
+    finish(here, "reward", *options)
+    assert_close(here, alone, "reward", "model")
+    assert json.loads((here / "runs/tiny/reward/model/reward_model.json").read_text())["layers"] == 2
+
+
 @pytest.mark.parametrize(
     ("zero", "base", "name"),
     [(3, "quantization=nf4", "reward"), (2, "dtype=bfloat16", "ppo"), (1, "quantization=int8", "reward"),
