@@ -1,8 +1,11 @@
 """Log-probs of chosen tokens: equal to the full log-softmax, value and gradient, a chunk at a time."""
 
+import copy
+
 import pytest
 import torch
 
+from rlhf.models import log_probs
 from rlhf.models.log_probs import token_log_probs
 
 
@@ -163,3 +166,25 @@ def test_a_head_that_learns_gets_its_gradient():
     head = frozen(weight_VD).requires_grad_()
     token_log_probs(hidden_BTD, head, targets_BT, temperature=1.0, chunk=4)[0].sum().backward()
     assert float(head.weight.grad.abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_a_frozen_head_in_bfloat16_is_that_of_float64_but_for_rounding(rows, monkeypatch):
+    """Also the gradient of a token that is all but certain, which is the difference of two near vectors."""
+    monkeypatch.setattr(log_probs, "_LOGITS_IN_CACHE", 11 * rows)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(4, 11, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    targets_BT = torch.randint(11, (2, 4))
+    hidden_BTD = torch.randn(2, 4, 4).bfloat16()
+    hidden_BTD[0, 0] = 25 * head.weight[targets_BT[0, 0]] / head.weight[targets_BT[0, 0]].norm()
+    found, wanted = [], []
+    for out, kind in ((found, torch.bfloat16), (wanted, torch.float64)):
+        states, own = hidden_BTD.to(kind, copy=True).requires_grad_(), copy.deepcopy(head).to(kind)
+        options = {"temperature": 0.9, "chunk": 3, "differentiable_entropy": True}
+        both = token_log_probs(states, own, targets_BT, **options)
+        (both[0].sum() + 0.3 * both[1].sum()).backward()
+        out += [*both, *states.grad.flatten(0, 1)]
+    assert found[0].dtype == torch.float32
+    assert -1e-3 < float(wanted[0][0, 0].detach()) < -1e-4
+    for mine, exact in zip(found, wanted, strict=True):
+        assert (mine.double() - exact).norm() < 0.2 * exact.norm()

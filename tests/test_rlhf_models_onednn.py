@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf.models import onednn as products
 from rlhf.models.backbone import Backbone
-from rlhf.models.onednn import linear, packed_weights, use_onednn
+from rlhf.models.onednn import attention, linear, packed_weights, use_onednn
 from rlhf.models.tiny import tiny_model
 from rlhf.recipe.schema import Lora
 
@@ -164,3 +165,51 @@ def test_what_cannot_be_packed_is_left_alone():
         assert half.forward.packed is None
         assert learned.forward.packed is not None
         assert foreign(3) == 3
+
+
+# ---- attention
+
+
+def attended(how, dtype, mask, *, queries=12, keys=12):
+    """Output and gradients of six heads over two heads of keys, from the same numbers in any type."""
+    drawn = torch.Generator().manual_seed(3)
+    shapes = (3, 6, queries, 16), (3, 2, keys, 16), (3, 2, keys, 16)
+    inputs = [torch.randn(shape, generator=drawn).bfloat16().to(dtype).requires_grad_() for shape in shapes]
+    module = nn.Module()
+    module.num_key_value_groups = 3
+    mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
+    out, _ = how(module, *inputs, mask, scaling=0.3)
+    out.backward(torch.randn(out.shape, generator=drawn).bfloat16().to(dtype))
+    made_by, names = out.grad_fn, []
+    while made_by:
+        names.append(made_by.name())
+        made_by = made_by.next_functions[0][0] if made_by.next_functions else None
+    return [out.detach(), *(x.grad for x in inputs)], "_ShortAttentionBackward" in names
+
+
+def masks_of(queries, keys):
+    """As models give them: nothing, True = may look, numbers to add."""
+    may = torch.ones(3, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+    may[1, ..., 1] = may[2, ..., 2:5] = False
+    return {"none": None, "bool": may, "added": torch.zeros(may.shape).masked_fill(~may, -1e30)}
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "added"])
+@pytest.mark.parametrize("queries", [12, 1])
+def test_short_attention_in_bfloat16_is_that_of_float64_but_for_rounding(kind, queries):
+    mask = masks_of(queries, 12)[kind]
+    found, own = attended(attention, torch.bfloat16, mask, queries=queries)
+    wanted, _ = attended(sdpa_attention_forward, torch.float64, mask, queries=queries)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert mine.shape == theirs.shape
+        assert (mine.double() - theirs).norm() < 0.01 * theirs.norm()
+    assert own == (queries > 1)
+
+
+def test_all_other_attention_is_what_it_was():
+    for dtype, keys in ((torch.float32, 12), (torch.bfloat16, 129)):
+        found, own = attended(attention, dtype, None, queries=keys, keys=keys)
+        wanted, _ = attended(sdpa_attention_forward, dtype, None, queries=keys, keys=keys)
+        assert all(map(torch.equal, found, wanted))
+        assert not own

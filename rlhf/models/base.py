@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from rlhf.errors import UserError, first_line
 from rlhf.models.log_probs import logits_head
-from rlhf.models.onednn import use_onednn
+from rlhf.models.onednn import use_onednn, use_short_attention
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Model
 from rlhf.runs.processes import processes
@@ -165,6 +165,7 @@ def load_base(
             module.support_avx512bf16_for_cpu = False
     base.requires_grad_(False)
     use_onednn(base)
+    use_short_attention()
     if model.gradient_checkpointing:
         checkpoint_layers(base.get_decoder())
     return base.eval()

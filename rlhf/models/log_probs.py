@@ -19,6 +19,7 @@ from rlhf.errors import UserError
 from rlhf.models.onednn import linear
 
 _LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
+_LOGITS_IN_CACHE = 2**18  # 1 MiB in float32
 
 
 def chunk_of(vocabulary: int) -> int:
@@ -149,6 +150,13 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
+def _rows_at_once(logits_CV: Tensor) -> list[slice]:
+    """All rows of a chunk, or a few at a time where float32 copies of them then stay in a CPU's cache."""
+    whole = logits_CV.dtype == torch.float32 or logits_CV.device.type != "cpu"
+    size = len(logits_CV) if whole else max(1, _LOGITS_IN_CACHE // logits_CV.shape[1])
+    return [slice(first, first + size) for first in range(0, len(logits_CV), size)]
+
+
 class _FrozenHeadLogProbs(torch.autograd.Function):
     """Chosen log-probs and entropies under softmax(W h / temperature); W is a constant.
 
@@ -171,22 +179,33 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         entropy_N = torch.empty_like(logp_N)
         slope_ND = torch.empty_like(hidden_ND) if wanted else None
         bend_ND = torch.empty_like(hidden_ND) if wanted and bonus else None
+        half = weight_VD.dtype != torch.float32
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
             targets_C1 = targets_N[part, None]
-            logits_CV = linear(hidden_ND[part], weight_VD).float()
-            if temperature != 1.0:
-                logits_CV /= temperature
-            logits_CV -= logits_CV.logsumexp(dim=-1, keepdim=True)  # log-probs from here on
-            logp_N[part] = logits_CV.gather(-1, targets_C1).squeeze(-1)
-            p_CV = logits_CV.exp()
-            entropy_N[part] = -torch.linalg.vecdot(p_CV, logits_CV)
-            if slope_ND is not None:
-                mean_CD = linear(p_CV.to(weight_VD.dtype), weight_VD.T)
-                slope_ND[part] = (weight_VD[targets_C1[:, 0]] - mean_CD) / temperature
+            raw_CV = linear(hidden_ND[part], weight_VD)
+            bend_CV = torch.empty_like(raw_CV) if half and bend_ND is not None else raw_CV
+            for rows in _rows_at_once(raw_CV):
+                logits_CV = raw_CV[rows].float()
+                if temperature != 1.0:
+                    logits_CV /= temperature
+                logits_CV -= logits_CV.logsumexp(dim=-1, keepdim=True)  # log-probs from here on
+                logp_N[part][rows] = logits_CV.gather(-1, targets_C1[rows]).squeeze(-1)
+                p_CV = logits_CV.exp()
+                entropy_C1 = -torch.linalg.vecdot(p_CV, logits_CV)[:, None]
+                entropy_N[part][rows] = entropy_C1[:, 0]
+                if half and wanted:  # in float32 these are whole tensors already, and worked out below
+                    if bend_ND is not None:
+                        bend_CV[rows] = logits_CV.add_(entropy_C1).mul_(p_CV)
+                    # rounded here, a slope that is nearly 0 keeps its digits
+                    raw_CV[rows] = p_CV.neg_().scatter_add_(-1, targets_C1[rows], torch.ones_like(entropy_C1))
+            if slope_ND is not None and half:
+                slope_ND[part] = linear(raw_CV, weight_VD.T) / temperature
+            elif slope_ND is not None:
+                slope_ND[part] = (weight_VD[targets_C1[:, 0]] - linear(p_CV, weight_VD.T)) / temperature
+                bend_CV = logits_CV.add_(entropy_N[part, None]).mul_(p_CV) if bend_ND is not None else bend_CV
             if bend_ND is not None:
-                logits_CV.add_(entropy_N[part, None]).mul_(p_CV)
-                bend_ND[part] = linear(logits_CV.to(weight_VD.dtype), weight_VD.T) / -temperature
+                bend_ND[part] = linear(bend_CV, weight_VD.T) / -temperature
         ctx.save_for_backward(slope_ND, bend_ND)
         return logp_N, entropy_N
 

@@ -6,7 +6,11 @@ or a wide output such as a vocabulary (figures: docs/benchmarks.md). Its operato
 compiler emits, so whether it is there and right is checked once against the plain product; everything else,
 and every machine without it, goes the plain way.
 
-Shape suffixes: ``_O`` output feature, ``_I`` input feature.
+In bfloat16 torch's products are oneDNN's already. Its fused attention, though, sets up small products for
+each row and head: over short sequences that takes most of its time, and :func:`attention` goes another way.
+
+Shape suffixes: ``_O`` output feature, ``_I`` input feature; ``_B`` row, ``_H`` head, ``_Q`` query, ``_K``
+key, ``_D`` hidden unit.
 """
 
 from __future__ import annotations
@@ -20,7 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+_SHORT = 128  # queries or keys; above, the fused kernel's work outweighs its setting up
 _TOLERANCE = 1e-4  # between the two products, in units of the result's size
 
 
@@ -154,3 +161,84 @@ def packed_weights(module: nn.Module, rows: int) -> Iterator[None]:
     finally:
         for forward in packed:
             forward.packed = None
+
+
+# ---------------------------------------------------------------- attention
+
+
+class _ShortAttention(torch.autograd.Function):
+    """softmax(s Q K^T + mask) V by the fused kernel; its gradients by products over all rows and heads
+    (Dao 2022, arXiv 2205.14135, algorithm 4, without tiles)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask_B1QK: Tensor, scale: float
+    ) -> Tensor:
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out_BHQD, logsumexp_BHQ = fused(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask_B1QK, scale=scale)
+        ctx.save_for_backward(q_BHQD, k_BHKD, v_BHKD, mask_B1QK, out_BHQD, logsumexp_BHQ)
+        ctx.scale = scale
+        return out_BHQD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHQD: Tensor) -> Any:
+        q_BHQD, k_BHKD, v_BHKD, mask_B1QK, out_BHQD, logsumexp_BHQ = ctx.saved_tensors
+        within_BHQ1 = torch.linalg.vecdot(grad_BHQD.float(), out_BHQD.float())[..., None]
+        p_BHQK = (q_BHQD @ k_BHKD.mT).float().mul_(ctx.scale).add_(mask_B1QK)
+        p_BHQK.sub_(logsumexp_BHQ[..., None]).exp_()
+        slope_BHQK = (grad_BHQD @ v_BHKD.mT).float().sub_(within_BHQ1).mul_(p_BHQK).mul_(ctx.scale)
+        slope_BHQK, p_BHQK = slope_BHQK.to(q_BHQD.dtype), p_BHQK.to(q_BHQD.dtype)
+        return slope_BHQK @ k_BHKD, slope_BHQK.mT @ q_BHQD, p_BHQK.mT @ grad_BHQD, None, None
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """``sdpa`` of transformers, and its arguments; short sequences in bfloat16 on a CPU go another way, as
+    does one query in decoding."""
+    same: Any = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **options}
+    if not _is_short(query, key, value, dropout, options):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **same)
+    if query.shape[2] == 1:  # under a mask, transformers groups the heads by the keys that they share
+        mask = query.new_zeros(1, 1, 1, key.shape[2]) if attention_mask is None else attention_mask
+        return sdpa_attention_forward(module, query, key, value, mask, **same)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None:
+        shape = query.shape[2], key.shape[2]
+        may = query.new_ones(shape, dtype=torch.bool)
+        attention_mask = (may.tril() if causal else may)[None, None]
+    if attention_mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        attention_mask = query.new_zeros(attention_mask.shape).masked_fill_(~attention_mask, lowest)
+    groups = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    inputs = query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask
+    out_BHQD: Tensor = _ShortAttention.apply(*inputs, scale)
+    return out_BHQD.transpose(1, 2).contiguous(), None
+
+
+def _is_short(query: Tensor, key: Tensor, value: Tensor, dropout: float, options: dict[str, Any]) -> bool:
+    """Whether attention is what :func:`attention` does itself."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == key.dtype == torch.bfloat16
+        and (query.shape[2] == 1 or query.shape[2] == key.shape[2] <= _SHORT)
+        and query.shape[-1] == key.shape[-1] == value.shape[-1]
+        and dropout == 0.0
+        and all(options.get(name) is None for name in ("position_bias", "cache", "softcap"))
+        and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    )
+
+
+def use_short_attention() -> None:
+    """Let every model of transformers that attends by ``sdpa`` do so by :func:`attention` from now on."""
+    AttentionInterface.register("sdpa", attention)
