@@ -164,3 +164,22 @@ def test_a_family_that_cannot_be_trained_is_refused_before_anything_is_made(name
         stage(collect.main, f"model.path={models / name}", "model.source=hub", *SHORT)
     assert "\n" not in str(caught.value)
     assert not Path("runs").exists()
+
+
+def gradients(folder, layers, *, checkpointing):
+    """Of a policy's adapter."""
+    torch.manual_seed(0)
+    base = load_base(Model(path=str(folder), gradient_checkpointing=checkpointing))
+    backbone = Backbone(base, Lora(rank=2, layers=layers), adapters=["policy"], trainable=["policy"])
+    ids, mask = left_pad(PROMPTS, 0)
+    trunk = stirred(backbone).trunk(ids, mask)
+    backbone("policy", ids, mask, trunk, start=15)[0].sum().backward()
+    return [p.grad for p in backbone.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_a_family_has_the_same_gradients_under_checkpointing(name, models):
+    for layers in ("all", "top_2"):
+        plain, less = (gradients(models / name, layers, checkpointing=on) for on in (False, True))
+        assert plain
+        assert all(torch.equal(*pair) for pair in zip(plain, less, strict=True))

@@ -34,12 +34,14 @@ SMALL = (
 )
 
 
-def backbone_in(folder, layers, *, checkpointing):
+def backbone_in(folder, layers, *, checkpointing, dtype="float32"):
     """A tiny base under two adapters, both far from zero."""
     if not folder.exists():
         write_tiny_model(folder, seed=0)
     torch.manual_seed(0)
-    base = with_hidden_states(load_base(Model(path=str(folder), gradient_checkpointing=checkpointing)))
+    base = with_hidden_states(
+        load_base(Model(path=str(folder), dtype=dtype, gradient_checkpointing=checkpointing))
+    )
     names = {"adapters": ["policy", "value"], "heads": ["value"], "trainable": ["policy", "value"]}
     backbone = Backbone(base, Lora(rank=4, layers=layers), **names)
     generator = torch.Generator().manual_seed(1)
@@ -65,11 +67,13 @@ def gradients(backbone, folded):
     return found
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("layers", ["all", "top_2"])
-def test_gradients_are_equal_bit_for_bit(layers, folded, tmp_path):
+def test_gradients_are_equal_bit_for_bit(layers, folded, dtype, tmp_path):
     plain, less = (
-        gradients(backbone_in(tmp_path / "m", layers, checkpointing=c), folded) for c in (False, True)
+        gradients(backbone_in(tmp_path / "m", layers, checkpointing=c, dtype=dtype), folded)
+        for c in (False, True)
     )
     assert plain.keys() == less.keys()
     assert all(torch.equal(plain[name], less[name]) for name in plain)
