@@ -61,15 +61,17 @@ def test_a_reference_that_a_stage_will_make_is_none():
 
 
 def test_without_a_table_there_is_nothing_to_look_at(capsys):
-    look()
+    look("plan=off")
     assert capsys.readouterr().out == ""
+    look()
+    assert capsys.readouterr().out.startswith("plan: reward (")
 
 
 def test_for_a_finished_table_there_is_nothing_to_look_at(capsys):
     Path("runs/tiny/tax").mkdir(parents=True)
     Path("runs/tiny/tax/manifest.json").touch()
     lines("texts.jsonl", [{"words": "none"}])
-    look(LOSS)
+    look(LOSS, "plan=off")
     assert capsys.readouterr().out == ""
 
 

@@ -218,6 +218,11 @@ class Stages:
         acts = memory.activations(
             shape, self.recipe.lora.rank, adapted, tokens, setting, length=width, mask=rows < responses
         )
+        if stage == "reward" and not setting.gpu:
+            # what was saved is loaded beside what was trained, and the heap keeps what training took
+            left = acts if memory.heap(tokens * shape.intermediate * setting.size, setting) > 1 else 0.0
+            again = {"weights": 2 * base, "adapters": 8.0 * learns, "copies": copies, "activations": left}
+            yield Moment(stage, "loading again", common._replace(**again))
         logits = memory.training_logits(shape, at_once * long, setting) if language else 0.0
         yield Moment(stage, "training", common._replace(
             weights=base + head, copies=copies, gradients=gradients, optimizer=optimizer, activations=acts,
