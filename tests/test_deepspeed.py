@@ -237,17 +237,19 @@ def test_two_processes_agree_with_one_on_a_reward_model_of_fewer_layers(road, tm
 
 
 @pytest.mark.parametrize(
-    ("zero", "base", "name"),
-    [(3, "quantization=nf4", "reward"), (2, "dtype=bfloat16", "ppo"), (1, "quantization=int8", "reward"),
-     (0, "dtype=float16", "ppo"), (3, "quantization=int8", "ppo")],
+    ("zero", "base", "name", "more"),
+    [(3, "quantization=nf4", "reward", ()), (2, "dtype=bfloat16", "ppo", ()),
+     (1, "quantization=int8", "reward", SHORT), (0, "dtype=float16", "ppo", ()),
+     (3, "quantization=int8", "ppo", SHORT)],
 )  # fmt: skip
-def test_two_processes_train_over_any_base(zero, base, name, inside):
+def test_two_processes_train_over_any_base(zero, base, name, more, inside):
     from reward.training import __main__ as train
     from rlhf.collect import __main__ as collect
     from rlhf.models import prepare
 
     options = (
-        f"model.{base}", "collect={prompts: 8, responses: 2}", "data.held_out=0.3", "reward.batch_size=4",
+        *more, f"model.{base}", "collect={prompts: 8, responses: 2}", "data.held_out=0.3",
+        "reward.batch_size=4",
         "reward.reference_responses=8", "ppo.steps=1", "ppo.batch_size=8", "ppo.micro_batch_size=2",
     )  # fmt: skip
     for main in (prepare.main, collect.main, *([train.main] if name == "ppo" else [])):
