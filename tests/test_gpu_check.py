@@ -115,6 +115,7 @@ def test_steps_over_a_known_shape_are_measured():
     found = child.ppo("8b", quick=True)
     assert found["s_per_step"] > 0
     assert 0 < found["share_of_bfloat16_peak"] < 1
+    assert 0.3e9 < found["planned_bytes"] < 3e9  # libraries, and a model of a few megabytes
     assert "process" in report.line(found)
     assert "GB" in report.line(found)
 

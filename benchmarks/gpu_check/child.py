@@ -17,6 +17,9 @@ from benchmarks.ppo.task import Task
 from rlhf.errors import exit_on_user_error
 from rlhf.models.base import best_device
 from rlhf.models.tiny import write_tiny_model
+from rlhf.plan.lengths import Lengths
+from rlhf.plan.shapes import from_config
+from rlhf.plan.stages import plan
 
 PROMPTS = "recipes/prompts/sentiment_train.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "bitsandbytes")
@@ -71,7 +74,7 @@ def ppo(shape: str, quick: bool) -> Figures:
 
     Returns:
         Seconds a step and by phase, tokens a second, the share of the bfloat16 peak, memory in bytes: of the
-        GPU (``gpu_bytes``, the most that tensors held) and of the process.
+        GPU (``gpu_bytes``, the most that tensors held) and of the process, and what ``make plan`` says of it.
     """
     kind, values = SHAPES[shape]
     config = kind(**{**values, **(_SMALL if quick else {})}, eos_token_id=1, pad_token_id=0)
@@ -86,14 +89,20 @@ def ppo(shape: str, quick: bool) -> Figures:
         steps = 2 if quick else 3
         task = Task(str(folder), "", "all", response, epochs=2, steps=steps, micro_batch=min(8, number))
         found = ours(task, rows, Path(scratch), base)
+    gpu = torch.cuda.is_available()
+    asked = task.recipe(number)
+    recipe = asked.model_copy(update={"model": asked.model.model_copy(update={"dtype": "bfloat16"})})
+    lengths = Lengths(max(len(row["ids"]) for row in rows), 2, None, True)
+    moments = plan(recipe, from_config(config.to_dict(), shape), lengths, gpu=gpu, world=1).moments
     peak = products_a_second(512 if quick else 8192, torch.bfloat16)
     kept = ("s_per_step", "generate_s", "score_s", "update_s", "tokens_per_s", "flops_per_s")
     return {
         **{name: found[name] for name in kept},
         "share_of_bfloat16_peak": found["flops_per_s"] / peak,
         "parameters": sum(p.numel() for p in base.parameters()),
-        "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        "gpu_bytes": torch.cuda.max_memory_allocated() if gpu else None,
         "process_bytes": peak_bytes(),
+        "planned_bytes": max(m.parts.total for m in moments if m.stage == "ppo"),
     }
 
 

@@ -21,13 +21,13 @@ def line(figures: Figures) -> str:
     """The figures of a part in one line."""
     words = []
     for name, value in figures.items():
-        if isinstance(value, (dict, list)):
+        if value is None or isinstance(value, (dict, list)):
             continue
         if name.endswith("_bytes"):
             words.append(f"{name.removesuffix('_bytes')} {value / 1e9:.2f} GB")
         elif name == "flops_per_s":
             words.append(f"{value / 1e12:.2f} TFLOP/s")
-        elif value is not None:
+        else:
             words.append(f"{name.replace('_', ' ')} {plain(value)}")
     return ", ".join(words)
 
