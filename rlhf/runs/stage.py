@@ -254,7 +254,8 @@ def open_stage(
 
 def _less_memory(recipe: Recipe, stage: str) -> str:
     """How a stage gets by with less memory, and goes on."""
-    ways = [f"lower {key} ({attrgetter(key)(recipe)} now)" for key in _ROWS.get(stage, ())]
+    rows = [key for key in _ROWS.get(stage, ()) if getattr(recipe, key.partition(".")[0]) is not None]
+    ways = [f"lower {key} ({attrgetter(key)(recipe)} now)" for key in rows]
     if ways and not recipe.model.gradient_checkpointing:
         ways.append("set model.gradient_checkpointing=true")
     if not ways:
