@@ -135,7 +135,7 @@ smoke: setup ## make rlhf: the two tiny recipes from end to end, in scratch fold
 study-preference: setup ## studies.preference: check the papers' claims on a ladder of small models (STUDY=--quick)
 	@$(PY) -m studies.preference $(STUDY)
 
-study-people: setup ## studies.people: a policy that learns from people, five ways at equal samples (STUDY="--recipe ... | --quick")
+study-people: setup ## studies.people: a policy that learns from people, at equal samples (STUDY="--recipe ... | --quick")
 	@$(PY) -m studies.people $(STUDY)
 
 study-scaling: setup ## studies.scaling: evaluations and preference objectives over a ladder of models (STUDY=--quick)

@@ -1,4 +1,4 @@
-"""A policy that learns from people, five ways at equal samples, judged by a reward model it has not met.
+"""A policy that learns from people, at equal samples, judged by a reward model it has not met.
 
 ``python -m studies.people --recipe RECIPE`` splits the recipe's training comparisons in halves (Bai 2022,
 arXiv 2204.05862, section 4.2), trains a reward model on each, trains policies against the one, and judges

@@ -106,7 +106,7 @@ def page(content: dict[str, Any]) -> str:
     train, test = (plain(accuracy[half], ".3f") for half in ("train", "test"))
     machine, time = content["machine"], content["time"]
     parts = [
-        "# Learning from people: five ways at equal samples",
+        "# Learning from people: policies at equal samples",
         f"Made by `{content['command']}`; every figure is in `study.json` beside this page.",
         f"The training comparisons are split in halves of {content['halves']['train']} and "
         f"{content['halves']['test']}, no group or prompt in both. Policies learn from the first half or "
