@@ -273,8 +273,11 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def tolerance(model: Any) -> float:
-    """The :func:`difference` that rounding alone can make: 50 times as much in half precision (0.01 were seen
-    in bfloat16), and in a quantized base, whose scales depend on what else is in a batch."""
+    """The :func:`difference` that rounding alone can make: 150 times as much in half precision, and in a
+    quantized base, whose scales depend on what else is in a batch.
+
+    Over the 30 layers of SmolLM2-135M in bfloat16 rounding made 0.06, and a mask that is ignored 1.2.
+    """
     base = getattr(model, "module", model).base_model.model
     exact = base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
-    return _TOLERANCE * (1 if exact else 50)
+    return _TOLERANCE * (1 if exact else 150)
