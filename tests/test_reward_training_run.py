@@ -22,6 +22,7 @@ from reward.training import __main__ as train
 from reward.training.trainer import PreferenceTrainer, train_preference_model
 from rlhf.errors import UserError
 from rlhf.models.lora import HEAD
+from rlhf.runs import cache
 from rlhf.runs.artifacts import WEIGHTS, read_json
 from rlhf.tokenization.dialogue import load_dialogue
 
@@ -345,6 +346,9 @@ def test_a_killed_ensemble_goes_on_with_the_member_that_is_missing(prepared, ret
         with contextlib.suppress(KeyboardInterrupt):
             stage(train.main, "reward.members=2", ALL)
         gc.collect()  # a process that ends gives its lock back
+        earlier = {"weights": [], "layers": None, "accuracy": {}, "best": None}  # as it was without scores
+        (parts := folder / "runs/tiny/reward/parts").joinpath("probes.json").unlink(missing_ok=True)
+        cache.remember(parts, "probes", None, lambda e=earlier: e)
     assert (began, probed) == ([0, 1, 1], [1])
 
     other = folder / f"{MODEL}-1"

@@ -258,7 +258,7 @@ def _probe(
         options: dict[str, Any] = {"share": plan.share, "trunk": plan.trunk, "layers": layers}
         return fit_probe(model, *rows[:2], dialogue.pad_id, **options, head=head)._asdict()
 
-    probe = Probe(**stage.remember("probes", fit))
+    probe = Probe(**stage.remember("probes", fit, key=Probe._fields))  # an earlier version kept fewer
     if probe.best:
         stage.say(
             "reward: best probe by cross-validation on the training part: layer {layer}, {pooling}, "
