@@ -65,6 +65,8 @@ PAIRS = [  # row, ranks of a and b, confidence
     ({**Q, "responses": ["a", "b"], "scores": [1, 2.5]}, SECOND, None),
     ({**Q, "responses": ["a", "b"], "grades": [[5, 4, 3], [4, 4, 1]]}, FIRST, 2.5 / 3),
     ({**Q, "responses": ["a", "b"], "votes": [1, "1", 0]}, SECOND, 2 / 3),
+    ({**Q, "responses": ["a", "b"], "votes": ["1", "1"]}, SECOND, 1.0),
+    ({**H2, "votes": ["2", None, "2"]}, SECOND, 1.0),  # an annotator who said nothing
     ({"instruction": "q", "completions": [{"response": "a", "overall_score": 6.5},
                                           {"response": "b", "fine-grained_score": 3}]}, FIRST, None),
     ({"prompt": "\n\nHuman: q\n\nAssistant:", "answers": [{"answer": "a", "rank": 2.0},
@@ -164,6 +166,15 @@ BAD = [
         "a score is not a number: ",
     ),
     ({"label": 2, "scenario": "s"}, "the verdict names no side: label is 2 (known: 0, 1"),
+    (
+        {**Q, "responses": ["a", "b", "c"], "votes": [1, 1, 2]},
+        "votes that may be counts: votes is [1, 1, ",
+    ),
+    ({**H2, "votes": [2, 2]}, "votes that may be counts: votes is [2, 2]: "),
+    ({**H2, "votes": {"1": 5, "2": 0}}, "the verdict names no side: votes is an object of 1, 2"),
+    ({**H2, "winner": "C"}, "the verdict names no side: winner is 'C' (known: "),
+    ({**Q, "response": "a", "score": ""}, "a column is empty: score"),
+    ({**H2, "winner": ""}, "a column is empty: winner"),
 ]
 
 
@@ -324,3 +335,9 @@ def test_the_published_files_are_read_without_a_bad_row(file, number, groups):
     assert not counts.unused
     if number is not None:
         assert (len(found), len({c.group for c in found})) == (number, groups)
+
+
+def test_the_prompts_of_rows_that_are_one_comparison_count_as_used(tmp_path):
+    rows = [{**Q, "response": "a", "score": 1}, {**Q, "response": "b", "score": 2}]
+    _, counts = read(jsonl(tmp_path / "x.jsonl", *rows))
+    assert not counts.unused

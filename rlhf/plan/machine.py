@@ -67,7 +67,7 @@ def size_of(text: str, name: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", text.strip(), re.IGNORECASE)
     unit = found[2].upper() if found else ""
     unit = unit if unit.endswith("B") or not unit else f"{unit}B"
-    if found is None or unit not in _UNITS or float(found[1]) == 0:
+    if found is None or unit not in _UNITS or float(found[1]) * _UNITS[unit] < 1e6:
         raise UserError(f"{name}={text[:40]}: write a size of memory, such as {name}=24GB")
     return float(found[1]) * _UNITS[unit]
 

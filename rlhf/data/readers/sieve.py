@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rlhf.data.comparisons import Counts, OnBadRows
+from rlhf.data.readers.columns import is_empty
 from rlhf.data.readers.rows import BadRow, LeftOut, Origin, Reader, Row
 from rlhf.errors import UserError
 
@@ -35,6 +36,8 @@ def sift(
         try:
             reader = _reader(row, readers)
             if reader is None:
+                if empty := _empty_columns(row, readers):
+                    raise BadRow("a column is empty", empty)
                 unknown = BadRow("fields of no known format", _fields_and_formats(row, readers))
                 unrecognized = unrecognized or f"{where}: {unknown}"
                 if on_bad_rows == "stop" and not recognized:  # the file is wrong, skipping would not help
@@ -128,6 +131,14 @@ def _reader(row: object, readers: Sequence[Reader[T]]) -> Reader[T] | None:
     if not found and (fault := next(filter(None, (reader.nearly(row) for reader in readers)), None)):
         raise fault
     return found
+
+
+def _empty_columns(row: object, readers: Sequence[Reader[T]]) -> str:
+    """The empty columns of a row that would be of a known format if they held something, else nothing."""
+    empty = [name for name, value in row.items() if is_empty(value)] if isinstance(row, Mapping) else []
+    filled = dict(row) | dict.fromkeys(empty, "1") if isinstance(row, Mapping) else {}
+    known = empty and any(reader.recognizes(filled) for reader in readers)
+    return ", ".join(map(str, empty[:5])) if known else ""
 
 
 class _Watched(dict[str, Any]):

@@ -3,7 +3,8 @@
 - UltraFeedback {"instruction", "completions"}: ``overall_score`` of each, else ``fine-grained_score``.
 - Nectar {"prompt", "answers"}: ``rank`` of each, the lowest the best.
 - {"prompt", "responses"} with a number per response in ``_SCORES``, or several annotators' ("grades": a list
-  per response); or with "votes", one per annotator: the place of the best response, from 0, or "tie".
+  per response); or with "votes", one per annotator: the place of the best response, from 0, or "tie"; counts
+  of votes are scores.
 - one row a response, {"prompt", "response"} with ``_GRADES`` (HelpSteer 2: helpfulness): rows of one prompt
   are one comparison; rows of one response are several annotators.
 - E2E {"mr", "ref1", ...} with a grade in "quality1", ...: rows of one ``_unit_id`` are its annotators. The
@@ -26,6 +27,7 @@ from rlhf.data.readers.public.verdicts import (
     graded,
     group_of,
     named,
+    not_counts,
     number,
     side,
     text,
@@ -70,7 +72,9 @@ def _responses(row: Row, source: str) -> Found:
     prompt, group = asked(row), group_of(row)
     if row.get("votes") is not None:
         meaning = {str(place): place for place in range(len(answers))} | dict.fromkeys(TIES, TIE)
-        votes = [side(vote, "votes", meaning) for vote in _list(row["votes"], "votes")]
+        given = _list(row["votes"], "votes")
+        not_counts(given, len(answers), "votes")
+        votes = [side(vote, "votes", meaning) for vote in given if vote is not None]
         yield voted(prompt, answers, votes, source, group)
         return
     name = _of(row, _SCORES)
@@ -92,7 +96,9 @@ def _rows_of_responses(row: Row, source: str) -> Found:
     grades: dict[str, list[float]] = {}
     for x in row["rows"]:
         grades.setdefault(text(x["response"]), []).append(number(x[_of(x, _GRADES)]))
-    first = row["rows"][0]
+    first, *others = row["rows"]
+    for x in others:  # the same prompt and group, by together
+        asked(x), group_of(x)
     yield graded(asked(first), list(grades), list(grades.values()), source, group_of(first))
 
 

@@ -28,6 +28,7 @@ from rlhf.data.readers.public.verdicts import (
     asked,
     group_of,
     named,
+    not_counts,
     number,
     side,
     sign,
@@ -208,16 +209,17 @@ def meaning_of(one: str, other: str, ends: tuple[str, str]) -> dict[str, int]:
     a, b = (end.lower() for end in ends)
     words = {a: 0, b: 1, one.lower(): 0, other.lower(): 1, f"model_{a}": 0, f"model_{b}": 1}
     words |= {f"{a}>{b}": 0, f"{b}>{a}": 1, f"response_{a}": 0, f"response_{b}": 1, "left": 0, "right": 1}
-    return words | {tie: TIE for tie in TIES if tie not in words}
+    return words | {tie: TIE for tie in TIES - {"c"} if tie not in words}
 
 
 def votes_in(value: object, column: str, meaning: Mapping[str, int]) -> list[int]:
     """The votes of a verdict: one, or a list; an object holds it under "value" or "selected"."""
     if isinstance(value, list):
         submitted = [x for x in value if not isinstance(x, Mapping) or x.get("status") != "discarded"]
-        return [vote for x in submitted for vote in votes_in(x, column, meaning)]
+        not_counts(submitted, 2, column)
+        return [vote for x in submitted if x is not None for vote in votes_in(x, column, meaning)]
     if isinstance(value, Mapping):
-        value = next((value[name] for name in ("value", "selected") if name in value), None)
+        value = next((value[name] for name in ("value", "selected") if name in value), value)
     return [side(value, column, meaning)]
 
 

@@ -44,12 +44,30 @@ def number(value: object, what: str = "a score") -> float:
 
 def side(value: object, column: str, meaning: Mapping[str, int]) -> int:
     """The side (0, 1, ... or TIE) that a verdict names, in any case. Raises BadRow where it names none."""
+    if value is None or isinstance(value, Mapping):
+        what = "empty" if value is None else f"an object of {', '.join(map(str, value))}"
+        raise BadRow("the verdict names no side", f"{column} is {what}"[:100])
     word = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     found = meaning.get(word.strip().lower())
     if found is None or isinstance(value, bool):
         known = ", ".join(list(meaning)[:6])
         raise BadRow("the verdict names no side", f"{column} is {value!r}"[:60] + f" (known: {known}, ...)")
     return found
+
+
+def not_counts(votes: Sequence[object], responses: int, column: str) -> None:
+    """Refuse numbers of which nobody can tell whether they count votes or name the best response each.
+
+    Raises:
+        BadRow: as many whole numbers as responses.
+    """
+    if len(votes) == responses and all(isinstance(x, int) and not isinstance(x, bool) for x in votes):
+        raise BadRow(
+            "votes that may be counts",
+            f"{column} is {votes!r}"[:60] + f": as many numbers as responses; counts are scores "
+            f"(data.columns={{scores: {column}}}), places of the best response, one an annotator, are texts "
+            '(["0", "1"])',
+        )
 
 
 def sign(value: object, column: str) -> int:
