@@ -93,7 +93,7 @@ def road(*overrides: str, processes: Callable[[Machine], int] = lambda machine: 
                 "processes": number,
                 "reward_loss": run.column("reward", "reward/loss")[-1],
                 "policy_loss": run.column("ppo", "policy/loss")[-1],
-                "first_ratio": run.column("ppo", "policy/ratio")[0],
+                "mean_ratio_of_step_1": run.column("ppo", "policy/ratio")[0],
                 "sampler_gap": max(gap),
             }
 
