@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,40 +17,39 @@ from rlhf.errors import exit_on_user_error
 from rlhf.models.base import best_device
 from rlhf.models.tiny import write_tiny_model
 from rlhf.plan.lengths import Lengths
-from rlhf.plan.shapes import from_config
+from rlhf.plan.shapes import PUBLISHED, Shape, from_config
 from rlhf.plan.stages import plan
+from rlhf.training.matrix_units import product_rate
 
 PROMPTS = "recipes/prompts/sentiment_train.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "bitsandbytes")
-SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {  # of the models' config.json on the hub
-    "0.6b": (Qwen3Config, {"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072,
-             "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-             "tie_word_embeddings": True}),  # Qwen/Qwen3-0.6B
-    "8b": (LlamaConfig, {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
-           "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-           "tie_word_embeddings": False}),  # meta-llama/Llama-3.1-8B
-}  # fmt: skip
+
+
+def sizes_in_config(shape: Shape) -> dict[str, Any]:
+    """A shape as fields of a configuration of transformers."""
+    return {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "tie_word_embeddings": shape.tied,
+    }
+
+
+SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "0.6b": (Qwen3Config, sizes_in_config(PUBLISHED["qwen3-0.6b"])),
+    "8b": (LlamaConfig, sizes_in_config(PUBLISHED["llama-3.1-8b"])),
+}
 _SMALL = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
 
 
-def products_a_second(size: int, dtype: torch.dtype, repeats: int = 6) -> float:
+def products_a_second(size: int, dtype: torch.dtype) -> float:
     """Operations a second of the best of several products of two squares on the best device."""
-    a = torch.randn(size, size, device=best_device()).to(dtype)
-    b = torch.randn(size, size, device=best_device()).to(dtype)
-    best = float("inf")
-    for _ in range(repeats):
-        _wait()
-        start = time.perf_counter()
-        a @ b
-        _wait()
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return 1e9 * product_rate(dtype, size, size, size, best_device())
 
 
 def device(size: int) -> Figures:
