@@ -34,7 +34,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf verify check test smoke clean \
+.PHONY: help setup plan model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf export export-policy export-reward verify check test smoke clean \
         study-preference study-people study-scaling bench-reward bench-ppo gpu-check
 .NOTPARALLEL:
 
@@ -111,6 +111,14 @@ rlhf: preflight reward ## all of these: all stages of the recipe, in order; what
 	@$(PY) -m reward.card $(ARGS)
 	@$(PY) -m policy.evaluate $(ARGS)
 	@$(PY) -m policy.alignment_tax $(ARGS)
+
+export: export-policy export-reward ## both of these: plain models of a finished run, which need nothing of this project
+
+export-policy: recipe ## policy.export: the policy with its adapter merged in, checked in a fresh process, with a model card
+	@$(PY) -m policy.export $(ARGS)
+
+export-reward: recipe ## reward.export: the same of the reward model, with its head
+	@$(PY) -m reward.export $(ARGS)
 
 verify: recipe ## rlhf.runs.verify: check every file of a run against the hashes of its manifests
 	@$(PY) -m rlhf.runs.verify $(ARGS)

@@ -21,7 +21,7 @@ def python_files(folders):
 FILES = python_files(PACKAGES)
 MAX_LINES = 400
 MAX_MODULES = 15  # of a folder
-MAX_PRODUCT_LINES, MAX_TEST_LINES = 41_000, 33_900  # of all files; the aim is 26,500 and 24,500
+MAX_PRODUCT_LINES, MAX_TEST_LINES = 41_750, 34_100  # of all files; the aim is 26,500 and 24,500
 
 STAGES = (  # a stage is a package; its command line is the package's __main__
     "rlhf.collect",
@@ -29,7 +29,11 @@ STAGES = (  # a stage is a package; its command line is the package's __main__
     "reward.pretraining",
     "reward.training",
     "reward.card",
-    *(f"policy.{name}" for name in ("sft", "distillation", "ppo", "dpo", "evaluate", "alignment_tax")),
+    "reward.export",
+    *(
+        f"policy.{name}"
+        for name in ("sft", "distillation", "ppo", "dpo", "evaluate", "alignment_tax", "export")
+    ),
 )
 SCRIPTS = (*(f"{stage}.__main__" for stage in STAGES), "policy.alignment_tax.preflight")
 

@@ -24,7 +24,7 @@ from reward.model.batch import Example, width
 from reward.model.forward import check_packing, score_examples
 from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError
-from rlhf.models.base import load_base
+from rlhf.models.base import in_float32, load_base
 from rlhf.models.lora import HEAD, WEIGHTS, lora_config
 from rlhf.models.packing import with_hidden_states
 from rlhf.recipe.load import Recipe
@@ -261,13 +261,19 @@ class TextRewardModel:
         folder: a reward model of ours.
         device: where it runs.
         trust_remote_code: ``model.trust_remote_code`` of the recipe that uses it.
+        unpacked: with its base in float32 whatever its type, for an adapter that is to be merged.
 
     Raises:
         UserError: the folder holds no reward model of ours, or one without a score.
     """
 
     def __init__(
-        self, folder: Path, device: torch.device | str = "cpu", *, trust_remote_code: bool = False
+        self,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        *,
+        trust_remote_code: bool = False,
+        unpacked: bool = False,
     ) -> None:
         self.config = load_config(folder)
         check_has_score(self.config, folder)
@@ -285,6 +291,7 @@ class TextRewardModel:
         options = self.config.loading() | {"trust_remote_code": trust_remote_code}
         shape = self.config.layers, self.config.pooling
         base = load_classifier(Model(path=self.config.base, **options), self.dialogue, *shape)
+        base = in_float32(base) if unpacked else base
         self.model = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
         self.model.requires_grad_(False)
         self._share, self._checked = True, 0  # tokens of the longest row with which sharing has been tried

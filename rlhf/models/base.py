@@ -63,6 +63,15 @@ def quantization_config(kind: str) -> Any:
     )
 
 
+def in_float32(base: PreTrainedModel) -> PreTrainedModel:
+    """A base's weights as float32, unpacked where they are quantized: what its adapters were trained on, but
+    for int8, which rounds activations too. The model that was given is used up."""
+    unpacked: Any = base
+    if getattr(base, "hf_quantizer", None) is not None:
+        unpacked = unpacked.dequantize()
+    return unpacked.float()
+
+
 _TEXT_PART = {  # names of a language model's weights beside a vision tower, and by itself
     r"^language_model\.model\.": "model.",
     r"^model\.language_model\.": "model.",

@@ -134,6 +134,13 @@ def use_onednn(module: nn.Module) -> None:
             layer.__dict__["forward"] = _ByOneDnn(layer)
 
 
+def leave_onednn(module: nn.Module) -> None:
+    """Have every linear map inside a module computed as torch does again."""
+    for layer in module.modules():
+        if isinstance(layer.__dict__.get("forward"), Forward):
+            del layer.__dict__["forward"]
+
+
 @contextlib.contextmanager
 def packed_weights(module: nn.Module, rows: int) -> Iterator[None]:
     """Have linear maps computed from copies of their weights that are in the order oneDNN likes.

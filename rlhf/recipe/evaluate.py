@@ -1,10 +1,11 @@
-"""The evaluation of the policy."""
+"""The evaluation of the policy, and what leaves a run."""
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf.recipe.types import Folder, Natural, Positive, Rate, Section
 
@@ -59,3 +60,32 @@ class Evaluate(Section):
                 "policy is compared on: lower it, or raise prompts"
             )
         return self
+
+
+class Export(Section):
+    """What `make export` makes of a finished run: models that need nothing of this project."""
+
+    models: list[Literal["policy", "reward"]] | None = Field(default=None, min_length=1)
+    """Which; null = those whose stage has finished."""
+    policy: Literal["ppo", "dpo", "distill", "sft"] | None = None
+    """The stage whose policy it is; null = the first of these that has finished."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the written weights. Adapters are merged in float32, where nothing is lost; a half type rounds
+    small updates away."""
+    folder: Folder | None = None
+    """Where `policy` and `reward` are made; null = runs/<name>/export. Nothing there is written over."""
+    repo: str | None = None
+    """Model repository on the hub to push to, OWNER/NAME: the policy goes to OWNER/NAME-policy, the reward
+    model to OWNER/NAME-reward; null = nothing leaves the machine."""
+    private: bool = True
+    """Whether a repository that the push makes is private."""
+    license: str | None = None
+    """Identifier of the license in the model card, such as apache-2.0; null = the one that the base's own
+    card names, else `other`."""
+
+    @field_validator("repo")
+    @classmethod
+    def _repo(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
+            raise ValueError("a repository on the hub is OWNER/NAME")
+        return value

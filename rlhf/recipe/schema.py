@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from rlhf.recipe.distill import Distill
-from rlhf.recipe.evaluate import Evaluate
+from rlhf.recipe.evaluate import Evaluate, Export
 from rlhf.recipe.ppo import Ppo
 from rlhf.recipe.reward import Card, Collect, Pmp, Reward
 from rlhf.recipe.sft import Dpo, Sft
@@ -45,6 +45,7 @@ class Recipe(Section):
     dpo: Dpo | None = None
     evaluate: Evaluate = Evaluate()
     tax: Tax | None = None
+    export: Export = Export()
     distributed: Distributed = Distributed()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where the figures of every training step go beside `metrics.jsonl`, which is always written."""

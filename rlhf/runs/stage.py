@@ -214,7 +214,7 @@ def open_stage(
     LINE_LIMIT.set(recipe.data.max_line_megabytes << 20)
     LESS_MEMORY.set(_less_memory(recipe, stage))
     folder = RUNS / recipe.name / stage
-    found = {name: _parent_identity(recipe, name, stage) for name in parents}
+    found = {name: parent_identity(recipe, name, stage) for name in parents}
     hashes = input_hashes(inputs)
     recipe = settled(recipe, folder.parent)  # now that nothing else is wrong with what the stage reads
     resolved = recipe.model_dump(mode="json")
@@ -301,7 +301,12 @@ def _lock(folder: Path, stage: str) -> TextIO:
     return file
 
 
-def _parent_identity(recipe: Recipe, parent: str, stage: str) -> str:
+def parent_identity(recipe: Recipe, parent: str, stage: str) -> str:
+    """Identity of a finished stage that another one reads.
+
+    Raises:
+        UserError: it is not complete, or was made with another recipe: what makes it.
+    """
     manifest = RUNS / recipe.name / parent / MANIFEST
     if not manifest.is_file():
         raise UserError(

@@ -1,0 +1,1 @@
+"""What every exported model needs: its folder, the check in a fresh process, its card, the push."""
