@@ -136,7 +136,7 @@ def fitted(folder, monkeypatch, **section):
     monkeypatch.setattr(policy.ppo.run, "load_dialogue", lambda recipe: dialogue_of(4))
     monkeypatch.setattr(policy.ppo.run, "assemble", lambda *parts, **options: backbone)
     monkeypatch.setattr(policy.ppo.run, "stored_prompts", lambda *parts: PROMPTS)
-    monkeypatch.setattr(policy.ppo.run, "score_function", lambda *parts: Score())
+    monkeypatch.setattr(policy.ppo.run, "score_function", lambda *parts, **options: Score())
     built = policy.ppo.run.build_trainer(recipe, SimpleNamespace(folder=folder, note_clock=lambda: None))
     built.train()
     return policy.ppo.run.save(built), built

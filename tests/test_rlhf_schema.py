@@ -46,6 +46,7 @@ def readings():
 BY_PROPERTY = {  # read inside the schema, for these properties
     ("lora", "layers"): ("lora", "top_k"),
     ("ppo", "whiten_advantages"): ("ppo", "whitens_advantages"),
+    ("reward", "function"): ("reward", "scored_by"),
 }
 
 STORED = {

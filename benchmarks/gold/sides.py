@@ -102,7 +102,7 @@ def train_theirs(recipe: Recipe, run: Path, adapter: Path) -> Figures:
 def judge_both(recipe: Recipe, run: Path, adapter: Path) -> Figures:
     """Both policies answer the held-out prompts with the same random numbers; paired figures."""
     from policy.evaluate.before_after import per_prompt, reward_fn_of, sample_and_score
-    from rlhf.collect.judges import JUDGES
+    from rlhf.collect.judges import judge_of
     from rlhf.models.backbone import REFERENCE, Backbone
     from rlhf.models.base import load_base
     from rlhf.stats.intervals import paired_difference
@@ -119,7 +119,7 @@ def judge_both(recipe: Recipe, run: Path, adapter: Path) -> Figures:
             role,
             dialogue,
             rows,
-            {"gold": reward_fn_of(JUDGES[section.judge])},
+            {"gold": reward_fn_of(judge_of(section.judge, recipe, "evaluate.judge"))},
             seed=recipe.seed,
             temperature=section.temperature,
             batch_size=section.batch_size,

@@ -15,6 +15,7 @@ from rlhf.errors import UserError
 from rlhf.evals.registry import TASKS, canonical, read_task
 from rlhf.recipe.load import Recipe, is_path
 from rlhf.recipe.tax import Tax
+from rlhf.recipe.types import function_files
 from rlhf.runs.artifacts import SETTINGS, model_files
 from rlhf.runs.initial_adapter import start_inputs
 
@@ -56,6 +57,13 @@ def check(recipe: Recipe, section: Tax, *, planned: bool = False) -> list[str]:
             f"tax.toxicity.judge: {judge} is not a folder; name a reward model's folder, a hub id, or a "
             f"judge of texts ({', '.join(JUDGES)})"
         )
+    evaluate, ppo = recipe.evaluate, recipe.ppo
+    by_model = evaluate.reward_model or ppo.own_reward or ppo.named_models
+    if section.score and evaluate.judge == "reward" and not by_model:
+        raise UserError(
+            "tax.score: evaluate.judge=reward, and ppo.rewards has no reward model; name a judge in "
+            "evaluate.judge, or set tax.score=false"
+        )
     if "humaneval" in section.tasks:
         from rlhf.evals.sandbox import run as sandbox
 
@@ -81,7 +89,7 @@ def parents_of(recipe: Recipe, section: Tax, names: Sequence[str]) -> list[str]:
     if section.score:
         parents.append("comparisons")
     evaluate = recipe.evaluate
-    by_run = evaluate.judge == "reward" and not evaluate.reward_model and not recipe.ppo.reward_model
+    by_run = evaluate.judge == "reward" and not evaluate.reward_model and recipe.ppo.own_reward
     if section.reward_model_hhh or (section.score and by_run):
         parents.append("reward")
     return parents
@@ -93,7 +101,7 @@ def reads_of(recipe: Recipe, section: Tax) -> list[str]:
     if "toxicity" in section.tasks and section.toxicity.judge not in JUDGES:
         places.append(section.toxicity.judge)
     if section.score and recipe.evaluate.judge == "reward":
-        places += [recipe.evaluate.reward_model] if recipe.evaluate.reward_model else recipe.ppo.reward_model
+        places += [recipe.evaluate.reward_model] if recipe.evaluate.reward_model else recipe.ppo.named_models
     return places
 
 
@@ -107,6 +115,7 @@ def inputs_of(recipe: Recipe, section: Tax, names: Sequence[str]) -> list[str]:
     if any(name not in section.models for name in names):
         places.append(recipe.model.path)
     places += reads_of(recipe, section)
+    specs += function_files(recipe.evaluate.judge) if section.score else []
     specs += [str(file) for place in places for file in model_files(place, PICKLED)]
     if any(name.endswith("prompted") for name in names if name not in section.models):
         specs.append(recipe.hhh_prompt)

@@ -18,9 +18,9 @@ from policy.ppo.setup import reward_folders
 from reward.card.scorers import load_scorer
 from reward.model.ensemble import combine
 from reward.model.model import TextRewardModel
-from rlhf.collect.judges import JUDGES, Judge
+from rlhf.collect.judges import JUDGES, Judge, judge_name, judge_of
 from rlhf.data.comparisons import Prompt, prompt_key
-from rlhf.data.stored import held_out_prompts
+from rlhf.data.stored import held_out_prompts, stored_columns
 from rlhf.errors import UserError
 from rlhf.evals.model import LanguageModel
 from rlhf.evals.outcome import Outcome
@@ -29,7 +29,8 @@ from rlhf.evals.tasks.toxicity import judged
 from rlhf.models.base import best_device
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.tax import Tax
-from rlhf.runs.stage import StageRun
+from rlhf.recipe.types import function_files
+from rlhf.runs.stage import StageRun, input_hashes
 from rlhf.tokenization.dialogue import PromptTooLongError, dialogue_of
 
 Responses = list[list[str]]
@@ -112,7 +113,9 @@ class HeldOutScore:
     def judged_by(self) -> dict[str, Any]:
         """What the scores depend on besides the responses."""
         if not self._by_reward_model:
-            return {"judge": self.section.judge, "reward_models": []}
+            kind, files = self.section.judge, function_files(self.section.judge)
+            hashes = {"files": input_hashes(files)} if files else {}
+            return {"judge": str(kind), "reward_models": [], **hashes}
         return {
             "judge": self.section.judge,
             "reward_models": [model_hash(str(folder)) for folder in self._folders()],
@@ -155,13 +158,14 @@ class HeldOutScore:
         """A gold judge, or reward models."""
         if self._by_reward_model:
             return reward_judge(self.recipe, self._folders())
-        return JUDGES[self.section.judge]
+        columns = stored_columns(self.run) if self.recipe.data.prompt_columns else None
+        return judge_of(self.section.judge, self.recipe, "evaluate.judge", columns)
 
     def outcome(self, responses: Responses, judge: Judge) -> Outcome:
         """Score, words, and how varied the responses are as a set."""
         scores = judged(self.prompts, responses, judge)
         varied = distinct_n([text for row in responses for text in row], 2)
-        by = "a reward model" if self._by_reward_model else self.section.judge
+        by = "a reward model" if self._by_reward_model else judge_name(self.section.judge)
         return Outcome(
             task=self.name,
             metric="score",

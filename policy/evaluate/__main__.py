@@ -10,8 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from policy.evaluate.report import as_markdown
+from rlhf.collect.judges import check_judge
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import from_command_line
+from rlhf.recipe.types import function_files
 from rlhf.runs.artifacts import print_page, write_atomically, write_json
 from rlhf.runs.initial_adapter import adapter_files, check_same_start, start_files, start_parents
 from rlhf.runs.stage import RUNS, open_stage
@@ -23,13 +25,17 @@ def main() -> None:
     section, trained = recipe.evaluate, recipe.evaluate.stage
     own = section.policy == trained
     parents = ("comparisons", *((trained,) if own else ()), *start_parents(recipe, trained))
-    judges = recipe.ppo.reward_model or [str(RUNS / recipe.name / "reward")]
+    stage = [str(RUNS / recipe.name / "reward")] if recipe.ppo.own_reward else []
+    judges = [*recipe.ppo.named_models, *stage]
     reads = [*judges, *start_files(recipe, trained), *filter(None, [section.reward_model])]
     inputs = [] if own else adapter_files(Path(section.policy), recipe, "evaluate.policy")
+    inputs += [*function_files(section.judge), *recipe.ppo.function_files]
     run = open_stage(recipe, section.folder, section="evaluate", parents=parents, inputs=inputs, reads=reads)
     if run is not None:
         if own:
             check_same_start(run.recipe, run, trained)
+        if section.judge != "reward":
+            check_judge(section.judge, recipe, "evaluate.judge")
         from policy.evaluate.run import evaluate
 
         summary = evaluate(run.recipe, run)

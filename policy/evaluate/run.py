@@ -15,6 +15,7 @@ from policy.evaluate.before_after import (
     sample_pairs,
 )
 from policy.evaluate.best_of_n import best_of_figures, draw
+from policy.ppo.reward_shaping import Moments
 from policy.ppo.rollout import RewardFn
 from policy.ppo.setup import (
     check_rewards,
@@ -25,9 +26,10 @@ from policy.ppo.setup import (
     score_function,
     shapes_of,
 )
-from rlhf.collect.judges import JUDGES
+from policy.rewards.mixture import MOMENTS
+from rlhf.collect.judges import judge_name, judge_of
 from rlhf.data.comparisons import Prompt
-from rlhf.data.stored import held_out_prompts
+from rlhf.data.stored import held_out_prompts, stored_columns
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
 from rlhf.recipe.load import Recipe
@@ -46,7 +48,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     made = {stage: _manifest(run, stage) for stage in STAGES}
     dialogue = load_dialogue(recipe)
     backbone = _backbone(recipe, run)
-    reward_fns = _reward_fns(recipe, run, backbone, dialogue)
+    reward_fns = _reward_fns(recipe, run, backbone, dialogue, _moments(made))
     backbone.check_architecture()
     backbone.to(best_device())
     prompts = held_out_prompts(run, section.prompts)
@@ -69,7 +71,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         "name": recipe.name,
         "seed": recipe.seed,
         "model": recipe.model.path,
-        "judged_by": section.judge,
+        "judged_by": judge_name(section.judge),
         **({} if section.policy == "ppo" else {"policy": section.policy}),
         **compare(before, after, samples=section.samples_per_prompt),
         **best_of,
@@ -103,13 +105,26 @@ def _backbone(recipe: Recipe, run: StageRun) -> Backbone:
     return backbone
 
 
-def _reward_fns(recipe: Recipe, run: StageRun, backbone: Backbone, dialogue: Dialogue) -> dict[str, RewardFn]:
+def _moments(made: dict[str, dict[str, Any]]) -> dict[str, Moments]:
+    """What PPO's normalized rewards had seen at its end; each is left as it is where PPO has not run."""
+    kept = made["ppo"].get("results", {}).get(MOMENTS, {})
+    return {name: Moments(*values) for name, values in kept.items()}
+
+
+def _reward_fns(
+    recipe: Recipe,
+    run: StageRun,
+    backbone: Backbone,
+    dialogue: Dialogue,
+    moments: dict[str, Moments] = {},  # noqa: B006 - never changed
+) -> dict[str, RewardFn]:
     """What scores the responses, the one that decides first: ``gold`` where the recipe has a gold judge,
     ``judge`` a reward model of the recipe's choice, and ``reward`` the score that PPO was trained on (all its
     reward models, combined)."""
     found: dict[str, RewardFn] = {}
     if recipe.evaluate.judge != "reward":
-        found["gold"] = reward_fn_of(JUDGES[recipe.evaluate.judge])
+        columns = stored_columns(run) if recipe.data.prompt_columns else None
+        found["gold"] = reward_fn_of(judge_of(recipe.evaluate.judge, recipe, "evaluate.judge", columns))
     elif recipe.evaluate.reward_model:
         found["judge"] = reads_text(Path(recipe.evaluate.reward_model), recipe)
     if not recipe.ppo.retokenize:
@@ -117,7 +132,7 @@ def _reward_fns(recipe: Recipe, run: StageRun, backbone: Backbone, dialogue: Dia
         check_rewards(recipe, dialogue, folders)
         for adapter, folder in zip(reward_adapters(len(folders)), folders, strict=True):
             load_scorer(backbone, adapter, folder)
-    found["reward"] = score_function(recipe, run, backbone, dialogue)
+    found["reward"] = score_function(recipe, run, backbone, dialogue, moments=moments)
     return found
 
 

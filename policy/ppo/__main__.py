@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rlhf.collect.judges import check_judge
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import Recipe, check_batch_sizes, from_command_line
 from rlhf.runs.initial_adapter import start_inputs, start_parents
@@ -27,13 +28,18 @@ def main() -> None:
     """The `ppo` target."""
     recipe = from_command_line()
     check_batch_sizes(recipe, processes())
-    rewards = () if recipe.ppo.reward_model else ("reward",)
+    section = recipe.ppo
+    rewards = ("reward",) if section.own_reward else ()
     parents = ("comparisons", *rewards, *start_parents(recipe, "ppo"))
-    inputs = [*recipe.ppo.ptx_texts, *start_inputs(recipe, "ppo"), *tokenizer_files(recipe)]
-    reads = recipe.ppo.reward_model
+    inputs = [*section.ptx_texts, *section.function_files]
+    inputs += [*start_inputs(recipe, "ppo"), *tokenizer_files(recipe)]
+    reads = section.named_models
     stage = open_stage(recipe, "ppo", section="ppo", parents=parents, inputs=inputs, reads=reads)
     if stage is None:
         return
+    for number, reward in enumerate(section.rewards):
+        if reward.scored_by is not None:
+            check_judge(reward.scored_by, recipe, f"ppo.rewards[{number}]", in_ppo=True)
     from policy.ppo.run import build_trainer, save
 
     trainer = build_trainer(stage.recipe, stage)

@@ -11,11 +11,12 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from policy.ppo.rollout import Responses, RewardFn
 from rlhf.errors import USER_ERROR_STATUS, UserError, lost_process
@@ -86,24 +87,23 @@ class GuardedScore:
     """Calls a reward function and checks what it does.
 
     Args:
-        reward_fn: the function.
+        reward_fn: the function; one with ``running`` says what it is at, for the message about the time.
         minutes: how long one call may take.
+        weights: what is trained, which it must leave as it is.
     """
 
-    def __init__(self, reward_fn: RewardFn, minutes: float) -> None:
-        self.reward_fn, self.minutes = reward_fn, minutes
+    def __init__(self, reward_fn: RewardFn, minutes: float, weights: Iterable[Tensor] = ()) -> None:
+        self.reward_fn, self.minutes, self.weights = reward_fn, minutes, list(weights)
+        self.whole_rollout = bool(getattr(reward_fn, "whole_rollout", False))
 
     def __call__(self, responses: Responses) -> Tensor:
         """Scores, [B].
 
         Raises:
-            UserError: the function raised, or did not return one finite number a response.
+            UserError: the function raised, returned no finite number a response, or wrote to the model.
         """
-        late = (
-            f"ppo: the reward function has not answered for {self.minutes:g} minutes "
-            "(ppo.score_timeout_minutes); the last checkpoint is whole"
-        )
-        with time_limit(60 * self.minutes, late):
+        before = _traces(self.weights)
+        with time_limit(60 * self.minutes, self._late):
             try:
                 scores_B = self.reward_fn(responses)
             except UserError:
@@ -121,9 +121,36 @@ class GuardedScore:
                 f"ppo: the reward function returned a {type(scores_B).__name__}, not a tensor with one "
                 "finite number a response; correct it and run again, the run goes on where it was"
             )
+        if _traces(self.weights) != before:
+            raise UserError(
+                "ppo: the reward function wrote to the weights that are trained; let it work on a copy, and "
+                "run again: the run goes on from its last checkpoint"
+            )
         scores_B = scores_B.to(responses.ids_BT.device)
         check_scores(scores_B, len(responses.texts))
         return scores_B
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the function."""
+        return dict(self.reward_fn.state()) if hasattr(self.reward_fn, "state") else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        if hasattr(self.reward_fn, "restore"):
+            self.reward_fn.restore(state)
+
+    def _late(self) -> str:
+        what = getattr(self.reward_fn, "running", "the reward function")
+        return (
+            f"ppo: {what} has not answered for {self.minutes:g} minutes "
+            "(ppo.score_timeout_minutes); the last checkpoint is whole"
+        )
+
+
+def _traces(weights: Sequence[Tensor]) -> tuple[int, float]:
+    """How often the tensors were written to, and their norm, since a write to ``.data`` is not counted."""
+    with torch.no_grad():
+        return sum(weight._version for weight in weights), float(get_total_norm(weights)) if weights else 0.0
 
 
 class SamplerGap:
@@ -198,7 +225,7 @@ class SamplerGap:
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float, message: str) -> Iterator[None]:
+def time_limit(seconds: float, message: str | Callable[[], str]) -> Iterator[None]:
     """End the whole process with one line and the status of a user's error unless the block ends in time.
 
     A call that hangs in foreign code cannot be interrupted, so the process ends at once; what it keeps on
@@ -213,8 +240,8 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         watch.cancel()
 
 
-def _end(message: str) -> None:
+def _end(message: str | Callable[[], str]) -> None:
     sys.stdout.flush()
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {message if isinstance(message, str) else message()}\n")
     sys.stderr.flush()
     os._exit(USER_ERROR_STATUS)

@@ -45,7 +45,9 @@ class Responses(NamedTuple):
 
 
 RewardFn = Callable[[Responses], Tensor]
-"""Scores of responses, [B], higher is better. The PPO loop knows nothing else about rewards."""
+"""Scores of responses, [B], higher is better. The PPO loop knows nothing else about rewards, but for three
+things that an object may have: a true ``whole_rollout``, where it wants all responses of a rollout in one
+call; ``state()`` and ``restore(state)``, what a checkpoint keeps of it, JSON-able."""
 
 
 class Rollout(NamedTuple):
@@ -98,6 +100,12 @@ def window(ids_BT: Tensor, mask_BT: Tensor, hidden_BTD: Tensor | None, start: in
     return Window(ids_BT[rows][:, first:], mask[:, first:], hidden, start - first)
 
 
+def of_rows(responses: Responses, rows: Tensor) -> Responses:
+    """Some of the responses, cut free of the padding that all of them share."""
+    prompts, texts = ([column[i] for i in rows] for column in responses[:2])
+    return Responses(prompts, texts, *window(*responses[2:5], responses.start, rows))
+
+
 def collect(
     backbone: Backbone,
     runtime: Runtime,
@@ -147,7 +155,6 @@ def collect(
         place = {"seed": seed, "step": step, "rank": runtime.rank, "world": runtime.world}
         order = first_pass(section, mask_BT.sum(-1), **place)
     texts = [dialogue.decode(ids) for ids in ids_BT[:, start:-1].tolist()]
-    scores: list[Tensor] = []
     with torch.no_grad():
         if keep and hidden_BTD is None:
             states = [backbone(role="trunk", ids_BT=ids_BT[m], mask_BT=mask_BT[m]) for m in order]
@@ -155,9 +162,12 @@ def collect(
         part = functools.partial(window, ids_BT, mask_BT, hidden_BTD, start)
         counted_BR = None if runtime.shards_weights else actions_BR
         whole = _scored_by_roles(runtime.model, backbone, section, part, counted_BR, order)
-        for micro in order:
-            responses = Responses([chosen[i] for i in micro], [texts[i] for i in micro], *part(micro)[:4])
-            scores.append(reward_fn(responses).to(runtime.device))
+        responses = Responses(chosen, texts, ids_BT, mask_BT, hidden_BTD, start)
+        if getattr(reward_fn, "whole_rollout", False):
+            scores_B = reward_fn(responses).to(runtime.device)
+        else:
+            scores = [reward_fn(of_rows(responses, micro)).to(runtime.device) for micro in order]
+            scores_B = _in_order(scores, order)
     return Rollout(
         ids_BT,
         mask_BT,
@@ -168,7 +178,7 @@ def collect(
         whole["reference"],
         whole["entropy"],
         whole["values"],
-        _in_order(scores, order),
+        scores_B,
         ended_B,
         texts,
         start,

@@ -6,6 +6,7 @@ from typing import Any
 
 from policy.ppo.setup import assemble, score_function
 from policy.ppo.trainer import PpoTrainer
+from policy.rewards.mixture import MOMENTS
 from rlhf.data.stored import stored_prompts
 from rlhf.recipe.load import Recipe
 from rlhf.runs.stage import StageRun
@@ -28,7 +29,7 @@ def build_trainer(recipe: Recipe, stage: StageRun) -> PpoTrainer:
     )
     dialogue = load_dialogue(recipe)
     backbone = assemble(recipe, stage, dialogue, shards_weights=runtime.shards_weights)
-    score = score_function(recipe, stage, backbone, dialogue)
+    score = score_function(recipe, stage, backbone, dialogue, all_sum=runtime.all_sum)
     return PpoTrainer(
         backbone=backbone,
         dialogue=dialogue,
@@ -56,6 +57,7 @@ def save(trainer: PpoTrainer) -> dict[str, Any]:
         ends = [[row[name] for row in part] for part in (log[:_WINDOW], log[-_WINDOW:])]
         results[name] = {"first": sum(ends[0]) / len(ends[0]), "last": sum(ends[1]) / len(ends[1])}
     results["nonfinite_updates"] = trainer.nonfinite.count
+    results |= {name: value for name, value in trainer.reward_fn.state().items() if name == MOMENTS and value}
     if trainer.ended_early is not None:
         results["ended_early"] = trainer.ended_early
     return results

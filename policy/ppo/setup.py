@@ -15,42 +15,64 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from policy.ppo.reward_shaping import Moments
 from policy.ppo.rollout import Responses, RewardFn
+from policy.rewards.mixture import RewardMixture, WeightedReward, text_reward
+from reward.card import scorers
 from reward.model.ensemble import Combination, check_one_base, combine, member_folders, spread
 from reward.model.model import (
     TextRewardModel,
     check_has_score,
     check_same_contract,
+    config_file,
     load_config,
     shapes_of,
     too_short,
 )
+from rlhf.collect.functions import RewardFunction
+from rlhf.collect.judges import judge_name, judge_of
+from rlhf.data.stored import stored_columns
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
 from rlhf.models.masks import append_token
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Lora, Ppo
+from rlhf.recipe.types import OWN_REWARD, RewardPart
 from rlhf.runs.artifacts import WEIGHTS, sha256_of
 from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import Dialogue
 
 SPREAD = "ppo/score_spread"  # name of the disagreement in the log
+_LOGGED = "reward/"  # what the names of the parts of a mix begin with in the log
 
 
 def reward_folders(recipe: Recipe, run: StageRun) -> list[Path]:
-    """The reward models that PPO trains against: the recipe's, or all members of the same run.
+    """The reward models of ours that PPO trains against, in order: the recipe's, or all members of the run.
 
     Raises:
         UserError: the run's reward stage has not left a whole ensemble.
     """
-    named = recipe.ppo.reward_model
-    return [Path(folder) for folder in named] if named else member_folders(run.parent("reward"))
+    section = recipe.ppo
+    own = member_folders(run.parent("reward")) if section.own_reward else []
+    if not section.rewards:
+        return [Path(folder) for folder in section.reward_model] or own
+    return [folder for reward in section.rewards for folder in _folders(reward, own)]
+
+
+def _folders(reward: RewardPart, own: Sequence[Path]) -> Sequence[Path]:
+    """The folders of one reward where it is a model of ours, none where it is anything else."""
+    if reward.model is None:
+        return []
+    if reward.model == OWN_REWARD:
+        return own
+    folder = Path(reward.model)
+    return [folder] if config_file(folder) else []
 
 
 def reward_adapters(number: int) -> tuple[str, ...]:
     """Names of the adapters of so many reward models on one base."""
-    return ("reward", *(f"reward_{index}" for index in range(1, number)))
+    return tuple("reward" if index == 0 else f"reward_{index}" for index in range(number))
 
 
 def check_rewards(recipe: Recipe, dialogue: Dialogue, folders: Sequence[Path]) -> None:
@@ -59,7 +81,8 @@ def check_rewards(recipe: Recipe, dialogue: Dialogue, folders: Sequence[Path]) -
     Raises:
         UserError: one of them does not; the remedy is to let them read the text.
     """
-    check_one_base(folders)
+    if folders:
+        check_one_base(folders)
     for folder in folders:
         check_same_contract(load_config(folder), recipe, dialogue, folder)
 
@@ -131,12 +154,7 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weight
         UserError: a reward model gives no score, or does not fit and the recipe does not allow re-tokenizing.
     """
     folders = reward_folders(recipe, run)
-    for folder in folders:
-        config = load_config(folder)
-        check_has_score(config, folder)
-        if run.is_main and config.max_response_tokens < (sampled := recipe.dialogue.max_response_tokens):
-            where = f"{folder}: max_response_tokens"
-            print(f"warning: {too_short(where, config.max_response_tokens, sampled)}", flush=True)
+    _check_scores(recipe, run, folders)
     names = reward_adapters(len(folders))
     section, start = recipe.ppo, start_folder(recipe, run, "ppo")
     rewards = () if section.retokenize else names
@@ -166,20 +184,32 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weight
             origins[adapter] = load_scorer(backbone, adapter, folder)
     else:
         origins |= {n: f"{f}, on its own base, reads the text" for n, f in zip(names, folders, strict=True)}
+    for reward in section.rewards:
+        place = reward.model or judge_name(reward.scored_by or "")
+        origins[f"{_LOGGED}{reward.label}"] = f"{reward.weight:g} x {place}"
     warning = backbone.check_architecture()
     if shards_weights:
         backbone.drop_trunk("ZeRO 3 gathers all layers in every pass")
     if run.is_main:
         if warning:
             print(f"warning: {warning}", flush=True)
-        for part, origin in origins.items():
-            print(f"{part + ':':<10} {origin}")
-        if len(folders) > 1:
-            print(f"score:     {_in_words(recipe)} of the {len(folders)} reward models")
+        if len(folders) > 1 and not section.rewards:
+            origins["score"] = f"{_in_words(recipe)} of the {len(folders)} reward models"
         cut = backbone.frozen_layers
         trunk = f"{cut} frozen layers, computed once a rollout" if cut else f"none: {backbone.no_trunk}"
-        print(f"trunk:     {trunk}", flush=True)
+        for part, origin in {**origins, "trunk": trunk}.items():
+            print(f"{part + ':':<10} {origin}", flush=True)
     return backbone
+
+
+def _check_scores(recipe: Recipe, run: StageRun, folders: Sequence[Path]) -> None:
+    """Reward models give a score, and it is told which have read shorter responses than PPO samples."""
+    for folder in folders:
+        config = load_config(folder)
+        check_has_score(config, folder)
+        if run.is_main and config.max_response_tokens < (sampled := recipe.dialogue.max_response_tokens):
+            where = f"{folder}: max_response_tokens"
+            print(f"warning: {too_short(where, config.max_response_tokens, sampled)}", flush=True)
 
 
 def _in_words(recipe: Recipe) -> str:
@@ -222,16 +252,65 @@ class EnsembleScore:
         return {SPREAD: total / number} if number else {}
 
 
-def score_function(recipe: Recipe, run: StageRun, model: Backbone, dialogue: Dialogue) -> EnsembleScore:
-    """How PPO scores responses: reward adapters of the same base, or reward models that read text."""
-    folders = reward_folders(recipe, run)
+def score_function(
+    recipe: Recipe,
+    run: StageRun,
+    model: Backbone,
+    dialogue: Dialogue,
+    *,
+    all_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    moments: Mapping[str, Moments] | None = None,
+) -> EnsembleScore | RewardMixture:
+    """How PPO scores responses: reward adapters of the same base, reward models that read text, or the mix of
+    the recipe's ``rewards``.
+
+    all_sum: the sum of a tensor over all processes. moments: as in :class:`RewardMixture`.
+    """
+    folders, section = reward_folders(recipe, run), recipe.ppo
     members: list[RewardFn]
-    if recipe.ppo.retokenize:
+    if section.retokenize:
         members = [reads_text(folder, recipe) for folder in folders]
     else:
         last_token = dialogue.end_of_context_id
         members = [_adapter(model, name, last_token) for name in reward_adapters(len(folders))]
-    return EnsembleScore(members, recipe.ppo.ensemble, recipe.ppo.ensemble_penalty)
+    if not section.rewards:
+        return EnsembleScore(members, section.ensemble, section.ensemble_penalty)
+    return RewardMixture(
+        _parts(recipe, run, members),
+        micro_batch_size=section.micro_batch_size,
+        steps=section.steps,
+        all_sum=all_sum,
+        moments=moments,
+    )
+
+
+def _parts(recipe: Recipe, run: StageRun, members: Sequence[RewardFn]) -> list[WeightedReward]:
+    """The recipe's ``rewards``; ``members`` are our reward models among them, in order."""
+    section, left = recipe.ppo, iter(members)
+    own = member_folders(run.parent("reward")) if section.own_reward else []
+    columns = stored_columns(run) if recipe.data.prompt_columns else None
+    parts = []
+    for number, reward in enumerate(section.rewards):
+        key = f"ppo.rewards[{number}]"
+        part = WeightedReward(reward.label, reward.weight, reward.normalize)
+        if reward.scored_by is not None:
+            judge = judge_of(reward.scored_by, recipe, key, columns, in_ppo=True)
+            part = part._replace(score=text_reward(judge), together=True)
+            if isinstance(judge, RewardFunction):
+                part = part._replace(function=judge)
+        elif ours := _folders(reward, own):
+            score = EnsembleScore([next(left) for _ in ours], section.ensemble, section.ensemble_penalty)
+            part = part._replace(score=score, figures=score.figures)
+        else:
+            part = part._replace(score=_classifier(str(reward.model), recipe, f"{key}.model"))
+        parts.append(part)
+    return parts
+
+
+def _classifier(place: str, recipe: Recipe, key: str) -> RewardFn:
+    """Scores by anybody's sequence classifier with one label, which reads prompt and response as text."""
+    scorer = scorers.load_scorer(place, recipe, key=key)
+    return lambda responses: torch.from_numpy(scorer.score(responses.prompts, responses.texts))
 
 
 def reads_text(folder: Path, recipe: Recipe) -> RewardFn:

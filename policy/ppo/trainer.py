@@ -83,7 +83,8 @@ class PpoTrainer:
         )
         self.backbone, self.dialogue, self.prompts = backbone, dialogue, prompts
         self.section, self.seed, self.folder = section, seed, Path(folder)
-        self.reward_fn = GuardedScore(reward_fn, section.score_timeout_minutes)
+        learning = [p for p in backbone.parameters() if p.requires_grad and not self.runtime.shards_weights]
+        self.reward_fn = GuardedScore(reward_fn, section.score_timeout_minutes, learning)
         self.reward_metrics, self.on_checkpoint = reward_metrics, on_checkpoint
         self.is_main = self.runtime.rank == 0
         self.ended_early: str | None = None
@@ -281,6 +282,7 @@ class PpoTrainer:
                     **self.kl_controller.state(),
                     **self.reward_shaper.state(),
                     **self.sampler_gap.state(),
+                    **self.reward_fn.state(),
                     **self._anchors,
                 }
                 write_atomically(folder / "state.json", json.dumps(state))
@@ -311,6 +313,7 @@ class PpoTrainer:
         self.kl_controller.restore(state)
         self.reward_shaper.restore(state)
         self.sampler_gap.restore(state)
+        self.reward_fn.restore(state)
         self.weights.restore(checkpoint)
         torch.set_rng_state(load((checkpoint / "rng.safetensors").read_bytes())["torch"])
         if self.is_main:

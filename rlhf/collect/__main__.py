@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+from rlhf.collect.judges import check_judge
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import from_command_line
+from rlhf.recipe.types import function_files
 from rlhf.runs.stage import open_stage
 
 
@@ -26,9 +28,12 @@ def main() -> None:
             *data.held_out_comparisons,
             *data.prompts,
             *data.held_out_prompts,
+            *(function_files(recipe.collect.judge) if data.sampled else []),
         ],
     )
     if run is not None:
+        if data.sampled:
+            check_judge(recipe.collect.judge, recipe, "collect.judge")
         from rlhf.collect.run import collect
 
         run.finish(collect(run.recipe, run))

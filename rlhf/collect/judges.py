@@ -20,8 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.collect.endpoint import HttpJudge
+from rlhf.collect.functions import Columns, RewardFunction
 from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError
+from rlhf.recipe.load import Recipe
+from rlhf.recipe.types import Endpoint
 
 Judge = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
 """Prompts and a response to each -> one score a response, in the same order; higher is better. What scores
@@ -67,6 +71,48 @@ def vader_judge(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[flo
 
 JUDGES: dict[str, Judge] = {"vader": vader_judge}
 """The gold judges that a recipe can name."""
+
+
+def judge_of(
+    judged: str | Endpoint, recipe: Recipe, key: str, columns: Columns | None = None, *, in_ppo: bool = False
+) -> Judge:
+    """The judge that a recipe names: a gold judge, a function of a file, or a server.
+
+    Args:
+        judged: the value of the key.
+        recipe: says in which form a function gets its texts, and which columns it can ask for.
+        key: the recipe's key that names it, for messages.
+        columns: the columns of the prompts, where there are any.
+        in_ppo: as one of its rewards, which has token ids and may leave responses out.
+
+    Raises:
+        UserError: the function cannot be loaded or called, or the server's key is not there.
+    """
+    if isinstance(judged, Endpoint):
+        return HttpJudge(judged, key)
+    if judged in JUDGES:
+        return JUDGES[judged]
+    chat = recipe.dialogue.template == "chat"
+    names = recipe.data.prompt_columns
+    return RewardFunction(
+        judged, key, chat=chat, names=names, columns=columns, has_ids=in_ppo, may_pass=in_ppo
+    )
+
+
+def check_judge(judged: str | Endpoint, recipe: Recipe, key: str, *, in_ppo: bool = False) -> None:
+    """Say what is wrong with a judge before anything heavy is loaded; a server is asked one question.
+
+    Raises:
+        UserError: as :func:`judge_of`, or the server is not there.
+    """
+    judge = judge_of(judged, recipe, key, in_ppo=in_ppo)
+    if isinstance(judge, HttpJudge):
+        judge.check()
+
+
+def judge_name(judged: str | Endpoint) -> str:
+    """What a judge is called in figures and sources."""
+    return judged.model if isinstance(judged, Endpoint) else judged
 
 
 def noisy_ranks(gold: Sequence[float], *, noise: float, rng: np.random.Generator) -> list[int]:

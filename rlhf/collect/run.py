@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.collect.simulated import noise_ceiling, sampled_comparisons
+from rlhf.collect.simulated import gold_judge, noise_ceiling, sampled_comparisons
 from rlhf.data.comparisons import (
     Comparison,
     Counts,
@@ -19,7 +19,7 @@ from rlhf.data.prompts import read_prompts
 from rlhf.data.rankings import as_rankings
 from rlhf.data.readers import read_comparisons
 from rlhf.data.split import check_apart, check_rankings, split_comparisons
-from rlhf.data.stored import within_prompt_limit, write_prompts
+from rlhf.data.stored import COLUMNS, within_prompt_limit, write_columns, write_prompts
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
 from rlhf.runs.stage import StageRun
@@ -35,7 +35,10 @@ def collect(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     dialogue = load_dialogue(recipe)
     data = recipe.data
     counts: dict[str, Counts] = {}
-    given = _given_prompts(recipe, dialogue, counts)
+    columns: dict[str, dict[str, Any]] = {}
+    given = _given_prompts(recipe, dialogue, counts, columns)
+    if columns:
+        write_columns(run.folder / COLUMNS, columns)
     comparisons = _comparisons(recipe, run, dialogue, given, counts)
     for line in describe(dialogue, [(c.prompt, c.responses[0]) for c in comparisons]):
         print(line, flush=True)
@@ -73,7 +76,7 @@ def collect(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         **({"notes": lines} if lines else {}),
     }
     if data.sampled:
-        ceiling = cluster_mean_interval(*noise_ceiling(recipe.collect.judge, held_out))
+        ceiling = cluster_mean_interval(*noise_ceiling(gold_judge(recipe, run), held_out))
         results["noise_ceiling"] = ceiling.as_dict()
     print(
         f"comparisons: {len(train)} to train on, {len(held_out)} held out; "
@@ -83,16 +86,19 @@ def collect(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     return results
 
 
-def _given_prompts(recipe: Recipe, dialogue: Dialogue, counts: dict[str, Counts]) -> dict[str, list[Prompt]]:
-    """The prompts that the recipe names, by their key, shuffled by the seed."""
+def _given_prompts(
+    recipe: Recipe, dialogue: Dialogue, counts: dict[str, Counts], columns: dict[str, dict[str, Any]]
+) -> dict[str, list[Prompt]]:
+    """The prompts that the recipe names, by their key, shuffled by the seed; ``columns`` gets theirs."""
     data = recipe.data
     given: dict[str, list[Prompt]] = {}
     for key in ("prompts", "held_out_prompts"):
         specs = getattr(data, key)
         if specs:
             found, counts[key] = read_prompts(
-                specs, on_bad_rows=data.on_bad_rows, key=f"data.{key}", refuses=dialogue.refusal
-            )
+                specs, on_bad_rows=data.on_bad_rows, key=f"data.{key}", refuses=dialogue.refusal,
+                columns=data.prompt_columns, kept=columns,
+            )  # fmt: skip
             random.Random(f"{recipe.seed}:{key}").shuffle(found)
             given[key] = within_prompt_limit(found, lambda p: p, recipe, dialogue, counts[key])
             if not given[key]:

@@ -13,8 +13,9 @@ from functools import partial
 
 import numpy as np
 
-from rlhf.collect.judges import JUDGES, noisy_ranks, pair_agreement
+from rlhf.collect.judges import Judge, judge_name, judge_of, noisy_ranks, pair_agreement
 from rlhf.data.comparisons import Comparison, Counts, Prompt, problem
+from rlhf.data.stored import stored_columns
 from rlhf.generation.sampling import sample, uniforms
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
@@ -44,6 +45,7 @@ def sampled_comparisons(
     chosen = [prompts[i % len(prompts)] for i in range(section.prompts)]
     batches = range(0, len(chosen), section.prompts_per_batch)
     backbone = functools.cache(partial(_backbone, recipe))  # not loaded where all batches are there
+    judge = gold_judge(recipe, run)
     counts = Counts()
     comparisons: list[Comparison] = []
     for number, start in enumerate(progress("comparisons", batches, leave=True)):
@@ -51,7 +53,7 @@ def sampled_comparisons(
         responses = run.remember(
             f"{number:05d}", partial(_responses, recipe, backbone, dialogue, batch, first=start)
         )
-        for comparison in _ranked(recipe, responses, batch, first=start):
+        for comparison in _ranked(recipe, judge, responses, batch, first=start):
             counts.read += 1
             fault = problem(comparison)
             if fault:
@@ -92,24 +94,39 @@ def _responses(
     return [texts[i : i + k] for i in range(0, len(texts), k)]
 
 
+def gold_judge(recipe: Recipe, run: StageRun) -> Judge:
+    """The judge of the lab, with the columns of the prompts that the stage has stored."""
+    columns = stored_columns(run) if recipe.data.prompt_columns else None
+    return judge_of(recipe.collect.judge, recipe, "collect.judge", columns)
+
+
 def _ranked(
-    recipe: Recipe, responses: Sequence[Sequence[str]], batch: Sequence[Prompt], *, first: int
+    recipe: Recipe, judge: Judge, responses: Sequence[Sequence[str]], batch: Sequence[Prompt], *, first: int
 ) -> Iterator[Comparison]:
     """Comparisons of one batch; texts that say nothing are left out before the ranking."""
     section = recipe.collect
-    judge = JUDGES[section.judge]
-    for row, (prompt, texts) in enumerate(zip(batch, responses, strict=True)):
-        said = tuple(text for text in texts if text.strip())
+    said = [tuple(text for text in texts if text.strip()) for texts in responses]
+    scores = _judged(judge, batch, said)
+    for row, (prompt, texts) in enumerate(zip(batch, said, strict=True)):
         rng = np.random.default_rng([recipe.seed % 2**63, _LABEL, first + row])
-        ranks = tuple(noisy_ranks(judge([prompt] * len(said), said), noise=section.noise, rng=rng))
-        yield Comparison(prompt, said, ranks, source=f"lab-{section.judge}")
+        ranks = tuple(noisy_ranks(scores[row], noise=section.noise, rng=rng))
+        yield Comparison(prompt, texts, ranks, source=f"lab-{judge_name(section.judge)}")
 
 
-def noise_ceiling(judge_name: str, comparisons: Sequence[Comparison]) -> tuple[list[float], list[int]]:
+def _judged(
+    judge: Judge, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
+) -> list[Sequence[float]]:
+    """Scores of the responses to each prompt, all asked for in one call."""
+    asked = [prompt for prompt, texts in zip(prompts, responses, strict=True) for _ in texts]
+    scores = iter(judge(asked, [text for texts in responses for text in texts]))
+    return [[next(scores) for _ in texts] for texts in responses]
+
+
+def noise_ceiling(judge: Judge, comparisons: Sequence[Comparison]) -> tuple[list[float], list[int]]:
     """For each comparison, the pairs that the gold judge itself gets right, and all its pairs.
 
     Their ratio is what a perfect reward model would reach on these noisy labels.
     """
-    judge = JUDGES[judge_name]
-    counts = [pair_agreement(judge([c.prompt] * len(c.responses), c.responses), c.ranks) for c in comparisons]
+    scores = _judged(judge, [c.prompt for c in comparisons], [c.responses for c in comparisons])
+    counts = [pair_agreement(gold, c.ranks) for gold, c in zip(scores, comparisons, strict=True)]
     return [agreeing for agreeing, _ in counts], [pairs for _, pairs in counts]

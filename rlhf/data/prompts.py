@@ -6,13 +6,15 @@ for PPO (Bai et al. 2022, section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rlhf.data.comparisons import Comparison, Counts, OnBadRows, Prompt, prompt_key, prompt_problem
 from rlhf.data.readers import READERS as COMPARISONS
 from rlhf.data.readers import Refuses, hh, no_refusal, read_distinct
-from rlhf.data.readers.rows import LeftOut, Origin, Reader, messages, prompt_of
+from rlhf.data.readers.rows import LeftOut, Origin, Reader, Row, messages, prompt_of
+from rlhf.errors import UserError
 
 __all__ = ["Prompt", "read_prompts"]
 
@@ -58,17 +60,42 @@ def read_prompts(
     on_bad_rows: OnBadRows,
     key: str = "data.prompts",
     refuses: Refuses = no_refusal,
+    columns: Sequence[str] = (),
+    kept: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[list[Prompt], Counts]:
     """Read, check and de-duplicate the prompts that the specs name, in their order.
 
     specs, on_bad_rows and refuses as in :func:`rlhf.data.readers.read_comparisons`; a .txt file holds one
-    prompt a line. key: the recipe's key that holds the specs, named in messages. Raises UserError for the
-    same mistakes, and when nothing is left.
+    prompt a line. key: the recipe's key that holds the specs, named in messages. columns: further columns of
+    the rows, which are put into ``kept`` by :func:`prompt_key`; a row without one has None there. Raises
+    UserError for the same mistakes, for a column that is in no row, and when nothing is left.
     """
-    return read_distinct(
-        "prompt", specs, READERS, lambda prompt: prompt_problem(prompt) or refuses(prompt), prompt_key,
+    found: dict[str, dict[str, Any]] = {}
+    readers = [_noting(reader, columns, found) for reader in READERS] if columns else READERS
+    read = read_distinct(
+        "prompt", specs, readers, lambda prompt: prompt_problem(prompt) or refuses(prompt), prompt_key,
         on_bad_rows=on_bad_rows, key=key, prepare=_lines_as_rows,
     )  # fmt: skip
+    for name in columns:
+        if all(row[name] is None for row in found.values()):
+            raise UserError(f"data.prompt_columns: no row of {', '.join(specs)} ({key}) has a column {name}")
+    if kept is not None:
+        kept.update({name: row for name, row in found.items() if name not in kept})
+    return read
+
+
+def _noting(
+    reader: Reader[Prompt], columns: Sequence[str], kept: dict[str, dict[str, Any]]
+) -> Reader[Prompt]:
+    """The reader, which also notes columns of the rows by the prompts that they give; the first row stays."""
+
+    def parse(row: Row, source: str) -> Iterator[Prompt | LeftOut]:
+        for item in reader.parse(row, source):
+            if isinstance(item, tuple):
+                kept.setdefault(prompt_key(item), {name: row.get(name) for name in columns})
+            yield item
+
+    return replace(reader, parse=parse)
 
 
 def _lines_as_rows(origin: Origin) -> Origin:

@@ -5,10 +5,10 @@ No torch before a prompt is tokenized.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf.data.comparisons import Counts, Message, Prompt
 from rlhf.errors import UserError
@@ -19,6 +19,8 @@ from rlhf.runs.stage import StageRun
 if TYPE_CHECKING:
     from rlhf.tokenization.dialogue import Dialogue
 
+COLUMNS = "columns.jsonl"
+"""The file of the prompts' columns in the comparisons stage."""
 T = TypeVar("T")
 
 
@@ -31,6 +33,16 @@ def stored_prompts(run: StageRun, name: str) -> list[Prompt]:
     """Prompts that the comparisons stage of the same run has written, in their order."""
     rows = read_jsonl(run.parent("comparisons") / name)
     return [tuple(Message(**message) for message in row["messages"]) for row in rows]
+
+
+def write_columns(file: Path, columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what reward functions get besides prompts, by the prompts' keys."""
+    write_jsonl(file, ({"prompt": key, "columns": row} for key, row in columns.items()))
+
+
+def stored_columns(run: StageRun) -> dict[str, dict[str, Any]]:
+    """The columns of ``data.prompt_columns`` by :func:`prompt_key`, as the comparisons stage wrote them."""
+    return {row["prompt"]: row["columns"] for row in read_jsonl(run.parent("comparisons") / COLUMNS)}
 
 
 def held_out_prompts(run: StageRun, number: int) -> list[Prompt]:

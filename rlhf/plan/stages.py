@@ -112,7 +112,7 @@ class Stages:
     def ppo(self) -> Iterator[Moment]:
         """Rollouts and updates."""
         section, shape, setting = self.recipe.ppo, self.shape, self.setting
-        rewards = max(1, len(section.reward_model)) if section.reward_model else self.recipe.reward.members
+        rewards = len(section.named_models) + (self.recipe.reward.members if section.own_reward else 0)
         own = section.has_value and section.value == "adapter"
         learns = self.adapter * (1 + own)
         beside = rewards * memory.weights(shape, setting._replace(zero=0))[0] if section.retokenize else 0.0

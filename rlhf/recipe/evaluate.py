@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf.recipe.types import Folder, Natural, Positive, Rate, Section
+from rlhf.recipe.types import Folder, JudgedOrReward, Natural, Positive, Rate, Section
 
 
 class Evaluate(Section):
@@ -16,8 +16,9 @@ class Evaluate(Section):
     policy: Folder = "ppo"
     """What is compared with its start: `ppo` or `dpo`, that stage of this run, or the folder of a saved
     adapter, whose reference is `ppo.start` (or the base). The folder of `dpo`'s figures is `evaluate_dpo`."""
-    judge: Literal["vader", "reward"] = "reward"
-    """Who scores the responses: a gold judge, or a reward model."""
+    judge: JudgedOrReward = "reward"
+    """Who scores the responses: the gold judge `vader`, a function FILE.py:NAME, a server {url, model,
+    prompt, ...}, or `reward`, a reward model."""
     reward_model: Folder | None = None
     """Folder of the reward model that judges; null = this run's own (then the score is the trained proxy)."""
     prompts: Positive = 128

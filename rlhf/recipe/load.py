@@ -23,6 +23,7 @@ from rlhf.models.configuration import check_base
 from rlhf.recipe.quick import QUICK, laid_over, origins_with, split_overrides, take_block
 from rlhf.recipe.renamed import FORMER
 from rlhf.recipe.schema import STARTS, Recipe
+from rlhf.recipe.types import OWN_REWARD, function_files
 from rlhf.runs.processes import adopt_environment
 
 __all__ = ["Recipe", "check_batch_sizes", "dump", "files_of", "from_command_line", "is_path", "load"]
@@ -287,6 +288,7 @@ def is_path(model: str) -> bool:
 def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The keys that name what is not there, each with the fault and what to do, before anything starts."""
     data, card, sft, distill, tax = recipe.data, recipe.card, recipe.sft, recipe.distill, recipe.tax
+    own = function_files(recipe.collect.judge) if data.sampled else []
     files: dict[str, Sequence[str]] = {
         "hhh_prompt": [recipe.hhh_prompt] if distill else [],
         "data.comparisons": [] if data.sampled else data.comparisons,
@@ -298,6 +300,9 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "distill.questions": distill.questions if distill else [],
         "card.comparisons": card.comparisons,
         "card.outliers": card.outliers,
+        "collect.judge": own,
+        "evaluate.judge": function_files(recipe.evaluate.judge),
+        "ppo.rewards": recipe.ppo.function_files,
         **{f"tax.tasks.{name}.files": task.files for name, task in (tax.tasks if tax else {}).items()},
     }
     for key, specs in files.items():
@@ -311,6 +316,8 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
         **{f"tax.models.{label}": place for label, place in (tax.models if tax else {}).items()},
         "tax.toxicity.judge": tax.toxicity.judge if tax else None,
     }
+    models |= {f"ppo.rewards[{n}].model": r.model for n, r in enumerate(recipe.ppo.rewards)
+               if r.model != OWN_REWARD}  # fmt: skip
     starts = {f"{name}.start": getattr(getattr(recipe, name), "start", None) for name in STARTS}
     folders: list[tuple[str, str | None]] = [("ppo.reward_model", place) for place in recipe.ppo.reward_model]
     folders += [("evaluate.reward_model", recipe.evaluate.reward_model), *starts.items()]

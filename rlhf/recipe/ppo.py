@@ -11,7 +11,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf.recipe.types import Folder, Fraction, Natural, NonNegative, Positive, Rate, Section, UnitInterval
+from rlhf.recipe.types import (
+    OWN_REWARD,
+    Folder,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Rate,
+    RewardPart,
+    Section,
+    UnitInterval,
+    function_files,
+)
 
 
 class Collecting(Section):
@@ -41,6 +53,9 @@ class Scoring(Section):
     reward_model: list[Folder] = []
     """Folder of another reward model, or several, an ensemble; empty = all members of this run's reward
     stage."""
+    rewards: list[RewardPart] = []
+    """Instead of `reward_model`: rewards of any kind that are added up, each with its weight, as in
+    [{model: reward}, {function: my_rewards.py:brevity, weight: 0.1}, {judge: vader}]."""
     ensemble: Literal["mean", "minimum", "pessimistic"] = "mean"
     """Score of several reward models: their mean, their minimum, or mean - ensemble_penalty x standard
     deviation (Coste 2023, arXiv 2310.02743)."""
@@ -191,6 +206,22 @@ class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecti
         """``whiten_advantages``, with the algorithm's default filled in."""
         return self.algorithm != "rloo" if self.whiten_advantages is None else self.whiten_advantages
 
+    @property
+    def own_reward(self) -> bool:
+        """Whether the reward models of this run's reward stage score."""
+        return any(r.model == OWN_REWARD for r in self.rewards) if self.rewards else not self.reward_model
+
+    @property
+    def named_models(self) -> list[str]:
+        """Folders and hub ids of the reward models that the section names."""
+        models = [r.model for r in self.rewards if r.model not in (None, OWN_REWARD)]
+        return [m for m in models if m] if self.rewards else self.reward_model
+
+    @property
+    def function_files(self) -> list[str]:
+        """Files of the reward functions, each once."""
+        return function_files(*(reward.scored_by for reward in self.rewards))
+
     @field_validator("reward_model", "ptx_texts", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
@@ -204,6 +235,17 @@ class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecti
                     f"batch_size {self.batch_size} does not divide into {getattr(self, name)} {name}; "
                     f"choose a batch_size that is a multiple of {name}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards(self) -> Ppo:
+        names = [reward.label for reward in self.rewards]
+        if self.rewards and self.reward_model:
+            raise ValueError("rewards and reward_model: name the reward model in rewards, as {model: FOLDER}")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"rewards: two are called {twice[0]}; give one a name of its own")
+        if self.rewards and not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0, so nothing is learned; give one a weight")
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from rlhf.recipe.types import (
     Files,
     Folder,
     Fraction,
+    Judged,
     LessThanHalf,
     Natural,
     NonNegative,
@@ -30,8 +31,9 @@ class Collect(Section):
     """Number of prompts that get a comparison."""
     responses: Annotated[int, Field(ge=2)] = 4
     """Responses K a prompt."""
-    judge: Literal["vader"] = "vader"
-    """The gold score; used to label and to evaluate, never as the PPO reward."""
+    judge: Judged = "vader"
+    """The gold score: `vader`, a function FILE.py:NAME, or a server {url, model, prompt, ...}; used to label
+    and to evaluate, never as the PPO reward."""
     noise: NonNegative = 0.1
     """Scale of the annotator's Gumbel noise in units of the gold score: P(i over j) = sigmoid(gap/noise)."""
     temperature: Rate = 1.0

@@ -76,7 +76,7 @@ class Recipe(Section):
                 "data.comparisons=sampled makes rankings and a held-out part of its own: remove "
                 "data.held_out_comparisons and data.rankings"
             )
-        if self.evaluate.judge == "vader" and self.evaluate.reward_model:
+        if self.evaluate.judge != "reward" and self.evaluate.reward_model:
             raise ValueError("evaluate.reward_model is only used with evaluate.judge=reward; remove one")
         if self.evaluate.policy == "dpo" and self.dpo is None:
             raise ValueError("evaluate.policy=dpo: this recipe has no dpo section; add one")

@@ -125,6 +125,9 @@ class Data(Section):
     """Prompts of the PPO rollouts (files as above); empty = the prompts of the training comparisons."""
     held_out_prompts: Files = []
     """Prompts of the evaluation; empty = the prompts of the held-out comparisons."""
+    prompt_columns: Files = []
+    """Further columns of the rows of `prompts` and `held_out_prompts`, such as a known answer, that reward
+    functions get by name."""
     held_out: Fraction = 0.1
     """Share of the prompts of the comparisons that is held out, whole prompts at a time (see `split_by`)."""
     split_by: Literal["prompt", "group", "responses", "row"] = "prompt"
@@ -145,6 +148,12 @@ class Data(Section):
     """A malformed row is an error that names file and line, or is left out and counted."""
     max_line_megabytes: Positive = 64
     """Longest line of a data file, or row of a .json list, in MB; a longer one is an error."""
+
+    @model_validator(mode="after")
+    def _columns_of_prompts(self) -> Data:
+        if self.prompt_columns and not self.prompts:
+            raise ValueError("prompt_columns are columns of data.prompts, which names no file: add one")
+        return self
 
     @property
     def sampled(self) -> bool:

@@ -1,0 +1,1 @@
+"""Rewards of several kinds as one reward function."""
