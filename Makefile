@@ -4,6 +4,7 @@
 #   make reward RECIPE=recipes/hh.yaml SET="reward.epochs=2 name=hh-2"
 #   make rlhf RECIPE=recipes/hhh.yaml QUICK=1       with the small sizes of the recipe's quick block
 #   make ppo PROCS=2                                two processes under the DeepSpeed launcher, on a free port (PORT=n)
+#   make ppo HOSTFILE=hosts                         several machines, a line `HOST slots=N` each, reached by ssh (SSH="ssh -p n")
 #   make plan GPU=24GB PROCS=8 NODES=2               what a recipe needs of such machines, before anything is loaded
 
 RECIPE ?= recipes/sentiment.yaml
@@ -17,6 +18,7 @@ VENV ?= .venv
 export PROCS ?=
 export PORT ?=
 export HOSTFILE
+export SSH ?=
 # Of `make plan`: the memory of a GPU (none = the CPU), and machines of PROCS processes; else what is here.
 export GPU ?=
 export NODES ?=
@@ -44,7 +46,7 @@ help: ## make: list the targets
 	@echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ([^:]*): (.*)/  \1|\2|\3/' | column -t -s '|'
 	@echo
-	@echo '  RECIPE=$(RECIPE)   SET="section.key=value ..."   QUICK=1   PROCS=n   PORT=n   HOSTFILE=path   GPU=24GB   NODES=n   TIME=1'
+	@echo '  RECIPE=$(RECIPE)   SET="section.key=value ..."   QUICK=1   PROCS=n   PORT=n   HOSTFILE=path   SSH=command   GPU=24GB   NODES=n   TIME=1'
 
 setup: $(STAMPS)/setup ## pip: make the virtual environment with the pinned dependencies
 

@@ -89,18 +89,6 @@ def test_two_runs_on_one_machine_get_two_ports(eight_gpus):
     assert "--master_port=29511" in command_of(PORT="29511")
 
 
-def test_a_host_file_goes_to_deepspeeds_runner(eight_gpus):
-    command = command_of(HOSTFILE="hosts", PORT="29511", PROCS="")
-    assert command[1:7] == [
-        "-m",
-        "deepspeed.launcher.runner",
-        "--hostfile",
-        "hosts",
-        "--master_port",
-        "29511",
-    ]
-
-
 @pytest.mark.parametrize(
     ("environment", "line"),
     [

@@ -2,27 +2,28 @@
 
 ``PROCS`` (default: the visible GPUs, else one), ``HOSTFILE`` and ``PORT`` come from the environment, as the
 Makefile passes them. One process needs no launcher. Several on this machine get DeepSpeed's, on the GPUs of
-``CUDA_VISIBLE_DEVICES`` and on a free port; a host file gets DeepSpeed's runner. Processes that torchrun,
-Slurm or Kubernetes started already join each other.
+``CUDA_VISIBLE_DEVICES`` and on a free port; a host file gets it on every host (:mod:`rlhf.training.hosts`).
+Processes that torchrun, Slurm or Kubernetes started already join each other.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
-from rlhf.errors import UserError, exit_on_user_error
+from rlhf.errors import STOP_SIGNALS, UserError, exit_on_user_error
 from rlhf.runs.processes import adopt_environment, processes
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PORTS = range(1024, 65536)
 
 
@@ -73,7 +74,7 @@ def command_of(package: str, arguments: Sequence[str], environment: dict[str, st
     Args:
         package: the stage's package.
         arguments: the recipe and its settings.
-        environment: of the command; ``PROCS``, ``HOSTFILE``, ``PORT``, ``CUDA_VISIBLE_DEVICES`` are read.
+        environment: of the command; ``PROCS``, ``PORT``, ``CUDA_VISIBLE_DEVICES`` are read.
 
     Raises:
         UserError: more processes than GPUs, or no such port.
@@ -83,10 +84,6 @@ def command_of(package: str, arguments: Sequence[str], environment: dict[str, st
         return alone
     wanted = _whole(environment, "PROCS", range(1, 4097))
     port = _whole(environment, "PORT", _PORTS)
-    if environment.get("HOSTFILE"):
-        hosts = ["--hostfile", environment["HOSTFILE"], *(["--master_port", str(port)] if port else [])]
-        runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
-        return [*runner, *hosts, "--module", package, *arguments]
     gpus = visible_gpus(environment)
     number = wanted or len(gpus) or 1
     if number == 1:
@@ -100,29 +97,57 @@ def command_of(package: str, arguments: Sequence[str], environment: dict[str, st
     # The launcher's own front end counts all GPUs of the machine as soon as it is told a number, and takes
     # those of other users: its back end takes the very list.
     slots = gpus[:number] or [str(index) for index in range(number)]
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": slots}).encode()).decode()
+    return launcher_of({"localhost": slots}, "127.0.0.1", port or free_port(), package, arguments)
+
+
+def launcher_of(
+    world: Mapping[str, Sequence[str]],
+    address: str,
+    port: int,
+    package: str,
+    arguments: Sequence[str],
+    *,
+    node: int = 0,
+) -> list[str]:
+    """DeepSpeed's launcher on one machine.
+
+    Args:
+        world: by machine the devices of its processes, whose ranks count through all of them.
+        address: where the processes meet: the first machine.
+        port: of that address.
+        package: the stage's package.
+        arguments: the recipe and its settings.
+        node: which of the machines this one is.
+    """
+    coded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
     return [
-        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"),
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={coded}"),
         # the processes name their errors themselves
-        *("--log_level=critical", "--master_addr=127.0.0.1", f"--master_port={port or free_port()}"),
+        *("--log_level=critical", f"--node_rank={node}", f"--master_addr={address}", f"--master_port={port}"),
         *("--module", package, *arguments),
     ]
 
 
-def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def run(command: Sequence[str], environment: Mapping[str, str], *, until: int | None = None) -> int:
     """Run a command to its end; a request to stop goes to the processes that can save.
+
+    until: a descriptor on which a byte, or its end, is such a request; the command does not read it.
 
     Returns:
         The command's exit status.
     """
     # in a session of its own: a Ctrl-C would end DeepSpeed's launcher, which gives its processes 30 seconds
-    child = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+    stdin = None if until is None else subprocess.DEVNULL
+    child = subprocess.Popen(command, env=dict(environment), stdin=stdin, start_new_session=True)
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def pass_on(number: int = 0, frame: FrameType | None = None) -> None:
         for process in _workers(child.pid):
-            os.kill(process, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
 
-    before = {number: signal.signal(number, pass_on) for number in STOPS}
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    if until is not None:
+        threading.Thread(target=_call_after, args=(until, pass_on), daemon=True).start()
     try:
         while child.poll() is None:
             time.sleep(0.1)
@@ -131,6 +156,11 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
             signal.signal(number, handler)
     status = child.returncode
     return 128 - status if status < 0 else status
+
+
+def _call_after(descriptor: int, call: Callable[[], None]) -> None:
+    os.read(descriptor, 1)
+    call()
 
 
 def _workers(launcher: int) -> list[int]:
@@ -149,6 +179,13 @@ def main() -> None:
     environment = dict(os.environ)
     tools = os.path.dirname(sys.executable)  # ninja lies beside the interpreter
     environment["PATH"] = os.pathsep.join((tools, environment.get("PATH", os.defpath)))
+    if environment.get("HOSTFILE") and processes() == 1:
+        from rlhf.training.hosts import Hosts
+
+        if environment.get("PROCS", "").strip():
+            raise UserError("PROCS: the slots of HOSTFILE say how many processes start; leave PROCS out")
+        port = _whole(environment, "PORT", _PORTS)
+        sys.exit(Hosts(environment["HOSTFILE"], environment).run(port, sys.argv[1], sys.argv[2:]))
     command = command_of(sys.argv[1], sys.argv[2:], environment)
     if "deepspeed.launcher" not in " ".join(command[:4]):
         os.execve(command[0], command, environment)
