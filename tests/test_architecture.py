@@ -21,7 +21,7 @@ def python_files(folders):
 FILES = python_files(PACKAGES)
 MAX_LINES = 400
 MAX_MODULES = 15  # of a folder
-MAX_PRODUCT_LINES, MAX_TEST_LINES = 43_200, 34_900  # of all files; the aim is 26,500 and 24,500
+MAX_PRODUCT_LINES, MAX_TEST_LINES = 43_800, 34_900  # of all files; the aim is 26,500 and 24,500
 
 STAGES = (  # a stage is a package; its command line is the package's __main__
     "rlhf.collect",
@@ -167,6 +167,8 @@ def test_the_trainings_and_their_formulas_do_not_reach_the_reward_model_by_any_w
         "policy.ppo.__main__",
         "policy.evaluate.run",
         "policy.evaluate.__main__",
+        "policy.trl_compat",  # which puts a trainer together from what a script gives
+        "policy.trl_compat.trainer",
     }
     loop = inside("policy") - {file_of(module) for module in assembling} - inside("policy/alignment_tax")
     assert {f"policy/ppo/{name}.py" for name in ("trainer", "rollout", "loss")} <= loop
