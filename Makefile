@@ -5,6 +5,7 @@
 #   make rlhf RECIPE=recipes/hhh.yaml QUICK=1       with the small sizes of the recipe's quick block
 #   make ppo PROCS=2                                two processes under the DeepSpeed launcher, on a free port (PORT=n)
 #   make ppo HOSTFILE=hosts                         several machines, a line `HOST slots=N` each, reached by ssh (SSH="ssh -p n")
+#   make report RUNS="sentiment sentiment-2"         one page of two runs
 #   make plan GPU=24GB PROCS=8 NODES=2               what a recipe needs of such machines, before anything is loaded
 
 RECIPE ?= recipes/sentiment.yaml
@@ -23,6 +24,8 @@ export SSH ?=
 export GPU ?=
 export NODES ?=
 TIME ?=
+# Of `make report`: the runs on the page, by name; else the recipe's.
+export RUNS ?=
 
 PY := $(VENV)/bin/python
 STAMPS := .stamps
@@ -36,7 +39,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf export export-policy export-reward verify check test smoke clean \
+.PHONY: help setup plan model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf report export export-policy export-reward verify check test smoke clean \
         study-preference study-people study-scaling bench-reward bench-ppo gpu-check
 .NOTPARALLEL:
 
@@ -113,6 +116,10 @@ rlhf: preflight reward ## all of these: all stages of the recipe, in order; what
 	@$(PY) -m reward.card $(ARGS)
 	@$(PY) -m policy.evaluate $(ARGS)
 	@$(PY) -m policy.alignment_tax $(ARGS)
+	@$(PY) -m rlhf.report $(ARGS)
+
+report: recipe ## rlhf.report: a run as one page of HTML, or several beside each other (RUNS="a b")
+	@$(PY) -m rlhf.report $(ARGS)
 
 export: export-policy export-reward ## both of these: plain models of a finished run, which need nothing of this project
 

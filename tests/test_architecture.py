@@ -21,11 +21,12 @@ def python_files(folders):
 FILES = python_files(PACKAGES)
 MAX_LINES = 400
 MAX_MODULES = 15  # of a folder
-MAX_PRODUCT_LINES, MAX_TEST_LINES = 43_800, 34_900  # of all files; the aim is 26,500 and 24,500
+MAX_PRODUCT_LINES, MAX_TEST_LINES = 44_600, 35_300  # of all files; the aim is 26,500 and 24,500
 
 STAGES = (  # a stage is a package; its command line is the package's __main__
     "rlhf.collect",
     "rlhf.plan",
+    "rlhf.report",
     "reward.pretraining",
     "reward.training",
     "reward.card",

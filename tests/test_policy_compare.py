@@ -1,9 +1,11 @@
 """Before against after: what must be equal is equal, what differs is averaged and shown as it should be."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tiny_evaluate import backbone_and_dialogue
 
 from policy.evaluate.before_after import (
@@ -11,12 +13,13 @@ from policy.evaluate.before_after import (
     compare,
     paired_jackknife,
     per_prompt,
+    response_rows,
     reward_fn_of,
     sample_and_score,
-    sample_pairs,
+    spread,
 )
 from policy.evaluate.report import as_markdown
-from policy.ppo.metrics import distinct_n
+from policy.ppo.metrics import distinct_n, rollout_metrics
 from rlhf.data.comparisons import Message
 from rlhf.models.backbone import REFERENCE
 
@@ -158,13 +161,14 @@ def test_distinct_n_by_hand():
 
 def test_sample_pairs_are_spread_and_belong_together():
     before, after = sides(range(5), range(10, 15))
-    pairs = sample_pairs(PROMPTS, before, after, 3)
+    rows = response_rows(PROMPTS, before, after)
+    pairs = spread(rows, 3)
     assert [p["prompt"] for p in pairs] == ["one", "three or so", "five"]
     assert [p["before"] for p in pairs] == ["word0", "word2", "word4"]
     assert [p["after"] for p in pairs] == ["word10", "word12", "word14"]
     assert [p["scores"]["gold"] for p in pairs] == [[0, 10], [2, 12], [4, 14]]
-    assert len(sample_pairs(PROMPTS, before, after, 99)) == 5
-    assert sample_pairs(PROMPTS, before, after, 0) == []
+    assert len(spread(rows, 99)) == 5
+    assert spread(rows, 0) == []
 
 
 @pytest.fixture
@@ -241,3 +245,24 @@ def test_the_interval_of_distinct_n_holds_its_own_figure():
     figure = paired_jackknife(before, after, lambda texts: distinct_n(texts, 1))
     low, high = figure["ci95"]
     assert low < figure["diff"] < high < 0
+
+
+def test_the_explained_variance_of_the_value_is_that_of_its_tokens():
+    rng = np.random.default_rng(2)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    values, returns = (torch.tensor(rng.normal(size=(2, 3)), dtype=torch.float32) for _ in range(2))
+    values = values + returns
+    rest = {name: torch.zeros(2, 3) for name in ("log_probs_BR", "reference_log_probs_BR", "entropy_BR")}
+    rollout = SimpleNamespace(
+        actions_BR=mask, values_BR=values, scores_B=torch.zeros(2), ended_B=torch.ones(2, dtype=torch.bool),
+        texts=["a b", "c d"], **rest,
+    )  # fmt: skip
+    alone = SimpleNamespace(all_sum=lambda x: x, gather=lambda x: [x])
+
+    def explained(returns_BR):
+        return rollout_metrics(alone, rollout, returns_BR, returns_BR, 2)["value/explained_variance"]
+
+    r, e = returns[mask].numpy(), (returns - values)[mask].numpy()
+    assert explained(returns) == pytest.approx(1 - e.var() / r.var(), abs=1e-5)
+    assert explained(values) == pytest.approx(1)
+    assert np.isnan(explained(torch.zeros(2, 3)))

@@ -211,18 +211,23 @@ def compare(before: EvaluatedResponses, after: EvaluatedResponses, *, samples: i
     return figures
 
 
-def sample_pairs(
-    prompts: Sequence[Prompt], before: EvaluatedResponses, after: EvaluatedResponses, number: int
+def response_rows(
+    prompts: Sequence[Prompt], before: EvaluatedResponses, after: EvaluatedResponses
 ) -> list[dict[str, Any]]:
-    """A few prompts with both responses and their scores, evenly spread over the set."""
-    number = min(number, len(prompts))
-    rows = np.linspace(0, len(prompts) - 1, number).astype(int).tolist() if number else []
+    """Every prompt with both responses and their scores {name: [before, after]}."""
     return [
         {
-            "prompt": prompts[row][-1].content,
+            "prompt": prompt[-1].content,
             "before": before.texts[row],
             "after": after.texts[row],
             "scores": {name: [before.scores[name][row], after.scores[name][row]] for name in before.scores},
         }
-        for row in rows
+        for row, prompt in enumerate(prompts)
     ]
+
+
+def spread(rows: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """A few rows, evenly spread over the set."""
+    number = min(number, len(rows))
+    chosen = np.linspace(0, len(rows) - 1, number).astype(int).tolist() if number else []
+    return [rows[row] for row in chosen]

@@ -10,9 +10,10 @@ from policy.evaluate.before_after import (
     EvaluatedResponses,
     compare,
     per_prompt,
+    response_rows,
     reward_fn_of,
     sample_and_score,
-    sample_pairs,
+    spread,
 )
 from policy.evaluate.best_of_n import best_of_figures, draw
 from policy.ppo.reward_shaping import Moments
@@ -60,13 +61,8 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
             for role in (REFERENCE, "policy")
         )
     best_of = _best_of_n(recipe, backbone, dialogue, prompts, reward_fns, before, after)
-    write_jsonl(
-        run.folder / "responses.jsonl",
-        [
-            {"prompt": p[-1].content, "before": b, "after": a}
-            for p, b, a in zip(rows, before.texts, after.texts, strict=True)
-        ],
-    )
+    written = response_rows(rows, before, after)
+    write_jsonl(run.folder / "responses.jsonl", written)
     return {
         "name": recipe.name,
         "seed": recipe.seed,
@@ -76,7 +72,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         **compare(before, after, samples=section.samples_per_prompt),
         **best_of,
         "reward_model": _reward_figures(made),
-        "samples": sample_pairs(rows, before, after, section.pairs_shown),
+        "samples": spread(written, section.pairs_shown),
         "stages": _stage_costs(run, made),
     }
 

@@ -27,6 +27,8 @@ def rollout_metrics(
     Returns:
         Figures by name. KL is the tensor that is penalized (k1, summed over a response, nats); ``k3`` is the
         same by another estimator; a rising reward with a falling ``distinct_2`` or entropy is a collapse.
+        The explained variance is 1 - Var(returns - values) / Var(returns) over the response tokens, NaN where
+        all returns are equal.
     """
     actions = rollout.actions_BR
     log_ratio = (rollout.log_probs_BR, rollout.reference_log_probs_BR)
@@ -43,14 +45,18 @@ def rollout_metrics(
         "value/mean": rollout.values_BR,
         "value/error": (rollout.values_BR - returns_BR).square(),
     }
+    moments = (rollout.values_BR - returns_BR, returns_BR, returns_BR.square())
     rows = torch.stack([tensor.sum() for tensor in per_row.values()])
-    tokens = torch.stack([(tensor * actions).sum() for tensor in per_token.values()])
+    tokens = torch.stack([(tensor * actions).sum() for tensor in (*per_token.values(), *moments)])
     rows = runtime.all_sum(rows) / batch_size
     tokens = runtime.all_sum(tokens) / runtime.all_sum(actions.sum())
     texts = [text for part in runtime.gather(rollout.texts) for text in part]
+    *means, error, mean, square = tokens.tolist()
+    left, spread = means[-1] - error**2, square - mean**2
     return {
         **dict(zip(per_row, rows.tolist(), strict=True)),
-        **dict(zip(per_token, tokens.tolist(), strict=True)),
+        **dict(zip(per_token, means, strict=True)),
+        "value/explained_variance": 1 - left / spread if spread > 0 else float("nan"),
         "response/distinct_2": distinct_n(texts, 2),
     }
 

@@ -140,9 +140,14 @@ def _responses(folder: Path, stages: dict[str, Stage]) -> list[dict[str, Any]]:
         if kept is None or not file.is_file() or sha256_of(file) != kept:
             continue
         rows, _ = _rows(file)
-        shown = stages[name].page.get("samples") or []
-        scores = {(s.get("prompt"), s.get("before"), s.get("after")): s.get("scores") for s in shown}
+        shown = stages[name].page.get("samples")
+        shown = [s for s in shown if isinstance(s, dict)] if isinstance(shown, list) else []
+        scores = {_texts(sample): sample.get("scores") for sample in shown}
         for row in rows:
-            row.setdefault("scores", scores.get((row.get("prompt"), row.get("before"), row.get("after"))))
+            row.setdefault("scores", scores.get(_texts(row)))
         return rows
     return []
+
+
+def _texts(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row.get(key)) for key in ("prompt", "before", "after"))
