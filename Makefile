@@ -15,7 +15,7 @@ HOSTFILE ?=
 PYTHON ?= python3
 VENV ?= .venv
 
-# Processes of the SFT, distillation, PMP, reward and PPO stages: the visible GPUs where there are any, else one.
+# Processes of the stages that train or measure: the visible GPUs where there are any, else one.
 export PROCS ?=
 export PORT ?=
 export HOSTFILE
@@ -97,7 +97,7 @@ reward: comparisons sft distill pmp ## reward.training: train the reward model
 	@$(RUN) reward.training $(ARGS)
 
 card: recipe ## reward.card: measure how far a reward model can be trusted: this run's, or any (SET="card.model=...")
-	@$(PY) -m reward.card $(ARGS)
+	@$(RUN) reward.card $(ARGS)
 
 ppo: recipe ## policy.ppo: train the policy with PPO against the reward model
 	@$(RUN) policy.ppo $(ARGS)
@@ -106,16 +106,16 @@ dpo: comparisons sft distill ## policy.dpo: train a policy straight on the compa
 	@$(RUN) policy.dpo $(ARGS)
 
 evaluate: card ## policy.evaluate: compare before and after on held-out prompts
-	@$(PY) -m policy.evaluate $(ARGS)
+	@$(RUN) policy.evaluate $(ARGS)
 
 tax: recipe ## policy.alignment_tax: measure what alignment cost: base, prompted, distilled, SFT, PPO on the same items
-	@$(PY) -m policy.alignment_tax $(ARGS)
+	@$(RUN) policy.alignment_tax $(ARGS)
 
 rlhf: preflight reward ## all of these: all stages of the recipe, in order; what is done is skipped
 	@$(RUN) policy.ppo $(ARGS)
-	@$(PY) -m reward.card $(ARGS)
-	@$(PY) -m policy.evaluate $(ARGS)
-	@$(PY) -m policy.alignment_tax $(ARGS)
+	@$(RUN) reward.card $(ARGS)
+	@$(RUN) policy.evaluate $(ARGS)
+	@$(RUN) policy.alignment_tax $(ARGS)
 	@$(PY) -m rlhf.report $(ARGS)
 
 report: recipe ## rlhf.report: a run as one page of HTML, or several beside each other (RUNS="a b")

@@ -267,9 +267,13 @@ def made(*arguments):
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize(("target", "module"), [("ppo", "policy.ppo"), ("reward", "reward.training")])
+@pytest.mark.parametrize(
+    ("target", "module"),
+    [("ppo", "policy.ppo"), ("reward", "reward.training"), ("card", "reward.card"),
+     ("evaluate", "policy.evaluate"), ("tax", "policy.alignment_tax")],
+)  # fmt: skip
 def test_make_starts_what_processes_can_share_through_the_launcher(target, module):
     recipe, setting = "RECIPE=recipes/tiny.yaml", "SET=name=x ppo.steps=2"
     launched = f"-m rlhf.training.launch {module} recipes/tiny.yaml name=x ppo.steps=2"
     assert launched in made(target, "PROCS=2", recipe, setting)
-    assert "launch" not in made("evaluate", "PROCS=2", recipe, setting)
+    assert "launch" not in made("comparisons", "PROCS=2", recipe, setting)

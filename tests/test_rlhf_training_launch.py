@@ -161,11 +161,11 @@ def test_variables_of_one_process_change_nothing():
 
 
 def test_a_stage_for_one_process_refuses_several(monkeypatch):
-    check_alone("tax")
+    check_alone("comparisons")
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_alone("ppo")
-    with pytest.raises(UserError, match="tax runs in one process, and the environment has WORLD_SIZE=2"):
-        check_alone("tax")
+    with pytest.raises(UserError, match="comparisons runs in one process, and the env"):
+        check_alone("comparisons")
 
 
 def test_a_stray_variable_ends_a_command_with_one_line():

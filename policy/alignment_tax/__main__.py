@@ -14,6 +14,7 @@ from rlhf.recipe.load import from_command_line
 from rlhf.recipe.tax import DEFAULT_VARIANTS
 from rlhf.runs.artifacts import print_page, read_json
 from rlhf.runs.initial_adapter import check_same_start
+from rlhf.runs.processes import print_once
 from rlhf.runs.stage import RUNS, open_stage
 
 
@@ -22,7 +23,7 @@ def main() -> None:
     recipe = from_command_line()
     section = recipe.tax
     if section is None:
-        print("tax: not in this recipe", flush=True)
+        print_once("tax: not in this recipe")
         return
     names = check(recipe, section)
     run = open_stage(
@@ -39,10 +40,9 @@ def main() -> None:
             check_same_start(run.recipe, run, "ppo")
         items = read_items(recipe, section)
         absent = [name for name in DEFAULT_VARIANTS if name not in names] if section.variants is None else []
-        print(
+        print_once(
             f"tax: {len(names)} variants ({', '.join(names)}) against {section.reference}"
-            + (f"; not there: {', '.join(absent)}" if absent else ""),
-            flush=True,
+            + (f"; not there: {', '.join(absent)}" if absent else "")
         )
         from policy.alignment_tax.run import measure
 

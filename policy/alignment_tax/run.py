@@ -30,8 +30,10 @@ from rlhf.evals.tasks.toxicity import TASK as TOXICITY
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.tax import Tax
 from rlhf.runs.artifacts import write_atomically, write_json, write_jsonl
+from rlhf.runs.processes import processes, rank
 from rlhf.runs.stage import StageRun, input_hashes
 from rlhf.training.progress import progress
+from rlhf.training.shares import join, leave
 
 Items = Mapping[str, tuple[Sequence[Any], int]]
 """By task: the items that every variant does, and how many there were to draw from."""
@@ -55,6 +57,7 @@ def measure(recipe: Recipe, section: Tax, run: StageRun, items: Items) -> dict[s
     """
     variants = variants_of(recipe, section)
     work = TaxRun(recipe, section, run, items)
+    join(recipe.distributed)
     outcomes, responses = work.evaluate(variants)
     table = table_of(recipe, section, variants, outcomes)
     if section.reward_model_hhh:
@@ -97,28 +100,16 @@ class TaxRun:
             self.judged.append(HeldOutScore(recipe, run))
 
     def evaluate(self, variants: Sequence[ModelVariant]) -> tuple[Outcomes, list[Figures]]:
-        """The outcomes, and the responses that a judge has scored, an entry a prompt."""
-        plain = [name for name in self.items if name != TOXICITY]
-        outcomes: Outcomes = {name: {} for name in (*self.items, *(task.name for task in self.judged))}
-        written: dict[tuple[str, str], Responses] = {}
-        with progress("tax", total=len(variants) * (len(plain) + 2 * len(self.judged)), leave=True) as bar:
-            for variant in variants:
-                for name in plain:
-                    bar.set_postfix_str(f"{variant.name}: {name}")
-                    outcomes[name][variant.name] = self._evaluated(variant, name)
-                    bar.update()
-                for task in self.judged:
-                    bar.set_postfix_str(f"{variant.name}: {task.name}")
-                    written[task.name, variant.name] = self._written(variant, task)
-                    bar.update()
-            self._unload()
-            for task in self.judged:
-                bar.set_postfix_str(f"{task.name}: judge")
-                judge = functools.cache(task.judge)  # loaded where a score is not there yet, and once
-                for variant in variants:
-                    responses = written[task.name, variant.name]
-                    outcomes[task.name][variant.name] = self._judged(variant, task, responses, judge)
-                    bar.update()
+        """The outcomes, and the responses that a judge has scored, an entry a prompt.
+
+        Of several processes each does its share, which lies on the disk then; all but the first end here.
+        """
+        if processes() > 1:
+            names = [*(name for name in self.items if name != TOXICITY), *(task.name for task in self.judged)]
+            mine = share([variant.name for variant in variants], names, rank(), processes())
+            self._work(variants, lambda variant, name: (variant.name, name) in mine)
+            leave()
+        outcomes, written = self._work(variants)
         return outcomes, [
             {
                 "task": task.name,
@@ -134,6 +125,35 @@ class TaxRun:
             for task in self.judged
             for index, prompt in enumerate(task.prompts)
         ]
+
+    def _work(
+        self,
+        variants: Sequence[ModelVariant],
+        mine: Callable[[ModelVariant, str], bool] = lambda variant, name: True,
+    ) -> tuple[Outcomes, dict[tuple[str, str], Responses]]:
+        """Outcomes by task and variant, and what was written for a judge, of what is ``mine`` alone."""
+        plain = [name for name in self.items if name != TOXICITY]
+        outcomes: Outcomes = {name: {} for name in (*self.items, *(task.name for task in self.judged))}
+        written: dict[tuple[str, str], Responses] = {}
+        with progress("tax", total=len(variants) * (len(plain) + 2 * len(self.judged)), leave=True) as bar:
+            for variant in variants:
+                for name in (name for name in plain if mine(variant, name)):
+                    bar.set_postfix_str(f"{variant.name}: {name}")
+                    outcomes[name][variant.name] = self._evaluated(variant, name)
+                    bar.update()
+                for task in (task for task in self.judged if mine(variant, task.name)):
+                    bar.set_postfix_str(f"{variant.name}: {task.name}")
+                    written[task.name, variant.name] = self._written(variant, task)
+                    bar.update()
+            self._unload()
+            for task in self.judged:
+                bar.set_postfix_str(f"{task.name}: judge")
+                judge = functools.cache(task.judge)  # loaded where a score is not there yet, and once
+                for variant in (variant for variant in variants if mine(variant, task.name)):
+                    responses = written[task.name, variant.name]
+                    outcomes[task.name][variant.name] = self._judged(variant, task, responses, judge)
+                    bar.update()
+        return outcomes, written
 
     def _evaluated(self, variant: ModelVariant, name: str) -> Outcome:
         """A variant on a task that needs no judge."""
@@ -173,7 +193,7 @@ class TaxRun:
 
     def _remember(self, name: str, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
         folder = Path(self.section.cache).expanduser() if self.section.cache else None
-        return self.run.remember(name, compute, key=[key, self._made_with], folder=folder)
+        return self.run.remember(name, compute, key=[key, self._made_with], folder=folder, own=True)
 
     def _key(self, variant: ModelVariant, name: str) -> dict[str, Any]:
         """What a variant's result on a task depends on, options apart; keys as in earlier caches."""
@@ -251,6 +271,18 @@ class TaxRun:
             "figures": found.mean().as_dict(),
             "groups": {group: estimate.as_dict() for group, estimate in found.by_group().items()},
         }
+
+
+def share(variants: Sequence[str], tasks: Sequence[str], rank: int, world: int) -> set[tuple[str, str]]:
+    """The (variant, task) pairs of one process of ``world``: whole variants, so that few models are loaded.
+
+    With more processes than variants several of them deal out a variant's tasks.
+    """
+    found: set[tuple[str, str]] = set()
+    for number, variant in enumerate(variants):
+        owners = [*range(number, world, len(variants))] or [number % world]
+        found |= {(variant, task) for i, task in enumerate(tasks) if owners[i % len(owners)] == rank}
+    return found
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ Shape suffixes: ``_B`` response row, ``_T`` token, ``_R`` response token.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from rlhf.models.masks import ended, masked_mean
 from rlhf.stats.intervals import Z95, mean_interval, paired_difference, win_rate
 from rlhf.stats.length_control import length_controlled
 from rlhf.tokenization.dialogue import Dialogue
+from rlhf.training.shares import own, together
 
 
 class SampledBatch(NamedTuple):
@@ -128,8 +130,8 @@ def sample_and_score(
         batch_size: rows at once.
         progress: called with the number of rows done.
     """
-    found = EvaluatedResponses([], {name: [] for name in reward_fns}, [], [], [], [], [])
-    for first in range(0, len(prompts), batch_size):
+    parts, done = [], 0
+    for first in own(range(0, len(prompts), batch_size)):
         batch = list(prompts[first : first + batch_size])
         rows = range(first, first + len(batch))
         uniform_BR = sampling.uniforms(seed, "evaluate", 0, rows, dialogue.max_response_tokens)
@@ -141,16 +143,29 @@ def sample_and_score(
             backbone(r, *tokens, start=start, temperature=temperature, targets_mask_BR=actions_BR)
             for r in (role, REFERENCE)
         )
-        for name, reward_fn in reward_fns.items():
-            found.scores[name].extend(reward_fn(responses).tolist())
-        found.texts.extend(responses.texts)
-        found.length.extend(actions_BR.sum(-1).float().tolist())
-        found.ended.extend(ended(sampled.response_ids_BR, dialogue.end_ids).float().tolist())
-        found.entropy.extend(masked_mean(entropy_BR, actions_BR, dim=-1).tolist())
-        found.kl.extend(sequence_kl(log_probs_BR, reference_BR, actions_BR).tolist())
-        found.kl_k3.extend((k3(log_probs_BR, reference_BR) * actions_BR).sum(-1).tolist())
+        parts.append(
+            EvaluatedResponses(
+                responses.texts,
+                {name: reward_fn(responses).tolist() for name, reward_fn in reward_fns.items()},
+                length=actions_BR.sum(-1).float().tolist(),
+                ended=ended(sampled.response_ids_BR, dialogue.end_ids).float().tolist(),
+                entropy=masked_mean(entropy_BR, actions_BR, dim=-1).tolist(),
+                kl=sequence_kl(log_probs_BR, reference_BR, actions_BR).tolist(),
+                kl_k3=(k3(log_probs_BR, reference_BR) * actions_BR).sum(-1).tolist(),
+            )
+        )
         progress(len(batch))
-    return found
+        done += len(batch)
+    texts, scores, *figures = zip(*together(parts), strict=True)
+    progress(len(prompts) - done)  # what the other processes have done
+    return EvaluatedResponses(
+        _joined(texts), {name: _joined(part[name] for part in scores) for name in reward_fns},
+        *map(_joined, figures),
+    )  # fmt: skip
+
+
+def _joined(parts: Iterable[Iterable[Any]]) -> list[Any]:
+    return [*itertools.chain.from_iterable(parts)]
 
 
 def per_prompt(values: Sequence[float], samples: int) -> NDArray[np.float64]:

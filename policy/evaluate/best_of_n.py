@@ -25,6 +25,7 @@ from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.stats.intervals import mean_interval, win_rate
 from rlhf.stats.length_control import length_controlled
 from rlhf.tokenization.dialogue import Dialogue
+from rlhf.training.shares import own, together
 
 Floats = NDArray[np.float64]
 
@@ -172,10 +173,9 @@ def draw(
     Raises:
         InvariantError: a score is not finite, so nothing can be ranked.
     """
-    scores: dict[str, list[float]] = {name: [] for name in reward_fns}
-    lengths: list[float] = []
+    parts, done = [], 0
     rows = [(prompt, number) for prompt in range(len(prompts)) for number in range(samples)]
-    for first in range(0, len(rows), batch_size):
+    for first in own(range(0, len(rows), batch_size)):
         batch = rows[first : first + batch_size]
         uniform_BR = torch.cat(
             [uniforms(seed, "best_of", p, [s], dialogue.max_response_tokens) for p, s in batch]
@@ -183,10 +183,17 @@ def draw(
         drawn = sample(
             backbone, REFERENCE, dialogue, [prompts[p] for p, _ in batch], uniform_BR, temperature=temperature
         )
-        for name, reward_fn in reward_fns.items():
-            scores[name].extend(reward_fn(drawn.responses).tolist())
-        lengths.extend(drawn.actions_BR.sum(-1).float().tolist())
+        parts.append(
+            (
+                {name: reward_fn(drawn.responses).tolist() for name, reward_fn in reward_fns.items()},
+                drawn.actions_BR.sum(-1).float().tolist(),
+            )
+        )
         progress(len(batch))
+        done += len(batch)
+    every = together(parts)
+    progress(len(rows) - done)  # what the other processes have done
+    scores = {name: [score for part, _ in every for score in part[name]] for name in reward_fns}
     for name, values in scores.items():
         bad = sum(not math.isfinite(value) for value in values)
         if bad:
@@ -196,7 +203,7 @@ def draw(
             )
     shape = len(prompts), samples
     by_judge = {name: np.array(values).reshape(shape) for name, values in scores.items()}
-    return by_judge, np.array(lengths).reshape(shape)
+    return by_judge, np.array([length for _, part in every for length in part]).reshape(shape)
 
 
 def best_of_figures(

@@ -41,10 +41,12 @@ from rlhf.runs.whole import READ as STAGES
 from rlhf.runs.whole import manifest_of
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
 from rlhf.training.progress import progress
+from rlhf.training.shares import join, leave
 
 
 def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     """Do the stage's work, ``responses.jsonl`` included; returns the summary."""
+    join(recipe.distributed)
     section = recipe.evaluate
     made = {stage: _manifest(run, stage) for stage in STAGES}
     dialogue = load_dialogue(recipe)
@@ -61,6 +63,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
             for role in (REFERENCE, "policy")
         )
     best_of = _best_of_n(recipe, backbone, dialogue, prompts, reward_fns, before, after)
+    leave()
     written = response_rows(rows, before, after)
     write_jsonl(run.folder / "responses.jsonl", written)
     return {

@@ -52,7 +52,9 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     """Do the stage's work; returns the card."""
     from reward.card.curve import check_curve, learning_curve
     from reward.card.scorers import check_scorer, load_scorer
+    from rlhf.training.shares import join, leave
 
+    join(recipe.distributed)
     section = recipe.card
     if section.against:  # told now, and not when the first model is done
         check_scorer(section.against, recipe, key="card.against")
@@ -72,6 +74,8 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     if not comparisons:
         raise UserError(f"card.comparisons: nothing that {path} can tell apart: {counts}")
     scores_R, cut_R = scored(run, scorer, comparisons, "model")
+    if not section.against:
+        leave()
     found_elsewhere = _out_of_distribution(recipe, scorer, comparisons)
     card: dict[str, Any] = {
         "name": recipe.name,
@@ -101,6 +105,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
             "files": input_hashes(list(map(str, model_files(section.against)))),
         }
         del other
+        leave()
     card |= figures(
         Scored(comparisons, scores_R, cut_R, normalised, gain),
         bins=section.bins,
@@ -237,13 +242,20 @@ def scored(
         cut = scorer.cut(prompts, responses)
         return {"scores": scorer.score(prompts, responses).tolist(), "cut": cut.tolist()}
 
-    parts = []
-    starts = range(0, len(comparisons), COMPARISONS_AT_ONCE)
-    for number, start in enumerate(progress(f"card: {name}", starts, leave=True)):
+    from rlhf.training.shares import own, together
+
+    chunks = []
+    for number, start in enumerate(range(0, len(comparisons), COMPARISONS_AT_ONCE)):
         before = len(place)
         for row in _rows(comparisons[start : start + COMPARISONS_AT_ONCE]):
             place.setdefault(row, len(place))
-        parts.append(run.remember(f"{name}-{number:05d}", partial(read, list(place)[before:])))
+        chunks.append((f"{name}-{number:05d}", list(place)[before:]))
+    parts = together(
+        [
+            run.remember(note, partial(read, rows), own=True)
+            for note, rows in progress(f"card: {name}", own(chunks), leave=True)
+        ]
+    )
     scores_I, cut_I = ([x for part in parts for x in part[name]] for name in ("scores", "cut"))
     place_R = [place[row] for row in _rows(comparisons)]
     return np.array(scores_I, dtype=np.float64)[place_R], np.array(cut_I, dtype=bool)[place_R]

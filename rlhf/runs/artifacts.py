@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlhf.errors import UserError, errno_of
+from rlhf.runs.processes import rank
 
 MANIFEST = "manifest.json"
 PROBE_SCORES = "probe_scores.jsonl"  # what the reward stage's probes give its held-out responses
@@ -109,7 +110,7 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def print_page(file: Path) -> None:
-    """Print the page of a finished stage.
+    """Print the page of a finished stage, once for all processes.
 
     Raises:
         UserError: it is gone; its folder has the name of the stage, and of the make target.
@@ -117,7 +118,8 @@ def print_page(file: Path) -> None:
     if not file.is_file():
         stage = file.parent.name
         raise UserError(f"{file} is missing; remove {file.parent} and run `make {stage}` again")
-    print(file.read_text(encoding="utf-8"), flush=True)
+    if rank() == 0:
+        print(file.read_text(encoding="utf-8"), flush=True)
 
 
 def read_json(path: Path) -> Any:

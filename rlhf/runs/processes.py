@@ -14,7 +14,8 @@ from collections.abc import MutableMapping
 
 from rlhf.errors import UserError
 
-SHARED = ("sft", "distill", "pmp", "reward", "ppo", "dpo")  # the stages that several processes can share
+SHARED = ("sft", "distill", "pmp", "reward", "ppo", "dpo")  # the stages that several processes train
+MEASURED = ("card", "evaluate", "evaluate_dpo", "tax")  # and those of which each measures a share
 RENDEZVOUS = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 _UNSET = f"env -u {' -u '.join((*RENDEZVOUS, 'LOCAL_RANK'))}"
 
@@ -67,7 +68,7 @@ def check_alone(stage: str) -> None:
     Raises:
         UserError: the launcher started more than one.
     """
-    if processes() > 1 and stage not in SHARED:
+    if processes() > 1 and stage not in (*SHARED, *MEASURED):
         raise UserError(
             f"{stage} runs in one process, and the environment has WORLD_SIZE={processes()}: "
             f"start it once, with {_UNSET} make {stage} ..."

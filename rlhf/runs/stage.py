@@ -110,7 +110,13 @@ class StageRun:
             self.started = time.monotonic()
 
     def remember(
-        self, name: str, compute: Callable[[], Any], *, key: object = None, folder: Path | None = None
+        self,
+        name: str,
+        compute: Callable[[], Any],
+        *,
+        key: object = None,
+        folder: Path | None = None,
+        own: bool = False,
     ) -> Any:
         """A value that is computed once in all sessions (:func:`rlhf.runs.cache.remember`).
 
@@ -119,9 +125,10 @@ class StageRun:
             compute: gives the value, JSON-able; every process calls it, the main one writes.
             key: what the value depends on beyond the stage's fingerprint.
             folder: where it is kept, ``parts`` of the stage by default, which goes with the stage's end.
+            own: this process alone computes it, and so writes it.
         """
         kept = folder or self.folder / "parts"
-        return remember(kept, name, key, compute, is_main=self.is_main, on_new=self.note_clock)
+        return remember(kept, name, key, compute, is_main=self.is_main or own, on_new=self.note_clock)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write the manifest, which makes the stage complete, and drop its checkpoints.
