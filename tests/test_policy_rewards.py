@@ -1,11 +1,13 @@
 """Rewards of several kinds as one: their sum, their log, their state, and what a function may not do."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import stage, tiny_recipe
+import yaml
+from conftest import ROOT, stage, tiny_recipe
 from tiny_ppo import PROMPTS, SMALL, TOKENIZER, trainer, varied, weights
 
 from policy.evaluate import __main__ as evaluate
@@ -13,8 +15,10 @@ from policy.ppo import __main__ as ppo
 from policy.ppo.rollout import Responses
 from policy.rewards.mixture import RewardMixture, WeightedReward, text_reward
 from rlhf.collect.functions import RewardFunction
+from rlhf.collect.judges import vader
 from rlhf.errors import UserError
 from rlhf.models.masks import left_pad
+from rlhf.recipe.schema import Ppo
 from rlhf.runs.artifacts import read_json
 from rlhf.training.metrics import read_metrics
 
@@ -75,18 +79,24 @@ def test_ppo_learns_from_a_mix_and_logs_every_part_of_it(lab, capsys):
 
 def test_functions_alone_need_no_reward_model(lab):
     shutil.rmtree(lab / "runs/tiny/reward")
-    alone = "ppo.rewards=[{function: my_rewards.py:brevity}, {judge: vader, normalize: true}]"
+    alone = "ppo.rewards=[{function: my_rewards.py:brevity, normalize: true}, {judge: vader}]"
     stage(ppo.main, alone, "ppo.steps=1")
     manifest = read_json(lab / "runs/tiny/ppo/manifest.json")
     assert set(manifest["fingerprint"]["parents"]) == {"comparisons"}
-    number, mean, squares = manifest["results"]["reward_moments"]["vader"]
+    number, mean, squares = manifest["results"]["reward_moments"]["brevity"]
     assert number == 16
-    assert squares >= 0
+    assert squares > 0
     row = read_metrics(lab / "runs/tiny/ppo")[0]
-    assert row["reward/vader"] == pytest.approx(mean)
-    assert row["objective/score"] == pytest.approx(row["reward/brevity"], abs=1e-5)  # the other has mean 0
+    assert row["reward/brevity"] == pytest.approx(mean)
+    assert row["objective/score"] == pytest.approx(row["reward/vader"], abs=1e-5)  # the other has mean 0
     stage(evaluate.main, alone, "ppo.steps=1", "evaluate.judge=reward", "evaluate.prompts=4")
-    assert "reward" in read_json(lab / "runs/tiny/evaluate/summary.json")
+    summary = read_json(lab / "runs/tiny/evaluate/summary.json")
+    rows = [json.loads(x) for x in (lab / "runs/tiny/evaluate/responses.jsonl").read_text().splitlines()]
+    said, deviation = [row["after"] for row in rows], (squares / number) ** 0.5
+    expected = [(-len(t) / 10 - mean) / deviation + v for t, v in zip(said, vader(said), strict=True)]
+    assert summary["reward"]["after"] == pytest.approx(
+        sum(expected) / len(said), abs=1e-5
+    )  # as PPO's end saw it
 
 
 # ---- the mixture by itself
@@ -235,3 +245,17 @@ def test_rewards_stand_instead_of_a_reward_model(tmp_path):
     assert (recipe.ppo.own_reward, recipe.ppo.named_models) == (False, [])
     recipe = tiny_recipe(f"ppo.rewards=[{{model: reward}}, {{model: {tmp_path}, name: other}}]")
     assert (recipe.ppo.own_reward, recipe.ppo.named_models) == (True, [str(tmp_path)])
+
+
+def test_the_recipe_and_the_function_of_the_page_are_valid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
+    ((kind, recipe), (_, function)) = re.findall(r"```(yaml|python)\n(.*?)```", page, re.S)
+    section = Ppo.model_validate(yaml.safe_load(recipe)["ppo"])
+    assert kind == "yaml"
+    assert [r.label for r in section.rewards] == [
+        "reward", "OTHER", "CLASSIFIER", "brevity", "vader", "helpful"
+    ]  # fmt: skip
+    (tmp_path / "own.py").write_text(function)
+    judge = RewardFunction("own.py:brevity", "ppo.rewards[0]", chat=False)
+    assert judge([PROMPTS[0]], ["x" * 50]) == [-0.5]

@@ -149,12 +149,34 @@ def test_the_reward_model_is_read_on_the_last_token_whatever_the_padding(models)
 
 
 def test_prompts_are_the_tokens_that_were_given(models):
-    dialogue = GivenTokens(AutoTokenizer.from_pretrained("sft"), max_prompt_tokens=1, max_response_tokens=4)
-    rows = [{"input_ids": [0, 0, 7, 8], "attention_mask": [0, 0, 1, 1]}, {"input_ids": [20, 21, 22]}]
+    tokenizer = AutoTokenizer.from_pretrained("sft")
+    options = {"max_prompt_tokens": 1, "max_response_tokens": 4}
+    dialogue = GivenTokens(tokenizer, end_of_turn=tokenizer.eos_token, **options)
+    rows = [
+        {"input_ids": [0, 0, 7, 8], "attention_mask": [0, 0, 1, 1]},
+        {"input_ids": [0, 20, 21, 22]},
+        {"input_ids": [30]},
+    ]
     prompts = dialogue.take(rows, "train_dataset")
-    assert [dialogue.encode_prompt(prompt) for prompt in prompts] == [[7, 8], [20, 21, 22]]
+    assert [dialogue.encode_prompt(prompt) for prompt in prompts] == [[7, 8], [20, 21, 22], [30]]
     with pytest.raises(UserError, match=r"train_dataset, row 1: no column input_ids \(prompt\)"):
         dialogue.take([{"prompt": "x"}], "train_dataset")
+
+
+@pytest.mark.parametrize("pad", ["the EOS token", "beyond the model's embeddings"])
+def test_the_padding_of_old_scripts_is_no_obstacle(models, pad):
+    arguments = given(train_dataset=[{"input_ids": [7, 8]}, {"input_ids": [9]}])
+    tokenizer = arguments["processing_class"]
+    if pad == "the EOS token":
+        tokenizer.pad_token = tokenizer.eos_token
+    else:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        assert tokenizer.pad_token_id >= arguments["model"].config.vocab_size
+    named = tokenizer.pad_token
+    trainer = PPOTrainer(**arguments)
+    trainer.train()
+    trainer.save_model("runs/whole")
+    assert AutoTokenizer.from_pretrained("runs/whole").pad_token == named
 
 
 def given(**changed):

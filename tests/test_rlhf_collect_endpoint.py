@@ -1,13 +1,12 @@
 """The judge over HTTP against a stand-in server on the loopback: asked, tried again, remembered, refused."""
 
-import json
 import math
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import tiny_recipe
+from stand_in_server import StandIn, length
 
 from rlhf.collect.endpoint import HttpJudge
 from rlhf.collect.judges import check_judge
@@ -16,35 +15,6 @@ from rlhf.errors import UserError
 from rlhf.recipe.types import Endpoint
 
 PROMPTS = [(Message("user", "name {response}"),), (Message("user", "a"), Message("assistant", "b"))]
-
-
-class StandIn:
-    """A server that answers what a function says, which gets the question and the number of the request."""
-
-    def __init__(self, answer):
-        self.asked, self.headers, self.answer = [], [], answer
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.asked.append((self.path, body))
-                outer.headers.append(dict(self.headers))
-                found = outer.answer(body["messages"][0]["content"], len(outer.asked))
-                status, text, more = found if isinstance(found, tuple) else (200, found, {})
-                payload = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-                self.send_response(status)
-                for name, value in more.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(payload if status == 200 else text.encode())
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
@@ -59,16 +29,11 @@ def serve(tmp_path, monkeypatch):
 
     yield start
     for each in running:
-        each.server.shutdown()
-        each.server.server_close()
+        each.stop()
 
 
 def judge(url, **options):
     return HttpJudge(Endpoint(url=url, model="m", **options), "evaluate.judge", pause=0.01)
-
-
-def length(question, _):
-    return str(len(question.partition("[response]\n")[2].partition("\n")[0]))
 
 
 def test_every_response_is_asked_about_once_and_remembered(serve):
@@ -153,6 +118,10 @@ def test_a_server_that_is_down_or_slow_is_told_with_what_to_do(serve):
         check_judge(
             Endpoint(url="http://127.0.0.1:9/v1", model="m", tries=1), tiny_recipe(), "ppo.rewards[0]"
         )
+    with pytest.raises(
+        UserError, match=r"evaluate\.judge\.on_prose=ignore: a judge must score every response"
+    ):
+        check_judge(Endpoint(url=slow.url, model="m", on_prose="ignore"), tiny_recipe(), "evaluate.judge")
     odd = serve(lambda *_: (200, None, {}))
     with pytest.raises(UserError, match="answered ''"):
         judge(odd.url, tries=1)([PROMPTS[0]], ["x"])

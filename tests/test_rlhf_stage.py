@@ -249,6 +249,28 @@ def test_differences_are_found_at_any_depth_and_on_either_side():
     new = {"a": {"b": 1, "c": 3}, "d": [1], "new": {"e": 1}}
     assert differences(old, new) == ["a.c: 2 -> 3", "gone: 0 -> None", "new: None -> {'e': 1}"]
     assert differences(old, old) == []
+    server = {"url": "http://localhost:1/v1", "model": "m"}
+    old, new = (
+        {"ppo": {"rewards": [{"judge": server | change, "weight": 1.0}]}} for change in ({}, {"url": "u"})
+    )
+    assert differences(old, new) == []  # it moved
+    other = {"ppo": {"rewards": [{"judge": server | {"model": "n"}, "weight": 2.0}]}}
+    assert differences(old, other) == [
+        "ppo.rewards.0.judge.model: 'm' -> 'n'",
+        "ppo.rewards.0.weight: 1.0 -> 2.0",
+    ]
+    assert len(differences(old, {"ppo": {"rewards": []}})) == 1
+
+
+def test_a_server_may_move_and_what_it_is_asked_may_not_change():
+    def section(weight=1.0, **change):
+        judge = {"url": "http://localhost:1/v1", "model": "m"} | change
+        return {"ppo": {"rewards": [{"judge": judge, "weight": weight}]}}
+
+    assert differences(section(), section(url="http://localhost:2/v1")) == []
+    found = differences(section(), section(2.0, model="n"))
+    assert found == ["ppo.rewards.0.judge.model: 'm' -> 'n'", "ppo.rewards.0.weight: 1.0 -> 2.0"]
+    assert len(differences(section(), {"ppo": {"rewards": []}})) == 1
 
 
 # --- one process at a time -------------------------------------------------------------------------------

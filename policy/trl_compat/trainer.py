@@ -5,6 +5,7 @@ Shape suffixes: ``_B`` response row, ``_T`` token, ``_D`` hidden unit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,13 +39,20 @@ _RANK = 64  # of the adapters where no peft_config is given, and the model would
 class GivenTokens(Dialogue):
     """A dialogue whose prompts come as token ids: each prompt is the text that they decode to.
 
+    What is padding is known by masks alone, so any token pads; the tokenizer keeps the one that it has, which
+    in many scripts is EOS, or has no row in the model.
+
     Args:
         tokenizer: of the policy.
+        end_of_turn: token that ends a response.
         options: as of :class:`Dialogue`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
-        super().__init__(tokenizer, template="plain", **options)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_of_turn: str, **options: Any) -> None:
+        own = tokenizer.pad_token
+        pad = next(t for t in tokenizer.convert_ids_to_tokens([0, 1]) if t != end_of_turn)
+        super().__init__(tokenizer, template="plain", pad_token=pad, end_of_turn=end_of_turn, **options)
+        tokenizer.pad_token = own
         self._given: dict[Prompt, list[int]] = {}
 
     def take(self, rows: Rows, name: str) -> list[Prompt]:
@@ -63,6 +71,8 @@ class GivenTokens(Dialogue):
             ids = [int(i) for i in row["input_ids"]]
             if mask := row.get("attention_mask"):
                 ids = [i for i, real in zip(ids, mask, strict=True) if real]
+            elif (pad := self.tokenizer.pad_token_id) != self.eos_id:
+                ids = list(itertools.dropwhile(lambda i: i == pad, ids))
             prompt: Prompt = (Message("user", str(self.tokenizer.decode(ids))),)
             self._given.setdefault(prompt, ids)
             self.max_prompt_tokens = max(self.max_prompt_tokens, len(ids))
@@ -122,7 +132,6 @@ class PPOTrainer:
             processing_class,
             max_prompt_tokens=1,
             max_response_tokens=args.response_length,
-            pad_token=processing_class.pad_token,
             end_of_turn=_end_of_turn(args, processing_class),
         )
         prompts = self.dialogue.take(train_dataset, "train_dataset")

@@ -284,6 +284,10 @@ def main() -> None:
     """The `card` target; a finished stage prints its page again."""
     recipe = from_command_line()
     section = recipe.card
+    model = section.model or recipe.ppo.own_reward or (RUNS / recipe.name / "reward").is_dir()
+    if recipe.ppo.rewards and not model:
+        print("card: this run has no reward model (ppo.rewards); nothing to do", flush=True)
+        return
     parents = [*([] if section.comparisons else ["comparisons"]), *([] if section.model else ["reward"])]
     named = [name for name in (section.model, section.against) if name]
     inputs = [*section.comparisons, *section.outliers, *map(str, training_files(recipe))]

@@ -89,6 +89,8 @@ def judge_of(
         UserError: the function cannot be loaded or called, or the server's key is not there.
     """
     if isinstance(judged, Endpoint):
+        if judged.on_prose == "ignore" and not in_ppo:
+            raise UserError(f"{key}.on_prose=ignore: a judge must score every response; set it to stop")
         return HttpJudge(judged, key)
     if judged in JUDGES:
         return JUDGES[judged]

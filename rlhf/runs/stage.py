@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -54,6 +55,11 @@ _CHANGEABLE = {  # may change between two starts of an unfinished stage, because
     "dpo.checkpoint_every",
     "distill.checkpoint_every",
     "tax.cache",
+    *(
+        f"{place}.judge.{name}"  # of a server, which may move
+        for place in ("ppo.rewards", "evaluate", "collect")
+        for name in ("url", "tries", "timeout_seconds", "concurrency", "key_variable", "remote", "cache")
+    ),
 }
 FORMAT = 2  # of the checkpoints and other unfinished work in a folder; raised when they change
 _VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets")
@@ -340,8 +346,13 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         for key in [*old, *(k for k in new if k not in old)]:
             lines += differences(old.get(key), new.get(key), f"{prefix}{key}.")
         return lines
+    both = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    if both and old and all(isinstance(item, dict) for item in (*old, *new)):
+        return differences(dict(enumerate(old)), dict(enumerate(new)), prefix)
     key = prefix.removesuffix(".")
-    return [] if old == new or key in _CHANGEABLE else [f"{key}: {old!r} -> {new!r}"]
+    return (
+        [] if old == new or re.sub(r"\.\d+(?=\.)", "", key) in _CHANGEABLE else [f"{key}: {old!r} -> {new!r}"]
+    )
 
 
 def _refuse_changes(old: dict[str, Any], new: dict[str, Any], folder: Path, *, finished: bool) -> None:
