@@ -11,10 +11,12 @@ import re
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FIRST_SPEAKS = 4.0  # seconds that the other processes wait before they say what is wrong
 USER_ERROR_STATUS = 2  # exit status of every mistake that the user can mend
 _TORCH_WRITER = ("file write failed", "unexpected pos", "failed writing")  # of a checkpoint, without errno
 
@@ -126,7 +128,13 @@ def lost_process(error: BaseException) -> str | None:
     return re.sub(r"^\[[^]]*\] ?", "", text).partition(". ")[0][:120]
 
 
-def lost_process_error(reason: str, stage: str = "", goes_on: str = "from its last checkpoint") -> UserError:
+class LostProcessError(UserError):
+    """A process that cannot go on without another one."""
+
+
+def lost_process_error(
+    reason: str, stage: str = "", goes_on: str = "from its last checkpoint"
+) -> LostProcessError:
     """The error of a process that cannot go on without another one.
 
     Args:
@@ -134,7 +142,7 @@ def lost_process_error(reason: str, stage: str = "", goes_on: str = "from its la
         stage: where it was.
         goes_on: where the same command will go on.
     """
-    return UserError(
+    return LostProcessError(
         f"{stage + ': ' if stage else ''}another process of this run ended or hangs ({reason}); look at its "
         f"last lines, then run the same command again: it goes on {goes_on}"
     )
@@ -145,7 +153,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
     What the operating system refuses, a device without room and the loss of another process are reported in
     the same way: the commonest faults that are nobody's bug. A stop by Ctrl-C, SIGTERM or SIGHUP is one line
-    too, with the status that a shell gives it.
+    too, with the status that a shell gives it. What all processes of a run find wrong the first one says, and
+    its launcher ends the others.
     """
     for number in STOP_SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -156,7 +165,10 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     try:
         main()
     except Exception as error:
-        print(f"error: {_message_of(error)}", file=sys.stderr, flush=True)
+        line = _message_of(error)
+        if os.environ.get("RANK", "0") != "0" and type(error) is UserError:
+            time.sleep(FIRST_SPEAKS)
+        print(f"error: {line}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_STATUS)
 
 

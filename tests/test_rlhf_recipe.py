@@ -238,8 +238,9 @@ def test_the_batches_of_all_trainings_must_divide_over_the_processes(recipe, sta
     check_batch_sizes(load(recipe(), sizes), 4)
     loaded = load(recipe(), [*sizes, f"{stage}.batch_size=10"])
     check_batch_sizes(loaded, 2)
+    check_batch_sizes(loaded, 4, *{"ppo", "reward", "pmp", "sft"} - {stage})
     with pytest.raises(UserError) as caught:
-        check_batch_sizes(loaded, 4)
+        check_batch_sizes(loaded, 4, stage)
     assert str(caught.value) == (
         f"{stage}.batch_size = 10 does not divide over 4 processes; use a multiple of 4, for example 12"
     )

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PROMPTS, ROOT, TINY, stage
 
+from policy.alignment_tax import preflight
 from rlhf.errors import UserError
 from rlhf.runs.processes import adopt_environment, check_alone
 from rlhf.training import launch
@@ -217,6 +218,28 @@ def test_a_stop_reaches_the_processes_and_waits_for_their_save(number, tmp_path)
     started.send_signal(number)
     assert started.wait(20) == 143
     assert (tmp_path / "saved").exists()
+
+
+def test_a_mistake_of_all_processes_is_said_once(inside):
+    """Only the stage's own batches count, and the launcher ends the others while the first one speaks."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PROCS": "3", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "rlhf.training.launch", "policy.ppo", str(TINY), *PROMPTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: ppo.batch_size / ppo.minibatches = 8 does not divide over 3 processes; use a multiple of 3, "
+        "for example 9\n"
+    )
+
+
+def test_a_road_is_told_of_all_batches_before_it_starts(inside, monkeypatch, capsys):
+    monkeypatch.setenv("PROCS", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError) as caught:
+        stage(preflight.main)
+    assert str(caught.value).count("does not divide over 3 processes") == 2
+    Path("hosts").write_text("a slots=2\nb slots=3\n")
+    assert launch.wanted_processes({"HOSTFILE": "hosts"}) == 5
 
 
 def test_a_makefile_passes_its_variables_and_no_count_of_gpus():

@@ -1,4 +1,4 @@
-"""The 8-bit optimizer, by a stand-in for the card and for bitsandbytes: there is no GPU here."""
+"""The 8-bit optimizer, by stand-ins (there is no GPU here), and the keys of DeepSpeed."""
 
 import bitsandbytes.optim
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Distributed
-from rlhf.training.optimizer import make_optimizer
+from rlhf.training.optimizer import deepspeed_config, make_optimizer
 from rlhf.training.runtime import Runtime
 
 
@@ -26,3 +26,32 @@ def test_the_paged_optimizer_is_refused_on_a_cpu_and_over_zero():
     runtime.stage = 2
     with pytest.raises(UserError, match="does not go with ZeRO 2; use zero_stage 0"):
         runtime.prepare(torch.nn.Linear(1, 1), [], {}, epsilon=1e-8, kind="paged_adamw_8bit")
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"wall_clock_breakdwn": True}, "DeepSpeed knows no key wall_clock_breakdwn (did you mean "
+         "wall_clock_breakdown?)"),
+        ({"xyz": 1}, "DeepSpeed knows no key xyz; mend"),
+        ({"zero_optimization": {"reduce_buket_size": 1}}, "zero_optimization.reduce_buket_size: Extra inputs "
+         "are not permitted (did you mean reduce_bucket_size?)"),
+        ({"zero_optimization": {"sub_group_size": "many"}}, "zero_optimization.sub_group_size: Input"),
+    ],
+)  # fmt: skip
+def test_a_key_that_deepspeed_does_not_know_is_told_with_the_nearest(given, line, monkeypatch):
+    section = Distributed(deepspeed=given)
+    deepspeed_config(section, batch=2, clip=1.0)  # one process has no use for it
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError) as caught:
+        deepspeed_config(section, batch=2, clip=1.0)
+    assert str(caught.value).startswith(f"distributed.deepspeed: {line}")
+
+
+def test_keys_that_deepspeed_knows_are_taken(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    known = {key: {} for key in ("aio", "flops_profiler", "compile")} | {"wall_clock_breakdown": True}
+    known["zero_optimization"] = {"reduce_bucket_size": 1000}
+    found = deepspeed_config(Distributed(deepspeed=known, zero_stage=3), batch=2, clip=1.0)
+    assert found["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 1000}
+    assert found["wall_clock_breakdown"] is True

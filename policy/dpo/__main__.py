@@ -22,7 +22,7 @@ def main() -> None:
         if rank() == 0:
             print("dpo: not in this recipe", flush=True)
         return
-    check_batch_sizes(recipe, processes())
+    check_batch_sizes(recipe, processes(), "dpo")
     parents = ("comparisons", *start_parents(recipe, "dpo"))
     run = open_stage(recipe, "dpo", section="dpo", parents=parents, inputs=start_inputs(recipe, "dpo"))
     if run is None:

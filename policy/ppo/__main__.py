@@ -27,7 +27,7 @@ def tokenizer_files(recipe: Recipe) -> list[str]:
 def main() -> None:
     """The `ppo` target."""
     recipe = from_command_line()
-    check_batch_sizes(recipe, processes())
+    check_batch_sizes(recipe, processes(), "ppo")
     section = recipe.ppo
     rewards = ("reward",) if section.own_reward else ()
     parents = ("comparisons", *rewards, *start_parents(recipe, "ppo"))

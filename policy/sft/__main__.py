@@ -22,7 +22,7 @@ def main() -> None:
         if rank() == 0:
             print("sft: not in this recipe", flush=True)
         return
-    check_batch_sizes(recipe, processes())
+    check_batch_sizes(recipe, processes(), "sft")
     parents = ("comparisons",) if section.chosen else ()
     inputs = [*(() if section.chosen else section.data), *start_inputs(recipe, "sft")]
     run = open_stage(recipe, "sft", section="sft", parents=parents, inputs=inputs)

@@ -142,7 +142,7 @@ def main() -> None:
         if rank() == 0:
             print("pmp: not in this recipe", flush=True)
         return
-    check_batch_sizes(recipe, processes())
+    check_batch_sizes(recipe, processes(), "pmp")
     files = [spec for source in section.sources for spec in source.files]
     inputs, parents = [*files, *start_files(recipe, "pmp")], start_parents(recipe, "pmp")
     run = open_stage(recipe, "pmp", section="pmp", parents=parents, inputs=inputs)

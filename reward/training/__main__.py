@@ -15,7 +15,7 @@ from rlhf.runs.stage import open_stage
 def main() -> None:
     """The `reward` target."""
     recipe = from_command_line()
-    check_batch_sizes(recipe, processes())
+    check_batch_sizes(recipe, processes(), "reward")
     pretrained = ("pmp",) if recipe.pmp and not recipe.reward.start else ()
     parents = ("comparisons", *pretrained, *start_parents(recipe, "reward"))
     inputs = start_files(recipe, "reward")

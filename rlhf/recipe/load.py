@@ -336,25 +336,25 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "trackers", f"{name} is not installed; run `pip install {name}`"
 
 
-def check_batch_sizes(recipe: Recipe, processes: int) -> None:
-    """Batches must divide over the processes, because nothing is rounded silently.
+def check_batch_sizes(recipe: Recipe, processes: int, *stages: str) -> None:
+    """The batches of some stages, or of all, must divide over the processes: nothing is rounded silently.
 
     Raises:
-        UserError: names the two numbers and a batch size that would work.
+        UserError: names the numbers and batch sizes that would work.
     """
-    ppo, reward = recipe.ppo, recipe.reward
-    for name, size in (
-        ("ppo.batch_size / ppo.minibatches", ppo.batch_size // ppo.minibatches),
-        ("reward.batch_size", reward.batch_size),
-        ("pmp.batch_size", recipe.pmp.batch_size if recipe.pmp else processes),
-        ("sft.batch_size", recipe.sft.batch_size if recipe.sft else processes),
-        ("dpo.batch_size", recipe.dpo.batch_size if recipe.dpo else processes),
-    ):
+    wrong = []
+    for stage in stages or ("sft", "pmp", "reward", "ppo", "dpo"):
+        section, name = getattr(recipe, stage), f"{stage}.batch_size"
+        size = section.batch_size if section else processes
+        if stage == "ppo":
+            name, size = f"{name} / ppo.minibatches", size // section.minibatches
         if size % processes:
-            raise UserError(
+            wrong.append(
                 f"{name} = {size} does not divide over {processes} processes; "
                 f"use a multiple of {processes}, for example {-(-size // processes) * processes}"
             )
+    if wrong:
+        raise UserError("; ".join(wrong))
 
 
 def dump(recipe: Recipe) -> str:

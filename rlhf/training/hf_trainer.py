@@ -30,7 +30,8 @@ from rlhf.recipe.shared import Training
 from rlhf.runs.artifacts import Checkpoints, step_of
 from rlhf.runs.processes import processes, rank
 from rlhf.training.metrics import Metrics
-from rlhf.training.runtime import all_max, deepspeed_config, join_cpu_processes
+from rlhf.training.optimizer import deepspeed_config
+from rlhf.training.runtime import all_max, join_cpu_processes
 from rlhf.training.signals import StopRequest
 
 Sums = dict[str, float]

@@ -43,7 +43,7 @@ PASSED_ON = re.compile(
 )
 """Variables that the processes on all hosts get from this one."""
 CHECK_SECONDS = 120.0  # until a host has answered
-GRACE_SECONDS = 5.0  # in which the host that ended first shows itself, where several end
+GRACE_SECONDS = 2.0  # in which the host that ended first shows itself, where several end
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,4})\s*(?:#.*)?")
 
 

@@ -68,6 +68,21 @@ def _whole(environment: Mapping[str, str], name: str, allowed: range) -> int | N
     return number
 
 
+def wanted_processes(environment: Mapping[str, str]) -> int:
+    """How many processes a stage will have.
+
+    Raises:
+        UserError: ``PROCS`` is no number, or the host file cannot be used.
+    """
+    if processes() > 1:
+        return processes()
+    if environment.get("HOSTFILE"):
+        from rlhf.training.hosts import read_hosts
+
+        return sum(host.slots for host in read_hosts(environment["HOSTFILE"]))
+    return _whole(environment, "PROCS", range(1, 4097)) or len(visible_gpus(environment)) or 1
+
+
 def command_of(package: str, arguments: Sequence[str], environment: dict[str, str]) -> list[str]:
     """The command that runs a stage; the environment is completed for it.
 
@@ -82,10 +97,9 @@ def command_of(package: str, arguments: Sequence[str], environment: dict[str, st
     alone = [sys.executable, "-m", package, *arguments]
     if processes() > 1:  # started by a cluster: this is one of its processes
         return alone
-    wanted = _whole(environment, "PROCS", range(1, 4097))
     port = _whole(environment, "PORT", _PORTS)
     gpus = visible_gpus(environment)
-    number = wanted or len(gpus) or 1
+    number = _whole(environment, "PROCS", range(1, 4097)) or len(gpus) or 1
     if number == 1:
         return alone
     if gpus and number > len(gpus):

@@ -1,4 +1,4 @@
-"""Devices, processes, seeds, and the optimizer step: the only file that knows accelerate and deepspeed.
+"""Devices, processes, seeds, and the optimizer step: the file that knows accelerate and DeepSpeed's engine.
 
 One process runs plain PyTorch. Several processes (started by the DeepSpeed launcher) share one DeepSpeed
 engine with the recipe's ZeRO stage; gloo on CPUs, NCCL on GPUs. The loop above sees the same four verbs:
@@ -23,15 +23,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DeepSpeedPlugin
-from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from rlhf.errors import UserError
-from rlhf.recipe.quick import laid_over
 from rlhf.recipe.schema import Distributed
 from rlhf.runs.processes import processes, rank
-from rlhf.training.optimizer import make_optimizer
+from rlhf.training.optimizer import deepspeed_config, make_optimizer
 
 
 def seed_everything(seed: int) -> None:
@@ -39,45 +37,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def deepspeed_config(section: Distributed, *, batch: int, clip: float) -> dict[str, Any]:
-    """DeepSpeed's configuration for a recipe, with ``distributed.deepspeed`` laid over it.
-
-    Args:
-        section: the recipe's ``distributed`` section.
-        batch: rows of a process in an optimizer step.
-        clip: global gradient-norm clip.
-
-    Raises:
-        UserError: DeepSpeed does not know a key of its ZeRO section, or not such a value.
-    """
-    zero: dict[str, Any] = {"stage": section.zero_stage}
-    for name in ("offload_optimizer", "offload_param"):
-        if (device := getattr(section, name)) != "none":
-            zero[name] = {"device": device}
-    own = {
-        "train_micro_batch_size_per_gpu": batch,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-        # The base may be bf16 while the adapters are float32: DeepSpeed must cast neither.
-        "bf16": {"enabled": False},
-    }
-    whole = laid_over(own, section.deepspeed)
-    if section.deepspeed and processes() > 1:
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-        try:
-            DeepSpeedZeroConfig(**whole["zero_optimization"])
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, ("zero_optimization", *first["loc"])))
-            raise UserError(f"distributed.deepspeed: {key}: {first['msg']}; mend or remove it") from None
-    return whole
 
 
 def leave_out_kernel() -> None:
