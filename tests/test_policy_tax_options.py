@@ -111,6 +111,26 @@ def test_the_score_is_that_of_the_reward_model_where_that_is_the_judge(here):
     assert "judged by a reward model" in task["notes"][0]
 
 
+def test_a_function_of_a_file_judges_and_without_any_judge_there_is_no_score(here):
+    judge = Path("own.py")
+    judge.write_text("def size(completions, **kwargs):\n    return [len(text) for text in completions]\n")
+    options = ("tax.variants=[base,sft]", "tax.score=true", "tax.cache=kept", "evaluate.judge=own.py:size")
+    found = again(*options, tasks=[])
+    for variant in ("base", "sft"):
+        expected = [len(texts[0]) for texts in said_by(variant)]
+        assert task_of(found, "score")["variants"][variant]["mean"] == pytest.approx(sum(expected) / 5)
+    assert "judged by own.py:size" in task_of(found, "score")["notes"][0]
+    judge.write_text(judge.read_text().replace("len(text)", "-len(text)"))
+    with pytest.raises(UserError, match=r"data file own\.py"):
+        stage(tax.main, *SHORT, *options)
+    changed = again(*options, tasks=[])  # another file of that name is another judge, whatever is kept
+    assert task_of(changed, "score")["variants"]["base"]["mean"] < 0
+    with pytest.raises(
+        UserError, match=r"tax\.score: evaluate\.judge=reward, and ppo\.rewards has no reward mo"
+    ):
+        again(ALONE, "tax.score=true", "evaluate.judge=reward", "ppo.rewards=[{judge: vader}]", tasks=[])
+
+
 def test_the_score_takes_its_settings_from_evaluate_and_a_finished_one_knows_them(here):
     options = (ALONE, "tax.score=true", "evaluate.samples_per_prompt=2", "evaluate.temperature=0.5")
     again(*options, "evaluate.prompts=3", tasks=[])

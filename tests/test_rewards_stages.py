@@ -162,6 +162,12 @@ def test_two_processes_do_what_one_does(functions, tmp_path_factory):
         names = [name for name in wanted if name.startswith(("reward/", "objective/"))]
         assert {"reward/reward", "reward/brevity", "reward/vader"} < set(names)
         assert [row[name] for name in names] == pytest.approx([wanted[name] for name in names], abs=1e-4)
+    evaluation = (*mix, "evaluate.judge=my_rewards.py:brevity", "evaluate.prompts=6", "evaluate.batch_size=2")
+    shutil.copytree(functions / "runs/tiny/ppo", other / "runs/tiny/ppo", dirs_exist_ok=True)
+    stage(evaluate.main, *evaluation)
+    finish(other, "evaluate", *evaluation)
+    one, two = (read_json(folder / "runs/tiny/evaluate/summary.json") for folder in (functions, other))
+    assert [two[name] for name in ("gold", "reward")] == [one[name] for name in ("gold", "reward")]
 
 
 # ---- mistakes

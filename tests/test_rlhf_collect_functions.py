@@ -12,8 +12,10 @@ from rlhf.errors import UserError
 PROMPTS = [(Message("system", "Be brief."), Message("user", "two and two")), (Message("user", "a river"),)]
 SAID = ["four", "The Rhine."]
 FILE = """
+from __future__ import annotations
 import helper_of_rewards
 import asyncio
+import dataclasses
 
 seen = []
 
@@ -77,6 +79,11 @@ def needs_ids(completions, completion_ids):
 
 def by_place(completions, /):
     return [0, 0]
+
+
+@dataclasses.dataclass
+class Rubric:
+    weight: dataclasses.InitVar[float]
 
 
 number = 3
@@ -148,7 +155,7 @@ def test_what_it_does_to_its_arguments_stays_with_it(file):
     [
         (
             "divides",
-            r"own\.py:divides failed on 2 responses \(ZeroDivisionError: division by zero, line 42\)",
+            r"own\.py:divides failed on 2 responses \(ZeroDivisionError: division by zero, line 44\)",
         ),
         ("short", "own.py:short returned 1 numbers for 2 responses"),
         ("words", "own.py:words returned 'good' for response 1 of 2"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib.util
+import hashlib
 import inspect
 import math
 import sys
@@ -183,8 +183,11 @@ def _loaded(spec: str, key: str) -> tuple[str, Callable[..., Any]]:
     match = FUNCTION.fullmatch(spec)
     if match is None:
         raise UserError(f"{key}: {spec} is not of the form FILE.py:NAME")
+    file = Path(match["file"]).expanduser().resolve()
+    if not file.is_file():
+        raise UserError(f"{key}: {match['file']} is not there; check the path")
     try:
-        module = _module(Path(match["file"]).expanduser().resolve())
+        module = _module(file, file.read_bytes())
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     function = getattr(module, match["name"], None)
@@ -199,23 +202,18 @@ def _loaded(spec: str, key: str) -> tuple[str, Callable[..., Any]]:
 
 
 @functools.cache
-def _module(file: Path) -> ModuleType:
-    """A file as a module, run once; modules beside it can be imported by it."""
-    if not file.is_file():
-        raise UserError(f"{file} is not there; check the path")
-    spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file)
-    assert spec is not None, "a name that ends in .py has a loader"
-    assert spec.loader is not None, "the same"
-    module = importlib.util.module_from_spec(spec)
+def _module(file: Path, source: bytes) -> ModuleType:
+    """A file as a module, run once as long as it is the same; modules beside it can be imported by it."""
+    module = ModuleType(f"{file.stem}_{hashlib.sha256(source).hexdigest()[:8]}")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module  # where dataclasses look for themselves
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))  # at the end, so that it hides nothing
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:
-        raise UserError(
-            f"{file} cannot be run ({type(error).__name__}: {first_line(error, 200)}"
-            f"{_place(error, str(file))}); correct it"
-        ) from None
+        reason = f"{type(error).__name__}: {first_line(error, 200)}{_place(error, str(file))}"
+        raise UserError(f"{file} cannot be run ({reason}); correct it") from None
     return module
 
 
