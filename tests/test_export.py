@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import noted_anew, stage
+from conftest import noted_anew, stage, tiny_recipe
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +27,8 @@ from rlhf.data.comparisons import Counts, Message
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.export.folder import writing
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
 from rlhf.runs.artifacts import read_json, write_json
 
 EXPORT = Path("runs/tiny/export")
@@ -107,6 +110,67 @@ def test_the_score_in_a_fresh_process_without_this_project_is_the_trained_one(at
     score, loaded = done.stdout.splitlines()
     torch.testing.assert_close(torch.tensor([float(score)]), expected, rtol=0, atol=1e-5)
     assert json.loads(loaded) == []
+
+
+def snippet(folder, **names):
+    """What the card's own lines give, run as they stand."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    found = {"folder": str(folder), **names}
+    exec(code, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def packed(road, tmp_path_factory):
+    """A run over a base in 4 bits with a chat template, and two reward models of fewer layers, exported."""
+    from policy.ppo import __main__ as train
+    from reward.training import __main__ as reward_train
+    from rlhf.collect import __main__ as collect
+
+    folder = tmp_path_factory.mktemp("packed")
+    shutil.copytree(road / "models", folder / "models")
+    sizes = ("name=packed", "model.quantization=nf4", "dialogue.template=chat", "reward.members=2")
+    sizes += ("dialogue.max_prompt_tokens=200", "reward.layers=2", "ppo.steps=2", "collect.prompts=24")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for main in (collect.main, reward_train.main, train.main, policy.main, reward.main):
+            stage(main, *sizes)
+    return folder / "runs/packed"
+
+
+@torch.no_grad()
+def test_what_was_trained_over_a_packed_base_is_unpacked(packed, monkeypatch):
+    monkeypatch.chdir(packed.parents[1])
+    assert sorted(p.name for p in (packed / "export").iterdir()) == ["policy", "reward", "reward-1"]
+    messages = [{"role": "user", "content": "The ferry was"}]
+    scores = []
+    for name in ("", "-1"):
+        folder = packed / f"export/reward{name}"
+        assert "quantization_config" not in read_json(folder / "config.json")
+        assert read_json(folder / "config.json")["num_hidden_layers"] == 2
+        own = TextRewardModel(packed / f"reward/model{name}")
+        expected = own.score([(Message("user", "The ferry was"),)], [" late."])
+        found = snippet(folder, messages=messages, response=" late.")["score"]
+        torch.testing.assert_close(found[None], expected, rtol=0, atol=1e-4)
+        scores.append(float(found))
+    assert abs(scores[0] - scores[1]) > 1e-2
+    recipe = tiny_recipe("name=packed", "model.quantization=nf4", "dialogue.template=chat")
+    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["policy"])
+    backbone.load_adapter("policy", packed / "ppo/policy")
+    loaded = snippet(packed / "export/policy")
+    ids = loaded["tokenizer"].apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    logps = loaded["model"](input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    padded, mask = torch.tensor([[*ids, 0]]), torch.tensor([[True] * len(ids) + [False]])
+    expected = backbone("policy", padded, mask, start=1)[0][0]
+    torch.testing.assert_close(logps[torch.arange(len(ids) - 1), ids[1:]], expected, rtol=0, atol=1e-3)
+    assert "quantized to nf4" in (packed / "export/policy/README.md").read_text()
+
+
+def test_the_lines_of_the_card_give_the_score(at):
+    own = TextRewardModel(Path("runs/tiny/reward/model"))
+    expected = own.score([(Message("user", "The ferry was"),)], [" late."])
+    found = snippet(EXPORT / "reward", text="The ferry was", response=" late.")["score"]
+    torch.testing.assert_close(found[None].detach(), expected, rtol=0, atol=1e-5)
 
 
 def test_names_and_shapes_are_what_vllm_and_llama_cpp_read(at):

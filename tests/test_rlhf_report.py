@@ -1,6 +1,8 @@
 """A run's page: what it shows of what is finished, unfinished, damaged or hostile; that it needs nothing."""
 
+import copy
 import json
+import random
 import re
 import shutil
 from html.parser import HTMLParser
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import noted_anew, stage
 from lxml import html
+from tiny_tax import again
 
 from rlhf.errors import UserError
 from rlhf.report import __main__ as report
@@ -224,6 +227,57 @@ def test_a_damaged_file_is_told_and_not_shown(run, how):
         assert "evaluate: damaged; summary.json is" in said(tree, "//section[@class='faults']")
     assert before not in said(tree, "//section[@id='judged']")
     assert said(tree, "//section[@id='trained']")
+
+
+HOSTILE = (None, "x", [], {}, 0, float("nan"), True, [1], {"mean": "a"}, "<b>")
+
+
+@pytest.mark.parametrize("name", ["evaluate/summary.json", "ppo/manifest.json", "comparisons/manifest.json"])
+def test_whatever_stands_in_a_file_there_is_a_page(run, name):
+    """A value anywhere in a file, at random, is another one."""
+    chance = random.Random(name)
+    whole = read_json(RUN / name)
+    whole.pop("checksum", None)
+    for _ in range(6):
+        value = copy.deepcopy(whole)
+        inside, key = {"": value}, ""
+        while isinstance(inside[key], dict | list) and inside[key] and chance.random() < 0.8:
+            inside = inside[key]
+            key = chance.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))
+        inside[key] = chance.choice(HOSTILE)
+        write_json(RUN / name, value)
+        if "manifest" not in name:
+            noted_anew(RUN / "evaluate")
+        _, tree = page()
+        assert len(tree.xpath("//section")) >= 8
+
+
+def test_the_tax_has_its_table_and_its_figure(here, no_picture):
+    again("tax.variants=[base,policy]", tasks=("lm_loss",))
+    tax = read_json(RUN / "tax/tax.json")
+    _, tree = page()
+    task = tax["tasks"][0]
+    metric, _, gain, verdict = tree.xpath(f"//tr[th='{task['task']}' and td='policy']/td/text()")
+    found = task["differences"]["policy"]
+    assert (metric, verdict) == (task["metric"], found["verdict"])
+    assert gain.startswith(f"{found['gain']:+.3f} [")
+    assert tree.xpath("//tr[th='tax: tasks']/td/text()")[0].endswith("worse of 1")
+    assert f"{task['task']}, policy" in said(tree, "//section[@id='tax']//figure")
+
+
+def test_best_of_n_and_the_policy_of_dpo_are_shown(run):
+    file = RUN / "evaluate/summary.json"
+    figure = {"mean": 0.5, "ci95": [0.4, 0.6], "n": 3}
+    scores = {"scores": {"gold": figure, "reward": figure}}
+    best = {"best_of_n": {"policy": scores, "rows": [{"n": n, **scores} for n in (1, 2)]}}
+    write_json(file, read_json(file) | best)
+    noted_anew(RUN / "evaluate")
+    shutil.copytree(RUN / "evaluate", RUN / "evaluate_dpo")
+    _, tree = page()
+    judged = said(tree, "//section[@id='judged']")
+    assert "best of 2, gold" in judged
+    assert "before and after PPO" in judged
+    assert "before and after DPO" in judged
 
 
 def test_an_empty_folder_has_a_page(inside):

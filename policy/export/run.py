@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from rlhf.errors import UserError
 from rlhf.export.card import write_card
 from rlhf.export.folder import check_reload, gap_of, probes, save, writing
 from rlhf.export.hub import push
@@ -32,11 +31,6 @@ def export(recipe: Recipe, stage: str, place: Path) -> None:
     model: Any = in_float32(load_base(section))
     if adapter:
         model = with_adapters(model, [(adapter, 1.0)])
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise UserError(
-            f"{adapter}: it changes the vocabulary head that is the embedding too, so it cannot be merged: "
-            "use it as an adapter (docs/guide.md)"
-        )
     with writing(place) as made:
         model = save(model, dialogue, made, recipe.export.dtype)
         generation_config(recipe, dialogue).save_pretrained(str(made))

@@ -64,6 +64,7 @@ EVALUATIONS = ("evaluate", "evaluate_dpo")
 def sections(runs: Sequence[Run]) -> list[Section]:
     """All sections; what cannot be made of damaged files says so."""
     makers: tuple[tuple[str, str, Callable[[Sequence[Run]], list[Block]]], ...] = (
+        ("glance", "At a glance", _glance),
         ("trained", "What was trained on what", _trained),
         ("road", "The road", _road),
         ("reward", "Reward model", _reward),
@@ -103,6 +104,47 @@ def _each(runs: Sequence[Run], run: Run, title: str) -> str:
 
 
 # ---------------------------------------------------------------- what and how long
+
+_GLANCE = (  # stage, path, label, format; a difference is after less before
+    ("reward", "held_out_accuracy", "reward model: held-out pair accuracy", ".3f"),
+    ("evaluate", "gold", "gain in the gold score", "+.3f"),
+    ("evaluate", "gold_length_controlled.gain_at_equal_length", "the same at equal length", "+.3f"),
+    ("evaluate", "judge", "gain by the held-out reward model", "+.3f"),
+    ("evaluate", "reward", "gain by the proxy", "+.3f"),
+    ("evaluate", "response_length", "responses longer by, tokens", "+.1f"),
+    ("evaluate", "kl", "KL from the start, nats a response", ".2f"),
+    ("evaluate_dpo", "reward", "DPO: gain by the reward model", "+.3f"),
+)
+
+
+def _glance(runs: Sequence[Run]) -> list[Block]:
+    rows: list[list[str]] = []
+    sources: list[Source] = []
+    for stage, path, label, form in _GLANCE:
+        cells = {}
+        for n, run, made in _of(runs, stage):
+            if found := _dig(made.page or made.results, path):
+                cells[n] = plain({"mean": found.get("mean", found.get("diff")), "ci95": found["ci95"]}, form)
+                source = run, f"{stage}/{'manifest.json' if stage == 'reward' else 'summary.json'}"
+                sources += [] if source in sources else [source]
+        rows += [[label, *(cells.get(n, "-") for n in range(len(runs)))]] if cells else []
+    rows += _verdicts(runs)
+    return (
+        [Block(head=["95% intervals", *(run.name for run in runs)], rows=rows, sources=sources)]
+        if rows
+        else []
+    )
+
+
+def _verdicts(runs: Sequence[Run]) -> list[list[str]]:
+    """On how many tasks the policy is better and worse than the reference."""
+    cells = {}
+    for n, _, stage in _of(runs, "tax"):
+        found = [f["verdict"] for _, variant, f in _differences(stage.page) if variant == "policy"]
+        if found:
+            cells[n] = f"{found.count('better')} better, {found.count('worse')} worse of {len(found)}"
+    return [["tax: tasks", *(cells.get(n, "-") for n in range(len(runs)))]] if cells else []
+
 
 _SHOWN = (  # dotted keys of the recipe
     "model.path", "model.dtype", "model.quantization", "lora.rank", "lora.alpha", "lora.layers",
@@ -307,11 +349,11 @@ def _evaluated(runs: Sequence[Run], n: int, run: Run, made: Stage) -> list[Block
             file = [(run, f"{made.name}/responses.jsonl")]
             blocks.append(Block(_each(runs, run, f"{judge} against proxy, a dot a response"), file, svg=svg))
     if best := page.get("best_of_n"):
-        blocks.append(_best_of(runs, n, run, best, sources))
+        blocks.append(_best_of(runs, f"best-{made.name}-{n}", run, best, sources))
     return blocks
 
 
-def _best_of(runs: Sequence[Run], n: int, run: Run, best: dict[str, Any], sources: list[Source]) -> Block:
+def _best_of(runs: Sequence[Run], key: str, run: Run, best: dict[str, Any], sources: list[Source]) -> Block:
     """Best of n from the start beside the policy, by every score."""
     lines = [
         Dot(f"best of {row['n']}, {name}", row["scores"][name]["mean"], row["scores"][name]["ci95"], color)
@@ -319,7 +361,7 @@ def _best_of(runs: Sequence[Run], n: int, run: Run, best: dict[str, Any], source
         for row in [*best["rows"], {"n": "policy", **best["policy"]}]
     ]
     lines = [line._replace(label=line.label.replace("best of policy", "policy")) for line in lines]
-    svg = figures.dots(f"best-{n}", "Best of n and the policy", lines, zero=False, x="score")
+    svg = figures.dots(key, "Best of n and the policy", lines, zero=False, x="score")
     return Block(_each(runs, run, "best of n from the start, and the policy"), sources, svg=svg)
 
 
