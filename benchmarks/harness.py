@@ -210,6 +210,11 @@ def serve(kinds: Mapping[str, Callable[..., Figures]]) -> None:
     write_json(Path(result), {"tiny": tiny, **kinds}[kind](**read_json(Path(task))))
 
 
+def weights_dtype(dtype: str) -> str:
+    """The type of the weights of a base: ``autocast`` keeps them in float32."""
+    return "float32" if dtype == "autocast" else dtype
+
+
 def peak_bytes() -> int:
     """Peak resident memory of this process, in bytes.
 

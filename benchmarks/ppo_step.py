@@ -27,6 +27,8 @@ from policy.ppo.update import Updater
 from rlhf.data.prompts import read_prompts
 from rlhf.models.base import load_base
 from rlhf.recipe.load import load
+from rlhf.runs.dtype import settled
+from rlhf.runs.stage import RUNS
 from rlhf.tokenization.dialogue import load_dialogue
 
 _PARTS: dict[str, tuple[Any, str]] = {
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     chosen = parser.parse_args()
     recipe = load(chosen.recipe, [*chosen.overrides, "ppo.steps=1"])
+    recipe = settled(recipe, RUNS / recipe.name)
     prompts, _ = read_prompts(recipe.data.prompts, on_bad_rows=recipe.data.on_bad_rows)
     torch.manual_seed(recipe.seed)
     backbone = new_backbone(load_base(recipe.model), recipe.lora, recipe.ppo, rewards=["reward"])

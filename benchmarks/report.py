@@ -116,6 +116,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="a tiny random model, one round: to see that it works")
 
 
+def add_dtypes(parser: argparse.ArgumentParser) -> None:
+    """The options for the types that both sides compute in."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our base")
+    parser.add_argument(
+        "--their-dtype",
+        choices=("float32", "bfloat16", "autocast"),
+        default="float32",
+        help="of their base; autocast = float32 weights, products in bfloat16",
+    )
+
+
+def in_dtypes(settings: Figures) -> str:
+    """The types of both sides in words, for the end of a sentence."""
+    ours, theirs = settings["dtype"], settings["their_dtype"]
+    words = {"autocast": "float32 under bfloat16 autocast"}
+    return f"; ours in {ours}, theirs in {words.get(theirs, theirs)}"
+
+
 def relative_name(word: str) -> str:
     """A path below the current folder as it is, any other by its last part."""
     option, equals, value = word.rpartition("=")

@@ -115,7 +115,7 @@ def finished(request, tmp_path_factory):
 
 RATIOS = {  # name: theirs, ours, target
     ppo: {
-        "speed_ratio_all_layers": ("all_layers", "all_layers", 1.5),
+        "speed_ratio_all_layers": ("all_layers", "all_layers", 2.0),
         "speed_ratio_top_third": ("all_layers", "top_third", 4.0),
         "speed_ratio_top_third_same_layers": ("top_third", "top_third", None),
         "memory_ratio": ("all_layers", "all_layers", 3.0),
@@ -123,10 +123,10 @@ RATIOS = {  # name: theirs, ours, target
         "memory_ratio_top_third_same_layers": ("top_third", "top_third", None),
     },
     reward: {
-        "speed_ratio_pairs_all_layers": ("pairs_all_layers", "pairs_all_layers", 1.6),
+        "speed_ratio_pairs_all_layers": ("pairs_all_layers", "pairs_all_layers", 2.5),
         "speed_ratio_pairs_top_third": ("pairs_top_third", "pairs_top_third", 3.0),
         "speed_ratio_top_third_against_all_layers": ("pairs_all_layers", "pairs_top_third", 3.0),
-        "speed_ratio_k4": ("k4", "k4", 2.0),
+        "speed_ratio_k4": ("k4", "k4", 10.0),
         "memory_ratio": ("pairs_all_layers", "pairs_all_layers", 1.0),
         "memory_ratio_pairs_top_third": ("pairs_top_third", "pairs_top_third", 1.0),
         "memory_ratio_k4": ("k4", "k4", 1.0),
@@ -154,6 +154,14 @@ def test_the_result_holds_the_raw_runs_and_the_ratios_of_their_medians(finished)
         found = done.report["medians"][case][side]
         assert found[module._SPEED] == done.median(case, side, module._SPEED)
         assert not {"round", "place", "case", "losses"} & set(found)
+
+
+def test_each_side_computes_in_its_own_type(inside):
+    for module, more in ((ppo, []), (reward, [])):
+        done = run(inside, module, "--rounds", "1", "--dtype", "bfloat16", "--their-dtype", "autocast", *more)
+        asked = {kind: {task["dtype"] for k, task, _ in done.calls if k == kind} for kind in harness.SIDES}
+        assert asked == {"ours": {"bfloat16"}, "theirs": {"autocast"}}
+        assert "ours in bfloat16, theirs in float32 under bfloat16 autocast" in done.page
 
 
 def test_a_target_is_reached_or_not(finished):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from benchmarks.ppo.task import (
     step_flops,
 )
 from rlhf.errors import UserError
+from rlhf.models.base import load_base
 from rlhf.models.tiny import tiny_model, write_tiny_model
 from rlhf.runs.artifacts import write_json
 
@@ -89,6 +91,13 @@ def test_ours_runs_the_steps_of_a_task(base, rows, tmp_path):
     assert found["all"]["response_tokens"] == pytest.approx(
         sum(4 * line["response/length"] for line in lines[1:]) / 2
     )
+
+
+def test_ours_runs_over_a_base_of_the_wanted_type(base, rows, tmp_path):
+    with patch("rlhf.models.base.load_base", wraps=load_base) as loading:
+        found = ours(task_of(base, rows, tmp_path, dtype="bfloat16", steps=2), rows, tmp_path / "half")
+    assert loading.call_args[0][0].dtype == "bfloat16"
+    assert len(found["step_s"]) == 2
 
 
 def test_ours_refuses_prompts_that_are_other_tokens(base, rows, tmp_path):

@@ -168,6 +168,16 @@ def test_steady_leaves_out_the_first_step_and_takes_its_share_of_the_trunk(base)
     assert found["peak_bytes"] > 1e7
 
 
+def test_theirs_in_bfloat16_and_under_autocast_trains_the_same_adapters(base, rows, tmp_path, figures):
+    losses = {"float32": figures[2, "all", "theirs"]["losses"]}
+    for dtype in ("bfloat16", "autocast"):
+        found = theirs(Task(base, "", "all", batch_size=2, dtype=dtype), rows[2], tmp_path / dtype)
+        losses[dtype] = found["losses"]
+    assert losses["bfloat16"] != losses["float32"] != losses["autocast"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.05)
+    assert losses["autocast"] == pytest.approx(losses["float32"], abs=0.05)
+
+
 def test_no_hook_outlives_a_measurement(figures):
     assert figures
     assert not torch_optimizer._global_optimizer_post_hooks

@@ -3,6 +3,8 @@
 import bitsandbytes.optim
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Distributed
@@ -55,3 +57,24 @@ def test_keys_that_deepspeed_knows_are_taken(monkeypatch):
     found = deepspeed_config(Distributed(deepspeed=known, zero_stage=3), batch=2, clip=1.0)
     assert found["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 1000}
     assert found["wall_clock_breakdown"] is True
+
+
+def test_the_autocast_of_another_trainer_does_not_reach_ours():
+    AcceleratorState._reset_state()
+    Accelerator(cpu=True, mixed_precision="bf16")  # as trl's and transformers' trainers with bf16=True do
+    try:
+        runtime = Runtime(Distributed(), seed=0, max_grad_norm=1.0, micro_batch_size=1)
+        module = torch.nn.Linear(4, 4)
+        groups = [{"params": list(module.parameters()), "lr": 0.1}]
+        runtime.prepare(module, groups, dict(module.named_parameters()), epsilon=1e-8)
+        assert runtime.model(torch.ones(2, 4)).dtype == torch.float32
+        assert runtime.accelerator.mixed_precision == "no"
+    finally:
+        AcceleratorState._reset_state()
+
+
+def test_an_accelerate_variable_does_not_switch_autocast_on(monkeypatch):
+    AcceleratorState._reset_state()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    runtime = Runtime(Distributed(), seed=0, max_grad_norm=1.0, micro_batch_size=1)
+    assert runtime.accelerator.mixed_precision == "no"

@@ -25,10 +25,12 @@ from typing import Any
 from benchmarks.harness import MEMORY, PEER, Children, Figures, Turn, gigabytes, peer_folder, turns
 from benchmarks.report import (
     Ratio,
+    add_dtypes,
     add_options,
     against_targets,
     check_same_work,
     heading,
+    in_dtypes,
     medians,
     opening,
     output_of,
@@ -57,7 +59,7 @@ _ALL = "all layers adapted"
 _TOP = "our top third against all layers of theirs, which cannot keep a trunk (another adapter)"
 _SAME = "the top third adapted on both sides"
 RATIOS = {
-    "speed_ratio_all_layers": Ratio(_SPEED, "all_layers", "all_layers", _ALL, 1.5),
+    "speed_ratio_all_layers": Ratio(_SPEED, "all_layers", "all_layers", _ALL, 2.0),
     "speed_ratio_top_third": Ratio(_SPEED, "all_layers", "top_third", _TOP, 4.0),
     "speed_ratio_top_third_same_layers": Ratio(_SPEED, "top_third", "top_third", _SAME, None),
     "memory_ratio": Ratio(MEMORY, "all_layers", "all_layers", _ALL, 3.0),
@@ -68,7 +70,7 @@ RATIOS = {
 # ---------------------------------------------------------------- page
 
 NOTES = [
-    "The same on both sides: base, float32, CPU and threads; LoRA rank, alpha and target modules; the "
+    "The same on both sides: base, CPU and threads; LoRA rank, alpha and target modules; the "
     "prompts as token ids, all of them in every step; sampling from the whole distribution at temperature"
     " 1, a response ends at EOS or at the limit; batch, epochs, one minibatch an epoch; KL in the reward;"
     " penalty for a missing EOS; learning rate and epsilon of AdamW; versions of torch, transformers and "
@@ -89,7 +91,7 @@ NOTES = [
     "Theirs generates and scores the whole batch at once.",
     "Share of the peak: operations that the step's matrix products need (benchmarks/ppo/task.py: linear "
     "maps, adapters, vocabulary head on response positions, real tokens only) a second, over the best of "
-    "several products of two square float32 matrices, by BLAS or oneDNN, with the same threads.",
+    "several products of two square matrices in the type of ours, by BLAS or oneDNN, with the same threads.",
     "The reward reached at equal samples is not compared here.",
 ]
 _PHASES = (
@@ -115,7 +117,8 @@ def markdown(report: Figures) -> str:
         *heading(report["benchmark"], report),
         f"{settings['base']}: {settings['batch']} responses a step of at most {settings['response']} tokens "
         f"to prompts of {min(lengths)} to {max(lengths)} tokens (made of {data['source']}), "
-        f"{settings['epochs']} epochs, {settings['micro_batch']} responses at once in our update.\n",
+        f"{settings['epochs']} epochs, {settings['micro_batch']} responses at once in our update"
+        f"{in_dtypes(settings)}.\n",
     ]
     if "ratios" in report:
         value = {"full": "all its weights", "lora": "a LoRA adapter"}[settings["their_value"]]
@@ -182,6 +185,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--micro-batch", type=int, default=8, help="responses in an update at once, as in a recipe")
     add("--their-micro-batch", type=int, default=None, help="of theirs; none = the same")
     add("--their-value", choices=("full", "lora"), default="full", help="how their value model learns")
+    add_dtypes(parser)
     add("--fewer", action="store_true", help="leave out theirs with the top third, which has no target")
     add("--scaling", action="store_true", help="also ours alone on other batches, responses and models")
     add_options(parser)
@@ -241,16 +245,27 @@ def collect(
             "steps": 1 + arguments.steps,
             "micro_batch": arguments.micro_batch,
             "value": arguments.their_value,
+            "dtype": arguments.dtype,
             **values,
         }
 
     def task_of(turn: Turn) -> dict[str, Any]:
-        micro = arguments.micro_batch if turn.side == "ours" else arguments.their_micro_batch
+        ours = turn.side == "ours"
+        micro = arguments.micro_batch if ours else arguments.their_micro_batch
+        dtype = arguments.dtype if ours else arguments.their_dtype
         adapted = "all" if turn.case == "all_layers" else f"top_{max(1, layers // 3)}"
-        return task(arguments.batch, arguments.response, layers=adapted, micro_batch=micro, seed=turn.round)
+        return task(
+            arguments.batch,
+            arguments.response,
+            layers=adapted,
+            micro_batch=micro,
+            dtype=dtype,
+            seed=turn.round,
+        )
 
     def matmul() -> float:
-        return float(children.ask("matmul", {"size": 64 if arguments.quick else 2048})["flops_per_s"])
+        wanted = {"size": 64 if arguments.quick else 2048, "dtype": arguments.dtype}
+        return float(children.ask("matmul", wanted)["flops_per_s"])
 
     peaks = [matmul()]
     left_out = ("top_third", "theirs") if arguments.fewer else None

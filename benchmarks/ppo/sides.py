@@ -90,11 +90,11 @@ def write_random(base: str, folder: str, parts: int) -> Figures:
     return {}
 
 
-def matmul_peak(size: int, repeats: int = 8) -> float:
-    """Operations a second of the best of several float32 products of two squares, by BLAS or oneDNN."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matmul_peak(size: int, dtype: str = "float32", repeats: int = 8) -> float:
+    """Operations a second of the best of several products of two squares, by BLAS or oneDNN."""
+    a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
     best = float("inf")
-    ways: list[Any] = [torch.mm, linear]
+    ways: list[Any] = [torch.mm, linear] if dtype == "float32" else [torch.mm]
     for multiply in ways * repeats:
         start = time.perf_counter()
         multiply(a, b)
@@ -189,7 +189,7 @@ def measured(side: Callable[[Task, list[Figures], Path], Figures], task: Task) -
 KINDS: dict[str, Callable[..., Figures]] = {
     "random": write_random,
     "prepare": lambda **wanted: {"rows": prepare(**wanted)},
-    "matmul": lambda size: {"flops_per_s": matmul_peak(size)},
+    "matmul": lambda **wanted: {"flops_per_s": matmul_peak(**wanted)},
     "ours": lambda **values: measured(ours, Task(**values)),
     "theirs": lambda **values: measured(theirs, Task(**values)),
 }

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from benchmarks.harness import Figures, peak_bytes
+from benchmarks.harness import Figures, peak_bytes, weights_dtype
 from rlhf.recipe.load import Recipe
 from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
 
@@ -36,6 +36,8 @@ class Task:
     """Responses that go through an update at once."""
     value: str = "full"
     """Theirs only: their value model learns with all its weights (``full``) or with ``lora``."""
+    dtype: str = "float32"
+    """Of the base: a type of torch's, or of theirs ``autocast``: float32 weights, products in bfloat16."""
     seed: int = 0
 
     def recipe(self, rows: int) -> Recipe:
@@ -44,7 +46,7 @@ class Task:
             {
                 "name": "benchmark",
                 "seed": self.seed,
-                "model": {"path": self.base},
+                "model": {"path": self.base, "dtype": weights_dtype(self.dtype)},
                 "lora": {"rank": 8, "alpha": 16, "layers": self.layers},
                 "dialogue": {"template": "plain", "max_response_tokens": self.response_tokens},
                 "data": {"comparisons": "none"},

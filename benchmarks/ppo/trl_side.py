@@ -19,7 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from benchmarks.harness import Figures
+from benchmarks.harness import Figures, weights_dtype
 from benchmarks.ppo.task import Clock, Method, Task, dialogue_of, figures, sizes_of
 from rlhf.errors import UserError
 from rlhf.models.lora import lora_config
@@ -70,17 +70,17 @@ class Watch(TrainerCallback):
         self.generated = self.updating = None
 
 
-def policy_of(path: str, dialogue: Dialogue) -> Any:
+def policy_of(path: str, dialogue: Dialogue, dtype: str = "float32") -> Any:
     """The base as the policy that its trainer gets."""
-    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     policy.generation_config.pad_token_id = dialogue.pad_id
     return policy
 
 
-def classifier_of(path: str, dialogue: Dialogue) -> Any:
+def classifier_of(path: str, dialogue: Dialogue, dtype: str = "float32") -> Any:
     """The base with a fresh scalar head."""
     return AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, dtype=torch.float32, pad_token_id=dialogue.pad_id
+        path, num_labels=1, dtype=getattr(torch, dtype), pad_token_id=dialogue.pad_id
     )
 
 
@@ -95,6 +95,7 @@ def train(
     at_once: int,
     scratch: Path,
     get_reward: Any = ppo_trainer.get_reward,
+    autocast: bool = False,
 ) -> Any:
     """Run the trainer with the numbers of a recipe.
 
@@ -108,6 +109,7 @@ def train(
         at_once: responses that go through an update at once.
         scratch: folder for what the trainer writes.
         get_reward: how value and reward read a response.
+        autocast: products in bfloat16 over float32 weights (`bf16` of its configuration).
 
     Returns:
         Its policy and value.
@@ -142,7 +144,7 @@ def train(
             seed=recipe.seed,
             stop_token="eos",
             use_cpu=True,
-            bf16=False,
+            bf16=autocast,
             gradient_checkpointing=False,
             num_sample_generations=0,
             save_strategy="no",
@@ -174,9 +176,10 @@ def theirs(task: Task, rows: list[dict[str, Any]], scratch: Path) -> Figures:
         raise UserError(f"--their-micro-batch {micro}: use a divisor of {number}, the batch")
     recipe, dialogue = task.recipe(number), dialogue_of(task.base, task.response_tokens)
     seed_everything(task.seed)
-    policy = policy_of(task.base, dialogue)
+    dtype = weights_dtype(task.dtype)
+    policy = policy_of(task.base, dialogue, dtype)
     sizes, lora = sizes_of(policy), lora_config(recipe.lora, policy)
-    value, reward = classifier_of(task.base, dialogue), classifier_of(task.base, dialogue)
+    value, reward = (classifier_of(task.base, dialogue, dtype) for _ in range(2))
     value.score.load_state_dict(reward.score.state_dict())
     full = task.value == "full"
     if not full:
@@ -184,7 +187,15 @@ def theirs(task: Task, rows: list[dict[str, Any]], scratch: Path) -> Figures:
         value.score.requires_grad_(True)
     watch, ids = Watch(dialogue.end_id), [row["ids"] for row in rows]
     learners = train(
-        recipe, dialogue, ids, (policy, value, reward), lora, watch, at_once=micro, scratch=scratch
+        recipe,
+        dialogue,
+        ids,
+        (policy, value, reward),
+        lora,
+        watch,
+        at_once=micro,
+        scratch=scratch,
+        autocast=task.dtype == "autocast",
     )
     method = Method(
         task.epochs, recipe.lora.rank, recipe.lora.top_k or sizes.layers, passes=3, heads=1,

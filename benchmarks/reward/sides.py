@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 import reward.training.trainer
-from benchmarks.harness import Figures, peak_bytes, serve
+from benchmarks.harness import Figures, peak_bytes, serve, weights_dtype
 from benchmarks.synthetic_hh import hh_shaped
 from reward.model.batch import Example, encode
 from reward.model.model import new_reward_model
@@ -62,6 +62,8 @@ class Task:
     """Of ours, as in a recipe."""
     their_pairs_at_once: int | None = None
     """Pairs of a forward pass of theirs; None = those of a step, which is trl's default."""
+    dtype: str = "float32"
+    """Of the base: a type of torch's, or of theirs ``autocast``: float32 weights, products in bfloat16."""
     seed: int = 0
 
 
@@ -71,7 +73,7 @@ def recipe_of(task: Task) -> Recipe:
         {
             "name": "benchmark",
             "seed": task.seed,
-            "model": {"path": task.base},
+            "model": {"path": task.base, "dtype": weights_dtype(task.dtype)},
             "lora": {"rank": 8, "alpha": 16, "layers": task.layers},
             "dialogue": {"template": "chat"},
             "data": {"comparisons": "none"},
@@ -318,7 +320,10 @@ def theirs(task: Task, rows: list[Example], scratch: Path) -> Figures:
     dialogue = dialogue_of(task.base, task.max_tokens)
     seed_everything(task.seed)
     base = AutoModelForSequenceClassification.from_pretrained(
-        task.base, num_labels=1, dtype=torch.float32, pad_token_id=dialogue.pad_id
+        task.base,
+        num_labels=1,
+        dtype=getattr(torch, weights_dtype(task.dtype)),
+        pad_token_id=dialogue.pad_id,
     )
     adapter = lora_config(recipe_of(task).lora, base, task="SEQ_CLS", modules_to_save=["score"])
     model = get_peft_model(base, adapter)
@@ -344,7 +349,7 @@ def theirs(task: Task, rows: list[Example], scratch: Path) -> Figures:
             seed=task.seed,
             data_seed=task.seed,
             use_cpu=True,
-            bf16=False,
+            bf16=task.dtype == "autocast",
             gradient_checkpointing=False,
             dataloader_num_workers=0,
             dataloader_pin_memory=False,

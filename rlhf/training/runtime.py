@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
@@ -98,6 +99,12 @@ def clear_zero3_init() -> None:
     unset_hf_deepspeed_config()
 
 
+def clear_mixed_precision() -> None:
+    """Forget the autocast of a trainer that has run in this process before: accelerate keeps one for all."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != "no":
+        AcceleratorState._reset_state()
+
+
 class Runtime:
     """The processes of a run and the one optimizer.
 
@@ -130,7 +137,10 @@ class Runtime:
             handlers = [InitProcessGroupKwargs(backend="gloo" if cpu else None, timeout=wait)]
         # accelerate takes `cpu=True` for plain DistributedDataParallel and then ignores DeepSpeed
         alone_on_cpu = cpu and self.world == 1
-        self.accelerator = Accelerator(cpu=alone_on_cpu, deepspeed_plugin=plugin, kwargs_handlers=handlers)
+        clear_mixed_precision()
+        self.accelerator = Accelerator(
+            cpu=alone_on_cpu, mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers
+        )
         clear_zero3_init()
         self.device = self.accelerator.device
         seed_everything(seed)

@@ -16,6 +16,7 @@ from rlhf.data.split import split_by_hash
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe, load
 from rlhf.runs.artifacts import MANIFEST, read_json
+from rlhf.runs.dtype import settled
 from rlhf.runs.stage import RUNS
 from studies.engine.units import Settings, Unit
 from studies.people.plan import samples
@@ -127,7 +128,8 @@ def policy(s: Settings) -> dict[str, Any]:
     else:
         from studies.people.trl_arms import train as train_with_trl
 
-        where = str(train_with_trl(recipe_of(s, *own), arm, Path(train), RUNS / name))
+        recipe = settled(recipe_of(s, *own), RUNS / name)
+        where = str(train_with_trl(recipe, arm, Path(train), RUNS / name))
     judged = ["evaluate.judge=reward", f"evaluate.reward_model={test}", f"evaluate.policy={where}"]
     if arm == "ppo":
         judged.append(f"evaluate.best_of={s['best_of']}")
