@@ -229,6 +229,11 @@ def test_a_reward_function_that_writes_to_the_model_is_told(tmp_path, way):
             "[{judge: {url: 'http://localhost/v1', model: m, lowest: 10}}]",
             "lowest 10 is not below highest 10",
         ),
+        (
+            "[{judge: {url: 'http://localhost/v1', model: m, pattern: '['}}]",
+            "pattern is no regular expression",
+        ),
+        ("[{judge: {url: 'http://localhost/v1', model: m, pattern: 'a'}}]", "pattern has 0 groups"),
         ("[{function: gone.py:brevity}]", r"ppo\.rewards: no file matches gone\.py"),
         ("[{model: runs/gone/reward/model}]", r"ppo\.rewards\[0\]\.model: .* is not a folder"),
     ],

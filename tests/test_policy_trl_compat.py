@@ -131,6 +131,17 @@ def test_the_old_example_runs_with_one_changed_import(models, capsys):
     rows = [json.loads(line) for line in Path("runs/from_trl/completions.jsonl").read_text().splitlines()]
     assert [set(row) for row in rows] == [{"query", "model response", "score"}] * len(names["prompts"])
     assert "value_model is unused" in capsys.readouterr().out
+    # saving leaves the trainer as it was, and the saved model says what it says
+    trainer = names["trainer"]
+    trainer.save_model("runs/from_trl/again")
+    assert trainer.generate_completions() == rows
+    ids = torch.tensor([[7, 8, 9, 20, 1]])
+    backbone = trainer.trainer.backbone
+    with torch.no_grad(), backbone.folded("policy"):
+        expected = backbone("policy", ids, ids.bool(), start=1, temperature=1.0)[0]
+        logits = AutoModelForCausalLM.from_pretrained("runs/from_trl/again")(ids).logits.log_softmax(-1)
+    own = logits[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(own[:3], expected[0], rtol=0, atol=1e-4)
 
 
 def test_the_reward_model_is_read_on_the_last_token_whatever_the_padding(models):

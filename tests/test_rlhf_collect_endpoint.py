@@ -87,6 +87,17 @@ def test_prose_is_asked_again_and_then_refused_or_passed_over(serve, said):
     assert judge(serve(lambda _, n: said if n < 3 else "5").url)([PROMPTS[0]], ["y"]) == [5.0]
 
 
+def test_a_pattern_of_the_recipe_finds_the_number_in_an_answer_with_reasons(serve):
+    server = serve(
+        lambda *_: "It names 1 river, so 10 of 10 for brevity. Grade: 4\nThat is my Grade: 6.5, all told."
+    )
+    assert judge(server.url, pattern=r"Grade: ([\d.]+\d)")([PROMPTS[0]], ["x"]) == [6.5]
+    with pytest.raises(UserError, match=r"no number from 0 to 10, in 1 try; .* find it by pattern"):
+        judge(server.url, pattern=r"(grade)", tries=1)([PROMPTS[0]], ["y"])
+    with pytest.raises(UserError, match="no number from 0 to 5"):
+        judge(server.url, pattern=r"Grade: ([\d.]+\d)", highest=5, tries=1)([PROMPTS[0]], ["y"])
+
+
 def test_a_busy_server_is_tried_again_and_one_that_refuses_is_not(serve):
     busy = serve(lambda _, n: (503, "loading", {}) if n < 3 else "6")
     assert judge(busy.url)([PROMPTS[0]], ["x"]) == [6.0]

@@ -5,6 +5,7 @@ Shape suffixes: ``_B`` response row, ``_T`` token, ``_D`` hidden unit.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -171,8 +172,7 @@ class PPOTrainer:
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the policy with its tokenizer, ``output_dir`` by default.
 
-        With ``peft_config`` that is the adapter; without, a whole model with the adapter merged in, which
-        uses up the one in memory.
+        With ``peft_config`` that is the adapter; without, a whole model with the adapter merged into a copy.
         """
         if not self.trainer.is_main:
             return
@@ -186,7 +186,7 @@ class PPOTrainer:
                 (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file.name).write_bytes(file.read_bytes())
             return
-        merged = with_adapters(policy.unload(), [(adapter, 1.0)])
+        merged = with_adapters(copy.deepcopy(policy).unload(), [(adapter, 1.0)])
         merged.save_pretrained(str(folder))
         self.processing_class.save_pretrained(str(folder))
 

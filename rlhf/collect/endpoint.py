@@ -6,6 +6,7 @@ out. Answers lie on the disk by server, model, question and sampling, so a resum
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -99,7 +100,7 @@ class HttpJudge:
         if section.cache is None:
             return self._answer(question)
         key = {**self._body(question), "url": section.url, "range": [section.lowest, section.highest]}
-        key["prose"] = section.on_prose
+        key |= {"prose": section.on_prose, "pattern": section.pattern}
         folder = Path(section.cache).expanduser() / str(rank())  # processes do not write each other's files
         name = re.sub(r"[^\w.-]", "-", section.model)[:60]
         found: float | None = remember(folder, name, key, lambda: self._answer(question))
@@ -120,7 +121,8 @@ class HttpJudge:
         if prose and section.on_prose == "ignore":
             return None
         remedy = (
-            "say in judge.prompt what form the answer has, raise max_tokens, or set on_prose: ignore"
+            "say in judge.prompt what form the answer has, find it by pattern, raise max_tokens, or set "
+            "on_prose: ignore"
             if prose
             else f"start it or correct {self.key}.url, and run again"
         )
@@ -129,8 +131,12 @@ class HttpJudge:
 
     def _number(self, text: str) -> float:
         section, match = self.section, _ANSWER.fullmatch(text)
-        if match and section.lowest <= float(match[1]) <= section.highest:
-            return float(match[1])
+        found = [match[1]] if match else []
+        if section.pattern is not None:
+            found = re.findall(section.pattern, text)
+        with contextlib.suppress(ValueError):  # what the recipe's own pattern takes for a number
+            if found and section.lowest <= float(found[-1]) <= section.highest:
+                return float(found[-1])
         said = f"{' '.join(text.split())[:80]!r}"
         raise _Prose(f"answered {said}, no number from {section.lowest:g} to {section.highest:g},")
 

@@ -63,6 +63,9 @@ class Endpoint(Section):
         "[response]\n{response}\n\nAnswer with the number alone."
     )
     """What the judge is asked; {prompt} and {response} stand for the texts."""
+    pattern: str | None = None
+    """Regular expression with one group, the number, such as 'Grade: (\\d+)'; its last match in the answer
+    counts. null = the whole answer is the number, dressed up as `Score: 7/10` at most."""
     lowest: float = 0.0
     """Smallest number that is an answer."""
     highest: float = 10.0
@@ -98,6 +101,13 @@ class Endpoint(Section):
             )
         if "{response}" not in self.prompt:
             raise ValueError("prompt does not hold {response}, so every response would get one score")
+        if self.pattern is not None:
+            try:
+                groups = re.compile(self.pattern).groups
+            except re.error as error:
+                raise ValueError(f"pattern is no regular expression ({error})") from None
+            if groups != 1:
+                raise ValueError(f"pattern has {groups} groups; put the number in the only one, as in (\\d+)")
         if self.lowest >= self.highest:
             raise ValueError(f"lowest {self.lowest:g} is not below highest {self.highest:g}")
         return self
