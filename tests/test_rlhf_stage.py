@@ -2,18 +2,20 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, tiny_recipe
+from conftest import ROOT, one_of, tiny_recipe
 
 from rlhf import NAME, __version__
 from rlhf.errors import UserError
-from rlhf.runs import artifacts, stage
+from rlhf.runs import artifacts, lock, stage
 from rlhf.runs.stage import differences, input_hashes, open_stage, recipe_of
 
 FOLDER = Path("runs/tiny/comparisons")
@@ -334,3 +336,46 @@ def test_the_peak_of_memory_is_the_highest_of_all_sessions(inside, monkeypatch):
         monkeypatch.setattr(stage, "peak_bytes", lambda peak=peak: peak)
         begin().note_clock()
     assert begin().clock()["peak_bytes"] == 9.0
+
+
+# --- several processes -----------------------------------------------------------------------------------
+
+
+def place(monkeypatch, **variables):
+    for name, value in {**one_of(2), **variables}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_process_that_does_not_see_the_first_one_s_folder_is_one_line(inside, monkeypatch):
+    monkeypatch.setattr(lock, "SEEN_WITHIN", 0.2)
+    place(monkeypatch, RANK="1")
+    of_reward = {"name": "reward", "parents": ("comparisons",)}
+    line = refusal(**of_reward)
+    assert line == (
+        f"process 1 on {platform.node()} does not see what the first process writes into {inside}/runs/tiny: "
+        "run in a folder that all machines share"
+    ), "and not that the parent is missing"
+    with monkeypatch.context() as patch:
+        patch.delenv("WORLD_SIZE")
+        patch.setenv("RANK", "0")
+        finished()
+    assert f"does not see what the first process writes into {inside}/runs/tiny/reward:" in refusal(
+        **of_reward
+    )
+    assert not Path("runs/tiny/reward").exists()
+    place(monkeypatch)
+    assert begin(**of_reward).is_main
+    place(monkeypatch, RANK="1")
+    assert not begin(**of_reward).is_main
+    place(monkeypatch, RANK="1", MASTER_PORT="2")  # the lock is of an earlier start, as in a copied folder
+    assert "does not see what the first process writes" in refusal(**of_reward)
+
+
+def test_a_process_waits_until_the_first_one_has_opened_the_stage(inside, monkeypatch):
+    place(monkeypatch, RANK="1")
+    FOLDER.mkdir(parents=True)
+    first = threading.Timer(0.3, lambda: (FOLDER / lock.FILE).write_text("2@1"))
+    began = time.monotonic()
+    first.start()
+    lock.wait_for_first(FOLDER)
+    assert time.monotonic() - began >= 0.3

@@ -17,6 +17,7 @@ from policy.alignment_tax.run import share
 from policy.evaluate import __main__ as evaluate
 from reward.card import __main__ as card
 from rlhf.data.comparisons import write_native
+from rlhf.runs import lock
 
 EVALUATE = ("evaluate.batch_size=5", "evaluate.best_of=4", "evaluate.best_of_prompts=6")
 CARD = ("card.comparisons=some.jsonl", "card.against=runs/tiny/reward/model")
@@ -75,6 +76,8 @@ def test_a_process_of_the_tax_table_does_its_own_variants_alone(here, monkeypatc
 
     for name, value in {**one_of(2), "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
+    (here / "runs" / "tiny" / "tax").mkdir()
+    (here / "runs" / "tiny" / "tax" / lock.FILE).write_text("2@1")  # the first process is there
     monkeypatch.setattr(tax_work, "join", lambda section: None)
     monkeypatch.setattr(tax_work, "leave", left)
     with pytest.raises(SystemExit):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -34,6 +33,7 @@ from rlhf.runs import artifacts
 from rlhf.runs.artifacts import MANIFEST, Checkpoints
 from rlhf.runs.cache import remember
 from rlhf.runs.dtype import settled
+from rlhf.runs.lock import locked, unshared, wait_for_first
 from rlhf.runs.processes import SHARED, check_alone, processes, rank
 from rlhf.runs.whole import READ, check_place, check_whole, manifest_of
 
@@ -227,6 +227,8 @@ def open_stage(
     LINE_LIMIT.set(recipe.data.max_line_megabytes << 20)
     LESS_MEMORY.set(_less_memory(recipe, stage))
     folder = RUNS / recipe.name / stage
+    if parents and rank() > 0 and not folder.parent.is_dir():  # rather than that a parent is missing
+        raise unshared(folder.parent)
     found = {name: parent_identity(recipe, name, stage) for name in parents}
     hashes = input_hashes(inputs)
     recipe = settled(recipe, folder.parent)  # now that nothing else is wrong with what the stage reads
@@ -243,7 +245,9 @@ def open_stage(
             check_whole(RUNS / recipe.name / parent, READ[parent])
         for place in (recipe.model.path, *reads, *(path for spec in inputs for path in files_of(spec))):
             check_place(place)
-    lock = _lock(folder, stage) if is_main else None
+    lock = locked(folder) if is_main else None
+    if not is_main:
+        wait_for_first(folder)
     if finished:
         manifest = manifest_of(folder, ["fingerprint"])
         _refuse_changes(manifest["fingerprint"], fingerprint, folder, finished=True)
@@ -299,19 +303,6 @@ def _holds_work(folder: Path) -> bool:
     """Whether an unfinished folder has anything to lose; a mistake mended after the first look has not."""
     files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
     return any(file.parts[0] not in _OPENING for file in files)
-
-
-def _lock(folder: Path, stage: str) -> TextIO:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(
-            f"{folder}: another process is running this stage; wait for it, or stop it and run again"
-        ) from None
-    return file
 
 
 def parent_identity(recipe: Recipe, parent: str, stage: str) -> str:
