@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import noted_anew, stage, tiny_recipe
 from safetensors import safe_open
+from tiny_tax import finished
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -29,6 +30,7 @@ from rlhf.errors import UserError
 from rlhf.export.folder import writing
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_base
+from rlhf.models.tiny import write_tiny_model
 from rlhf.runs.artifacts import read_json, write_json
 
 EXPORT = Path("runs/tiny/export")
@@ -171,6 +173,21 @@ def test_the_lines_of_the_card_give_the_score(at):
     expected = own.score([(Message("user", "The ferry was"),)], [" late."])
     found = snippet(EXPORT / "reward", text="The ferry was", response=" late.")["score"]
     torch.testing.assert_close(found[None].detach(), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_policy_of_which_all_weights_were_trained_is_copied(run):
+    recipe = tiny_recipe()
+    made = finished(recipe, "distill")
+    write_tiny_model(made.folder / "model", seed=7)
+    made.finish({})
+    stage(policy.main, "export.policy=distill")
+    found, own, base = (
+        AutoModelForCausalLM.from_pretrained(place).state_dict()
+        for place in (EXPORT / "policy", made.folder / "model", "models/tiny")
+    )
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    assert not all(torch.equal(found[name], base[name]) for name in own)
 
 
 def test_names_and_shapes_are_what_vllm_and_llama_cpp_read(at):

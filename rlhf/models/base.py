@@ -167,6 +167,8 @@ def load_base(
             f"model.path: {model.path} has no weights {missing[0]} ({len(missing)} missing), which a "
             f"{type(base).__name__} needs; get the model anew or use another"
         )
+    if config is not whole:  # else it would be saved under the names beside the vision tower
+        vars(base).pop("_weight_conversions", None)
     for module in base.modules():
         # On some CPUs bitsandbytes repacks 4-bit weights at the first pass without gradients, for inference
         # only: later backward passes would lose the gradient that flows through them.
