@@ -13,6 +13,7 @@ from rlhf.models.tiny import tiny_model
 from rlhf.recipe.schema import Lora
 
 here = pytest.mark.skipif(products._operators() is None, reason="this torch has no oneDNN product")
+half_here = pytest.mark.skipif(not products._packs_half(), reason="oneDNN has no bfloat16 product here")
 
 
 @pytest.fixture
@@ -156,9 +157,44 @@ def test_packed_maps_run_with_the_folded_adapter_and_leave_nothing_behind():
     assert not any(getattr(module.forward, "packed", None) for module in model.modules())
 
 
+@half_here
+def test_packed_maps_in_bfloat16_are_the_maps_they_stand_for():
+    layer = nn.Linear(24, 6, dtype=torch.bfloat16).requires_grad_(False)
+    use_onednn(layer)
+    for rows in (1, 2, 5, 64):
+        x = torch.randn(rows, 1, 24, dtype=torch.bfloat16)
+        expected = F.linear(x, layer.weight, layer.bias)
+        with torch.no_grad(), packed_weights(layer, 2):
+            assert layer.forward.packed
+            torch.testing.assert_close(layer(x), expected, rtol=0.01, atol=0.01)
+
+
+@half_here
+def test_packed_maps_in_bfloat16_add_the_adapter_beside_them():
+    base = tiny_model(259).to(torch.bfloat16).requires_grad_(False).eval()
+    use_onednn(base)
+    model = Backbone(base, Lora(rank=4, layers="top_2"), adapters=["policy"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    adapted = model.base.model.layers[2].mlp.up_proj
+    x = torch.randn(2, 1, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for role in ("policy", "reference"):
+            model.activate(role)
+            with model.folded("policy"):
+                expected = adapted(x)
+                with packed_weights(model.base, 2):
+                    assert (adapted.forward.packed is not None) == (role == "policy")
+                    torch.testing.assert_close(adapted(x), expected, rtol=0.01, atol=0.01)
+    model.activate("policy")
+    with torch.no_grad(), model.folded("policy"), packed_weights(model.base, 2):
+        assert not torch.allclose(adapted(x), F.linear(x, adapted.base_layer.weight), atol=0.05)
+
+
 @here
 def test_what_cannot_be_packed_is_left_alone():
-    half, learned, foreign = nn.Linear(4, 4, dtype=torch.bfloat16), nn.Linear(4, 4), nn.Linear(4, 4)
+    half, learned, foreign = nn.Linear(4, 4, dtype=torch.float16), nn.Linear(4, 4), nn.Linear(4, 4)
     foreign.forward = lambda x: x
     use_onednn(nn.ModuleList([half, learned, foreign]))
     with packed_weights(nn.ModuleList([half, learned, foreign]), 2):

@@ -195,8 +195,14 @@ class _BesideForward(_AdapterForward):
         out: Tensor = _Beside.apply(x, *constant, self.a_rI, self.b_Or, *copies, self.scaling)
         return out
 
-    def weights(self) -> None:
-        return None
+    def by_packed(self, x: Tensor) -> Tensor:
+        out: Tensor = super().by_packed(x)
+        x_NI, out_NO = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+        out_NO.addmm_(x_NI @ self.half_a_rI.T, self.sb_Or.T)
+        return out
+
+    def weights(self) -> Weights | None:
+        return (self.weight_OI, self.bias_O) if self.active() else None
 
 
 def _can_fold(layer: LoraLinear, adapter: str) -> bool:

@@ -6,8 +6,9 @@ or a wide output such as a vocabulary (figures: docs/benchmarks.md). Its operato
 compiler emits, so whether it is there and right is checked once against the plain product; everything else,
 and every machine without it, goes the plain way.
 
-In bfloat16 torch's products are oneDNN's already. Its fused attention, though, sets up small products for
-each row and head: over short sequences that takes most of its time, and :func:`attention` goes another way.
+In bfloat16 torch's products are oneDNN's already, but put the matrix in order in every call: for the few rows
+of decoding that takes longer than the product. Its fused attention sets up small products for each row and
+head: over short sequences that takes most of its time, and :func:`attention` goes another way.
 
 Shape suffixes: ``_O`` output feature, ``_I`` input feature; ``_B`` row, ``_H`` head, ``_Q`` query, ``_K``
 key, ``_D`` hidden unit.
@@ -29,6 +30,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 _SHORT = 128  # queries or keys; above, the fused kernel's work outweighs its setting up
 _TOLERANCE = 1e-4  # between the two products, in units of the result's size
+_TOLERANCE_HALF = 0.1  # the same in bfloat16
 
 
 @functools.cache
@@ -38,15 +40,28 @@ def _operators() -> tuple[Any, Any] | None:
         return None
     try:
         product, reorder = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
-        x, weight, bias = (torch.linspace(-1, 1, n).sin() for n in (6 * 48, 32 * 48, 32))
-        x, weight = x.view(2, 3, 48), weight.view(32, 48)
-        expected = F.linear(x, weight, bias)
-        for matrix in (weight, reorder(weight, 6)):
-            if not torch.allclose(product(x, matrix, bias, "none", [], ""), expected, atol=_TOLERANCE):
-                return None
+        exact = _is_right(product, reorder, torch.float32, _TOLERANCE)
     except (AttributeError, RuntimeError, TypeError):
         return None
-    return product, reorder
+    return (product, reorder) if exact else None
+
+
+def _is_right(product: Any, reorder: Any, dtype: torch.dtype, tolerance: float) -> bool:
+    """Whether a product agrees with the plain one, with a matrix as it is and in its own order."""
+    x, weight, bias = (torch.linspace(-1, 1, n).sin().to(dtype) for n in (6 * 48, 32 * 48, 32))
+    x, weight = x.view(2, 3, 48), weight.view(32, 48)
+    expected = F.linear(x, weight, bias)
+    found = [product(x, matrix, bias, "none", [], "") for matrix in (weight, reorder(weight, 6))]
+    return all(torch.allclose(y, expected, atol=tolerance) for y in found)
+
+
+@functools.cache
+def _packs_half() -> bool:
+    """Whether the same operators do bfloat16 here."""
+    try:
+        return (found := _operators()) is not None and _is_right(*found, torch.bfloat16, _TOLERANCE_HALF)
+    except RuntimeError:
+        return False
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
@@ -55,6 +70,16 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
         and _operators() is not None
+    )
+
+
+def _can_pack(weight: Tensor) -> bool:
+    """Whether a matrix can be put into oneDNN's order."""
+    return _suits(weight, weight) or (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and weight.numel() > 0
+        and _packs_half()
     )
 
 
@@ -93,10 +118,12 @@ class Forward:
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """The output of the map."""
-        if self.packed is None:
-            return self.plain(x, *args, **options)
+        return self.plain(x, *args, **options) if self.packed is None else self.by_packed(x)
+
+    def by_packed(self, x: Tensor) -> Tensor:
+        """The output by the packed copy, without gradients."""
         operators: Any = _operators()
-        product: Tensor = operators[0](x, *self.packed, "none", [], "")
+        product: Tensor = operators[0](x, *self.packed, "none", [], "")  # type: ignore[misc]
         return product
 
     def plain(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -104,7 +131,7 @@ class Forward:
         raise NotImplementedError
 
     def weights(self) -> Weights | None:
-        """What the map runs with just now; None where that is more than one product with a whole matrix."""
+        """The whole matrix that the map multiplies with just now; None where there is none."""
         raise NotImplementedError
 
 
@@ -148,7 +175,7 @@ def packed_weights(module: nn.Module, rows: int) -> Iterator[None]:
     For many passes of few rows without gradient, such as decoding; the copies are as large as the weights.
 
     Args:
-        module: whose maps; those with a :class:`Forward` and whole float32 weights on the CPU.
+        module: whose maps; those with a :class:`Forward` and whole float32 or bfloat16 weights on the CPU.
         rows: rows of a pass, about; others work too.
     """
     found = _operators()
@@ -160,7 +187,7 @@ def packed_weights(module: nn.Module, rows: int) -> Iterator[None]:
             weights = None
             if isinstance(forward, Forward) and not name.startswith(inside):
                 weights = forward.weights()
-            if found is not None and weights is not None and _suits(weights[0], weights[0]):
+            if found is not None and weights is not None and _can_pack(weights[0]):
                 forward.packed = found[1](weights[0].detach(), rows), weights[1]
                 packed.append(forward)
                 inside = f"{name}."
@@ -182,18 +209,18 @@ class _ShortAttention(torch.autograd.Function):
         ctx: Any, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask_B1QK: Tensor, scale: float
     ) -> Tensor:
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out_BHQD, logsumexp_BHQ = fused(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask_B1QK, scale=scale)
-        ctx.save_for_backward(q_BHQD, k_BHKD, v_BHKD, mask_B1QK, out_BHQD, logsumexp_BHQ)
+        out_BHQD, _ = fused(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask_B1QK, scale=scale)
+        ctx.save_for_backward(q_BHQD, k_BHKD, v_BHKD, mask_B1QK, out_BHQD)
         ctx.scale = scale
         return out_BHQD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHQD: Tensor) -> Any:
-        q_BHQD, k_BHKD, v_BHKD, mask_B1QK, out_BHQD, logsumexp_BHQ = ctx.saved_tensors
+        q_BHQD, k_BHKD, v_BHKD, mask_B1QK, out_BHQD = ctx.saved_tensors
         within_BHQ1 = torch.linalg.vecdot(grad_BHQD.float(), out_BHQD.float())[..., None]
-        p_BHQK = (q_BHQD @ k_BHKD.mT).float().mul_(ctx.scale).add_(mask_B1QK)
-        p_BHQK.sub_(logsumexp_BHQ[..., None]).exp_()
+        # by softmax, not by the kept logsumexp: a plain exp of what is masked underflows, slowly on some CPUs
+        p_BHQK = (q_BHQD @ k_BHKD.mT).float().mul_(ctx.scale).add_(mask_B1QK).softmax(-1)
         slope_BHQK = (grad_BHQD @ v_BHKD.mT).float().sub_(within_BHQ1).mul_(p_BHQK).mul_(ctx.scale)
         slope_BHQK, p_BHQK = slope_BHQK.to(q_BHQD.dtype), p_BHQK.to(q_BHQD.dtype)
         return slope_BHQK @ k_BHKD, slope_BHQK.mT @ q_BHQD, p_BHQK.mT @ grad_BHQD, None, None

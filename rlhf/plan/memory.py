@@ -54,7 +54,7 @@ class Setting(NamedTuple):
     @property
     def packs(self) -> bool:
         """Whether sampling runs from reordered copies of the weights (rlhf/models/onednn.py)."""
-        return not self.gpu and self.dtype == "float32" and self.zero < 3
+        return not self.gpu and self.dtype in ("float32", "bfloat16") and self.zero < 3
 
 
 class Parts(NamedTuple):
@@ -126,7 +126,7 @@ def folded_copies(shape: Shape, layers: int, setting: Setting) -> float:
 
 def packed_copies(shape: Shape, setting: Setting) -> float:
     """Copies of all matrices and of the vocabulary head in the order that decoding likes."""
-    return 4.0 * (shape.matrices() + shape.vocabulary * shape.hidden) if setting.packs else 0.0
+    return setting.size * (shape.matrices() + shape.vocabulary * shape.hidden) if setting.packs else 0.0
 
 
 def kept_of_layer(shape: Shape, rank: int, setting: Setting, *, length: int, mask: bool = True) -> float:
