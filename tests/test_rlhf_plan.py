@@ -64,6 +64,15 @@ def test_processes_share_a_machine_and_not_a_gpu():
         machine({"GPU": "80GB", "NODES": "none"})
 
 
+def test_a_host_file_says_how_many_machines_and_processes(tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text("a slots=4\nb slots=4\nc slots=4\n")
+    found = machine({"GPU": "80GB", "HOSTFILE": str(file), "PROCS": ""})
+    assert (found.processes, found.nodes, found.world) == (4, 3, 12)
+    file.write_text("a slots=4\nb slots=1\n")
+    assert machine({"GPU": "80GB", "HOSTFILE": str(file)}).world == 4, "never more than there are"
+
+
 def test_a_shape_comes_from_the_folder_the_cache_or_what_is_published(tmp_path, monkeypatch):
     sizes = {
         "hidden_size": 8,

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -79,14 +80,14 @@ class Machines:
         )
         self.environment = {k: v for k, v in os.environ.items() if k not in ("PROCS", "PORT")}
         self.environment |= {
-            "PYTHONPATH": str(ROOT), "HOSTFILE": "hosts", "SSH": f"ssh {options}", "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(ROOT), "HOSTFILE": "hosts", "SSH": f"ssh {options}",
         }  # fmt: skip
 
     def serve(self, address, *replaced):
         server = subprocess.Popen(
             [sys.executable, ROOT / "tests" / "ssh_server.py", address, str(self.port),
              self.keys / "host", self.keys / "client", *map(str, replaced)],
-            stdout=subprocess.PIPE, text=True, cwd="/",
+            stdout=subprocess.PIPE, text=True, cwd="/", env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
         self.servers[address] = psutil.Process(server.pid)
         assert server.stdout.readline() == "listening\n"
@@ -195,6 +196,39 @@ def test_what_is_wrong_with_the_hosts_is_one_line_before_anything_starts(machine
     status, said = machines.run({FIRST: 1}, "probe")
     assert (status, said.count("\n")) == (2, 1)
     assert said.startswith("error: PROCS: the slots of HOSTFILE say how many processes start")
+
+
+def test_hosts_that_are_not_alike_are_one_line(machines, tmp_path):
+    """The second one has a GPU and another torch, by stand-ins for its interpreter and for nvidia-smi."""
+    stub, smi = tmp_path / "python", tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: one'\n")
+    older = (
+        "import importlib.metadata as m, runpy; real = m.version; "
+        "m.version = lambda name: '1.0' if name == 'torch' else real(name); "
+        "runpy.run_module('rlhf.training.node', run_name='__main__')"
+    )
+    stub.write_text(
+        f'#!/bin/sh\nunset CUDA_VISIBLE_DEVICES\nPATH={tmp_path}:$PATH exec {sys.executable} -c "{older}"\n'
+    )
+    for file in (stub, smi):
+        file.chmod(0o755)
+    machines.serve(FIRST)
+    machines.serve(SECOND, sys.executable, stub)
+    few = "visible GPUs: at most one process a GPU; "
+    end = "mend it, or take the host out of the file\n"
+    status, said = machines.run({FIRST: 1, SECOND: 2}, "probe")
+    first = f"error: hosts: {FIRST} has slots=1 and 0 {few}"
+    assert (status, said) == (2, f"{first}{SECOND} has slots=2 and 1 {few}{end}")
+    status, said = machines.run({FIRST: 1, SECOND: 1}, "probe")
+    unlike = f"{SECOND} has torch 1.0 and not {version('torch')}, as {FIRST} has; "
+    assert (status, said) == (2, f"{first}{unlike}{end}")
+
+
+def test_a_command_that_is_not_there_is_one_line(inside):
+    Path("hosts").write_text("a slots=1\n")
+    with pytest.raises(UserError, match="SSH: nossh cannot be started"):
+        hosts.Hosts("hosts", {"SSH": "nossh -p 3"}).check()
+    assert [*Path("runs").iterdir()] == []
 
 
 WAITING = """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf.errors import UserError
+from rlhf.training.hosts import read_hosts
 
 _CARD = 2**30 / 1e9  # a card sold as 24 GB has 24 GiB; CUDA's context and gaps take the difference
 _UNITS = {"": 1.0, "B": 1.0, "MB": 1e6, "MIB": 2**20, "GB": 1e9, "GIB": 2**30, "TB": 1e12, "TIB": 2**40}
@@ -37,15 +38,20 @@ def machine(environment: Mapping[str, str] = os.environ) -> Machine:
     """What ``GPU``, ``PROCS`` and ``NODES`` say, else what is here.
 
     ``GPU`` is the memory of one card, such as ``24GB`` (10^9 bytes; of a card's 24 GiB the rest is left for
-    CUDA's context), or ``none`` for the CPU. ``PROCS`` is the number of processes on a machine.
+    CUDA's context), or ``none`` for the CPU. ``PROCS`` is the number of processes on a machine. ``HOSTFILE``
+    says both numbers; of unequal machines an average one counts.
 
     Raises:
         UserError: one of them is no such value.
     """
     given = environment.get("GPU", "").strip()
     cards = [] if given else gpu_bytes()
-    nodes = _number(environment, "NODES") or 1
-    processes = _number(environment, "PROCS") or len(cards) or 1
+    if environment.get("HOSTFILE"):
+        slots = [host.slots for host in read_hosts(environment["HOSTFILE"])]
+        nodes, processes = len(slots), sum(slots) // len(slots)
+    else:
+        nodes = _number(environment, "NODES") or 1
+        processes = _number(environment, "PROCS") or len(cards) or 1
     each = f"{processes} process{'es' if processes > 1 else ''}"
     each += f" on each of {nodes} machines" if nodes > 1 else ""
     if given and given.lower() not in ("none", "cpu"):

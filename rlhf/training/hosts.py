@@ -135,6 +135,11 @@ class Hosts:
                 trouble = (
                     f"has slots={host.slots} and {found['gpus']} visible GPUs: at most one process a GPU"
                 )
+            first = answers[0].get("versions", {})
+            unlike = [f"{n} {v} and not {first[n]}" for n, v in found.get("versions", {}).items()
+                      if v != first.get(n, v)]  # fmt: skip
+            if unlike and not trouble:
+                trouble = f"has {', '.join(unlike)}, as {self.hosts[0].name} has"
             if trouble:
                 troubles.append(f"{host.name} {trouble}")
         if troubles:

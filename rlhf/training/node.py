@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import exit_on_user_error
 from rlhf.training.launch import free_port, launcher_of, run, visible_gpus
+
+ALIKE = ("torch", "deepspeed", "transformers", "peft")
 
 
 def answer(shared: str) -> dict[str, Any]:
@@ -26,12 +30,15 @@ def answer(shared: str) -> dict[str, Any]:
 
     Returns:
         ``token``: the file's content, None where it is not seen; ``devices``: names of the visible GPUs;
-        ``gpus``: their number; ``port``: one that is free.
+        ``gpus``: their number; ``port``: one that is free; ``versions``: of what all hosts must have alike.
     """
     gpus = visible_gpus(os.environ)
     file = Path(shared)
     token = file.read_text(encoding="utf-8") if file.is_file() else None
-    return {"token": token, "devices": gpus, "gpus": len(gpus), "port": free_port()}
+    versions = {"Python": platform.python_version(), **{name: version(name) for name in ALIKE}}
+    return {
+        "token": token, "devices": gpus, "gpus": len(gpus), "port": free_port(), "versions": versions,
+    }  # fmt: skip
 
 
 def main() -> None:
