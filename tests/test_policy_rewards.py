@@ -155,13 +155,30 @@ def test_a_model_reads_micro_batches_and_a_function_a_whole_rollout():
     assert seen["function"] == [(["a b", "c", "de f g"], 3)]
 
 
-@pytest.mark.parametrize("scores", [(1.0, float("inf"), 0.0), (1.0, 2.0)])
-def test_a_part_with_other_scores_is_named(scores):
+@pytest.mark.parametrize(
+    ("scores", "together"),
+    [((1.0, float("inf"), 0.0), True), ((1.0, 2.0), True), ((1.0, float("nan"), 0.0), False)],
+)
+def test_a_part_with_other_scores_is_named(scores, together):
     mixture = RewardMixture(
-        [WeightedReward("odd", score=constant(*scores), together=True)], micro_batch_size=8
+        [WeightedReward("odd", score=constant(*scores), together=together)], micro_batch_size=8
     )
     with pytest.raises(UserError, match=r"ppo\.rewards: odd gave \(\d,\) scores, not all finite, for 3"):
         mixture(said())
+
+
+def test_a_training_that_is_over_stands_at_its_last_step(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def step(completions, trainer_state):\n"
+        "    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    step = RewardFunction("my_rewards.py:step", "ppo.rewards[0]", chat=False)
+    parts = [WeightedReward("step", score=text_reward(step), together=True, function=step)]
+    over = RewardMixture(parts, micro_batch_size=8, steps=5, moments={})
+    assert [over(said())[0].item() for _ in range(3)] == [1.0, 1.0, 1.0]
+    begun = RewardMixture(parts, micro_batch_size=8, steps=5)
+    assert [begun(said())[0].item() for _ in range(3)] == pytest.approx([0.0, 0.2, 0.4])
 
 
 def test_a_resumed_run_goes_on_with_the_moments_and_the_step_that_it_had(tmp_path, monkeypatch):

@@ -33,9 +33,10 @@ class WeightedReward(NamedTuple):
     weight: float = 1.0
     normalize: bool = False
     score: RewardFn = _nothing
-    """Scores [B]; NaN = does not apply, and adds nothing."""
+    """Scores [B]."""
     together: bool = False
-    """Whether it wants all responses of a rollout in one call, not a micro-batch of them."""
+    """Whether it wants all responses of a rollout in one call, not a micro-batch of them; then NaN = does not
+    apply, and adds nothing. NaN of a model is a fault."""
     function: RewardFunction | None = None
     """The one behind it that is told where the training is, and may log figures of its own."""
     figures: Callable[[Callable[[Tensor], Tensor], torch.device], dict[str, float]] | None = None
@@ -63,7 +64,8 @@ class RewardMixture:
         micro_batch_size: responses in memory at once, for those that are models.
         steps: of the training, which functions are told.
         all_sum: the sum of a tensor over all processes.
-        moments: by name, of the scores so far, for those that are normalized; they stay as they are.
+        moments: by name, of the scores so far, for those that are normalized, of a training that is over;
+            neither they nor the step move. None = a training.
     """
 
     whole_rollout = True
@@ -82,7 +84,7 @@ class RewardMixture:
         """What is being computed, for the message about a call that does not end."""
         self._fixed = moments is not None
         self.moments = {p.name: (moments or {}).get(p.name, Moments()) for p in parts if p.normalize}
-        self._calls = 0
+        self._calls = steps if self._fixed else 0
         self._sums: dict[str, list[float]] = {}
         for part in parts:
             if part.function is not None:
@@ -96,7 +98,7 @@ class RewardMixture:
             if part.function is not None:
                 part.function.trainer_state.global_step = self._calls
             scores_B = self._scores(part, responses).to(total_B)
-            applies_B = ~scores_B.isnan()
+            applies_B = ~scores_B.isnan() if part.together else torch.ones_like(scores_B, dtype=torch.bool)
             if scores_B.shape != total_B.shape or not bool(scores_B[applies_B].isfinite().all()):
                 raise UserError(
                     f"ppo.rewards: {part.name} gave {tuple(scores_B.shape)} scores, not all finite, for "
@@ -106,7 +108,7 @@ class RewardMixture:
             if part.normalize:
                 scores_B = self._normalized(part.name, scores_B, applies_B)
             total_B += part.weight * torch.where(applies_B, scores_B, 0.0)
-        self._calls += 1
+        self._calls += not self._fixed
         return total_B.float()
 
     def figures(self, all_sum: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
