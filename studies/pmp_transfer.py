@@ -86,7 +86,7 @@ def fine_tuning(recipe: Recipe) -> Compute:
         model = new_reward_model(recipe, dialogue, seed)
         if arm != "none":
             start_from(model, _pretrained(recipe, arm) / MODEL)
-        if recipe.reward.head_init == "zero" and arm in ("none", "lm"):  # these have no trained head
+        if arm in ("none", "lm"):  # no trained head: a random one would be noise beside those that have one
             torch.nn.init.zeros_(head_of(model).weight)
         trained = train_preference_model(
             recipe.model_copy(update={"seed": seed}),

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from pydantic import ValidationError
 
-from rlhf.recipe.reward import Pmp, Reward
+from rlhf.recipe.reward import Card, Pmp, Reward
 from rlhf.recipe.schema import STARTS, Distributed, Ppo, Recipe, Section, Sft
 from rlhf.recipe.shared import OWNED
 
@@ -112,6 +112,7 @@ CONTRADICTIONS = [
         )
     ),
     (Reward, "needs the probe", {"head_init": "probe", "probe": False}),
+    (Card, "add curve", {"curve_of": "reward"}),
     (Reward, "would overwrite the head of reward.start", {"head_init": "probe", "start": "a"}),
     (Reward, "fits the frozen base, which start=sft changes", {"head_init": "probe", "start": "sft"}),
     (Reward, "members are for scores", {"members": 2, "objective": "imitation"}),

@@ -239,3 +239,11 @@ class Card(Section):
     """Layer whose activations are looked at; -1 = the last."""
     exposure: Natural = 0
     """Outliers shown to a linear classifier (outlier exposure, Bai 2022, section 5.4); 0 = none."""
+
+    @model_validator(mode="after")
+    def _curve(self) -> Card:
+        if self.curve_of == "reward" and not self.curve:
+            raise ValueError(
+                "curve_of=reward needs the numbers of comparisons: add curve, as [100, 300, 1000]"
+            )
+        return self
