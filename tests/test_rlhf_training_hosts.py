@@ -286,6 +286,34 @@ def test_a_host_that_is_lost_is_named_and_stops_the_others(waiting, machines):
     assert [p.name for p in machines.folder.glob("saved-*")] == ["saved-0"]
 
 
+STUBBORN = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(f"ready-{os.environ['RANK']}").touch()
+while len([*pathlib.Path().glob("ready-*")]) < 2: time.sleep(0.05)
+if os.environ["RANK"] == "0": sys.exit(2)
+time.sleep(100)
+"""
+
+
+def test_a_host_that_hangs_is_named_and_its_processes_are_killed(machines, monkeypatch, capfd):
+    machines.serve(FIRST)
+    machines.serve(SECOND)
+    (machines.folder / "stubborn.py").write_text(STUBBORN)
+    (machines.folder / "hosts").write_text(f"{FIRST} slots=1\n{SECOND} slots=1\n")
+    monkeypatch.chdir(machines.folder)
+    monkeypatch.setattr(hosts, "STOP_SECONDS", 0.5)
+    began = time.monotonic()
+    assert hosts.Hosts("hosts", machines.environment).run(None, "stubborn", []) == 2
+    assert time.monotonic() - began < 90
+    assert capfd.readouterr().err.endswith(
+        f"error: host {FIRST} (rank 0): it ended with status 2; {SECOND} (rank 1) may hang; the other hosts "
+        "are stopped\n"
+    )
+    children = machines.servers[SECOND].children(recursive=True)
+    assert not [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+
+
 # ---- a stage on them
 
 

@@ -44,6 +44,8 @@ PASSED_ON = re.compile(
 """Variables that the processes on all hosts get from this one."""
 CHECK_SECONDS = 120.0  # until a host has answered
 GRACE_SECONDS = 2.0  # in which the host that ended first shows itself, where several end
+STOP_SECONDS = 60.0  # in which processes that lost another one end by themselves
+LOST_SECONDS = 10.0  # in which a kill reaches its host
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,4})\s*(?:#.*)?")
 
 
@@ -204,7 +206,8 @@ class Hosts:
             node = subprocess.Popen(
                 self._command(host), stdin=subprocess.PIPE, text=True, start_new_session=True
             )
-            _tell(node, json.dumps({"run": {**shared, "node": number}, "environment": self._environment}))
+            request = {"run": {**shared, "node": number}, "environment": self._environment}
+            _tell(node, json.dumps(request) + "\n")
             started.append(node)
         return self._wait(started)
 
@@ -228,7 +231,7 @@ class Hosts:
             nonlocal asked
             asked = asked or number > 0
             for node in nodes:
-                _tell(node, "stop")
+                _tell(node, "s")
 
         before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
         deadline, failed = math.inf, dict[Host, int]()  # in the order in which they ended
@@ -242,31 +245,39 @@ class Hosts:
                 if failed and deadline == math.inf:
                     deadline = time.monotonic() + GRACE_SECONDS
             if failed and not asked:
-                self._name(failed)
+                self._name(failed, [host for host, status in ended.items() if status is None])
             stop()
-            for node in nodes:
-                node.wait()
+            patience = math.inf if asked else time.monotonic() + STOP_SECONDS
+            while any(node.poll() is None for node in nodes):
+                time.sleep(0.1)
+                for node in nodes if time.monotonic() > patience else ():
+                    _tell(node, "k")
+                    if time.monotonic() > patience + LOST_SECONDS:  # nobody is there to hear it
+                        node.kill()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         own = [status for status in failed.values() if status != CONNECTION_LOST]
         return (own or [USER_ERROR_STATUS])[0] if failed else 0
 
-    def _name(self, failed: Mapping[Host, int]) -> None:
+    def _name(self, failed: Mapping[Host, int], running: Sequence[Host]) -> None:
         """Say on stderr which host failed; of several the ones that did not only lose another one."""
-        hard = [host for host, status in failed.items() if status != USER_ERROR_STATUS] or [*failed][:1]
-        for host in hard:
-            first = sum(other.slots for other in self.hosts[: self.hosts.index(host)])
+        hard = [host for host, status in failed.items() if status != USER_ERROR_STATUS]
+        hanging = "" if hard or not running else f"{', '.join(map(self._ranks, running))} may hang; "
+        for host in hard or [*failed][:1]:
             lost = failed[host] == CONNECTION_LOST
             what = "the connection to it was lost" if lost else f"it ended with status {failed[host]}"
-            ranks = f"rank {first}" if host.slots == 1 else f"ranks {first} to {first + host.slots - 1}"
-            line = f"error: host {host.name} ({ranks}): {what}; the other hosts are stopped"
+            line = f"error: host {self._ranks(host)}: {what}; {hanging}the other hosts are stopped"
             print(line, file=sys.stderr, flush=True)
 
+    def _ranks(self, host: Host) -> str:
+        first = sum(other.slots for other in self.hosts[: self.hosts.index(host)])
+        return f"{host.name} (rank{'' if host.slots == 1 else f's {first} to'} {first + host.slots - 1})"
 
-def _tell(node: subprocess.Popen[str], line: str) -> None:
-    """Write a line to a node; one that is gone is told nothing."""
+
+def _tell(node: subprocess.Popen[str], text: str) -> None:
+    """Write to a node; one that is gone is told nothing."""
     with contextlib.suppress(OSError, ValueError):
         if node.stdin:
-            node.stdin.write(f"{line}\n")
+            node.stdin.write(text)
             node.stdin.flush()

@@ -24,6 +24,7 @@ from types import FrameType
 from rlhf.errors import STOP_SIGNALS, UserError, exit_on_user_error
 from rlhf.runs.processes import adopt_environment, processes
 
+STOP, KILL = b"s", b"k"  # what a launcher tells those of other machines
 _PORTS = range(1024, 65536)
 
 
@@ -145,7 +146,8 @@ def launcher_of(
 def run(command: Sequence[str], environment: Mapping[str, str], *, until: int | None = None) -> int:
     """Run a command to its end; a request to stop goes to the processes that can save.
 
-    until: a descriptor on which a byte, or its end, is such a request; the command does not read it.
+    until: a descriptor on which a byte, or its end, is such a request, and :data:`KILL` more than that; the
+    command does not read it.
 
     Returns:
         The command's exit status.
@@ -154,14 +156,17 @@ def run(command: Sequence[str], environment: Mapping[str, str], *, until: int | 
     stdin = None if until is None else subprocess.DEVNULL
     child = subprocess.Popen(command, env=dict(environment), stdin=stdin, start_new_session=True)
 
-    def pass_on(number: int = 0, frame: FrameType | None = None) -> None:
+    def send(number: int) -> None:
         for process in _workers(child.pid):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
+                os.kill(process, number)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        send(signal.SIGTERM)
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     if until is not None:
-        threading.Thread(target=_call_after, args=(until, pass_on), daemon=True).start()
+        threading.Thread(target=_obey, args=(until, send), daemon=True).start()
     try:
         while child.poll() is None:
             time.sleep(0.1)
@@ -172,9 +177,11 @@ def run(command: Sequence[str], environment: Mapping[str, str], *, until: int | 
     return 128 - status if status < 0 else status
 
 
-def _call_after(descriptor: int, call: Callable[[], None]) -> None:
-    os.read(descriptor, 1)
-    call()
+def _obey(descriptor: int, send: Callable[[int], None]) -> None:
+    """Send a signal for each byte that is read, and for the end."""
+    while told := os.read(descriptor, 1):
+        send(signal.SIGKILL if told == KILL else signal.SIGTERM)
+    send(signal.SIGTERM)
 
 
 def _workers(launcher: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 A line of JSON on its standard input is a question, which it answers on its standard output, or a command that
 it runs. The environment of the command comes the same way, so that no token stands in a list of processes. A
-further line, or the end of the input, as when the launcher or the connection is gone, asks the command's
-processes to stop.
+further letter (``s``), or the end of the input, as when the launcher or the connection is gone, asks the
+command's processes to stop; ``k`` kills them.
 """
 
 from __future__ import annotations
