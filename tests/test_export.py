@@ -28,6 +28,7 @@ from rlhf.data.comparisons import Counts, Message
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.export.folder import writing
+from rlhf.export.hub import push
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_base
 from rlhf.models.tiny import write_tiny_model
@@ -333,3 +334,10 @@ def test_nothing_is_pushed_unless_asked(run, monkeypatch):
     assert (Path("b/policy/README.md")).is_file()
     with pytest.raises(UserError, match="OWNER/NAME"):
         stage(policy.main, "export.repo=lab")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with pytest.raises(UserError, match=r"me/lab-policy did not take the model .*hf upload me/lab-policy"):
+        push(tiny_recipe("export.repo=me/lab"), tmp_path, "policy")

@@ -11,7 +11,7 @@ from rlhf.markdown import number, percent, plain, value
 from rlhf.report import figures
 from rlhf.report.figures import Curve, Dot
 from rlhf.report.gather import Run, Stage
-from rlhf.runs.artifacts import hash_of
+from rlhf.runs.artifacts import MANIFEST, hash_of
 
 Source = tuple[Run, str]
 """A run and a file in its folder."""
@@ -184,9 +184,10 @@ def _trained(runs: Sequence[Run]) -> list[Block]:
         rows.append([label, *(", ".join(found) or "-" for found in cells)])
     rows = [row for row in rows if set(row[1:]) != {"-"}]
     marked = frozenset(n for n, row in enumerate(rows) if len(set(row[1:])) > 1)
-    sources = [(run, f"{name}/recipe.yaml") for run in runs for name, s in run.stages.items() if s.manifest][
-        :4
-    ]
+    sources: list[Source] = []
+    for run in runs:
+        files = [f"{name}/{file}" for file in ("recipe.yaml", MANIFEST) for name in run.stages]
+        sources += [(run, file) for file in files if (run.folder / file).is_file()][:1]
     head = ["", *(run.name for run in runs)]
     return [Block(head=head, rows=rows, marked=marked, sources=sources)]
 
@@ -208,7 +209,7 @@ def _road(runs: Sequence[Run]) -> list[Block]:
         blocks.append(Block(_each(runs, run, "stages"), sources, head, rows))
     if lengths:
         svg = figures.bars("road", "Minutes of every stage", lengths, "minutes")
-        blocks.append(Block("Minutes of every stage", svg=svg))
+        blocks.append(Block("Minutes of every stage", [s for b in blocks for s in b.sources], svg=svg))
     return blocks
 
 
