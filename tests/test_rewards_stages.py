@@ -129,6 +129,15 @@ def test_any_sequence_classifier_is_a_reward(functions):
     scorer = load_scorer("classifier", load(functions / "runs/tiny/ppo/recipe.yaml"))
     assert abs(scorer.score([(Message("user", "x"),)], ["y"])[0]) > 1e-4
     assert abs(row["reward/c"]) > 1e-4
+    mix = "ppo.rewards=[{model: classifier, name: c}, {model: reward}]"
+    judge = ("evaluate.judge=reward", "evaluate.reward_model=classifier", "evaluate.prompts=4")
+    stage(evaluate.main, mix, "ppo.steps=1", *judge)
+    summary = read_json(functions / "runs/tiny/evaluate/summary.json")
+    rows = [
+        json.loads(x) for x in (functions / "runs/tiny/evaluate/responses.jsonl").read_text().splitlines()
+    ]
+    expected = scorer.score([(Message("user", r["prompt"]),) for r in rows], [r["after"] for r in rows])
+    assert summary["judge"]["after"] == pytest.approx(float(expected.mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +157,8 @@ def test_a_mix_goes_with_the_other_options_of_ppo(functions, options):
     assert row["objective/score"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_two_processes_do_what_one_does(functions, tmp_path_factory):
+@pytest.mark.parametrize("zero", [2, 3])  # which shards the weights, so all score together
+def test_two_processes_do_what_one_does(functions, tmp_path_factory, zero):
     mix = (
         "ppo.rewards=[{model: reward}, {function: my_rewards.py:brevity, normalize: true}, {judge: vader}]",
         "ppo.steps=2",
@@ -156,7 +166,7 @@ def test_two_processes_do_what_one_does(functions, tmp_path_factory):
     other = tmp_path_factory.mktemp("pair") / "run"
     shutil.copytree(functions, other)
     stage(ppo.main, *mix)
-    finish(other, "ppo", *mix)
+    finish(other, "ppo", *mix, f"distributed.zero_stage={zero}")
     alone, pair = (read_metrics(folder / "runs/tiny/ppo") for folder in (functions, other))
     for row, wanted in zip(pair, alone, strict=True):
         names = [name for name in wanted if name.startswith(("reward/", "objective/"))]

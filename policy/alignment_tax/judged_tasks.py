@@ -17,7 +17,6 @@ from policy.ppo.metrics import distinct_n
 from policy.ppo.setup import reward_folders
 from reward.card.scorers import load_scorer
 from reward.model.ensemble import combine
-from reward.model.model import TextRewardModel
 from rlhf.collect.judges import JUDGES, Judge, judge_name, judge_of
 from rlhf.data.comparisons import Prompt, prompt_key
 from rlhf.data.stored import held_out_prompts, stored_columns
@@ -26,7 +25,6 @@ from rlhf.evals.model import LanguageModel
 from rlhf.evals.outcome import Outcome
 from rlhf.evals.tasks import toxicity
 from rlhf.evals.tasks.toxicity import judged
-from rlhf.models.base import best_device
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.tax import Tax
 from rlhf.recipe.types import function_files
@@ -188,17 +186,16 @@ JudgedTask = ToxicityTask | HeldOutScore
 
 
 def reward_judge(recipe: Recipe, folders: Sequence[Path]) -> Judge:
-    """Reward models of this project as one judge, combined as PPO combines them.
+    """Reward models as one judge, combined as PPO combines them.
 
     Raises:
         UserError: one of them gives no score.
     """
-    trust = recipe.model.trust_remote_code
-    models = [TextRewardModel(folder, best_device(), trust_remote_code=trust) for folder in folders]
+    models = [load_scorer(str(folder), recipe, key="evaluate.reward_model") for folder in folders]
     ppo = recipe.ppo
 
     def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        scores_MB = torch.stack([model.score(prompts, responses).cpu() for model in models])
+        scores_MB = torch.stack([torch.from_numpy(model.score(prompts, responses)) for model in models])
         return [float(s) for s in combine(scores_MB, ppo.ensemble, ppo.ensemble_penalty)]
 
     return score

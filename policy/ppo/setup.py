@@ -314,7 +314,9 @@ def _classifier(place: str, recipe: Recipe, key: str) -> RewardFn:
 
 
 def reads_text(folder: Path, recipe: Recipe) -> RewardFn:
-    """Scores by a reward model with a base of its own, which reads prompt and response as text."""
+    """Scores by a reward model with a base of its own, ours or anybody's, which reads prompt and response."""
+    if config_file(folder) is None:
+        return _classifier(str(folder), recipe, "evaluate.reward_model")
     model = TextRewardModel(folder, best_device(), trust_remote_code=recipe.model.trust_remote_code)
     return lambda responses: model.score(responses.prompts, responses.texts)
 

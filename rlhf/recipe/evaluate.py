@@ -20,7 +20,8 @@ class Evaluate(Section):
     """Who scores the responses: the gold judge `vader`, a function FILE.py:NAME, a server {url, model,
     prompt, ...}, or `reward`, a reward model."""
     reward_model: Folder | None = None
-    """Folder of the reward model that judges; null = this run's own (then the score is the trained proxy)."""
+    """Folder of the reward model that judges, of ours or any sequence classifier with one label; null = this
+    run's own (then the score is the trained proxy)."""
     prompts: Positive = 128
     """Held-out prompts."""
     samples_per_prompt: Positive = 1
