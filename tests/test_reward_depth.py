@@ -208,6 +208,6 @@ def test_auto_takes_the_best_layer_of_the_probe_and_remembers_it(pooling, labell
      (["reward.layers=2", "lora.layers=top_1"], [2]), (["reward.trunk_gigabytes=0"], [1, 2, 3])],
 )  # fmt: skip
 def test_the_probe_reads_the_layers_that_cost_nothing_or_all(words, layers, labelled, monkeypatch):
-    monkeypatch.setattr("rlhf.runs.stage._parent_identity", lambda *a: "")  # lora.layers is another here
+    monkeypatch.setattr("rlhf.runs.stage.parent_identity", lambda *a: "")  # lora.layers is another here
     stage(train.main, "reward.epochs=1", "lora.layers=top_2", *words)
     assert sorted({row["layer"] for row in figures()["probe_best"]["cv"]}) == layers

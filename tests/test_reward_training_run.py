@@ -202,11 +202,30 @@ def test_scores_have_mean_0_and_variance_1_and_the_gain_changes_no_comparison(re
     assert float(scores[raw.argsort()].diff().min()) > -1e-5  # equal scores may change places by rounding
 
 
+def test_the_reference_responses_are_a_sample_that_goes_on_from_the_kept_trunk(retrained, monkeypatch):
+    asked_for = []
+
+    def note(model, examples, pad_id, **options):
+        asked_for.append((sum(len(e["responses"]) for e in examples), options.get("trunk")))
+        assert all(len(e["responses"]) == len(e["spoken"]) == len(e["ranks"]) for e in examples)
+        return score_examples(model, examples, pad_id, **options)
+
+    monkeypatch.setattr(reward.training.run, "score_examples", note)
+    found = results(retrained("reward.reference_responses=3"))
+    number, trunk = asked_for[0]
+    assert number == found["reference_responses"] == 3
+    assert trunk is not None
+
+
 def test_a_training_that_made_all_scores_equal_is_an_error_with_a_remedy(retrained, monkeypatch):
     monkeypatch.setattr(
         reward.training.run, "train_preference_model", lambda *args, **_: args[3]
     )  # the fresh model is enough
-    monkeypatch.setattr(reward.training.run, "scores_of", lambda model, rows, pad_id: torch.zeros(len(rows)))
+    monkeypatch.setattr(
+        reward.training.run,
+        "score_examples",
+        lambda model, rows, pad_id, **_: (torch.zeros(sum(len(e["responses"]) for e in rows)),),
+    )
     with pytest.raises(UserError, match=r"lower reward\.learning_rate"):
         retrained()
 

@@ -239,6 +239,12 @@ def pack(
     return PackedComparisons(**vars(rows), ranks_BK=ranks_BK, mask_BK=mask_BK)
 
 
+def only(example: Example, kept: Sequence[int]) -> Example:
+    """An example with some of its responses."""
+    lists: Any = {name: [example[name][k] for k in kept] for name in ("responses", "spoken", "ranks")}
+    return {**example, **lists}
+
+
 def as_example(response: Sequence[int], prompt: Sequence[int] = ()) -> Example:
     """A closed sequence that stands for itself, to be scored behind its prompt."""
     responses = [list(response)]

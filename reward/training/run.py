@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from reward.loss import candidate_scores, normalization, pair_accuracy
-from reward.model.batch import Example, encode_split, layout
+from reward.model.batch import Example, encode_split, layout, only
 from reward.model.ensemble import MODEL
 from reward.model.forward import check_packing, score_examples, scores_of
 from reward.model.model import (
@@ -48,6 +48,7 @@ from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
 from rlhf.training.runtime import clear_zero3_init, gathered
 
+_AS_IT_IS = {"gain": 1.0, "offset": 0.0}
 _RELOAD_TOLERANCE = 1e-3  # between the trained and the reloaded model's scores, in units of their spread
 _RELOAD_TOLERANCE_HALF = 0.1  # the same over a half-precision base
 
@@ -170,7 +171,7 @@ def _member(
         results["validation"] = validation.finish()
     results |= {"prompts_shared": plan.share, "trunk_cached": plan.trunk is not None}
     scored = section.objective != "imitation"
-    results |= _normalize(recipe, model, rows.train, dialogue) if scored else {"gain": 1.0, "offset": 0.0}
+    results |= _normalize(recipe, model, rows.train, dialogue, plan) if scored else _AS_IT_IS
     both = {name: results[name] for name in ("gain", "offset")}
     config = config_of(recipe, dialogue, section, **both, layers=layers)
     judged = {"held_out": rows.held_out, "train": rows.train[: len(rows.held_out)]}
@@ -279,16 +280,21 @@ def _whole(recipe: Recipe, rows: Rows, dialogue: Dialogue) -> tuple[Any, Forward
 
 
 @torch.no_grad()
-def _normalize(recipe: Recipe, model: Any, rows: Sequence[Example], dialogue: Dialogue) -> dict[str, Any]:
+def _normalize(
+    recipe: Recipe, model: Any, rows: Sequence[Example], dialogue: Dialogue, plan: ForwardPlan
+) -> dict[str, Any]:
     """Fold the gain into the head and find the offset: mean 0, variance 1 on reference responses.
 
     The reference responses are those of the training comparisons (Ziegler 2019 takes samples of the
     reference policy, which in the lab is the same thing).
     """
-    responses = [(e["prompt"], r) for e in rows for r in e["responses"]]
-    number = min(len(responses), recipe.reward.reference_responses)
-    chosen = random.Random(recipe.seed).sample(responses, number)
-    scores = scores_of(model, chosen, dialogue.pad_id)
+    places = [(n, k) for n, example in enumerate(rows) for k in range(len(example["responses"]))]
+    number = min(len(places), recipe.reward.reference_responses)
+    chosen: dict[int, list[int]] = {}
+    for n, k in sorted(random.Random(recipe.seed).sample(places, number)):
+        chosen.setdefault(n, []).append(k)
+    some = [only(rows[n], kept) for n, kept in chosen.items()]
+    scores, *_ = score_examples(model, some, dialogue.pad_id, share=plan.share, trunk=plan.trunk)
     try:
         gain, offset = normalization(scores)
     except ValueError as error:
