@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPTS, TINY, tiny_recipe
+from safetensors.torch import load_file
 
 from reward.model.model import RewardModelConfig, TextRewardModel, new_reward_model, save_reward_model
 from reward.model.reward_func import as_reward_func
@@ -13,6 +14,7 @@ from rlhf.data.comparisons import Comparison, Counts, Message, prompt_key, write
 from rlhf.data.readers.native import read_native
 from rlhf.models import prepare
 from rlhf.recipe.load import load
+from rlhf.runs.artifacts import WEIGHTS, write_jsonl
 from rlhf.tokenization.dialogue import load_dialogue
 from studies.engine.results import Results
 from studies.engine.units import with_needs
@@ -109,18 +111,38 @@ def test_a_response_that_was_cut_scores_as_in_ppo(how, cut):
 # --- the reward model as a function ----------------------------------------------------------------------
 
 
-def test_a_saved_reward_model_is_a_reward_func(inside):
-    from conftest import stage
-
-    stage(prepare.main)
-    recipe = tiny_recipe()
-    dialogue, folder = load_dialogue(recipe), Path("saved")
+def save_random_reward_model(recipe, folder):
+    dialogue = load_dialogue(recipe)
     model = new_reward_model(recipe, dialogue)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     card = RewardModelConfig(recipe.model.path, 0.5, 1.0, dialogue.fingerprint(), "plain", 96, 8)
     save_reward_model(model, folder, card, dialogue)
+
+
+@pytest.mark.parametrize("arm", ["trl_rloo", "trl_grpo"])
+def test_trl_trains_on_fewer_prompts_than_a_step_has(arm, inside):
+    from conftest import stage
+
+    stage(prepare.main)
+    recipe = tiny_recipe("ppo.steps=2", "ppo.batch_size=16", "ppo.micro_batch_size=8", "ppo.minibatches=2")
+    save_random_reward_model(recipe, Path("saved"))
+    prompts = [{"messages": [{"role": "user", "content": "one "}]}]
+    Path("run/comparisons").mkdir(parents=True)
+    write_jsonl(Path("run/comparisons/prompts.jsonl"), prompts)
+    place = trl_arms.train(recipe, arm, Path("saved"), Path("run"))
+    learned = [v for k, v in load_file(place / WEIGHTS).items() if "lora_B" in k]
+    assert learned
+    assert all(bool(v.any()) for v in learned)
+
+
+def test_a_saved_reward_model_is_a_reward_func(inside):
+    from conftest import stage
+
+    stage(prepare.main)
+    recipe, folder = tiny_recipe(), Path("saved")
+    save_random_reward_model(recipe, folder)
     prompts, said = ["one ", "two "], ["ab", "c"]
     expected = TextRewardModel(folder).score([(Message("user", p),) for p in prompts], said).tolist()
     reward = as_reward_func(folder)

@@ -52,6 +52,8 @@ def train(recipe: Recipe, arm: str, reward_model: Path, run: Path) -> Path:
     generation: Any = backbone.base.generation_config
     generation.eos_token_id = list(dialogue.end_ids)
     rows = [{"prompt": row["messages"]} for row in read_jsonl(run / "comparisons" / "prompts.jsonl")]
+    prompts = section.batch_size // samples(recipe)  # of a step; of fewer, trl's loader makes no step at all
+    rows *= -(-prompts // len(rows))
     kind, config = TRAINERS[arm]
 
     def tokenized(prompts: Sequence[list[dict[str, str]]]) -> tuple[list[list[int]], None, dict[str, Any]]:
@@ -65,7 +67,9 @@ def train(recipe: Recipe, arm: str, reward_model: Path, run: Path) -> Path:
         processing_class=dialogue.tokenizer,
     )
     trainer._tokenize_prompts = tokenized  # our token contract
-    trainer.train()
+    done, wanted = trainer.train().global_step, trainer.args.max_steps
+    if done != wanted:
+        raise RuntimeError(f"{arm}: {done} optimizer steps instead of {wanted}")
     staging = run / arm / ".staging"
     shutil.rmtree(staging, ignore_errors=True)
     backbone.save_adapter(ADAPTER, staging)
