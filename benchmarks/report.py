@@ -128,7 +128,9 @@ def add_dtypes(parser: argparse.ArgumentParser) -> None:
 
 
 def in_dtypes(settings: Figures) -> str:
-    """The types of both sides in words, for the end of a sentence."""
+    """The types of both sides in words, for the end of a sentence; older reports, all float32, do not say."""
+    if "dtype" not in settings:
+        return ""
     ours, theirs = settings["dtype"], settings["their_dtype"]
     words = {"autocast": "float32 under bfloat16 autocast"}
     return f"; ours in {ours}, theirs in {words.get(theirs, theirs)}"

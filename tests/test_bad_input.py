@@ -260,12 +260,15 @@ def test_ppo_needs_the_reward_stage_and_evaluate_the_ppo_stage(lab, refused):
     assert made("ppo") == made("evaluate") == set()
 
 
-@pytest.mark.parametrize("main", [reward_train.main, train.main])
-def test_batches_that_do_not_divide_over_the_processes_are_refused(lab, refused, monkeypatch, main):
+@pytest.mark.parametrize(
+    ("main", "key"),
+    [(reward_train.main, "reward.batch_size"), (train.main, "ppo.batch_size / ppo.minibatches")],
+)
+def test_batches_that_do_not_divide_over_the_processes_are_refused(lab, refused, monkeypatch, main, key):
     for name, value in one_of(3).items():
         monkeypatch.setenv(name, value)
     line = refused(main)
-    assert line.startswith("ppo.batch_size / ppo.minibatches = 8 does not divide over 3 processes")
+    assert line.startswith(f"{key} = 8 does not divide over 3 processes")
     assert line.endswith("for example 9")
     assert made("ppo") == set()
 

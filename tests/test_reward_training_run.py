@@ -5,6 +5,7 @@ import gc
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -203,29 +204,17 @@ def test_scores_have_mean_0_and_variance_1_and_the_gain_changes_no_comparison(re
 
 
 def test_the_reference_responses_are_a_sample_that_goes_on_from_the_kept_trunk(retrained, monkeypatch):
-    asked_for = []
-
-    def note(model, examples, pad_id, **options):
-        asked_for.append((sum(len(e["responses"]) for e in examples), options.get("trunk")))
-        assert all(len(e["responses"]) == len(e["spoken"]) == len(e["ranks"]) for e in examples)
-        return score_examples(model, examples, pad_id, **options)
-
-    monkeypatch.setattr(reward.training.run, "score_examples", note)
-    found = results(retrained("reward.reference_responses=3"))
-    number, trunk = asked_for[0]
-    assert number == found["reference_responses"] == 3
-    assert trunk is not None
+    monkeypatch.setattr(reward.training.run, "score_examples", seen := Mock(wraps=score_examples))
+    assert results(retrained("reward.reference_responses=3"))["reference_responses"] == 3
+    (_, examples, _), options = seen.call_args_list[0]
+    assert (sum(len(e["spoken"]) for e in examples), options["trunk"] is None) == (3, False)
 
 
 def test_a_training_that_made_all_scores_equal_is_an_error_with_a_remedy(retrained, monkeypatch):
     monkeypatch.setattr(
         reward.training.run, "train_preference_model", lambda *args, **_: args[3]
     )  # the fresh model is enough
-    monkeypatch.setattr(
-        reward.training.run,
-        "score_examples",
-        lambda model, rows, pad_id, **_: (torch.zeros(sum(len(e["responses"]) for e in rows)),),
-    )
+    monkeypatch.setattr(reward.training.run, "score_examples", lambda *_, **__: (torch.zeros(9),))
     with pytest.raises(UserError, match=r"lower reward\.learning_rate"):
         retrained()
 

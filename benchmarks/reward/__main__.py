@@ -125,7 +125,8 @@ def markdown(report: Figures) -> str:
         for side, figures in sides.items()
     ]
     page = heading("The reward stage against trl.RewardTrainer", report)
-    page.append(f"Speed, memory and work{in_dtypes(report['settings'])}.\n")
+    if types := in_dtypes(report["settings"]):
+        page.append(f"Speed, memory and work{types}.\n")
     page += [ratio_table(RATIOS, report, _speed), table(_WORK_HEAD, work)]
     return "\n".join([*page, *(f"- {note}" for note in report["notes"]), ""])
 
