@@ -88,6 +88,7 @@ REFUSED = {  # field: (its other value, the error)
 ELSEWHERE = {  # field: the tests of its effect, outside the loop or of a fault
     "start": "test_policy_ppo_setup.py",
     "reward_model": "test_policy_ppo_setup.py",
+    "rewards": "test_policy_rewards.py",
     "ensemble": "test_policy_ppo_setup.py",
     "ensemble_penalty": "test_policy_ppo_setup.py",
     "retokenize": "test_policy_ppo_setup.py",
