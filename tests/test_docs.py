@@ -106,5 +106,5 @@ def test_the_readme_shows_the_figures_of_the_results_page():
     rows = re.findall(r"(\d\.\d{3}) -> (\d\.\d{3})", text_of(ROOT / "README.md"))
     table = re.findall(r"(?m)^\| `make rlhf.*$", text_of(ROOT / "docs" / "results.md"))
     figures = [tuple(cell.strip() for cell in row.split("|")[4:6]) for row in table]
-    assert rows == figures
+    assert rows == figures[:3]  # the first table
     assert len(rows) == 3
