@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 Which = Literal["policy", "reward"]
 AUTO = {"policy": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}
 """The auto class that loads each."""
-_HALF = 0.02  # the same in a half type, in units of the largest
 _PROBES = 4  # comparisons that the check reads
 _CLOSE = 1e-3  # between logits of the same float32 weights by two ways through the model
+_HALF = 0.02  # between logits of the same weights in a half type, in units of the largest
 
 
 def wanted(recipe: Recipe, which: Which, stages: Sequence[str]) -> str | None:

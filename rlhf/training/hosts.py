@@ -39,7 +39,7 @@ CONNECTION_LOST = 255
 """ssh's own exit status."""
 PASSED_ON = re.compile(
     r"(HF|NCCL|GLOO|WANDB|TRACKIO|OMP|MKL|CUDA_HOME|TORCH|TOKENIZERS|UCX|RLHF|http|https|no)_.*|LD_LIBRARY_PATH"
-    r"|CXX|TOKENIZERS_PARALLELISM|PYTHON.*|LC_ALL|LANG"
+    r"|CXX|PYTHON.*|LC_ALL|LANG"
 )
 """Variables that the processes on all hosts get from this one."""
 CHECK_SECONDS = 120.0  # until a host has answered

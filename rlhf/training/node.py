@@ -43,9 +43,7 @@ def answer(shared: str) -> dict[str, Any]:
 
 def main() -> None:
     """Answer, or run."""
-    with open(
-        0, "rb", buffering=0, closefd=False
-    ) as told:  # without a buffer, that would take more than a line
+    with open(0, "rb", buffering=0, closefd=False) as told:  # a buffer would take more than a line
         request = json.loads(told.readline())
     if "check" in request:
         print(json.dumps(answer(request["check"])), flush=True)
