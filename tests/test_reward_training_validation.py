@@ -10,9 +10,10 @@ from conftest import stage
 from preference_cases import assert_equal_tensors
 from safetensors.torch import load_file
 
+import reward.training.run
 from reward.training import __main__ as train
 from reward.training.trainer import PreferenceTrainer
-from reward.training.validation import Validation, keep_out
+from reward.training.validation import Validation, keep_out, part_for_test
 from rlhf.errors import UserError
 from rlhf.runs.artifacts import WEIGHTS, read_json
 
@@ -52,6 +53,80 @@ def test_groups_and_prompts_are_kept_out_whole():
         keep_out([r for r in rows if r["group"] == "g1"], 0.2, 0)
     learned, out = keep_out(rows[:2], 0.99, 0)
     assert (len(learned), len(out)) == (1, 1)
+
+
+# --- the test model --------------------------------------------------------------------------------------
+
+
+def test_no_prompt_and_no_group_is_in_both_parts():
+    rows = [
+        {"prompt": [n % 40], "group": f"g{n % 13}" if n % 4 else None, "index": n} for n in range(0, 78, 2)
+    ]
+    rows += [{"prompt": [100 + n // 2], "group": None, "index": 100 + n} for n in range(80)]
+    learned, apart = part_for_test(rows, 0.5, 0)
+    assert sorted(r["index"] for r in learned + apart) == sorted(r["index"] for r in rows)
+    assert 0.3 < len(apart) / len(rows) < 0.7
+    for name in ("prompt", "group"):
+        assert not {str(r[name]) for r in learned if r[name]} & {str(r[name]) for r in apart if r[name]}
+    assert part_for_test(rows, 0.0, 0) == (rows, [])
+    assert part_for_test(rows, 0.5, 1)[1] != apart
+    more = part_for_test([*rows, {"prompt": [999], "group": None, "index": 999}], 0.5, 0)[1]
+    assert [r for r in more if r["index"] != 999] == apart  # what is added moves nothing
+    with pytest.raises(UserError, match=r"reward\.test_share: .* set it to 0"):
+        part_for_test(rows[-2:], 0.5, 0)
+
+
+def test_killed_in_the_test_model_both_models_are_as_if_trained_alone(prepared, monkeypatch, capsys):
+    words = [
+        "reward.test_share=0.4",
+        "reward.head_init=probe",
+        "reward.checkpoint_every=2",
+        "reward.epochs=2",
+    ]
+    parts, whole = [], reward.training.run.train_preference_model
+
+    def noted(*args, **options):
+        parts.append({str(e["prompt"]) for e in args[4]})
+        return whole(*args, **options)
+
+    prepared("both")
+    with monkeypatch.context() as patch:
+        patch.setattr(reward.training.run, "train_preference_model", noted)
+        stage(train.main, *words)
+    learned, apart = parts
+    assert not learned & apart
+    tests = load_file(Path("runs/tiny/reward/test_model") / WEIGHTS)
+    proxy, figures = outcome()
+    found = figures["test_model"]
+    assert found["held_out_accuracy"]["n"] == figures["held_out_accuracy"]["n"]
+    assert found["probe_accuracy"] != figures["probe_accuracy"]  # its head starts from a probe of its own
+    assert f"trained on {found['comparisons']}" in capsys.readouterr().out
+
+    prepared("proxy")
+    with monkeypatch.context() as patch:
+        mine = lambda rows, *_: ([r for r in rows if str(r["prompt"]) in learned], [])  # noqa: E731
+        patch.setattr(reward.training.run, "part_for_test", mine)
+        stage(train.main, *words)
+    assert_equal_tensors(outcome()[0], proxy, atol=1e-4)  # the trunk's batches are others
+
+    prepared("killed")
+    step, taken = PreferenceTrainer.training_step, []
+
+    def killed(self, *args, **options):
+        taken.append(self.args.seed)
+        if taken.count(1) == 4:  # a step behind the newest checkpoint of the test model, whose seed is 1
+            raise KeyboardInterrupt
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(PreferenceTrainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage(train.main, *words)
+    gc.collect()  # a process that ends gives its lock back
+    stage(train.main, *words)
+    assert taken.count(0) == 6, "the finished model is not trained again"
+    again = load_file(Path("runs/tiny/reward/test_model") / WEIGHTS)
+    assert all(torch.equal(again[name], tensor) for name, tensor in tests.items())
+    assert outcome()[1]["test_model"] == found
 
 
 @pytest.mark.parametrize("best", [0, 1, 2])

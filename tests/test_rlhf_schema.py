@@ -116,6 +116,7 @@ CONTRADICTIONS = [
     (Reward, "would overwrite the head of reward.start", {"head_init": "probe", "start": "a"}),
     (Reward, "fits the frozen base, which start=sft changes", {"head_init": "probe", "start": "sft"}),
     (Reward, "members are for scores", {"members": 2, "objective": "imitation"}),
+    (Reward, "test_share makes a second score", {"test_share": 0.5, "objective": "imitation"}),
     (Sft, "data names nothing", {"data": []}),
     (Sft, "chosen stands alone", {"data": ["chosen", "a.jsonl"]}),
     (Sft, "start is a folder here", {"start": "sft"}),

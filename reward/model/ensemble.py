@@ -19,6 +19,7 @@ from rlhf.errors import UserError
 
 Combination = Literal["mean", "minimum", "pessimistic"]
 MODEL = "model"  # member 0, below the reward stage's folder; the others are model-1, model-2, ...
+TEST_MODEL = "test_model"  # beside them, trained on comparisons that they have not seen
 
 
 def combine(scores_MN: Tensor, how: Combination, penalty: float) -> Tensor:

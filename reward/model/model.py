@@ -28,7 +28,7 @@ from rlhf.models.base import in_float32, load_base
 from rlhf.models.lora import HEAD, WEIGHTS, lora_config
 from rlhf.models.packing import with_hidden_states
 from rlhf.recipe.load import Recipe
-from rlhf.recipe.reward import Pooling
+from rlhf.recipe.reward import Pooling, PreferenceTraining
 from rlhf.recipe.schema import Model
 from rlhf.runs.artifacts import SETTINGS, read_json, write_json
 from rlhf.tokenization.dialogue import Dialogue, load_tokenizer
@@ -192,6 +192,33 @@ def load_config(folder: Path) -> RewardModelConfig:
     if file is None:
         raise UserError(f"{folder} holds no reward model ({CONFIG} is missing); run `make reward RECIPE=...`")
     return RewardModelConfig(**read_json(file))
+
+
+def config_of(
+    recipe: Recipe,
+    dialogue: Dialogue,
+    section: PreferenceTraining,
+    *,
+    gain: float,
+    offset: float,
+    layers: int | None = None,
+) -> RewardModelConfig:
+    """What is saved beside a trained model."""
+    precision = {name: getattr(recipe.model, name) for name in ("dtype", "quantization", "revision")}
+    names = ("template", "max_prompt_tokens", "end_of_context", "template_arguments")
+    return RewardModelConfig(
+        base=recipe.model.path,
+        offset=offset,
+        gain=gain,
+        contract=dialogue.fingerprint(),
+        objective=section.objective,
+        end_of_turn=dialogue.end_token,
+        layers=layers,
+        pooling=section.pooling,
+        max_response_tokens=dialogue.max_response_tokens,
+        **{name: getattr(recipe.dialogue, name) for name in names},
+        **precision,
+    )
 
 
 def shapes_of(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:

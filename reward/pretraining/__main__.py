@@ -28,8 +28,8 @@ def pretrain(recipe: Recipe, section: Pmp, run: StageRun) -> dict[str, Any]:
     """Do the stage's work; returns the figures for the manifest."""
     from reward.model.batch import encode_split
     from reward.model.ensemble import MODEL
-    from reward.model.model import new_reward_model, start_from
-    from reward.training.run import config_of, judge, save
+    from reward.model.model import config_of, new_reward_model, start_from
+    from reward.training.run import judge, save
     from reward.training.trainer import plan_forward, train_preference_model
     from rlhf.tokenization.dialogue import load_dialogue
 

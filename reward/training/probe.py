@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,8 +25,11 @@ from torch.nn.functional import softplus
 from reward.loss import pair_accuracy, ranked_loss
 from reward.model.batch import Example, group_of, layout
 from reward.training.features import POOLINGS, Features, features
+from rlhf.data.comparisons import Comparison, prompt_key
 from rlhf.models.trunk_cache import ResponseStates
+from rlhf.runs.artifacts import write_jsonl
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
+from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.progress import progress
 
 _PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of L2
@@ -243,3 +247,19 @@ def _standardised(x_RD: Tensor, y_RD: Tensor | None = None) -> tuple[Tensor, Ten
     mean_D, spread_D = x_RD.mean(0), x_RD.std(0).clamp_min(1e-6)
     other = x_RD[:0] if y_RD is None else y_RD
     return (x_RD - mean_D) / spread_D, spread_D, (other - mean_D) / spread_D
+
+
+def keep_scores(
+    file: Path, probe: Probe, rows: Sequence[Example], held_out: Sequence[Comparison], dialogue: Dialogue
+) -> None:
+    """Write what the probes give every held-out response, for the card; None where it was left out."""
+    ids = [(tuple(e["prompt"]), tuple(r)) for e in rows for r in e["responses"]]
+    scores = {name: dict(zip(ids, flat, strict=True)) for name, flat in probe.scores.items()}
+
+    def line(c: Comparison) -> dict[str, Any]:
+        prompt = tuple(dialogue.encode_prompt(c.prompt))
+        read = [(prompt, tuple(dialogue.close([], dialogue.encode_response(r)))) for r in c.responses]
+        given = {name: [of.get(key) for key in read] for name, of in scores.items()}
+        return {"prompt": prompt_key(c.prompt), "responses": c.responses, **given}
+
+    write_jsonl(file, map(line, held_out))

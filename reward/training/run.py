@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from reward.loss import candidate_scores, normalization, pair_accuracy
 from reward.model.batch import Example, encode_split, layout, only
-from reward.model.ensemble import MODEL
+from reward.model.ensemble import MODEL, TEST_MODEL
 from reward.model.forward import check_packing, score_examples, scores_of
 from reward.model.model import (
     RewardModelConfig,
+    config_of,
     head_of,
     load_config,
     new_reward_model,
@@ -28,10 +29,10 @@ from reward.model.model import (
     too_short,
 )
 from reward.training.features import POOLINGS, spread_layers
-from reward.training.probe import Head, Probe, fit_probe
+from reward.training.probe import Head, Probe, fit_probe, keep_scores
 from reward.training.trainer import ForwardPlan, plan_forward, train_preference_model
-from reward.training.validation import Validation, keep_out
-from rlhf.data.comparisons import Comparison, Counts, drawn, prompt_key
+from reward.training.validation import Validation, keep_out, part_for_test
+from rlhf.data.comparisons import Comparison, Counts, drawn
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.markdown import plain
@@ -41,7 +42,7 @@ from rlhf.models.masks import right_pad
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.reward import PreferenceTraining
 from rlhf.runs import initial_adapter as starts
-from rlhf.runs.artifacts import MANIFEST, PROBE_SCORES, read_json, write_jsonl
+from rlhf.runs.artifacts import MANIFEST, PROBE_SCORES, read_json
 from rlhf.runs.processes import check_rows, processes
 from rlhf.runs.stage import RUNS, StageRun
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
@@ -74,22 +75,24 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     stage.say(f"reward: {len(rows.train)} comparisons to train on, {len(rows.held_out)} held out")
     lost = {"train": len(train) - len(rows.train), "held_out": len(held_out) - len(rows.held_out)}
     section, probe, layers = recipe.reward, None, recipe.reward.layers
-    if section.validation:
-        learned, kept_out = keep_out(rows.train, section.validation, recipe.seed)
-        rows = Rows(learned, rows.held_out, kept_out)
-        stage.say(f"reward: {len(kept_out)} of those to train on are kept out to choose the step by")
+    learned, apart = part_for_test(rows.train, section.test_share, recipe.seed)
+    rows, test = _validated(recipe, stage, learned, rows.held_out), None
     check_rows("reward", len(rows.train))
+    if apart:
+        stage.say(f"reward: {len(apart)} of those to train on are for the test model alone")
+        test = _validated(recipe, stage, apart, rows.held_out)
+        check_rows("reward", len(test.train))
     if layers == "auto":
         probe = _probe(recipe, stage, rows, dialogue)
         layers = probe.layers
     fresh = new_reward_model(recipe, dialogue, layers=layers, pooling=section.pooling)
     if start := start_folder(recipe):
         start_tensors(fresh, start)  # a mistake is told before there is work that a mended recipe would lose
-    plan = plan_forward(recipe, section, fresh, [example for part in rows for example in part], dialogue)
+    plan = plan_forward(recipe, section, fresh, [e for part in (*rows, apart) for e in part], dialogue)
     if section.probe and probe is None:
         probe = _probe(recipe, stage, rows, dialogue, None if section.probe == "all" else (fresh, plan))
     if probe and stage.is_main:
-        _keep_scores(stage.folder / PROBE_SCORES, probe, rows.held_out, held_out, dialogue)
+        keep_scores(stage.folder / PROBE_SCORES, probe, rows.held_out, held_out, dialogue)
     del fresh
     members = [
         stage.remember(f"member-{n}", partial(_member, recipe, stage, dialogue, rows, plan, layers, probe, n))
@@ -100,6 +103,8 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
         results["members"] = [m["held_out_accuracy"] for m in members]
         mean = torch.tensor([m["scores"] for m in members]).mean(0)
         results["ensemble_accuracy"] = accuracy(mean, rows.held_out).as_dict()
+    if test:
+        results["test_model"] = _test_model(recipe, stage, dialogue, test, plan, layers)
     if any(lost.values()):
         results["equal_after_cut"] = lost
     if stage.is_main:
@@ -110,20 +115,28 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
     return results
 
 
-def _keep_scores(
-    file: Path, probe: Probe, rows: Sequence[Example], held_out: Sequence[Comparison], dialogue: Dialogue
-) -> None:
-    """Write what the probes give every held-out response, for the card; None where it was left out."""
-    ids = [(tuple(e["prompt"]), tuple(r)) for e in rows for r in e["responses"]]
-    scores = {name: dict(zip(ids, flat, strict=True)) for name, flat in probe.scores.items()}
+def _test_model(
+    recipe: Recipe, stage: StageRun, dialogue: Dialogue, rows: Rows, plan: ForwardPlan, layers: int | None
+) -> dict[str, Any]:
+    """The same with another seed on other comparisons; returns its figures."""
+    section, probe = recipe.reward.model_copy(update={"layers": layers}), None
+    recipe = recipe.model_copy(update={"seed": recipe.seed + section.members, "reward": section})
+    if section.head_init == "probe":  # one of its own: the other has seen the other comparisons
+        fresh = new_reward_model(recipe, dialogue, layers=layers, pooling=section.pooling)
+        probe = _probe(recipe, stage, rows, dialogue, (fresh.to(best_device()).eval(), plan), TEST_MODEL)
+        del fresh
+    work = partial(_member, recipe, stage, dialogue, rows, plan, layers, probe, place=TEST_MODEL)
+    made = dict(stage.remember(f"member-{TEST_MODEL}", work), comparisons=len(rows.train))
+    made.pop("scores")
+    return made
 
-    def line(c: Comparison) -> dict[str, Any]:
-        prompt = tuple(dialogue.encode_prompt(c.prompt))
-        read = [(prompt, tuple(dialogue.close([], dialogue.encode_response(r)))) for r in c.responses]
-        given = {name: [of.get(key) for key in read] for name, of in scores.items()}
-        return {"prompt": prompt_key(c.prompt), "responses": c.responses, **given}
 
-    write_jsonl(file, map(line, held_out))
+def _validated(recipe: Recipe, stage: StageRun, train: list[Example], held_out: list[Example]) -> Rows:
+    """The rows of a model, some of the training ones kept out where the recipe says so."""
+    learned, kept_out = keep_out(train, recipe.reward.validation, recipe.seed)
+    if kept_out:
+        stage.say(f"reward: {len(kept_out)} of those to train on are kept out to choose the step by")
+    return Rows(learned, held_out, kept_out)
 
 
 def stored(stage: StageRun, part: str) -> list[Comparison]:
@@ -139,10 +152,15 @@ def _member(
     plan: ForwardPlan,
     layers: int | None,
     probe: Probe | None,
-    member: int,
+    member: int = 0,
+    place: str | None = None,
 ) -> dict[str, Any]:
-    """Train, normalize, save and judge one model."""
-    section = recipe.reward
+    """Train, normalize, save and judge one model.
+
+    place: the folder of one that is no member, the test model.
+    """
+    section, work = recipe.reward, stage.folder / "parts" / place if place else stage.folder
+    members = 1 if place else section.members
     clear_zero3_init()
     fresh = new_reward_model(recipe, dialogue, recipe.seed + member, layers=layers, pooling=section.pooling)
     results: dict[str, Any] = {} if layers is None else {"layers": layers}
@@ -160,12 +178,12 @@ def _member(
         stage.say(f"reward: starts from {start} ({read} tensors)")
     validation = None
     if rows.validation:
-        place = stage.folder / "parts" / f"validation-{member}"
-        say = partial(_say_of, stage, member, section.members)
-        validation = Validation(rows.validation, place, section.evaluations, say)
+        judged_in = stage.folder / "parts" / f"validation-{place or member}"
+        say = partial(_say_of, stage, place or (f"member {member}" if members > 1 else ""))
+        validation = Validation(rows.validation, judged_in, section.evaluations, say)
     model = train_preference_model(
-        recipe, section, dialogue, fresh, rows.train, plan, folder=stage.folder,
-        on_checkpoint=stage.note_clock, member=member, members=section.members, validation=validation,
+        recipe, section, dialogue, fresh, rows.train, plan, folder=work,
+        on_checkpoint=stage.note_clock, member=member, members=members, validation=validation,
     )  # fmt: skip
     if validation is not None:
         results["validation"] = validation.finish()
@@ -180,7 +198,7 @@ def _member(
         results |= {f"{part}_{name}": figure.as_dict() for name, figure in figures.items()}
         if part == "held_out":
             results["scores"] = (scores + config.offset).tolist()
-    folder = stage.folder / (MODEL if member == 0 else f"{MODEL}-{member}")
+    folder = stage.folder / (place or (MODEL if member == 0 else f"{MODEL}-{member}"))
     save(stage, model, folder, config, dialogue)
     few = [(e["prompt"], e["responses"][0]) for e in rows.held_out[:4]]
     expected = scores_of(model, few, dialogue.pad_id) + config.offset
@@ -192,8 +210,8 @@ def _member(
     return results
 
 
-def _say_of(stage: StageRun, member: int, members: int, line: str) -> None:
-    stage.say(f"reward: {f'member {member}: ' if members > 1 else ''}{line}")
+def _say_of(stage: StageRun, who: str, line: str) -> None:
+    stage.say(f"reward: {f'{who}: ' if who else ''}{line}")
 
 
 def start_folder(recipe: Recipe) -> Path | None:
@@ -202,39 +220,13 @@ def start_folder(recipe: Recipe) -> Path | None:
     return RUNS / recipe.name / "pmp" / MODEL if start is None and recipe.pmp else start
 
 
-def config_of(
-    recipe: Recipe,
-    dialogue: Dialogue,
-    section: PreferenceTraining,
-    *,
-    gain: float,
-    offset: float,
-    layers: int | None = None,
-) -> RewardModelConfig:
-    """What is saved beside a trained model."""
-    precision = {name: getattr(recipe.model, name) for name in ("dtype", "quantization", "revision")}
-    names = ("template", "max_prompt_tokens", "end_of_context", "template_arguments")
-    return RewardModelConfig(
-        base=recipe.model.path,
-        offset=offset,
-        gain=gain,
-        contract=dialogue.fingerprint(),
-        objective=section.objective,
-        end_of_turn=dialogue.end_token,
-        layers=layers,
-        pooling=section.pooling,
-        max_response_tokens=dialogue.max_response_tokens,
-        **{name: getattr(recipe.dialogue, name) for name in names},
-        **precision,
-    )
-
-
 def _probe(
     recipe: Recipe,
     stage: StageRun,
     rows: Rows,
     dialogue: Dialogue,
     trained: tuple[Any, ForwardPlan] | None = None,
+    name: str = "probes",
 ) -> Probe:
     """The linear probes on the base below a fresh adapter, which changes nothing yet; fitted once a stage.
 
@@ -259,7 +251,7 @@ def _probe(
         options: dict[str, Any] = {"share": plan.share, "trunk": plan.trunk, "layers": layers}
         return fit_probe(model, *rows[:2], dialogue.pad_id, **options, head=head)._asdict()
 
-    probe = Probe(**stage.remember("probes", fit, key=Probe._fields))  # an earlier version kept fewer
+    probe = Probe(**stage.remember(name, fit, key=Probe._fields))  # an earlier version kept fewer
     if probe.best:
         stage.say(
             "reward: best probe by cross-validation on the training part: layer {layer}, {pooling}, "
@@ -387,4 +379,8 @@ def _summary(results: dict[str, Any], comparisons: int) -> str:
     accuracy = plain(results["held_out_accuracy"], ".3f")
     parts = [f"reward: held-out pair accuracy {accuracy} on {comparisons} comparisons"]
     parts += [f"{title} {plain(results[name], '.3f')}" for name, title in titles.items() if name in results]
+    if test := results.get("test_model"):
+        parts.append(
+            f"test model {plain(test['held_out_accuracy'], '.3f')}, trained on {test['comparisons']}"
+        )
     return "; ".join(parts)

@@ -1,4 +1,8 @@
-"""Early stopping: a part of the training comparisons that is not learned from says which step is kept.
+"""Parts of the training comparisons that a model does not learn from.
+
+The test part is for a second reward model, which PPO is never rewarded by (Bai 2022, section 4.3).
+
+The validation part is for early stopping: it says which step is kept.
 
 At a few steps of a training the model is judged on that part; its adapter and head are kept in a file, so
 that a killed and resumed training chooses from the same, bit for bit. They are written before the checkpoint
@@ -8,6 +12,7 @@ of the same step, and those behind the newest checkpoint are made anew.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from reward.loss import pair_accuracy, ranked_loss
 from reward.model.batch import Example, group_of, layout
+from rlhf.data.split import connected, split_by_hash
 from rlhf.errors import UserError
 from rlhf.runs.artifacts import read_json, write_atomically, write_json
 from rlhf.runs.processes import processes, rank
@@ -43,6 +49,33 @@ def keep_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Exa
     random.Random(seed).shuffle(groups)
     out = set(groups[: min(len(groups) - 1, max(1, round(share * len(groups))))])
     return [r for r in rows if group_of(r) not in out], [r for r in rows if group_of(r) in out]
+
+
+def part_for_test(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Rows of the reward model and, about ``share``, of the test model; no prompt or group is in both.
+
+    The part of a prompt with its groups follows from a hash, as that of the held-out comparisons does.
+
+    Raises:
+        UserError: all comparisons are connected by prompts and groups.
+    """
+    if not share:
+        return list(rows), []
+    names = [
+        [f"prompt:{row['prompt']}", *([f"group:{row['group']}"] if row["group"] else [])] for row in rows
+    ]
+    keys = connected(names)
+    if len(set(keys)) < 2:
+        raise UserError(
+            "reward.test_share: all training comparisons have one prompt or group, so there is none to train "
+            "a test model on; set it to 0"
+        )
+    most, number = Counter(keys).most_common(1)[0]
+    numbered = list(zip(keys, rows, strict=True))
+    trained = frozenset([most]) if number * 2 > len(keys) else frozenset[str]()
+    parts = split_by_hash(numbered, lambda item: item[0], share, f"{seed}:test", trained)
+    learned, apart = ([row for _, row in part] for part in parts)
+    return learned, apart
 
 
 class Validation(TrainerCallback):

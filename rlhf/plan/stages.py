@@ -112,7 +112,7 @@ class Stages:
     def ppo(self) -> Iterator[Moment]:
         """Rollouts and updates."""
         section, shape, setting = self.recipe.ppo, self.shape, self.setting
-        rewards = len(section.named_models) + (self.recipe.reward.members if section.own_reward else 0)
+        rewards = len(section.named_models) + (self.recipe.reward.scorers if section.own_reward else 0)
         own = section.has_value and section.value == "adapter"
         learns = self.adapter * (1 + own)
         beside = rewards * memory.weights(shape, setting._replace(zero=0))[0] if section.retokenize else 0.0
@@ -146,7 +146,7 @@ class Stages:
         """Responses of policy and reference to held-out prompts."""
         section = self.recipe.evaluate
         prompts = -(-section.batch_size // section.samples_per_prompt)
-        rewards = self.recipe.reward.members
+        rewards = self.recipe.reward.scorers
         yield self._sampling("evaluate", section.batch_size, prompts, adapters=1 + rewards, folds=True)
 
     # ---------------------------------------------------------------- moments

@@ -60,7 +60,7 @@ def step_seconds(recipe: Recipe, pace: Pace, prompt: int) -> float:
     section, response = recipe.ppo, recipe.dialogue.max_response_tokens
     tokens = section.batch_size * (prompt + response + 1)
     own = section.has_value and section.value == "adapter"
-    roles = 2 + own + len(section.named_models) + (recipe.reward.members if section.own_reward else 0)
+    roles = 2 + own + len(section.named_models) + (recipe.reward.scorers if section.own_reward else 0)
     sampling = -(-section.batch_size // section.rollout_batch_size) * response * pace.token
     return sampling + tokens * (roles * pace.passing + section.epochs * (1 + own) * pace.training)
 

@@ -166,6 +166,10 @@ class Reward(PreferenceTraining):
     0 = the last step's."""
     evaluations: Positive = 4
     """Steps at which `validation` judges, evenly spread, the last one included."""
+    test_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training comparisons' groups and prompts that a second reward model alone learns from, the
+    test model, with the same settings: PPO is never rewarded by it, and it tells when the reward model is
+    exploited (Bai 2022, section 4.3: 0.5). 0 = none."""
     members: Positive = 1
     """Reward models trained from different seeds on the same comparisons (an ensemble of adapters)."""
     reference_responses: Positive = 256
@@ -180,12 +184,19 @@ class Reward(PreferenceTraining):
     comparisons the latter two spare the training a random direction to be unlearned first (LP-FT, Kumar 2022,
     arXiv 2202.10054)."""
 
+    @property
+    def scorers(self) -> int:
+        """Reward models that the stage trains, the test model included."""
+        return self.members + bool(self.test_share)
+
     @model_validator(mode="after")
     def _head(self) -> Reward:
         if self.validation and self.objective == "imitation":
             raise ValueError(
                 "validation is for a score, which objective=imitation has not; remove one of them"
             )
+        if self.test_share and self.objective == "imitation":
+            raise ValueError("test_share makes a second score, and objective=imitation has none; remove one")
         if self.layers == "auto" and not self.probe:
             raise ValueError("layers=auto takes those of the best probe; set reward.probe=true")
         if self.layers == "auto" and self.start:
