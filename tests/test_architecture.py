@@ -62,7 +62,8 @@ LIGHT = (
     *(f"reward/card/{name}.py" for name in _LIGHT_CARD),
     *(f"policy/{name}.py" for name in ("evaluate/report", "alignment_tax/checks")),
     *(f"rlhf/evals/{name}.py" for name in ("outcome", "tasks/humaneval")),  # nor before generated code runs
-    *(file for file in FILES if file.startswith("rlhf/evals/sandbox/")),
+    *(file for file in FILES if file.startswith(("rlhf/evals/sandbox/", "rlhf/web/"))),
+    "rlhf/rank/store.py",
     *(f"{script.replace('.', '/')}.py" for script in SCRIPTS),
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets"}
