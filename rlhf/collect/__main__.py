@@ -12,6 +12,7 @@ from rlhf.collect.judges import check_judge
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import from_command_line
 from rlhf.recipe.types import function_files
+from rlhf.runs.initial_adapter import policy_files
 from rlhf.runs.stage import open_stage
 
 
@@ -29,6 +30,7 @@ def main() -> None:
             *data.prompts,
             *data.held_out_prompts,
             *(function_files(recipe.collect.judge) if data.sampled else []),
+            *(policy_files(recipe, recipe.collect.policies, "collect.policies") if data.sampled else []),
         ],
     )
     if run is not None:

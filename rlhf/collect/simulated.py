@@ -1,4 +1,4 @@
-"""The sentiment lab: responses sampled from the base model, ranked by a gold judge with an annotator's noise.
+"""The sentiment lab: sampled responses, ranked by a gold judge with an annotator's noise.
 
 The protocol of Ziegler 2019 and Gao 2022: because the truth is known, everything later (reward accuracy,
 over-optimisation, what PPO gained) can be held against it. The judge labels and evaluates; it is never the
@@ -7,22 +7,21 @@ PPO reward.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
 from rlhf.collect.judges import Judge, judge_name, judge_of, noisy_ranks, pair_agreement
+from rlhf.collect.responses import sampled_responses
 from rlhf.data.comparisons import Comparison, Counts, Prompt, problem
 from rlhf.data.stored import stored_columns
-from rlhf.generation.sampling import sample, uniforms
-from rlhf.models.backbone import REFERENCE, Backbone
-from rlhf.models.base import best_device, load_base
 from rlhf.recipe.load import Recipe
+from rlhf.recipe.types import BASE
+from rlhf.runs.artifacts import write_jsonl
 from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import Dialogue
-from rlhf.training.progress import progress
 
 _LABEL = 0x1ABE1  # sets the annotator's random numbers apart from all others of the seed
 
@@ -33,8 +32,10 @@ def sampled_comparisons(
     """Sample K responses a prompt and rank them; a finished batch survives an interruption.
 
     Args:
-        recipe: its ``collect`` section says how many, how warm, who judges and how noisily.
-        run: the open stage; finished batches lie in its ``parts`` folder.
+        recipe: its ``collect`` section says how many, from which policies, how warm, who judges and how
+            noisily.
+        run: the open stage; finished batches lie in its ``parts`` folder. Where a policy writes, its
+            ``sampled.jsonl`` says who wrote what.
         dialogue: the token contract.
         prompts: gone through in order, again from the start where more comparisons are asked for.
 
@@ -42,56 +43,33 @@ def sampled_comparisons(
         The usable comparisons, and the counts of those that were not (fewer than two distinct responses).
     """
     section = recipe.collect
-    chosen = [prompts[i % len(prompts)] for i in range(section.prompts)]
-    batches = range(0, len(chosen), section.prompts_per_batch)
-    backbone = functools.cache(partial(_backbone, recipe))  # not loaded where all batches are there
     judge = gold_judge(recipe, run)
     counts = Counts()
     comparisons: list[Comparison] = []
-    for number, start in enumerate(progress("comparisons", batches, leave=True)):
-        batch = chosen[start : start + section.prompts_per_batch]
-        responses = run.remember(
-            f"{number:05d}", partial(_responses, recipe, backbone, dialogue, batch, first=start)
-        )
-        for comparison in _ranked(recipe, judge, responses, batch, first=start):
+    rows: list[dict[str, Any]] = []
+    for batch in sampled_responses(
+        recipe,
+        run,
+        dialogue,
+        [prompts[i % len(prompts)] for i in range(section.prompts)],
+        policies=section.policies,
+        responses=section.responses,
+        temperature=section.temperature,
+        prompts_per_batch=section.prompts_per_batch,
+        purpose="collect",
+    ):
+        for comparison in _ranked(recipe, judge, batch.responses, batch.prompts, first=batch.first):
             counts.read += 1
             fault = problem(comparison)
             if fault:
                 counts.drop(fault)
             else:
                 comparisons.append(comparison)
+        said = zip(batch.prompts, batch.responses, batch.writers, strict=True)
+        rows += [{"prompt": [asdict(m) for m in p], "responses": r, "writers": w} for p, r, w in said]
+    if section.policies != [BASE] and run.is_main:
+        write_jsonl(run.folder / "sampled.jsonl", rows)
     return comparisons, counts
-
-
-def _backbone(recipe: Recipe) -> Backbone:
-    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=["policy"])
-    backbone.check_architecture()
-    return backbone.to(best_device())
-
-
-def _responses(
-    recipe: Recipe,
-    backbone: Callable[[], Backbone],
-    dialogue: Dialogue,
-    batch: Sequence[Prompt],
-    *,
-    first: int,
-) -> list[list[str]]:
-    section = recipe.collect
-    k = section.responses
-    prompts = [dialogue.encode_prompt(p) for p in batch for _ in range(k)]
-    rows = range(first * k, first * k + len(prompts))
-    sampled = sample(
-        backbone(),
-        REFERENCE,
-        prompts,
-        uniforms(recipe.seed, "collect", 0, rows, dialogue.max_response_tokens),
-        eos_id=dialogue.end_ids,
-        pad_id=dialogue.pad_id,
-        temperature=section.temperature,
-    )
-    texts = [dialogue.decode(ids) for ids in sampled.response_ids_BR.tolist()]
-    return [texts[i : i + k] for i in range(0, len(texts), k)]
 
 
 def gold_judge(recipe: Recipe, run: StageRun) -> Judge:

@@ -23,7 +23,7 @@ from rlhf.models.configuration import check_base
 from rlhf.recipe.quick import QUICK, laid_over, origins_with, split_overrides, take_block
 from rlhf.recipe.renamed import FORMER
 from rlhf.recipe.schema import STARTS, Recipe
-from rlhf.recipe.types import OWN_REWARD, function_files
+from rlhf.recipe.types import BASE, OWN_REWARD, function_files
 from rlhf.runs.processes import adopt_environment
 
 __all__ = ["Recipe", "check_batch_sizes", "dump", "files_of", "from_command_line", "is_path", "load"]
@@ -321,6 +321,7 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
     starts = {f"{name}.start": getattr(getattr(recipe, name), "start", None) for name in STARTS}
     folders: list[tuple[str, str | None]] = [("ppo.reward_model", place) for place in recipe.ppo.reward_model]
     folders += [("evaluate.reward_model", recipe.evaluate.reward_model), *starts.items()]
+    folders += [("collect.policies", place) for place in recipe.collect.policies if place != BASE]
     # what is no path is a model of the hub, or a judge by name
     folders += [(key, place) for key, place in models.items() if place == "" or (place and is_path(place))]
     for key, place in folders:
@@ -376,25 +377,7 @@ def from_command_line(arguments: Sequence[str] | None = None) -> Recipe:
     if flags:
         raise UserError(f"{flags[0]}: there are no flags; write overrides as section.key=value")
     recipe = load(words[0], words[1:])
-    lengths = _lengths(recipe)
-    check_base(recipe.model.path, lengths)
+    check_base(recipe.model.path, recipe.lengths)
     if recipe.distill is not None and recipe.distill.teacher is not None:
-        check_base(recipe.distill.teacher, lengths, "distill.teacher")
+        check_base(recipe.distill.teacher, recipe.lengths, "distill.teacher")
     return recipe
-
-
-def _lengths(recipe: Recipe) -> dict[str, int]:
-    """Tokens of the longest sequence of each stage, by the keys that set it; a reward is read behind EOS."""
-    dialogue = recipe.dialogue
-    closing = 1 if dialogue.end_of_context is None else 2
-    both = dialogue.max_prompt_tokens + dialogue.max_response_tokens + closing
-    lengths = {"dialogue.max_prompt_tokens + dialogue.max_response_tokens": both}
-    for section in (recipe.reward, recipe.pmp):
-        if section is not None and section.max_response_tokens is not None:
-            both = dialogue.max_prompt_tokens + section.max_response_tokens + closing
-            lengths[f"dialogue.max_prompt_tokens + {section.length_key}"] = both
-    if recipe.distill is not None:
-        lengths["distill.max_tokens"] = recipe.distill.max_tokens
-    if recipe.ppo.ptx_texts:
-        lengths["ppo.ptx_max_tokens"] = recipe.ppo.ptx_max_tokens
-    return lengths

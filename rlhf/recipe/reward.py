@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from rlhf.recipe.shared import Training
 from rlhf.recipe.types import (
+    BASE,
     STARTS,
     Files,
     Folder,
@@ -16,6 +17,7 @@ from rlhf.recipe.types import (
     LessThanHalf,
     Natural,
     NonNegative,
+    Policies,
     Positive,
     Rate,
     Section,
@@ -31,6 +33,9 @@ class Collect(Section):
     """Number of prompts that get a comparison."""
     responses: Annotated[int, Field(ge=2)] = 4
     """Responses K a prompt."""
+    policies: Policies = [BASE]
+    """Who writes them: `base`, and folders of saved adapters such as runs/x/ppo/policy; dealt out evenly, one
+    that stands twice gets twice as many."""
     judge: Judged = "vader"
     """The gold score: `vader`, a function FILE.py:NAME, or a server {url, model, prompt, ...}; used to label
     and to evaluate, never as the PPO reward."""

@@ -123,3 +123,20 @@ class Recipe(Section):
                     f"pmp.start={start} instead"
                 )
         return self
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of each stage's longest sequence, by the keys that set it; a reward is read behind EOS."""
+        dialogue = self.dialogue
+        closing = 1 if dialogue.end_of_context is None else 2
+        both = dialogue.max_prompt_tokens + dialogue.max_response_tokens + closing
+        lengths = {"dialogue.max_prompt_tokens + dialogue.max_response_tokens": both}
+        for section in (self.reward, self.pmp):
+            if section is not None and section.max_response_tokens is not None:
+                both = dialogue.max_prompt_tokens + section.max_response_tokens + closing
+                lengths[f"dialogue.max_prompt_tokens + {section.length_key}"] = both
+        if self.distill is not None:
+            lengths["distill.max_tokens"] = self.distill.max_tokens
+        if self.ppo.ptx_texts:
+            lengths["ppo.ptx_max_tokens"] = self.ppo.ptx_max_tokens
+        return lengths

@@ -28,6 +28,7 @@ LessThanHalf = Annotated[float, Field(ge=0, lt=0.5)]
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]
 OneOrMany = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Files = Annotated[list[str], OneOrMany]
+Policies = Annotated[list[Folder], OneOrMany, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -47,6 +48,8 @@ STARTS: dict[str, tuple[str, ...]] = {
 
 FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
 """A function of a file of the user's own."""
+BASE = "base"
+"""The base model without an adapter, where a policy is named."""
 OWN_REWARD = "reward"
 """The value of a model that stands for what this run's reward stage makes."""
 

@@ -14,7 +14,8 @@ from typing import Any
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import STARTS
-from rlhf.runs.artifacts import SETTINGS, WEIGHTS, read_json
+from rlhf.recipe.types import BASE
+from rlhf.runs.artifacts import SETTINGS, WEIGHTS, read_json, read_manifest
 from rlhf.runs.stage import RUNS, StageRun, differences, input_hashes
 from rlhf.runs.whole import check_place, manifest_of
 
@@ -97,6 +98,25 @@ def adapter_files(folder: Path, recipe: Recipe, key: str, stages: Sequence[str] 
                 f"there, {mine} here): it was made with other lora settings"
             )
     return [str(file)]
+
+
+def policy_files(recipe: Recipe, policies: Sequence[str], key: str) -> list[str]:
+    """The weights of the policies that a recipe names, as inputs; `base` has none.
+
+    Raises:
+        UserError: as :func:`adapter_files`, or one was made on another base.
+    """
+    files = []
+    for folder in (Path(policy) for policy in policies if policy != BASE):
+        files += adapter_files(folder, recipe, key)
+        check_place(folder)
+        base = str(read_json(folder / SETTINGS).get("base_model_name_or_path"))
+        known = [read_manifest(Path(place)) for place in (base, recipe.model.path)]
+        if all(known) and len({str(noted["identity"]) for noted in known if noted}) > 1:
+            raise UserError(
+                f"{key}: {folder} was made on the base {base}, and model.path is {recipe.model.path}"
+            )
+    return files
 
 
 def check_same_start(recipe: Recipe, run: StageRun, stage: str) -> None:
