@@ -15,28 +15,31 @@ from policy.evaluate.before_after import (
     per_prompt,
     response_rows,
     reward_fn_of,
+    sample,
     sample_and_score,
     spread,
 )
 from policy.evaluate.report import as_markdown
 from policy.ppo.metrics import distinct_n, rollout_metrics
 from rlhf.data.comparisons import Message
+from rlhf.generation.sampling import uniforms
 from rlhf.models.backbone import REFERENCE
 
 PROMPTS = [(Message("user", text),) for text in ("one", "and two", "three or so", "4", "five")]
 FIGURE = {"before", "after", "diff", "ci95", "n"}
 
 
-def talk(role, *, stir=0.0, prompts=PROMPTS, batch_size=2, temperature=1.0, layers="top_2", seed=0):
+def talk(role, *, stir=0.0, prompts=PROMPTS, batch_size=2, temperature=1.0, layers="top_2", seed=0,
+         against=REFERENCE):  # fmt: skip
     model, dialogue = backbone_and_dialogue(stir=stir, max_response_tokens=12, layers=layers)
     reward_fns = {"gold": reward_fn_of(lambda prompts, texts: [float(len(set(t))) for t in texts])}
     return sample_and_score(model, role, dialogue, prompts, reward_fns, seed=seed, temperature=temperature,
-               batch_size=batch_size)  # fmt: skip
+               batch_size=batch_size, against=against)  # fmt: skip
 
 
 def test_a_fresh_adapter_says_what_the_reference_says():
     before, after = talk(REFERENCE), talk("policy")
-    assert after == before
+    assert after == before == talk(REFERENCE, against="policy")
     assert before.kl == before.kl_k3 == [0.0] * len(PROMPTS)
     assert len(set(before.texts)) > 1
     assert talk("policy", stir=0.2).texts != before.texts
@@ -62,6 +65,25 @@ def test_the_drift_of_a_policy_that_moved_is_positive():
     assert np.mean(side.kl) > 0.5
     assert min(side.kl_k3) >= 0
     assert np.mean(side.kl_k3) == pytest.approx(np.mean(side.kl), rel=0.5)
+
+
+def test_the_forward_kl_is_that_of_the_references_own_responses():
+    many = PROMPTS * 20
+    forward = talk(REFERENCE, stir=0.3, prompts=many, batch_size=100, against="policy")
+    backward = talk("policy", stir=0.3, prompts=many, batch_size=100)
+    assert forward.texts == talk(REFERENCE, prompts=many, batch_size=100).texts
+    model, dialogue = backbone_and_dialogue(stir=0.3, max_response_tokens=12, layers="top_2")
+    uniform_BR = uniforms(0, "evaluate", 0, range(3), 12)
+    batch = sample(model, REFERENCE, dialogue, many[:3], uniform_BR, temperature=1.0)
+    assert batch.responses.texts == forward.texts[:3]
+    ids_BT, mask_BT = batch.responses.ids_BT, batch.responses.mask_BT
+    theirs, ours = (model(r, ids_BT, mask_BT, None, start=batch.start)[0] for r in (REFERENCE, "policy"))
+    assert forward.kl[:3] == pytest.approx(((theirs - ours) * batch.actions_BR).sum(-1).tolist(), abs=1e-3)
+    assert np.mean(forward.kl) > 0.5
+    assert np.mean(forward.kl) != pytest.approx(np.mean(backward.kl))
+    figures = compare(forward, backward, samples=1)
+    assert figures["forward_kl"]["mean"] == pytest.approx(np.mean(forward.kl))
+    assert figures["kl"]["mean"] == pytest.approx(np.mean(backward.kl))
 
 
 def test_length_and_ending_are_those_of_the_response():
@@ -186,7 +208,8 @@ def test_the_summary_has_every_figure(summary):
         if figure["diff"] is not None:
             assert figure["diff"] == pytest.approx(figure["after"] - figure["before"], abs=1e-6), name
             assert figure["ci95"][0] <= figure["diff"] <= figure["ci95"][1], name
-    for name in ("gold_win_rate", "reward_win_rate", "kl", "kl_k3"):
+    assert summary["forward_kl"]["mean"] != summary["kl"]["mean"]
+    for name in ("gold_win_rate", "reward_win_rate", "kl", "kl_k3", "forward_kl"):
         assert set(summary[name]) == {"mean", "ci95", "n"}, name
     assert summary["kl_k3"]["mean"] > 0  # the policy has moved
     assert 0 <= summary["gold_win_rate"]["mean"] <= 1

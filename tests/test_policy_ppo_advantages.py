@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.ppo.advantages import gae, leave_one_out
+from policy.ppo.advantages import estimate_advantages, gae, leave_one_out, length_adaptive_lam
 from policy.ppo.kl import ESTIMATORS
 from policy.ppo.reward_shaping import penalize_length, penalize_missing_eos, token_rewards
 
@@ -39,6 +39,66 @@ def test_gae_equals_a_scalar_loop_over_each_episode_and_ignores_the_padding(seed
     torch.testing.assert_close(advantages_BT, expected_BT)
     torch.testing.assert_close(returns_BT[mask_BT], (expected_BT + values_BT)[mask_BT])
     assert (returns_BT[~mask_BT] == 0).all()
+
+
+def estimated(rewards_BT, values_BT, mask_BT, **options):
+    options = {"algorithm": "ppo", "gamma": 0.9, "lam": 0.95, "samples": 1, "whiten": False} | options
+    return estimate_advantages(rewards_BT, values_BT, mask_BT, all_reduce=lambda t: t, **options)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10_000), lam=st.floats(0, 1), lam_value=st.floats(0, 1))
+def test_the_returns_may_have_a_lambda_of_their_own(seed, lam, lam_value):
+    rewards_BT, values_BT, mask_BT = _episodes(seed)
+    advantages_BT, returns_BT = estimated(rewards_BT, values_BT, mask_BT, lam=lam, lam_value=lam_value)
+    for b, length in enumerate(mask_BT.sum(dim=-1).tolist()):
+        rewards, values = rewards_BT[b, :length].tolist(), values_BT[b, :length].tolist()
+        policy, towards = (_gae_by_loop(rewards, values, 0.9, each) for each in (lam, lam_value))
+        assert advantages_BT[b, :length].tolist() == pytest.approx(policy)
+        assert returns_BT[b, :length].tolist() == pytest.approx(
+            [a + v for a, v in zip(towards, values, strict=True)]
+        )
+
+
+def test_a_lambda_of_1_trains_the_value_towards_the_discounted_rewards():
+    rewards_BT, values_BT, mask_BT = _episodes(3)
+    _, returns_BT = estimated(rewards_BT, values_BT, mask_BT, lam=0.3, lam_value=1.0)
+    for b, length in enumerate(mask_BT.sum(dim=-1).tolist()):
+        for t in range(length):
+            total = sum(0.9 ** (k - t) * float(rewards_BT[b, k]) for k in range(t, length))
+            assert float(returns_BT[b, t]) == pytest.approx(total)
+
+
+def test_a_longer_response_has_a_larger_lambda():
+    mask_BT = torch.arange(40) < torch.tensor([[40], [20], [10], [4], [0]])
+    lam_B = length_adaptive_lam(mask_BT, 0.2)
+    assert lam_B.tolist() == pytest.approx([1 - 1 / 8, 1 - 1 / 4, 1 - 1 / 2, 0.0, 0.0])
+    rewards_BT, values_BT, _ = (torch.randn(5, 40, dtype=torch.float64) for _ in range(3))
+    adaptive = estimated(rewards_BT, values_BT, mask_BT, lam=0.95, lam_length=0.2)
+    for b, lam in enumerate(lam_B.tolist()):
+        alone_BT, _ = gae(rewards_BT[[b]], values_BT[[b]], mask_BT[[b]], gamma=0.9, lam=lam)
+        torch.testing.assert_close(adaptive[0][[b]], alone_BT, rtol=1e-6, atol=1e-6)
+    _, plain_BT = estimated(rewards_BT, values_BT, mask_BT, lam=0.95)
+    torch.testing.assert_close(adaptive[1], plain_BT, rtol=0, atol=0)  # the value's own stays
+
+
+def test_grpo_divides_by_the_deviation_of_the_samples_of_a_prompt_and_dr_grpo_does_not():
+    # two prompts of three samples; the samples of a prompt stand two rows apart
+    rewards_BT = torch.tensor([[1.0, 0.0], [5.0, 5.0], [0.0, 2.0], [4.0, 6.0], [3.0, 3.0], [10.0, 0.0]])
+    mask_BT = torch.ones(6, 2, dtype=torch.bool)
+    mask_BT[4, 1] = False
+    rewards_BT[4, 1] = 0.0
+    values_BT = torch.full((6, 2), 7.0)
+    plain_BT, returns_BT = estimated(rewards_BT, values_BT, mask_BT, algorithm="dr_grpo", samples=3)
+    assert plain_BT[:, 0].tolist() == pytest.approx([-1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    assert returns_BT[:, 0].tolist() == [1.0, 10.0, 2.0, 10.0, 3.0, 10.0]
+    divided_BT, _ = estimated(rewards_BT, values_BT, mask_BT, algorithm="grpo", samples=3)
+    assert divided_BT[:, 0].tolist() == pytest.approx([-1.0, 0.0, 0.0, 0.0, 1.0, 0.0], abs=2e-4)
+    assert divided_BT[4].tolist() == [divided_BT[4, 0], 0.0]
+    twice_BT, _ = estimated(10 * rewards_BT, values_BT, mask_BT, algorithm="grpo", samples=3)
+    torch.testing.assert_close(twice_BT, divided_BT, rtol=0, atol=2e-4)  # the scale of a prompt is gone
+    loo_BT, _ = estimated(rewards_BT, values_BT, mask_BT, algorithm="rloo", samples=3)
+    torch.testing.assert_close(loo_BT, 1.5 * plain_BT)
 
 
 @pytest.mark.parametrize("row", [[False, True, True], [True, False, True]])

@@ -54,6 +54,8 @@ TABLE = {  # field: (its other value, what both runs need beside it, what it cha
     "algorithm": ("reinforce", {}, ESTIMATED | {"names", "files"}),
     "gamma": (0.5, {}, ESTIMATED),
     "lam": (0.5, {}, ESTIMATED),
+    "lam_value": (0.2, {}, {"returns", "value_loss", "value", "gradient"}),
+    "lam_length": (0.4, {}, {"advantages", "loss", "gradient", "policy"}),
     "whiten_rewards": (True, {}, SHAPED),
     "whiten_advantages": (True, {}, {"advantages", "loss", "gradient", "policy"}),
     "clip_range": (0.01, {}, {"policy"}),

@@ -123,6 +123,8 @@ CONTRADICTIONS = [
     (Ppo, "k1 in the loss has no gradient", {"kl_in": "loss", "kl_estimator": "k1"}),
     (Ppo, "adaptive multiplies kl_coef", {"kl_controller": "adaptive", "kl_coef": 0.0}),
     (Ppo, "reinforce has no value: remove value", {"algorithm": "reinforce", "value": "shared"}),
+    (Ppo, "reinforce has no lambda: remove", {"algorithm": "reinforce", "lam_value": 1.0}),
+    (Ppo, "reinforce has no lambda: remove", {"algorithm": "reinforce", "lam_length": 0.1}),
     (Ppo, "reinforce has no value: .* value_warmup", {"algorithm": "reinforce", "value_warmup": 2}),
     (Ppo, "value_warmup 5 leaves the policy none of 5 steps", {"value_warmup": 5, "steps": 5}),
     (Ppo, "warmup_steps 7 leaves nothing of 7 steps", {"warmup_steps": 7, "steps": 7}),
@@ -169,10 +171,11 @@ def test_other_keys_of_deepspeed_are_taken():
         Distributed(deepspeed={"zero_optimization": 3})
 
 
-def test_rloo_compares_the_samples_of_a_prompt():
-    with pytest.raises(ValidationError, match="rloo compares the samples of a prompt"):
-        Ppo(algorithm="rloo", samples_per_prompt=1)
-    Ppo(algorithm="rloo", samples_per_prompt=2)
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo", "dr_grpo"])
+def test_some_algorithms_compare_the_samples_of_a_prompt(algorithm):
+    with pytest.raises(ValidationError, match=f"{algorithm} compares the samples of a prompt"):
+        Ppo(algorithm=algorithm, samples_per_prompt=1)
+    assert not Ppo(algorithm=algorithm, samples_per_prompt=2).whitens_advantages
 
 
 def test_the_data_of_the_fine_tuning_are_the_chosen_responses_or_files():

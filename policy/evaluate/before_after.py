@@ -57,7 +57,7 @@ class EvaluatedResponses(NamedTuple):
     entropy: list[float]
     """Mean over the tokens, nats."""
     kl: list[float]
-    """From the reference, k1 summed over the tokens, nats."""
+    """From the model that it is held against, k1 summed over the tokens, nats."""
     kl_k3: list[float]
     """The same by the k3 estimator."""
 
@@ -115,6 +115,7 @@ def sample_and_score(
     seed: int,
     temperature: float,
     batch_size: int,
+    against: str = REFERENCE,
     progress: Callable[[int], Any] = int,
 ) -> EvaluatedResponses:
     """Sample one response to every prompt and measure it.
@@ -128,6 +129,8 @@ def sample_and_score(
         seed: of the random numbers, which depend on the row and not on the role.
         temperature: of sampling; log-probs and entropy are taken at it too.
         batch_size: rows at once.
+        against: role that the KL is taken from; of the reference's responses and ``policy`` it is the forward
+            KL, KL(reference || policy).
         progress: called with the number of rows done.
     """
     parts, done = [], 0
@@ -139,9 +142,9 @@ def sample_and_score(
             backbone, role, dialogue, batch, uniform_BR, temperature=temperature
         )
         tokens = (responses.ids_BT, responses.mask_BT, responses.hidden_BTD)
-        (log_probs_BR, entropy_BR), (reference_BR, _) = (
+        (log_probs_BR, entropy_BR), (others_BR, _) = (
             backbone(r, *tokens, start=start, temperature=temperature, targets_mask_BR=actions_BR)
-            for r in (role, REFERENCE)
+            for r in (role, against)
         )
         parts.append(
             EvaluatedResponses(
@@ -150,8 +153,8 @@ def sample_and_score(
                 length=actions_BR.sum(-1).float().tolist(),
                 ended=ended(sampled.response_ids_BR, dialogue.end_ids).float().tolist(),
                 entropy=masked_mean(entropy_BR, actions_BR, dim=-1).tolist(),
-                kl=sequence_kl(log_probs_BR, reference_BR, actions_BR).tolist(),
-                kl_k3=(k3(log_probs_BR, reference_BR) * actions_BR).sum(-1).tolist(),
+                kl=sequence_kl(log_probs_BR, others_BR, actions_BR).tolist(),
+                kl_k3=(k3(log_probs_BR, others_BR) * actions_BR).sum(-1).tolist(),
             )
         )
         progress(len(batch))
@@ -223,6 +226,7 @@ def compare(before: EvaluatedResponses, after: EvaluatedResponses, *, samples: i
         )
     figures["kl"] = mean_interval(per_prompt(after.kl, samples)).as_dict()
     figures["kl_k3"] = mean_interval(per_prompt(after.kl_k3, samples)).as_dict()
+    figures["forward_kl"] = mean_interval(per_prompt(before.kl, samples)).as_dict()
     return figures
 
 

@@ -62,6 +62,9 @@ def _figures(summary: dict[str, Any]) -> str:
     ]
     kl, k3 = (plain(summary[key], ".2f") for key in ("kl", "kl_k3"))
     lines.append(f"KL(policy || reference), nats a response: {kl} (k1), {k3} (k3).\n")
+    if "forward_kl" in summary:
+        forward = plain(summary["forward_kl"], ".2f")
+        lines.append(f"KL(reference || policy), on the reference's responses: {forward} nats.\n")
     return "\n".join([table(["figure", "before", "after", "difference", "95% interval"], rows), *lines])
 
 

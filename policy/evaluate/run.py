@@ -59,8 +59,10 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     options = _sampling(recipe)
     with progress("evaluate", total=2 * len(rows), leave=True) as bar:
         before, after = (
-            sample_and_score(backbone, role, dialogue, rows, reward_fns, progress=bar.update, **options)
-            for role in (REFERENCE, "policy")
+            sample_and_score(
+                backbone, role, dialogue, rows, reward_fns, against=other, progress=bar.update, **options
+            )
+            for role, other in ((REFERENCE, "policy"), ("policy", REFERENCE))
         )
     best_of = _best_of_n(recipe, backbone, dialogue, prompts, reward_fns, before, after)
     leave()

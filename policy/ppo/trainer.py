@@ -122,7 +122,7 @@ class PpoTrainer:
             for step in self.remaining_steps():
                 rollout = self.collect_rollout(step)  # sample, score, log-probs, values
                 rewards = self.reward_shaper(rollout, self.kl_controller.coef)  # score - KL penalty
-                advantages, returns = self.estimate_advantages(rollout, rewards)  # GAE, RLOO or REINFORCE
+                advantages, returns = self.estimate_advantages(rollout, rewards)  # GAE, RLOO, GRPO
                 stats = self.update(step, rollout, advantages, returns, self.kl_controller.coef)  # PPO clip
                 self.kl_controller.update(rollout)
                 self.log(step, rollout, rewards, returns, stats)
@@ -164,6 +164,8 @@ class PpoTrainer:
             algorithm=section.algorithm,
             gamma=section.gamma,
             lam=section.lam,
+            lam_value=section.lam_value,
+            lam_length=section.lam_length,
             samples=section.samples_per_prompt,
             whiten=section.whitens_advantages,
             all_reduce=self.runtime.all_sum,

@@ -25,6 +25,8 @@ from rlhf.recipe.types import (
     function_files,
 )
 
+Algorithm = Literal["ppo", "rloo", "grpo", "dr_grpo", "reinforce"]
+
 
 class Collecting(Section):
     """What a rollout is."""
@@ -37,7 +39,7 @@ class Collecting(Section):
     batch_size: Positive = 64
     """Responses a rollout, over all processes."""
     samples_per_prompt: Positive = 1
-    """Responses to each prompt of a rollout; `rloo` compares them with each other."""
+    """Responses to each prompt of a rollout; `rloo`, `grpo` and `dr_grpo` compare them with each other."""
     rollout_batch_size: Positive = 32
     """Responses generated together, a process."""
     temperature: Rate = 1.0
@@ -108,18 +110,25 @@ class KlControl(Section):
 class Estimating(Section):
     """From scores to advantages."""
 
-    algorithm: Literal["ppo", "rloo", "reinforce"] = "ppo"
+    algorithm: Algorithm = "ppo"
     """`ppo`: generalized advantage estimation with a value; `rloo`: a response against the other samples of
-    its prompt (Ahmadian 2024, arXiv 2402.14740); `reinforce`: the return. The last two have no value."""
+    its prompt (Ahmadian 2024, arXiv 2402.14740); `grpo`: less the mean of its prompt's samples, divided by
+    their deviation (Shao 2024, arXiv 2402.03300); `dr_grpo`: not divided (Liu 2025, arXiv 2503.20783);
+    `reinforce`: the return. All but `ppo` have no value."""
     gamma: UnitInterval = 1.0
     """Discount."""
     lam: UnitInterval = 0.95
     """λ of generalized advantage estimation (Schulman 2016)."""
+    lam_value: UnitInterval | None = None
+    """λ of the returns that the value is trained towards (VC-PPO, arXiv 2503.01491: 1); null = lam."""
+    lam_length: Rate | None = None
+    """α: the policy's λ is 1 - 1/(α x tokens of the response), at least 0, in the place of lam (VAPO, arXiv
+    2504.05118: 0.05, for responses of thousands of tokens); null = lam for all."""
     whiten_rewards: bool = False
     """Token rewards to variance 1 over the rollout, their mean kept (Ziegler 2019; off in Huang 2024)."""
     whiten_advantages: bool | None = None
     """Advantages to mean 0 and variance 1 over all actions of the rollout, on all processes; null = on for
-    ppo and reinforce, off for rloo, as in the papers."""
+    ppo and reinforce, off where a prompt's samples are compared, as in the papers."""
 
 
 class Losing(Section):
@@ -204,7 +213,12 @@ class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecti
     @property
     def whitens_advantages(self) -> bool:
         """``whiten_advantages``, with the algorithm's default filled in."""
-        return self.algorithm != "rloo" if self.whiten_advantages is None else self.whiten_advantages
+        return not self.compares_samples if self.whiten_advantages is None else self.whiten_advantages
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether a response's advantage is what sets it apart from the other samples of its prompt."""
+        return self.algorithm in ("rloo", "grpo", "dr_grpo")
 
     @property
     def own_reward(self) -> bool:
@@ -250,9 +264,10 @@ class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecti
 
     @model_validator(mode="after")
     def _fits(self) -> Ppo:
-        if self.algorithm == "rloo" and self.samples_per_prompt < 2:
+        if self.compares_samples and self.samples_per_prompt < 2:
             raise ValueError(
-                "algorithm rloo compares the samples of a prompt: set samples_per_prompt to 2 or more"
+                f"algorithm {self.algorithm} compares the samples of a prompt: set samples_per_prompt to 2 "
+                "or more"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError("kl_estimator k1 in the loss has no gradient on average: use k2 (or k3) there")
@@ -260,6 +275,8 @@ class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecti
             raise ValueError("kl_controller adaptive multiplies kl_coef: start it above 0")
         if not self.has_value and (self.value_warmup or self.value == "shared"):
             raise ValueError(f"algorithm {self.algorithm} has no value: remove value and value_warmup")
+        if not self.has_value and (self.lam_value is not None or self.lam_length is not None):
+            raise ValueError(f"algorithm {self.algorithm} has no lambda: remove lam_value and lam_length")
         if self.value_warmup >= self.steps:
             raise ValueError(f"value_warmup {self.value_warmup} leaves the policy none of {self.steps} steps")
         if self.warmup_steps >= self.steps:
