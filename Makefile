@@ -39,7 +39,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf report export export-policy export-reward verify check test smoke clean \
+.PHONY: help setup plan model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf report chat export export-policy export-reward verify check test smoke clean \
         study-preference study-people study-scaling bench-reward bench-ppo gpu-check
 .NOTPARALLEL:
 
@@ -120,6 +120,9 @@ rlhf: preflight reward ## all of these: all stages of the recipe, in order; what
 
 report: recipe ## rlhf.report: a run as one page of HTML, or several beside each other (RUNS="a b")
 	@$(PY) -m rlhf.report $(ARGS)
+
+chat: recipe ## policy.chat: talk to base and policy beside each other, and save which answer is better
+	@$(PY) -m policy.chat $(ARGS)
 
 export: export-policy export-reward ## both of these: plain models of a finished run, which need nothing of this project
 

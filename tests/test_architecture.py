@@ -21,7 +21,7 @@ def python_files(folders):
 FILES = python_files(PACKAGES)
 MAX_LINES = 400
 MAX_MODULES = 15  # of a folder
-MAX_PRODUCT_LINES, MAX_TEST_LINES = 46_500, 37_000  # of all files; the aim is 26,500 and 24,500
+MAX_PRODUCT_LINES, MAX_TEST_LINES = 46_800, 37_500  # of all files; the aim is 26,500 and 24,500
 
 STAGES = (  # a stage is a package; its command line is the package's __main__
     "rlhf.collect",
@@ -33,7 +33,7 @@ STAGES = (  # a stage is a package; its command line is the package's __main__
     "reward.export",
     *(
         f"policy.{name}"
-        for name in ("sft", "distillation", "ppo", "dpo", "evaluate", "alignment_tax", "export")
+        for name in ("sft", "distillation", "ppo", "dpo", "evaluate", "alignment_tax", "chat", "export")
     ),
 )
 SCRIPTS = (*(f"{stage}.__main__" for stage in STAGES), "policy.alignment_tax.preflight")
@@ -60,7 +60,7 @@ LIGHT = (
         )
     ),
     *(f"reward/card/{name}.py" for name in _LIGHT_CARD),
-    *(f"policy/{name}.py" for name in ("evaluate/report", "alignment_tax/checks")),
+    *(f"policy/{name}.py" for name in ("evaluate/report", "alignment_tax/checks", "chat/session")),
     *(f"rlhf/evals/{name}.py" for name in ("outcome", "tasks/humaneval")),  # nor before generated code runs
     *(file for file in FILES if file.startswith(("rlhf/evals/sandbox/", "rlhf/web/"))),
     "rlhf/rank/store.py",
@@ -169,6 +169,8 @@ def test_the_trainings_and_their_formulas_do_not_reach_the_reward_model_by_any_w
         "policy.ppo.__main__",
         "policy.evaluate.run",
         "policy.evaluate.__main__",
+        "policy.chat.models",
+        "policy.chat.__main__",
         "policy.trl_compat",  # which puts a trainer together from what a script gives
         "policy.trl_compat.trainer",
     }

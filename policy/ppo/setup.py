@@ -266,13 +266,8 @@ def score_function(
 
     all_sum: the sum of a tensor over all processes. moments: as in :class:`RewardMixture`.
     """
-    folders, section = reward_folders(recipe, run), recipe.ppo
-    members: list[RewardFn]
-    if section.retokenize:
-        members = [reads_text(folder, recipe) for folder in folders]
-    else:
-        last_token = dialogue.end_of_context_id
-        members = [_adapter(model, name, last_token) for name in reward_adapters(len(folders))]
+    section = recipe.ppo
+    members = model_scores(recipe, reward_folders(recipe, run), model, dialogue)
     if not section.rewards:
         return EnsembleScore(members, section.ensemble, section.ensemble_penalty)
     return RewardMixture(
@@ -282,6 +277,15 @@ def score_function(
         all_sum=all_sum,
         moments=moments,
     )
+
+
+def model_scores(
+    recipe: Recipe, folders: Sequence[Path], model: Backbone, dialogue: Dialogue
+) -> list[RewardFn]:
+    """Scores by each of these reward models: as an adapter of the base, or beside it, reading text."""
+    if recipe.ppo.retokenize:
+        return [reads_text(folder, recipe) for folder in folders]
+    return [_adapter(model, name, dialogue.end_of_context_id) for name in reward_adapters(len(folders))]
 
 
 def _parts(recipe: Recipe, run: StageRun, members: Sequence[RewardFn]) -> list[WeightedReward]:

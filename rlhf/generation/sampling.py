@@ -174,6 +174,7 @@ def sample(
     temperature: float,
     any_process: Callable[[bool], bool] = bool,
     keep_trunk: bool = False,
+    on_token: Callable[[Tensor], bool] | None = None,
 ) -> Sampled:
     """Sample one response a prompt under a role (``policy``, ``reference`` or another adapter).
 
@@ -194,6 +195,7 @@ def sample(
             params,
             any_process=any_process,
             trunk_layers=trunk_layers,
+            on_token=on_token,
         )
 
 
@@ -207,6 +209,7 @@ def generate(
     prefix: PrefixStates = (),
     any_process: Callable[[bool], bool] = bool,
     trunk_layers: int = 0,
+    on_token: Callable[[Tensor], bool] | None = None,
 ) -> Sampled:
     """Sample one response a prompt.
 
@@ -222,13 +225,13 @@ def generate(
         any_process: whether any process still has unfinished rows; under ZeRO-3 all processes must take
             the same number of steps.
         trunk_layers: return the hidden states below this layer too, where the cache is plain; 0 = do not.
+        on_token: called after every token with the ids so far [B, t]; False ends all responses there.
 
     Returns:
         Responses and the log-probs that they were sampled with.
     """
     decoder, pad_id, eos = parts.decoder, params.pad_id, sorted(params.eos_ids)
-    device = next(parts.model.parameters()).device
-    uniform_BR = uniform_BR.to(device)
+    uniform_BR = uniform_BR.to(device := next(parts.model.parameters()).device)
     rows, limit = uniform_BR.shape
     ids_BP, mask_BP = (t.to(device) for t in left_pad([list(p) for p in prompts], pad_id))
     response_BR = torch.full((rows, limit), pad_id, dtype=torch.long, device=device)
@@ -268,7 +271,8 @@ def generate(
                 going_L = going_L & ~torch.isin(token_L, eos_E)
                 if params.stop is not None:
                     going_L = going_L & ~params.stop.reached(response_BR[row_L, : t + 1], going_L)
-                going = int(going_L.sum())
+                stopped = on_token is not None and not on_token(response_BR[:, : t + 1])
+                going = 0 if stopped else int(going_L.sum())
                 if t + 1 == limit or not any_process(going > 0):
                     break
                 hidden_LD = decoding.step(token_L)

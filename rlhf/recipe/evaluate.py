@@ -1,4 +1,4 @@
-"""The evaluation of the policy, and what leaves a run."""
+"""The evaluation of the policy by figures and by talking to it, and what leaves a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf.recipe.types import Folder, JudgedOrReward, Natural, Positive, Rate, Section
+from rlhf.recipe.types import Folder, JudgedOrReward, Natural, NonNegative, Positive, Rate, Section
 
 
 class Evaluate(Section):
@@ -62,6 +62,27 @@ class Evaluate(Section):
                 "policy is compared on: lower it, or raise prompts"
             )
         return self
+
+
+class Chat(Section):
+    """What `make chat` lets you talk to: two or more models on one base, beside each other."""
+
+    models: list[Folder] | None = Field(default=None, min_length=1, max_length=9)
+    """`base`, `ppo`, `dpo`, `distill` or `sft` of this run, or folders of saved adapters; null = the base and
+    the first of these stages that has finished."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature; 0 = always the most probable token."""
+    max_tokens: Positive | None = None
+    """Longest answer, in tokens; null = `dialogue.max_response_tokens`."""
+    seed: Natural = 0
+    """Of the answers: all models get the same random numbers; `/seed` changes it."""
+
+    @field_validator("models")
+    @classmethod
+    def _once(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("a model stands twice; name each once")
+        return value
 
 
 class Export(Section):

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from rlhf.recipe.distill import Distill
-from rlhf.recipe.evaluate import Evaluate, Export
+from rlhf.recipe.evaluate import Chat, Evaluate, Export
 from rlhf.recipe.ppo import Ppo
 from rlhf.recipe.reward import Card, Collect, Pmp, Reward
 from rlhf.recipe.sft import Dpo, Sft
@@ -46,6 +46,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     tax: Tax | None = None
     export: Export = Export()
+    chat: Chat = Chat()
     distributed: Distributed = Distributed()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where the figures of every training step go beside `metrics.jsonl`, which is always written."""
