@@ -37,6 +37,8 @@ TABLE = {  # field: (its other value, what both runs need beside it, what it cha
     "rollout_batch_size": (3, {}, set()),
     "temperature": (0.7, {}, SAID),
     "trunk_gigabytes": (0.0, {}, {"trunk"}),
+    "score_shape": ("sigmoid", {}, SCORED),
+    "reference_samples": (3, {"score_shape": "sigmoid"}, SCORED),
     "score_normalization": ("running", {}, SCORED),
     "score_clip": (1.0, {}, SCORED),
     "missing_eos": ("replace", {}, SCORED),

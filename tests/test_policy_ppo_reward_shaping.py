@@ -120,6 +120,23 @@ def test_running_normalisation_is_by_all_scores_so_far():
     assert built.shaper.moments.number == 32
 
 
+def test_a_shaped_score_is_the_chance_to_beat_the_references_responses_or_its_logarithm():
+    rollout = rows_of(drawn(), slice(0, 2))._replace(
+        scores_B=torch.tensor([2.0, -1.0]), baseline_BM=torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    )
+    chance = [[0.5, 1 / (1 + math.exp(-2))], [1 / (1 + math.e), 1 / (1 + math.exp(4))]]
+    for kind, value in (("sigmoid", float), ("log_sigmoid", math.log)):
+        built = shaping(score_shape=kind, reference_samples=2)
+        expected = [sum(map(value, row)) / 2 for row in chance]
+        assert built.scores(rollout).tolist() == pytest.approx(expected)
+    far = rollout._replace(scores_B=torch.tensor([1e4, -1e4]))
+    assert shaping(score_shape="sigmoid").scores(far).tolist() == [1.0, 0.0]
+    assert shaping(score_shape="log_sigmoid").scores(far)[0] == 0
+    clipped = shaping(score_shape="sigmoid", missing_eos="replace", missing_eos_penalty=3.0)
+    ended = far._replace(ended_B=torch.tensor([True, False]))
+    assert clipped.scores(ended).tolist() == [1.0, -3.0]  # the penalty is in the unit of the shaped score
+
+
 def test_equal_scores_are_normalised_to_zero():
     rollout = drawn(scores=[0.1] * 8)
     assert shaping(score_normalization="running").scores(rollout).tolist() == [0.0] * 8

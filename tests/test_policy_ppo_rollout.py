@@ -325,3 +325,46 @@ def test_policy_and_value_are_asked_with_their_adapters_folded_in():
     hook.remove()
     assert folded == [("policy", False, True), ("policy", True, False), ("value", False, True)]
     assert set(rollout.seconds) == {"time/generate", "time/score"}
+
+
+def test_a_score_shape_has_the_reference_answer_the_same_prompts_whoever_collects():
+    asked = []
+
+    def reward_fn(said):
+        asked.append((said.logged, said.prompts, said.texts))
+        return torch.tensor([float(sum(map(ord, text))) for text in said.texts])
+
+    shape = {
+        "score_shape": "sigmoid",
+        "reference_samples": 3,
+        "samples_per_prompt": 2,
+        "rollout_batch_size": 5,
+    }
+    whole, _ = collected(reward_fn=reward_fn, **shape)
+    plain, _ = collected(reward_fn=reward_fn, samples_per_prompt=2)
+    assert plain.baseline_BM is None
+    assert_same(rows_of(whole), rows_of(plain))
+    by_reference = [(p, t) for logged, prompts, texts in asked if not logged
+                    for p, t in zip(prompts, texts, strict=True)]  # fmt: skip
+    assert len(by_reference) == 12  # three to each of four prompts
+    assert whole.baseline_BM.shape == (8, 3)
+    assert torch.equal(whole.baseline_BM[:4], whole.baseline_BM[4:])  # the samples of a prompt stand 4 apart
+    order = prompt_indices(3, 1, 4, len(PROMPTS))
+    for row, index in enumerate(order):
+        texts = [text for prompt, text in by_reference if prompt == PROMPTS[index]]
+        assert len(texts) == 3 * order.count(index)
+        assert set(whole.baseline_BM[row].tolist()) <= {float(sum(map(ord, text))) for text in texts}
+    assert sorted(whole.baseline_BM[:4].flatten().tolist()) == sorted(
+        float(sum(map(ord, text))) for _, text in by_reference
+    )
+    # by the base, whatever the policy's adapter is
+    made = stirred()
+    for name, parameter in made[0].parameters_of("policy").items():
+        if "lora_B" in name:
+            parameter.data.mul_(-1)
+    other, _ = collected(reward_fn=reward_fn, made=made, **shape)
+    assert other.texts != whole.texts
+    assert torch.equal(other.baseline_BM, whole.baseline_BM)
+    for rank in range(2):
+        share, _ = collected(reward_fn=reward_fn, rank=rank, world=2, **shape)
+        assert torch.equal(share.baseline_BM, whole.baseline_BM[rank::2])

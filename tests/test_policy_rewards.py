@@ -131,6 +131,12 @@ def test_the_sum_is_weighted_normalized_by_all_scores_so_far_and_passes_over_nan
     figures = mixture.figures(lambda tensor: tensor, torch.device("cpu"))
     assert figures == {"reward/a": 2.75, "reward/a/applies": 4 / 6, "reward/b": 1.0}
     assert mixture.figures(lambda tensor: tensor, torch.device("cpu")) == {}
+    before, calls = mixture.state(), iter([second])
+    reference = said()._replace(logged=False)  # scored as the others are, and nothing moves
+    known_N = (second - 2.75) / known.std(correction=0)
+    torch.testing.assert_close(mixture(reference), 2 * torch.nan_to_num(known_N) - 1)
+    assert mixture.state() == before
+    assert mixture.figures(lambda tensor: tensor, torch.device("cpu")) == {}
     fixed = RewardMixture(mixture.parts, micro_batch_size=2, moments=mixture.moments)
     calls = iter([first, first])
     assert torch.equal(fixed(said()), fixed(said()))

@@ -1,7 +1,7 @@
 """From the scores of a rollout to one reward a token.
 
-Order (each part optional): normalize and clip the scores, penalize missing EOS and length, subtract the KL
-penalty, whiten the token rewards.
+Order (each part optional): shape or normalize the scores, clip them, penalize missing EOS and length,
+subtract the KL penalty, whiten the token rewards.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from policy.ppo.kl import ESTIMATORS
@@ -17,6 +18,20 @@ from policy.ppo.rollout import Rollout
 from rlhf.models.masks import last_true_index, masked_whiten
 from rlhf.recipe.schema import Ppo
 from rlhf.training.runtime import Runtime
+
+
+def shape_scores(scores_B: Tensor, baseline_BM: Tensor, kind: Literal["sigmoid", "log_sigmoid"]) -> Tensor:
+    """Scores as what they gain on the reference, squashed, so that a single score cannot be all of a reward.
+
+    scores_B; baseline_BM: scores of M responses of the reference to the same prompt. Returns the mean over M
+    of sigmoid(r - r_m), in (0, 1): under Bradley-Terry the chance to be preferred to the reference's response
+    (PAR: Fu et al. 2025, arXiv 2502.18770, section 3); or of log sigmoid(r - r_m), below 0, which grows where
+    a response is worse and levels off where it is better (Wang et al. 2024, arXiv 2402.00742, eq. 4, there
+    with one reference value a prompt).
+    """
+    gain_BM = scores_B[:, None] - baseline_BM
+    squash = {"sigmoid": torch.sigmoid, "log_sigmoid": F.logsigmoid}[kind]
+    return squash(gain_BM).mean(dim=-1)
 
 
 def penalize_missing_eos(
@@ -128,9 +143,16 @@ class RewardShaper:
             rewards_BR = masked_whiten(rewards_BR, actions, shift_mean=False, all_reduce=self.runtime.all_sum)
         return rewards_BR
 
+    def shaped(self, rollout: Rollout) -> Tensor:
+        """Scores [B] as gains on the reference, squashed, where the recipe has a score shape."""
+        if self.section.score_shape == "none":
+            return rollout.scores_B
+        assert rollout.baseline_BM is not None, "collected with the same section"
+        return shape_scores(rollout.scores_B, rollout.baseline_BM, self.section.score_shape)
+
     def scores(self, rollout: Rollout) -> Tensor:
         """Scores [B] as they enter the reward."""
-        section, scores_B = self.section, rollout.scores_B
+        section, scores_B = self.section, self.shaped(rollout)
         if section.score_normalization == "running":
             self.moments = self.moments.joined(self._moments_of(scores_B))
             scores_B = (scores_B - self.moments.mean) / self.moments.deviation

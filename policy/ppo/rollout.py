@@ -42,6 +42,8 @@ class Responses(NamedTuple):
     """The trunk's hidden states, where they are cached."""
     start: int = 0
     """First column of the responses."""
+    logged: bool = True
+    """False = responses of the reference, whose scores are no part of what a reward function logs."""
 
 
 RewardFn = Callable[[Responses], Tensor]
@@ -81,6 +83,8 @@ class Rollout(NamedTuple):
     """First response column of ``ids_BT``."""
     seconds: Mapping[str, float] = MappingProxyType({})
     """How long sampling took, and log-probs, values and scores together, by their names in the log."""
+    baseline_BM: Tensor | None = None
+    """Scores of M responses of the reference to the same prompts; None without a score shape."""
 
 
 class Window(NamedTuple):
@@ -103,7 +107,7 @@ def window(ids_BT: Tensor, mask_BT: Tensor, hidden_BTD: Tensor | None, start: in
 def of_rows(responses: Responses, rows: Tensor) -> Responses:
     """Some of the responses, cut free of the padding that all of them share."""
     prompts, texts = ([column[i] for i in rows] for column in responses[:2])
-    return Responses(prompts, texts, *window(*responses[2:5], responses.start, rows))
+    return Responses(prompts, texts, *window(*responses[2:5], responses.start, rows), responses.logged)
 
 
 def collect(
@@ -162,12 +166,14 @@ def collect(
         part = functools.partial(window, ids_BT, mask_BT, hidden_BTD, start)
         counted_BR = None if runtime.shards_weights else actions_BR
         whole = _scored_by_roles(runtime.model, backbone, section, part, counted_BR, order)
-        responses = Responses(chosen, texts, ids_BT, mask_BT, hidden_BTD, start)
-        if getattr(reward_fn, "whole_rollout", False):
-            scores_B = reward_fn(responses).to(runtime.device)
-        else:
-            scores = [reward_fn(of_rows(responses, micro)).to(runtime.device) for micro in order]
-            scores_B = _in_order(scores, order)
+        scores_B = _scores(reward_fn, Responses(chosen, texts, ids_BT, mask_BT, hidden_BTD, start), order)
+        baseline_BM = None
+        if section.score_shape != "none":
+            slots = [prompt_B[row] for row in rows]
+            baseline_BM = _baseline(
+                backbone, runtime, dialogue, dict(zip(slots, chosen, strict=True)), reward_fn, section,
+                seed=seed, step=step,
+            )[torch.tensor([sorted(set(slots)).index(slot) for slot in slots])]  # fmt: skip
     return Rollout(
         ids_BT,
         mask_BT,
@@ -183,7 +189,46 @@ def collect(
         texts,
         start,
         {"time/generate": generated - began, "time/score": time.monotonic() - generated},
+        baseline_BM,
     )
+
+
+def _scores(reward_fn: RewardFn, responses: Responses, order: Sequence[Tensor]) -> Tensor:
+    """Scores of responses, [B], in micro-batches unless the function wants all of them together."""
+    device = responses.ids_BT.device
+    if getattr(reward_fn, "whole_rollout", False):
+        return reward_fn(responses).to(device)
+    return _in_order([reward_fn(of_rows(responses, micro)).to(device) for micro in order], order)
+
+
+def _baseline(
+    backbone: Backbone,
+    runtime: Runtime,
+    dialogue: Dialogue,
+    prompts: Mapping[int, Prompt],
+    reward_fn: RewardFn,
+    section: Ppo,
+    *,
+    seed: int,
+    step: int,
+) -> Tensor:
+    """Scores of ``reference_samples`` responses of the reference to each prompt, [prompts, M].
+
+    prompts: by their place in the rollout, which the random numbers depend on; the result is in its order.
+    """
+    samples = section.reference_samples
+    slots = [slot for slot in sorted(prompts) for _ in range(samples)]
+    rows = [slot * samples + number % samples for number, slot in enumerate(slots)]
+    asked = [prompts[slot] for slot in slots]
+    ids_BT, mask_BT, actions_BR, _, _ = _sampled(
+        backbone, runtime, dialogue, [dialogue.encode_prompt(prompt) for prompt in asked], section,
+        seed=seed, step=step, rows=rows, keep_trunk=False, role=REFERENCE,
+    )  # fmt: skip
+    start = ids_BT.shape[1] - actions_BR.shape[1] - 1
+    texts = [dialogue.decode(ids) for ids in ids_BT[:, start:-1].tolist()]
+    order = micro_batches(range(len(rows)), mask_BT.sum(-1), section.micro_batch_size)
+    responses = Responses(asked, texts, ids_BT, mask_BT, None, start, logged=False)
+    return _scores(reward_fn, responses, order).view(-1, samples)
 
 
 def _scored_by_roles(
@@ -239,6 +284,7 @@ def _sampled(
     step: int,
     rows: Sequence[int],
     keep_trunk: bool,
+    role: str = "policy",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Sample all rows of this process and lay them out as closed sequences of one width.
 
@@ -252,14 +298,15 @@ def _sampled(
     order = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), list(prompts[i]), i))
     pieces: list[tuple[Tensor, ...]] = []
     hidden_BTD: Tensor | None = None
-    with gathered(backbone.parameters(), changed=False), backbone.folded("policy"):
+    purpose = "rollout" if role == "policy" else role
+    with gathered(backbone.parameters(), changed=False), backbone.folded(role):
         for first in range(0, len(rows), section.rollout_batch_size):
             part = order[first : first + section.rollout_batch_size]
             sampled = sample(
                 backbone,
-                "policy",
+                role,
                 [prompts[i] for i in part],
-                uniforms(seed, "rollout", step, [rows[i] for i in part], dialogue.max_response_tokens),
+                uniforms(seed, purpose, step, [rows[i] for i in part], dialogue.max_response_tokens),
                 eos_id=dialogue.end_ids,
                 pad_id=dialogue.pad_id,
                 temperature=section.temperature,

@@ -233,8 +233,9 @@ class EnsembleScore:
     def __call__(self, responses: Responses) -> Tensor:
         """Scores, [B]; higher is better."""
         scores_MB = torch.stack([member(responses) for member in self.members])
-        self._spread += float(spread(scores_MB).sum())
-        self._scored += scores_MB.shape[1]
+        if responses.logged:
+            self._spread += float(spread(scores_MB).sum())
+            self._scored += scores_MB.shape[1]
         return combine(scores_MB, self.how, self.penalty)
 
     def figures(self, all_sum: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:

@@ -230,7 +230,8 @@ class PpoTrainer:
         would reduce that bias only a little a step.
         """
         actions = rollout.actions_BR
-        sums = torch.stack([(rollout.values_BR * actions).sum(), actions.sum(), rollout.scores_B.sum()])
+        scores_B = self.reward_shaper.shaped(rollout)
+        sums = torch.stack([(rollout.values_BR * actions).sum(), actions.sum(), scores_B.sum()])
         value, number, score = self.runtime.all_sum(sums).tolist()
         shift = score / self.section.batch_size - value / number
         self.backbone.set_offset("value", self.backbone.offsets["value"] + shift)

@@ -104,11 +104,12 @@ class RewardMixture:
                     f"ppo.rewards: {part.name} gave {tuple(scores_B.shape)} scores, not all finite, for "
                     f"{len(total_B)} responses; look at it, or remove it"
                 )
-            self._note(part.name, scores_B[applies_B], len(scores_B))
+            if responses.logged:
+                self._note(part.name, scores_B[applies_B], len(scores_B))
             if part.normalize:
-                scores_B = self._normalized(part.name, scores_B, applies_B)
+                scores_B = self._normalized(part.name, scores_B, applies_B, moves=responses.logged)
             total_B += part.weight * torch.where(applies_B, scores_B, 0.0)
-        self._calls += not self._fixed
+        self._calls += responses.logged and not self._fixed
         return total_B.float()
 
     def figures(self, all_sum: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
@@ -156,9 +157,9 @@ class RewardMixture:
         for place, value in enumerate((float(scores_B.sum()), len(scores_B), rows)):
             sums[place] += value
 
-    def _normalized(self, name: str, scores_B: Tensor, applies_B: Tensor) -> Tensor:
-        """By the moments of all scores so far, these included, on all processes."""
-        if not self._fixed:
+    def _normalized(self, name: str, scores_B: Tensor, applies_B: Tensor, *, moves: bool) -> Tensor:
+        """By the moments of all scores so far, on all processes; these included where they move them."""
+        if moves and not self._fixed:
             known_N = scores_B[applies_B]
             count, total = self.all_sum(torch.stack([applies_B.double().sum(), known_N.sum()])).tolist()
             if count:

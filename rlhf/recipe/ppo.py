@@ -65,6 +65,12 @@ class Scoring(Section):
     """Weight of the standard deviation in `pessimistic`."""
     retokenize: bool = False
     """Let a reward model with another base or tokenizer score the decoded text."""
+    score_shape: Literal["none", "sigmoid", "log_sigmoid"] = "none"
+    """`sigmoid`: the chance that the score r beats that of a response of the reference, sigmoid(r - r_ref),
+    as the reward, which bounds it (PAR, arXiv 2502.18770); `log_sigmoid`: its logarithm (arXiv 2402.00742).
+    Each rollout then samples the reference too."""
+    reference_samples: Positive = 1
+    """Responses of the reference to each prompt of a rollout that `score_shape` averages over."""
     score_normalization: Literal["none", "running"] = "none"
     """`running`: less the mean of all scores so far, divided by their standard deviation (PPO-max)."""
     score_clip: Rate | None = None
@@ -273,6 +279,10 @@ class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecti
             raise ValueError("kl_estimator k1 in the loss has no gradient on average: use k2 (or k3) there")
         if self.kl_controller == "adaptive" and not self.kl_coef:
             raise ValueError("kl_controller adaptive multiplies kl_coef: start it above 0")
+        if self.score_shape != "none" and self.score_normalization != "none":
+            raise ValueError("score_shape and score_normalization both set the scores' scale: choose one")
+        if self.score_shape == "none" and self.reference_samples != 1:
+            raise ValueError("reference_samples are only used with score_shape: choose one, or remove them")
         if not self.has_value and (self.value_warmup or self.value == "shared"):
             raise ValueError(f"algorithm {self.algorithm} has no value: remove value and value_warmup")
         if not self.has_value and (self.lam_value is not None or self.lam_length is not None):
