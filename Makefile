@@ -111,6 +111,7 @@ evaluate: card ## policy.evaluate: compare before and after on held-out prompts
 tax: recipe ## policy.alignment_tax: measure what alignment cost: base, prompted, distilled, SFT, PPO on the same items
 	@$(RUN) policy.alignment_tax $(ARGS)
 
+rlhf: export WHOLE_ROAD = 1
 rlhf: preflight reward ## all of these: all stages of the recipe, in order; what is done is skipped
 	@$(RUN) policy.ppo $(ARGS)
 	@$(RUN) reward.card $(ARGS)

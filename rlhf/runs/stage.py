@@ -7,6 +7,7 @@ and ``run.finish(results)``. No torch here, so that a mistake is told in under a
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import importlib.metadata
 import json
@@ -38,6 +39,9 @@ from rlhf.runs.processes import SHARED, check_alone, processes, rank
 from rlhf.runs.whole import READ, check_place, check_whole, manifest_of
 
 RUNS = Path("runs")
+ROAD = ("comparisons", "sft", "distill", "pmp", "reward", "ppo", "card", "evaluate", "tax")
+"""The stages of `make rlhf`, in order; a recipe has those whose section is not null."""
+ROAD_VARIABLE = "WHOLE_ROAD"  # of the environment, by which `make rlhf` says that all stages run
 CONTRACT = ("seed", "model", "lora", "dialogue", "data")  # what all stages share
 _ROWS = {  # what says how much a stage has in memory at once; the result stays the same, up to rounding
     **{name: (f"{name}.tokens_per_micro_batch",) for name in ("sft", "distill", "pmp", "reward", "dpo")},
@@ -63,8 +67,11 @@ _CHANGEABLE = {  # may change between two starts of an unfinished stage, because
 }
 FORMAT = 2  # of the checkpoints and other unfinished work in a folder; raised when they change
 _VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets")
+PROGRESS = "progress.json"  # how far the main work of a stage is
+OPEN: contextvars.ContextVar[Path | None] = contextvars.ContextVar("OPEN", default=None)
+"""Folder of the stage that this process is in."""
 # a folder that holds nothing else was begun, and stopped before any work was done
-_OPENING = (".lock", "recipe.yaml", "fingerprint.json", "metrics.jsonl", "tensorboard", "wandb")
+_OPENING = (".lock", "recipe.yaml", "fingerprint.json", "metrics.jsonl", PROGRESS, "tensorboard", "wandb")
 # not results
 _WORKING = ("checkpoints", "parts", ".lock", "clock.json", "tensorboard", "wandb", "metrics.jsonl")
 
@@ -155,6 +162,8 @@ class StageRun:
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             "git_commit": _git_commit(),
         }
+        OPEN.set(None)
+        (self.folder / PROGRESS).unlink(missing_ok=True)
         artifacts.write_manifest(self.folder, extra, _WORKING)
         _drop_work(self.folder)
 
@@ -259,6 +268,8 @@ def open_stage(
     if is_main:
         _start_or_resume(folder, fingerprint, recipe)
         print(f"{NAME} {__version__}: {stage}: {folder}", flush=True)
+        if os.environ.get(ROAD_VARIABLE) and stage in road_of(recipe):
+            print(_place_on_road(recipe, stage), flush=True)
         shared = recipe.distributed
         if (
             {shared.offload_optimizer, shared.offload_param} != {"none"}
@@ -266,7 +277,24 @@ def open_stage(
             and processes() == 1
         ):
             print("warning: distributed: one process offloads nothing; use PROCS=2 or more", flush=True)
+    OPEN.set(folder if is_main else None)
     return StageRun(stage, folder, recipe, fingerprint, found, is_main, lock)
+
+
+def road_of(recipe: Recipe) -> list[str]:
+    """The stages that `make rlhf` runs for a recipe, in order."""
+    return [name for name in ROAD if getattr(recipe, name, recipe) is not None]
+
+
+def _place_on_road(recipe: Recipe, stage: str) -> str:
+    """Which stage of `make rlhf` this is, how long those before it took, and what is still to come."""
+    road = road_of(recipe)
+    done = road.index(stage)
+    clocks = [artifacts.read_manifest(RUNS / recipe.name / name) or {} for name in road[:done]]
+    minutes = sum(float(clock.get("seconds", 0.0)) for clock in clocks) / 60
+    before = f", those before took {minutes:.1f} min" if done else ""
+    left = ", ".join(road[done + 1 :]) or "the report"
+    return f"stage {done + 1} of {len(road)}{before}; still to come: {left}"
 
 
 def _less_memory(recipe: Recipe, stage: str) -> str:
