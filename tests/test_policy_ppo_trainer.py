@@ -342,7 +342,7 @@ def test_sigterm_during_an_update_is_taken_when_the_step_is_whole(tmp_path, no_d
 
 
 def test_the_value_starts_at_the_mean_of_the_scores_as_they_are_shaped(tmp_path):
-    built = trainer(tmp_path, score_shape="sigmoid", stir=0.3, **SMALL)
+    built = trainer(tmp_path, score_shape="sigmoid", **SMALL)
     rollout = built.collect_rollout(0)
     mean = float((rollout.values_BR * rollout.actions_BR).sum() / rollout.actions_BR.sum())
     assert mean == pytest.approx(float(built.reward_shaper.scores(rollout).mean()), abs=1e-5)
