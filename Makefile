@@ -6,6 +6,7 @@
 #   make ppo PROCS=2                                two processes under the DeepSpeed launcher, on a free port (PORT=n)
 #   make ppo HOSTFILE=hosts                         several machines, a line `HOST slots=N` each, reached by ssh (SSH="ssh -p n")
 #   make report RUNS="sentiment sentiment-2"         one page of two runs
+#   make rank RECIPE=... [PORT=8000] [TO=label-studio]  a page on which people rank responses; TO= writes its tasks for another tool
 #   make plan GPU=24GB PROCS=8 NODES=2               what a recipe needs of such machines, before anything is loaded
 
 RECIPE ?= recipes/sentiment.yaml
@@ -26,6 +27,8 @@ export NODES ?=
 TIME ?=
 # Of `make report`: the runs on the page, by name; else the recipe's.
 export RUNS ?=
+# Of `make rank`: another tool that gets the tasks (label-studio, argilla), else a page is served.
+export TO ?=
 
 PY := $(VENV)/bin/python
 STAMPS := .stamps
@@ -39,7 +42,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan model comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf report chat export export-policy export-reward verify check test smoke clean \
+.PHONY: help setup plan model rank comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf report chat export export-policy export-reward verify check test smoke clean \
         study-preference study-people study-scaling bench-reward bench-ppo gpu-check
 .NOTPARALLEL:
 
@@ -80,6 +83,9 @@ plan: setup ## rlhf.plan: say what the recipe needs of a machine, and what to ch
 
 model: recipe ## rlhf.models.prepare: put the recipe's base model in place
 	@$(PY) -m rlhf.models.prepare $(ARGS)
+
+rank: model ## rlhf.rank: serve a page on which people rank responses, sampled or from files; Ctrl-C ends it
+	@$(PY) -m rlhf.rank $(ARGS)
 
 comparisons: model ## rlhf.collect: read or sample the comparisons and split them by prompt
 	@$(PY) -m rlhf.collect $(ARGS)

@@ -21,11 +21,12 @@ def python_files(folders):
 FILES = python_files(PACKAGES)
 MAX_LINES = 400
 MAX_MODULES = 15  # of a folder
-MAX_PRODUCT_LINES, MAX_TEST_LINES = 46_900, 37_700  # of all files; the aim is 26,500 and 24,500
+MAX_PRODUCT_LINES, MAX_TEST_LINES = 48_500, 39_500  # of all files; the aim is 26,500 and 24,500
 
 STAGES = (  # a stage is a package; its command line is the package's __main__
     "rlhf.collect",
     "rlhf.plan",
+    "rlhf.rank",
     "rlhf.report",
     "reward.pretraining",
     "reward.training",
@@ -63,7 +64,7 @@ LIGHT = (
     *(f"policy/{name}.py" for name in ("evaluate/report", "alignment_tax/checks", "chat/session")),
     *(f"rlhf/evals/{name}.py" for name in ("outcome", "tasks/humaneval")),  # nor before generated code runs
     *(file for file in FILES if file.startswith(("rlhf/evals/sandbox/", "rlhf/web/"))),
-    "rlhf/rank/store.py",
+    *(file for file in FILES if file.startswith("rlhf/rank/")),
     *(f"{script.replace('.', '/')}.py" for script in SCRIPTS),
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets"}

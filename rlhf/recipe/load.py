@@ -295,6 +295,7 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "data.held_out_comparisons": data.held_out_comparisons,
         "data.prompts": data.prompts,
         "data.held_out_prompts": data.held_out_prompts,
+        "rank.files": recipe.rank.files,
         "sft.data": [] if sft is None or sft.chosen else sft.data,
         "distill.texts": distill.texts if distill else [],
         "distill.questions": distill.questions if distill else [],
@@ -321,7 +322,9 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
     starts = {f"{name}.start": getattr(getattr(recipe, name), "start", None) for name in STARTS}
     folders: list[tuple[str, str | None]] = [("ppo.reward_model", place) for place in recipe.ppo.reward_model]
     folders += [("evaluate.reward_model", recipe.evaluate.reward_model), *starts.items()]
-    folders += [("collect.policies", place) for place in recipe.collect.policies if place != BASE]
+    for section in ("collect", "rank"):
+        policies = getattr(recipe, section).policies
+        folders += [(f"{section}.policies", place) for place in policies if place != BASE]
     # what is no path is a model of the hub, or a judge by name
     folders += [(key, place) for key, place in models.items() if place == "" or (place and is_path(place))]
     for key, place in folders:

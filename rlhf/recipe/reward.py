@@ -47,6 +47,29 @@ class Collect(Section):
     """Prompts sampled together; a finished batch is kept when the run is interrupted."""
 
 
+class Rank(Section):
+    """The page on which people rank responses (`make rank`)."""
+
+    files: Files = []
+    """Rows with a prompt and 2 to 9 responses, with or without ranks (any format of comparisons); empty =
+    responses are sampled for the prompts of `data.prompts`, or else of `data.comparisons`."""
+    prompts: Positive = 100
+    """At most this many prompts, drawn by the seed."""
+    policies: Policies = [BASE]
+    """Who writes the sampled responses, as `collect.policies`; the page does not say it."""
+    responses: Annotated[int, Field(ge=2, le=9)] = 4
+    """Sampled responses K a prompt; 9 is as many as there are number keys."""
+    temperature: Rate = 1.0
+    """Sampling temperature."""
+    annotators: Positive = 1
+    """People who rank each prompt; from 2 on, their agreement is shown. May change between two starts."""
+    instructions: str = (
+        "Which response would help the person more? Prefer what is correct, honest and harmless; length is "
+        "no merit. Responses that are equally good are tied."
+    )
+    """What people are asked, at the top of the page. May change between two starts."""
+
+
 class PreferenceTraining(Training):
     """How a model learns from comparisons: the fields that `pmp` and `reward` share."""
 

@@ -14,7 +14,7 @@ from pydantic import field_validator, model_validator
 from rlhf.recipe.distill import Distill
 from rlhf.recipe.evaluate import Chat, Evaluate, Export
 from rlhf.recipe.ppo import Ppo
-from rlhf.recipe.reward import Card, Collect, Pmp, Reward
+from rlhf.recipe.reward import Card, Collect, Pmp, Rank, Reward
 from rlhf.recipe.sft import Dpo, Sft
 from rlhf.recipe.shared import Data, Dialogue, Distributed, Lora, Model
 from rlhf.recipe.tax import Tax
@@ -36,6 +36,7 @@ class Recipe(Section):
     """File of the prompt that asks for a helpful, honest and harmless assistant (Askell 2021): the prompted
     arm of `tax` runs under it, and `distill` distils it."""
     collect: Collect = Collect()
+    rank: Rank = Rank()
     sft: Sft | None = None
     distill: Distill | None = None
     pmp: Pmp | None = None

@@ -20,6 +20,7 @@ from rlhf.errors import UserError
 
 # The order is that of recognition: TRL's fields are the least particular, so it comes last.
 READERS: tuple[Reader[Comparison], ...] = (
+    native.ANSWERS,
     *(module.READER for module in (native, oasst, stackexchange, reddit, wikipedia, hh)),
     *PUBLIC,
     trl.READER,

@@ -1,4 +1,9 @@
-"""The project's rows: {"prompt", "responses", "ranks", "source"?, "confidence"?, "group"?}."""
+"""The project's rows: {"prompt", "responses", "ranks", "source"?, "confidence"?, "group"?}.
+
+What people ranked (`make rank`) has an ``annotator`` and an ``item`` besides: the rows of one item are votes,
+and their mean ranks are one comparison, so that people who agree do not count as one. Skipped items, and
+those of which everything is bad, say nothing about preference.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,8 @@ from pathlib import Path
 
 from rlhf.data.comparisons import Comparison, Counts, OnBadRows, problem
 from rlhf.data.readers.files import local
-from rlhf.data.readers.rows import BadRow, Reader, Row, confidence, prompt_of
+from rlhf.data.readers.public.verdicts import graded
+from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, confidence, is_text, prompt_of
 from rlhf.data.readers.sieve import sift
 
 
@@ -33,10 +39,44 @@ def parse(row: Row, source: str) -> Iterator[Comparison]:
     )
 
 
+def _votes(row: Row, source: str) -> Iterator[Comparison | LeftOut]:
+    rows = row["rows"]
+    found = [(_told(one), next(iter(parse(one, source)))) for one in rows]
+    answers = [comparison for told, comparison in found if told]
+    first = found[0][1]
+    if not answers:
+        yield LeftOut("skipped, or all responses bad", first.prompt)
+        return
+    for answer in answers:
+        if answer.responses != first.responses or len(answer.ranks) != len(first.responses):
+            raise BadRow("answers of one item with other responses, or another number of ranks")
+        if not all(isinstance(rank, int) for rank in answer.ranks):
+            raise BadRow("a rank is not an integer >= 0")
+    grades = [[-float(answer.ranks[k]) for answer in answers] for k in range(len(first.responses))]
+    yield graded(first.prompt, first.responses, grades, first.source, first.group)
+
+
+def _told(row: Row) -> bool:
+    """Whether an answer says what is better; its other fields are about the answer, and known."""
+    for name in ("annotator", "item", "reason", "seconds", "writers"):
+        row.get(name)
+    return not (row.get("skipped") or row.get("all_bad"))
+
+
+def _is_answer(row: Row) -> bool:
+    return is_text(row, "annotator", "item") and READER.recognizes(row)
+
+
 READER = Reader(
     'native {"prompt", "responses", "ranks"}',
     lambda row: "prompt" in row and "responses" in row and "ranks" in row,
     parse,
+)
+ANSWERS = Reader(
+    'answers of people {"prompt", "responses", "ranks", "annotator", "item"}',
+    _is_answer,
+    _votes,
+    together=lambda row: str(row["item"]),
 )
 
 
