@@ -42,7 +42,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan model rank comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf report chat export export-policy export-reward verify check test smoke clean \
+.PHONY: help setup plan model rank comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf report watch chat export export-policy export-reward verify check test smoke clean \
         study-preference study-people study-scaling bench-reward bench-ppo gpu-check
 .NOTPARALLEL:
 
@@ -127,6 +127,9 @@ rlhf: preflight reward ## all of these: all stages of the recipe, in order; what
 
 report: recipe ## rlhf.report: a run as one page of HTML, or several beside each other (RUNS="a b")
 	@$(PY) -m rlhf.report $(ARGS)
+
+watch: recipe ## rlhf.watch: the same page of a run in progress, on loopback, renewed as it goes (RUNS="a b", PORT=n)
+	@$(PY) -m rlhf.watch $(ARGS)
 
 chat: recipe ## policy.chat: talk to base and policy beside each other, and save which answer is better
 	@$(PY) -m policy.chat $(ARGS)

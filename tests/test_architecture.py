@@ -28,6 +28,7 @@ STAGES = (  # a stage is a package; its command line is the package's __main__
     "rlhf.plan",
     "rlhf.rank",
     "rlhf.report",
+    "rlhf.watch",
     "reward.pretraining",
     "reward.training",
     "reward.card",
@@ -58,6 +59,7 @@ LIGHT = (
             "models/configuration",
             "models/prepare",
             "training/metrics",
+            "watch/state",
         )
     ),
     *(f"reward/card/{name}.py" for name in _LIGHT_CARD),

@@ -59,8 +59,14 @@ class Run:
 def gather(folder: Path) -> Run:
     """All that a run's folder says of itself."""
     recipe = _recipe(folder)
-    stages = {name: _stage(folder / name) for name in (*STAGES, _EVALUATED) if _belongs(folder, name, recipe)}
+    stages = {name: _stage(folder / name) for name in stages_of(folder)}
     return Run(folder.name, folder, recipe, stages, _responses(folder, stages))
+
+
+def stages_of(folder: Path) -> list[str]:
+    """Names of the stages that a run has or will have, as far as its folder tells."""
+    recipe = _recipe(folder)
+    return [name for name in (*STAGES, _EVALUATED) if _belongs(folder, name, recipe)]
 
 
 def _belongs(folder: Path, name: str, recipe: dict[str, Any]) -> bool:

@@ -30,17 +30,39 @@ def write_page(runs: Sequence[Run], file: Path) -> None:
     Raises:
         UserError: it is too large even with the shortest texts.
     """
+    write_atomically(file, page_of(runs, file)[0])
+
+
+def page_of(runs: Sequence[Run], file: Path, *, live: bool = False) -> tuple[bytes, str]:
+    """The page of runs, and its Content-Security-Policy.
+
+    Args:
+        runs: what their folders hold.
+        file: where the page is, for its links to files.
+        live: it is served while they run: it asks for news, and files are named without links.
+
+    Raises:
+        UserError: it is too large even with the shortest texts.
+    """
     environment = Environment(
         loader=PackageLoader("rlhf.report", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    script = _source(environment, "page.js.jinja")
+    scripts = ("page.js.jinja", "live.js.jinja") if live else ("page.js.jinja",)
+    script = "\n".join(_source(environment, name) for name in scripts)
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    asks = "connect-src 'self'; " if live else ""
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'; img-src data:; "
+        f"{asks}base-uri 'none'; form-action 'none'"
+    )
     parts = {
         "runs": runs,
         "sections": sections(runs),
         "style": Markup(_source(environment, "page.css.jinja")),
         "script": Markup(script),
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "policy": policy,
+        "live": live,
         "title": " and ".join(run.name for run in runs),
         "project": f"{NAME} {__version__}",
         "faults": [(run, s) for run in runs for s in run.stages.values() if s.state != "finished"],
@@ -52,11 +74,10 @@ def write_page(runs: Sequence[Run], file: Path) -> None:
         text = template.render(**parts, samples=[s for run in runs for s in samples_of(run, longest)])
         content = text.encode("utf-8", "replace")
         if len(content) < MAX_BYTES:
-            break
+            return content, policy
         if longest < 100:
             raise UserError(f"{file}: the page of {len(runs)} runs has more than 5 MB: name fewer (RUNS=...)")
         longest //= 2
-    write_atomically(file, content)
 
 
 def _source(environment: Environment, name: str) -> str:

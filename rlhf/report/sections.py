@@ -272,11 +272,14 @@ def _accuracies(card: dict[str, Any]) -> dict[str, str]:
 # ---------------------------------------------------------------- curves
 
 
+_NO_MATTER = ("name", "seed", "rank", "chat", "export")  # to what is trained and measured, but for the seed
+
+
 def seed_groups(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs of one recipe that differ in seed and name alone stand together."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        recipe = {key: value for key, value in run.recipe.items() if key not in ("name", "seed")}
+        recipe = {key: value for key, value in run.recipe.items() if key not in _NO_MATTER}
         groups.setdefault(hash_of(recipe if run.recipe else run.name), []).append(run)
     return list(groups.values())
 
