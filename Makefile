@@ -42,8 +42,8 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan model rank comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf report watch chat export export-policy export-reward verify check test smoke clean \
-        study-preference study-people study-scaling bench-reward bench-ppo gpu-check
+.PHONY: help setup plan model rank comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf rounds report watch chat export export-policy export-reward verify check test smoke clean \
+        study-preference study-people study-scaling study-online bench-reward bench-ppo gpu-check
 .NOTPARALLEL:
 
 help: ## make: list the targets
@@ -125,6 +125,9 @@ rlhf: preflight reward ## all of these: all stages of the recipe, in order; what
 	@$(RUN) policy.alignment_tax $(ARGS)
 	@$(PY) -m rlhf.report $(ARGS)
 
+rounds: model ## policy.rounds: online RLHF: sample the newest policies, rank, train anew, round after round
+	@$(PY) -m policy.rounds $(ARGS)
+
 report: recipe ## rlhf.report: a run as one page of HTML, or several beside each other (RUNS="a b")
 	@$(PY) -m rlhf.report $(ARGS)
 
@@ -170,6 +173,9 @@ study-people: setup ## studies.people: a policy that learns from people, at equa
 
 study-scaling: setup ## studies.scaling: evaluations and preference objectives over a ladder of models (STUDY=--quick)
 	@$(PY) -m studies.scaling $(STUDY)
+
+study-online: setup ## studies.online: static against online comparisons at equal numbers (STUDY=--quick)
+	@$(PY) -m studies.online $(STUDY)
 
 bench-reward: setup ## benchmarks.reward: throughput and memory of the reward stage against trl.RewardTrainer
 	@$(PY) -m benchmarks.reward $(BENCH)

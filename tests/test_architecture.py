@@ -35,7 +35,17 @@ STAGES = (  # a stage is a package; its command line is the package's __main__
     "reward.export",
     *(
         f"policy.{name}"
-        for name in ("sft", "distillation", "ppo", "dpo", "evaluate", "alignment_tax", "chat", "export")
+        for name in (
+            "sft",
+            "distillation",
+            "ppo",
+            "dpo",
+            "evaluate",
+            "alignment_tax",
+            "chat",
+            "export",
+            "rounds",
+        )
     ),
 )
 SCRIPTS = (*(f"{stage}.__main__" for stage in STAGES), "policy.alignment_tax.preflight")
@@ -64,6 +74,7 @@ LIGHT = (
     ),
     *(f"reward/card/{name}.py" for name in _LIGHT_CARD),
     *(f"policy/{name}.py" for name in ("evaluate/report", "alignment_tax/checks", "chat/session")),
+    *(file for file in FILES if file.startswith("policy/rounds/")),
     *(f"rlhf/evals/{name}.py" for name in ("outcome", "tasks/humaneval")),  # nor before generated code runs
     *(file for file in FILES if file.startswith(("rlhf/evals/sandbox/", "rlhf/web/"))),
     *(file for file in FILES if file.startswith("rlhf/rank/")),

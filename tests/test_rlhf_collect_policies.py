@@ -154,3 +154,11 @@ def test_a_damaged_policy_of_a_finished_stage_is_refused(road, inside):
     raw[-1] ^= 1
     weights.write_bytes(raw)
     assert "remove runs/tiny/ppo and run `make ppo" in refusal(f"collect.policies={PPO}")
+
+
+def test_what_is_passed_over_changes_nothing_for_the_others(desk):
+    policies = f"collect.policies=[base, {PPO}]"
+    whole = list(read_jsonl(sampled(policies) / "sampled.jsonl"))
+    shutil.rmtree("runs/several")
+    part = list(read_jsonl(sampled(policies, "collect.prompts=6", "collect.skip=10") / "sampled.jsonl"))
+    assert part == whole[10:]

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """Prompts that were sampled together."""
 
     first: int
-    """Place of the first one among all prompts."""
+    """Row of the first one."""
     prompts: Sequence[Prompt]
     responses: list[list[str]]
     """K texts a prompt; one may be empty, or stand twice."""
@@ -61,6 +61,7 @@ def sampled_responses(
     temperature: float,
     prompts_per_batch: int,
     purpose: str,
+    first: int = 0,
 ) -> Iterator[Batch]:
     """Sample K responses a prompt; a finished batch survives an interruption.
 
@@ -74,20 +75,21 @@ def sampled_responses(
         temperature: of the sampling.
         prompts_per_batch: sampled together.
         purpose: sets these random numbers apart from others of the seed; also names the progress.
+        first: row of the first prompt, so that a part comes out as it would within the whole.
 
     Raises:
         UserError: an adapter does not fit the base.
     """
     backbone = functools.cache(partial(_backbone, recipe, policies))  # not loaded where all batches are there
-    writers = deal(policies, len(prompts), responses, recipe.seed)
+    writers = deal(policies, first + len(prompts), responses, recipe.seed)[first:]
 
-    def texts(first: int, end: int) -> list[list[str]]:
-        encoded = [dialogue.encode_prompt(p) for p in prompts[first:end] for _ in range(responses)]
-        by = [writer for row in writers[first:end] for writer in row]
+    def texts(start: int, end: int) -> list[list[str]]:
+        encoded = [dialogue.encode_prompt(p) for p in prompts[start:end] for _ in range(responses)]
+        by = [writer for row in writers[start:end] for writer in row]
         found = [""] * len(encoded)
         for writer in dict.fromkeys(by):
             own = [i for i, other in enumerate(by) if other == writer]
-            rows = [first * responses + i for i in own]
+            rows = [(first + start) * responses + i for i in own]
             sampled = sample(
                 backbone(),
                 _role(writer, policies),
@@ -103,10 +105,10 @@ def sampled_responses(
 
     label = "comparisons" if purpose == "collect" else purpose
     starts = range(0, len(prompts), prompts_per_batch)
-    for number, first in enumerate(progress(label, starts, leave=True)):
-        end = min(first + prompts_per_batch, len(prompts))
-        kept = run.remember(f"{number:05d}", partial(texts, first, end))
-        yield Batch(first, prompts[first:end], kept, writers[first:end])
+    for number, start in enumerate(progress(label, starts, leave=True)):
+        end = min(start + prompts_per_batch, len(prompts))
+        kept = run.remember(f"{number:05d}", partial(texts, start, end))
+        yield Batch(first + start, prompts[start:end], kept, writers[start:end])
 
 
 def _role(writer: str, policies: Sequence[str]) -> str:

@@ -51,12 +51,13 @@ def sampled_comparisons(
         recipe,
         run,
         dialogue,
-        [prompts[i % len(prompts)] for i in range(section.prompts)],
+        [prompts[(section.skip + i) % len(prompts)] for i in range(section.prompts)],
         policies=section.policies,
         responses=section.responses,
         temperature=section.temperature,
         prompts_per_batch=section.prompts_per_batch,
         purpose="collect",
+        first=section.skip,
     ):
         for comparison in _ranked(recipe, judge, batch.responses, batch.prompts, first=batch.first):
             counts.read += 1

@@ -31,6 +31,8 @@ class Collect(Section):
 
     prompts: Positive = 512
     """Number of prompts that get a comparison."""
+    skip: Natural = 0
+    """Prompts that are passed over first; what is sampled for the others is as it would be behind them."""
     responses: Annotated[int, Field(ge=2)] = 4
     """Responses K a prompt."""
     policies: Policies = [BASE]
@@ -68,6 +70,17 @@ class Rank(Section):
         "no merit. Responses that are equally good are tied."
     )
     """What people are asked, at the top of the page. May change between two starts."""
+
+
+class Rounds(Section):
+    """Online RLHF in rounds (Bai 2022, section 4.5): sample policies, rank, train anew on all comparisons."""
+
+    number: Positive = 3
+    """How many; may be raised later, and the finished ones stay."""
+    prompts: Positive = 128
+    """Prompts that get a comparison in a round, other ones in each until all have had their turn."""
+    policies: Positive = 2
+    """How many of the newest policies write the responses; the base is the oldest one."""
 
 
 class PreferenceTraining(Training):

@@ -14,7 +14,7 @@ from pydantic import field_validator, model_validator
 from rlhf.recipe.distill import Distill
 from rlhf.recipe.evaluate import Chat, Evaluate, Export
 from rlhf.recipe.ppo import Ppo
-from rlhf.recipe.reward import Card, Collect, Pmp, Rank, Reward
+from rlhf.recipe.reward import Card, Collect, Pmp, Rank, Reward, Rounds
 from rlhf.recipe.sft import Dpo, Sft
 from rlhf.recipe.shared import Data, Dialogue, Distributed, Lora, Model
 from rlhf.recipe.tax import Tax
@@ -46,6 +46,7 @@ class Recipe(Section):
     dpo: Dpo | None = None
     evaluate: Evaluate = Evaluate()
     tax: Tax | None = None
+    rounds: Rounds | None = None
     export: Export = Export()
     chat: Chat = Chat()
     distributed: Distributed = Distributed()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import runpy
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.data.comparisons import Counts, prompt_key, write_native
 from rlhf.data.readers.native import read_native
 from rlhf.data.split import split_by_hash
-from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe, load
 from rlhf.runs.artifacts import MANIFEST, read_json
 from rlhf.runs.dtype import settled
 from rlhf.runs.stage import RUNS
+from studies.engine.stages import run_stage
 from studies.engine.units import Settings, Unit
 from studies.people.plan import samples
 
@@ -59,22 +57,7 @@ def stages(s: Settings, modules: Sequence[str], overrides: Sequence[str]) -> Non
         UserError: one of them ended with an error; its line is in the unit's log.
     """
     for module in modules:
-        with _arguments([s["recipe"], *s["overrides"], *overrides]):
-            try:
-                runpy.run_module(module, run_name="__main__", alter_sys=True)
-            except SystemExit as end:
-                if end.code:
-                    raise UserError(f"{module} ended with {end.code}: see the log of the unit") from None
-
-
-@contextlib.contextmanager
-def _arguments(words: Sequence[str]) -> Iterator[None]:
-    before = sys.argv
-    sys.argv = ["stage", *words]
-    try:
-        yield
-    finally:
-        sys.argv = before
+        run_stage(module, [s["recipe"], *s["overrides"], *overrides])
 
 
 def half_file(s: Settings, half: str) -> Path:

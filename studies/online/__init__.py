@@ -1,0 +1,1 @@
+"""Static against online comparisons at equal numbers (claim 13), in the gold lab."""
