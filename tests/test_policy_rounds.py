@@ -18,6 +18,9 @@ from policy.rounds.run import check_apart, open_rounds, run_rounds, start
 from rlhf.data.comparisons import Comparison, Counts, Message, prompt_key, write_native
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
+from rlhf.rank.candidates import candidates
+from rlhf.rank.store import Store, answer
+from rlhf.recipe.load import load
 from rlhf.runs.artifacts import MANIFEST, read_json, read_jsonl
 from rlhf.runs.lock import locked
 from studies.engine.stages import run_stage
@@ -186,6 +189,43 @@ def test_the_newest_policies_come_first_and_the_base_is_the_oldest():
     names = [plan.policies(recipe, recipe.rounds, n) for n in (1, 2, 5)]
     assert names[:2] == [["base"], ["runs/r-round-1/ppo/policy", "base"]]
     assert names[2] == [f"runs/r-round-{n}/ppo/policy" for n in (4, 3, 2)]
+
+
+# --- people ----------------------------------------------------------------------------------------------
+
+
+def answered(number, of, skipped=()):
+    """What people would have said to some of the candidates of a round."""
+    items = candidates(load(f"runs/r/rounds/round-{number}.yaml"))
+    store = Store(Path(f"runs/r-round-{number}-new/rank/comparisons.jsonl"))
+    for place, item in list(enumerate(items))[of]:
+        ranks = tuple(range(len(item.responses)))
+        row = Comparison(item.prompt, item.responses, ranks, "people")
+        store.append(answer(row, "Ada", item=item.id, skipped=place in skipped))
+
+
+def test_rounds_wait_for_people_and_go_on_when_they_are_done(road, inside, capsys):
+    shutil.copytree(road / "models", inside / "models")
+    people = "rounds.ranked_by=people"
+    said = "make rank RECIPE=runs/r/rounds/round-{}.yaml; then the same".format
+    assert begun(people) == []
+    assert f"round 1: people are to rank: {said(1)}" in capsys.readouterr().out
+    assert begun(people) == []  # still
+    items = candidates(load("runs/r/rounds/round-1.yaml"))  # as `make rank` samples them
+    assert len(items) == ROWS
+    assert begun(people) == []
+    assert f"round 1: 0 of 16 prompts are ranked: {said(1)}" in capsys.readouterr().out
+    answered(1, slice(0, 15))
+    assert begun(people) == []
+    assert f"round 1: 15 of 16 prompts are ranked: {said(1)}" in capsys.readouterr().out
+    answered(1, slice(15, 16), skipped=[15])
+    (row,) = begun(people)
+    assert (row.new, row.train + len(comparisons("r-round-1", "held_out"))) == (15, 15)
+    assert f"round 2: people are to rank: {said(2)}" in capsys.readouterr().out
+    second = candidates(load("runs/r/rounds/round-2.yaml"))
+    assert {w for item in second for w in item.writers} == {"base", "runs/r-round-1/ppo/policy"}
+    assert not {prompt_key(x.prompt) for x in items} & {prompt_key(x.prompt) for x in second}
+    assert Path("runs/r/rounds.md").read_text().count("\n| ") == 3
 
 
 # --- what is refused -------------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ def main() -> None:
         )
     with open_rounds(recipe) as file:
         rows = run_rounds(recipe, recipe.rounds, file, start)
-        os.environ["RUNS"] = " ".join(row.run for row in rows)
-        start("rlhf.report", [str(file)])
+        if rows:
+            os.environ["RUNS"] = " ".join(row.run for row in rows)
+            start("rlhf.report", [str(file)])
 
 
 if __name__ == "__main__":

@@ -52,15 +52,33 @@ def _prompts(recipe: Recipe) -> list[str]:
     return own + _given(data__held_out_prompts=stored(first, "held_out_prompts"))
 
 
+def passed_over(recipe: Recipe, rounds: Rounds, number: int) -> int:
+    """Prompts that had their turn in the rounds before."""
+    return rounds.prompts * (number - 1 if recipe.data.sampled else number - 2)
+
+
 def sampling(recipe: Recipe, rounds: Rounds, number: int) -> list[str]:
-    """Settings of the run in which the comparisons of a round are sampled and ranked."""
-    before = number - 1 if recipe.data.sampled else number - 2  # rounds that sampled
+    """Settings of the run in which the comparisons of a round are sampled and ranked by the judge."""
     return [
         *_given(name=new_name(recipe, number), data__comparisons=["sampled"], data__held_out_comparisons=[]),
         *_given(data__limit=None, data__rankings=None, data__columns={}),
         *_prompts(recipe),
-        *_given(collect__prompts=rounds.prompts, collect__skip=before * rounds.prompts),
+        *_given(collect__prompts=rounds.prompts, collect__skip=passed_over(recipe, rounds, number)),
         *_given(collect__policies=policies(recipe, rounds, number)),
+    ]
+
+
+def prompt_files(recipe: Recipe) -> list[str]:
+    """What the prompts of the rounds are drawn from."""
+    return recipe.data.prompts or stored(run_name(recipe, 1), "prompts")
+
+
+def ranking(recipe: Recipe, rounds: Rounds, number: int, prompts: Path) -> list[str]:
+    """Settings of the run in which people rank a round's responses to the prompts of a file."""
+    return [
+        *_given(name=new_name(recipe, number), data__prompts=[str(prompts)], data__prompt_columns=[]),
+        *_given(rank__files=[], rank__prompts=rounds.prompts),
+        *_given(rank__policies=policies(recipe, rounds, number)),
     ]
 
 

@@ -59,18 +59,14 @@ class Row:
         )
 
 
-def row_of(recipe: Recipe, rounds: Rounds, number: int) -> Row:
-    """The figures of a finished round, from what its stages wrote."""
+def row_of(recipe: Recipe, rounds: Rounds, number: int, new: int) -> Row:
+    """The figures of a finished round, which added ``new`` comparisons, from what its stages wrote."""
     name = plan.run_name(recipe, number)
     results: dict[str, Any] = read_json(RUNS / name / "comparisons" / MANIFEST)["results"]
     summary = read_json(RUNS / name / "evaluate" / "summary.json")
     score = next(key for key in _NAMES if key in summary)
     paired = summary[score]
-    new = 0
     accuracy: dict[str, Figure | None] = {"before": None, "after": None}
-    if plan.adds(recipe, number):
-        made = read_json(RUNS / plan.new_name(recipe, number) / "comparisons" / MANIFEST)["results"]
-        new = made["train"] + made["held_out"]
     file = RUNS / name / "card" / "card.json"
     if file.is_file():
         card = read_json(file)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -15,10 +17,15 @@ import yaml
 
 from policy.rounds import plan
 from policy.rounds.report import Row, row_of, write
-from rlhf.data.comparisons import Comparison, Counts, prompt_key
-from rlhf.data.readers.native import read_native
+from rlhf.data.comparisons import Comparison, prompt_key
+from rlhf.data.prompts import read_prompts
+from rlhf.data.readers import read_comparisons
+from rlhf.data.stored import write_prompts
 from rlhf.errors import STOP_SIGNALS, UserError
-from rlhf.recipe.load import Recipe, dump
+from rlhf.rank.candidates import FILE as CANDIDATES
+from rlhf.rank.candidates import candidates
+from rlhf.rank.store import ANSWERS, Store
+from rlhf.recipe.load import Recipe, dump, load
 from rlhf.recipe.schema import Rounds
 from rlhf.recipe.stored import modernized
 from rlhf.runs.artifacts import write_atomically
@@ -69,7 +76,7 @@ def run_rounds(recipe: Recipe, rounds: Rounds, file: Path, do: Do) -> list[Row]:
         do: runs a stage.
 
     Returns:
-        The figures of each round.
+        The figures of each round that is done: where people are to rank before the next one, not of all.
 
     Raises:
         UserError: a stage ended with an error, or a prompt is on both sides of the split.
@@ -77,26 +84,58 @@ def run_rounds(recipe: Recipe, rounds: Rounds, file: Path, do: Do) -> list[Row]:
     ranked: list[str] = []
     rows: list[Row] = []
     for number in range(1, rounds.number + 1):
-        fresh: list[str] = []
+        fresh: list[str] | None = []
         if plan.adds(recipe, number):
-            do("rlhf.collect", [str(file), *plan.sampling(recipe, rounds, number)])
-            fresh = plan.stored(plan.new_name(recipe, number), "train", "held_out")
+            rank = _by_people if rounds.ranked_by == "people" else _by_judge
+            fresh = rank(recipe, rounds, file, number, do)
+        if fresh is None:
+            break
         ranked += fresh
         words = [str(file), *plan.training(recipe, number, ranked)]
         do("rlhf.collect", words)
         held_out = check_apart(recipe, number)
         for module in plan.stages(recipe):
             do(module, words)
-        if any(prompt_key(c.prompt) in held_out for path in fresh for c in _read(path)):
+        new = [prompt_key(c.prompt) for path in fresh for c in _read(path)]
+        if not held_out.isdisjoint(new):
             do("reward.card", [*words, *plan.card(recipe, number, fresh)])
-        rows.append(row_of(recipe, rounds, number))
+        rows.append(row_of(recipe, rounds, number, len(new)))
         print(rows[-1].line(), flush=True)
-    write(recipe, rows)
+    if rows:
+        write(recipe, rows)
     return rows
 
 
+def _by_judge(recipe: Recipe, rounds: Rounds, file: Path, number: int, do: Do) -> list[str]:
+    """Files of the comparisons that a round adds, sampled and ranked."""
+    do("rlhf.collect", [str(file), *plan.sampling(recipe, rounds, number)])
+    return plan.stored(plan.new_name(recipe, number), "train", "held_out")
+
+
+def _by_people(recipe: Recipe, rounds: Rounds, file: Path, number: int, do: Do) -> list[str] | None:
+    """The file of what people said in a round; None where they are not done, and a line says what to do."""
+    own, prompts = file.with_name(f"round-{number}.yaml"), file.with_name(f"round-{number}-prompts.jsonl")
+    if not own.is_file():
+        found, _ = read_prompts(plan.prompt_files(recipe), on_bad_rows=recipe.data.on_bad_rows)
+        random.Random(f"{recipe.seed}:prompts").shuffle(found)
+        first = plan.passed_over(recipe, rounds, number)
+        places = range(first, first + min(rounds.prompts, len(found)))
+        write_prompts(prompts, [found[i % len(found)] for i in places])
+        write_atomically(own, dump(load(file, plan.ranking(recipe, rounds, number, prompts))))
+    folder = RUNS / plan.new_name(recipe, number) / "rank"
+    begun, answers = (folder / CANDIDATES).is_file(), Store(folder / ANSWERS)
+    said = Counter(row.get("item") for row in answers.rows()) if begun else Counter[object]()
+    items = candidates(load(own)) if begun else []
+    done = sum(said[item.id] >= recipe.rank.annotators for item in items)
+    if begun and done == len(items):
+        return [str(answers.path)]
+    left = f"{done} of {len(items)} prompts are ranked" if begun else "people are to rank"
+    print(f"round {number}: {left}: make rank RECIPE={own}; then the same command again goes on", flush=True)
+    return None
+
+
 def _read(path: str) -> list[Comparison]:
-    return read_native(path, "stop", Counts())
+    return read_comparisons([path], on_bad_rows="stop", key="rounds")[0]
 
 
 def check_apart(recipe: Recipe, number: int) -> set[str]:

@@ -17,14 +17,13 @@ from rlhf.rank.candidates import candidates
 from rlhf.rank.export import TOOLS, write_tasks
 from rlhf.rank.pages import lines, owner_path, routes, summary
 from rlhf.rank.session import Session
-from rlhf.rank.store import Store
+from rlhf.rank.store import ANSWERS, Store
 from rlhf.recipe.load import from_command_line
 from rlhf.runs.artifacts import write_atomically
 from rlhf.runs.lock import locked
 from rlhf.runs.stage import RUNS
 from rlhf.web.server import Routes, Server, port_of
 
-ANSWERS = "comparisons.jsonl"
 _ADDRESS = ".address.json"  # so that a page in a browser finds the server after a restart
 
 

@@ -19,6 +19,8 @@ from rlhf.data.comparisons import Comparison, native_row
 from rlhf.errors import UserError
 from rlhf.runs.artifacts import write_jsonl
 
+ANSWERS = "comparisons.jsonl"
+"""The file of answers in a session's folder."""
 Answer = dict[str, Any]
 """A native row with ``annotator``, and what else was said (``reason``, ``skipped``, ``all_bad``, ...)."""
 

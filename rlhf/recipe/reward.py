@@ -81,6 +81,8 @@ class Rounds(Section):
     """Prompts that get a comparison in a round, other ones in each until all have had their turn."""
     policies: Positive = 2
     """How many of the newest policies write the responses; the base is the oldest one."""
+    ranked_by: Literal["judge", "people"] = "judge"
+    """Who ranks them: `collect.judge`, or people with `make rank`, for whom each round waits."""
 
 
 class PreferenceTraining(Training):
