@@ -14,10 +14,11 @@ from conftest import PROMPTS, ROOT, TINY, tiny_recipe
 
 from policy.chat import __main__ as command
 from policy.chat.terminal import Interrupts
-from rlhf.data.comparisons import Counts, Message
-from rlhf.data.readers.native import read_native
+from rlhf.data.comparisons import Message
+from rlhf.data.readers import read_comparisons
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_base
+from rlhf.rank.store import Store
 
 
 def start(road, tmp_path, *overrides, **options):
@@ -55,15 +56,18 @@ def test_a_piped_conversation_with_the_tiny_run(road, tmp_path):
     assert re.search(r"not asked: the prompt has 500\d tokens, and the model reads \d+ before", out)
     assert out.splitlines()[-1] == "comparisons saved: 3"
     assert not any(c in out for c in "\x1b\x07\r")
-    kept = read_native(tmp_path / "runs/tiny/rank/comparisons.jsonl", "stop", Counts())
+    file = tmp_path / "runs/tiny/rank/comparisons.jsonl"
+    kept, counts = read_comparisons([str(file)], on_bad_rows="stop")
     assert [(c.prompt[0].content, c.ranks, c.source) for c in kept] == [
-        ("The movie was", (1, 0, 1), "chat"),
-        ("The food was", (0, 1, 1), "chat"),
+        ("The movie was", (1, 0), "chat"),
+        ("The food was", (0, 1), "chat"),
     ]
-    tie = json.loads((tmp_path / "runs/tiny/rank/ties.jsonl").read_text())
-    assert (tie["ranks"], tie["annotator"]) == ([0, 0, 0], "chat")  # where it stops no training
+    assert (counts.read, counts.kept, counts.unused) == (3, 2, {})  # a tie of all stops no training
+    rows = Store(file).rows()
+    assert {(row["annotator"], *row["writers"][:2]) for row in rows} == {("chat", "base", "ppo")}
+    assert len({row["item"] for row in rows}) == 3
     # the same adapter says the same under the same random numbers
-    assert all(c.responses[1] == c.responses[2] != c.responses[0] for c in kept)
+    assert all(one == two != base for base, one, two in (row["responses"] for row in rows))
 
 
 def test_a_score_and_a_text_are_those_that_each_model_gives_alone(road, monkeypatch):

@@ -7,15 +7,16 @@ does. Nothing else of the run is changed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from policy.chat.session import SOURCE, Conversation
 from policy.chat.terminal import Interrupts, lines, say
-from rlhf.data.comparisons import Comparison, problem
+from rlhf.data.comparisons import Comparison
 from rlhf.errors import UserError, exit_on_user_error
-from rlhf.rank.store import Store, answer
+from rlhf.rank.store import ANSWERS, Store, answer
 from rlhf.recipe.load import Recipe, from_command_line
-from rlhf.runs.artifacts import MANIFEST
+from rlhf.runs.artifacts import MANIFEST, hash_of
 from rlhf.runs.dtype import settled
 from rlhf.runs.initial_adapter import ADAPTER, adapter_files
 from rlhf.runs.stage import RUNS
@@ -39,7 +40,7 @@ def main() -> None:
     talk = Conversation(
         models,
         say,
-        functools.partial(keep, RUNS / recipe.name / "rank"),
+        functools.partial(keep, Store(RUNS / recipe.name / "rank" / ANSWERS), models.names),
         turns=recipe.dialogue.template == "chat",
         seed=section.seed,
     )
@@ -54,11 +55,13 @@ def main() -> None:
     say(f"comparisons saved: {talk.saved}\n")
 
 
-def keep(folder: Path, comparison: Comparison) -> Path:
-    """Add a comparison to a folder's answers; returns their file. What says nothing about preference, all
-    tied, is no comparison to train on and has a file of its own."""
-    store = Store(folder / ("ties.jsonl" if problem(comparison) else "comparisons.jsonl"))
-    store.append(answer(comparison, SOURCE))
+def keep(store: Store, writers: Sequence[str], comparison: Comparison) -> Path:
+    """Add a comparison to the run's answers, as an item of its own; returns their file.
+
+    writers: the models, by response.
+    """
+    row = answer(comparison, SOURCE, writers=list(writers))
+    store.append({**row, "item": hash_of([row["prompt"], row["responses"]])[:16]})
     return store.path
 
 
