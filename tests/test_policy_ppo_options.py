@@ -98,6 +98,8 @@ ELSEWHERE = {  # field: the tests of its effect, outside the loop or of a fault
     "retokenize": "test_policy_ppo_setup.py",
     "score_timeout_minutes": "test_faults_recovery.py",
     "max_nonfinite_updates": "test_policy_ppo_checks.py",
+    "test_reward_model": "test_policy_audit.py",
+    "keep_best": "test_policy_audit.py",
 }
 
 

@@ -313,11 +313,11 @@ def test_the_disagreement_is_the_mean_over_all_responses_since_it_was_last_asked
     now = iter([rows for rows in rounds for _ in range(2)])
     members = [lambda part: torch.tensor(next(now)[0]), lambda part: torch.tensor(next(now)[1])]
     score = EnsembleScore(members, "mean", 1.0)
-    assert score(None).tolist() == [2, 2, 6]
-    assert score(None).tolist() == [2]
+    assert score(said()).tolist() == [2, 2, 6]
+    assert score(said()).tolist() == [2]
     cpu = torch.device("cpu")
     assert score.figures(lambda sums: sums, cpu) == {SPREAD: pytest.approx((1 + 0 + 3 + 2) / 4)}
-    score(None)
+    score(said())
     # another process has three responses with a sum of 5
     assert score.figures(lambda sums: sums + torch.tensor([5.0, 3.0]), cpu) == {SPREAD: pytest.approx(6 / 5)}
     assert score.figures(lambda sums: sums, cpu) == {}  # nothing was scored since

@@ -137,6 +137,7 @@ def fitted(folder, monkeypatch, **section):
     monkeypatch.setattr(policy.ppo.run, "assemble", lambda *parts, **options: backbone)
     monkeypatch.setattr(policy.ppo.run, "stored_prompts", lambda *parts: PROMPTS)
     monkeypatch.setattr(policy.ppo.run, "score_function", lambda *parts, **options: Score())
+    monkeypatch.setattr(policy.ppo.run, "audit_folder", lambda *parts: None)
     built = policy.ppo.run.build_trainer(recipe, SimpleNamespace(folder=folder, note_clock=lambda: None))
     built.train()
     return policy.ppo.run.save(built), built

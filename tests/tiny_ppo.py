@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from policy.audit.scores import AuditedScore
 from policy.ppo.kl import KLController
 from policy.ppo.reward_shaping import RewardShaper
 from policy.ppo.setup import new_backbone
@@ -48,6 +49,7 @@ def trainer(
     folder,
     *,
     reward_fn=varied,
+    test_fn=None,
     stir=0.0,
     trunk=True,
     start=False,
@@ -58,6 +60,7 @@ def trainer(
 ):
     """A trainer in a folder.
 
+    test_fn: scores of a test model, which are only logged.
     stir: spread of the policy adapter's B at the start. start: that adapter has a frozen copy as its
     reference. dtype: of the base. section: fields of the recipe's ``ppo`` section.
     """
@@ -67,6 +70,10 @@ def trainer(
     backbone = backbone_of(ppo, stir=stir, start=start, width=width, dtype=dtype)
     if not trunk:
         backbone.frozen_layers = 0
+    options = {}
+    if test_fn is not None:
+        reward_fn = AuditedScore(reward_fn, test_fn, ppo.micro_batch_size)
+        options["reward_metrics"] = lambda: reward_fn.figures(lambda sums: sums, torch.device("cpu"))
     return PpoTrainer(
         backbone=backbone,
         dialogue=dialogue_of(limit),
@@ -75,6 +82,7 @@ def trainer(
         section=ppo,
         seed=0,
         folder=folder,
+        **options,
     )
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     own = section.policy == trained
     parents = ("comparisons", *((trained,) if own else ()), *start_parents(recipe, trained))
     stage = [str(RUNS / recipe.name / "reward")] if recipe.ppo.own_reward else []
-    judges = [*recipe.ppo.named_models, *stage]
+    judges = [*recipe.ppo.named_models, *filter(None, [recipe.ppo.test_reward_model]), *stage]
     reads = [*judges, *start_files(recipe, trained), *filter(None, [section.reward_model])]
     inputs = [] if own else adapter_files(Path(section.policy), recipe, "evaluate.policy")
     inputs += [*function_files(section.judge), *recipe.ppo.function_files]

@@ -19,6 +19,10 @@ from policy.evaluate.best_of_n import best_of_figures, draw
 from policy.ppo.reward_shaping import Moments
 from policy.ppo.rollout import RewardFn
 from policy.ppo.setup import (
+    TEST,
+    audit_adapters,
+    audit_folder,
+    audit_function,
     check_rewards,
     load_scorer,
     reads_text,
@@ -50,7 +54,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     section = recipe.evaluate
     made = {stage: _manifest(run, stage) for stage in STAGES}
     dialogue = load_dialogue(recipe)
-    backbone = _backbone(recipe, run)
+    backbone = _backbone(recipe, run, dialogue)
     reward_fns = _reward_fns(recipe, run, backbone, dialogue, _moments(made))
     backbone.check_architecture()
     backbone.to(best_device())
@@ -87,7 +91,12 @@ def _sampling(recipe: Recipe) -> dict[str, Any]:
     return {"seed": recipe.seed, "temperature": section.temperature, "batch_size": section.batch_size}
 
 
-def _backbone(recipe: Recipe, run: StageRun) -> Backbone:
+def _audit_folder(recipe: Recipe, run: StageRun) -> Path | None:
+    """The test model; DPO learns from its comparisons too, so that it is no test there."""
+    return None if recipe.evaluate.policy == "dpo" else audit_folder(recipe, run)
+
+
+def _backbone(recipe: Recipe, run: StageRun, dialogue: Dialogue) -> Backbone:
     """The policy, its reference, and room for the reward models that are adapters of the same base."""
     folders = [] if recipe.ppo.retokenize else reward_folders(recipe, run)
     rewards = reward_adapters(len(folders)) if folders else ()
@@ -96,10 +105,12 @@ def _backbone(recipe: Recipe, run: StageRun) -> Backbone:
     trained = (
         run.parent(section.stage) / "policy" if section.policy == section.stage else Path(section.policy)
     )
-    adapters = ("policy", *rewards, *((REFERENCE,) if start else ()))
-    shapes = shapes_of(rewards, folders)
+    tests = audit_adapters(recipe, dialogue, _audit_folder(recipe, run))
+    heads = (*rewards, *tests)
+    adapters = ("policy", *heads, *((REFERENCE,) if start else ()))
+    shapes = shapes_of(heads, [*folders, *tests.values()])
     base = load_base(recipe.model)
-    backbone = Backbone(base, recipe.lora, adapters=adapters, heads=rewards, **shapes)
+    backbone = Backbone(base, recipe.lora, adapters=adapters, heads=heads, **shapes)
     backbone.load_adapter("policy", trained)
     if start:
         backbone.load_adapter(REFERENCE, start)
@@ -120,8 +131,8 @@ def _reward_fns(
     moments: dict[str, Moments] = {},  # noqa: B006 - never changed
 ) -> dict[str, RewardFn]:
     """What scores the responses, the one that decides first: ``gold`` where the recipe has a gold judge,
-    ``judge`` a reward model of the recipe's choice, and ``reward`` the score that PPO was trained on (all its
-    reward models, combined)."""
+    ``judge`` a reward model of the recipe's choice, ``test`` the test model, and ``reward`` the score that
+    PPO was trained on (all its reward models, combined)."""
     found: dict[str, RewardFn] = {}
     if recipe.evaluate.judge != "reward":
         columns = stored_columns(run) if recipe.data.prompt_columns else None
@@ -133,6 +144,10 @@ def _reward_fns(
         check_rewards(recipe, dialogue, folders)
         for adapter, folder in zip(reward_adapters(len(folders)), folders, strict=True):
             load_scorer(backbone, adapter, folder)
+    if test := _audit_folder(recipe, run):
+        if TEST in backbone.heads:
+            load_scorer(backbone, TEST, test)
+        found["test"] = audit_function(recipe, test, backbone, dialogue)
     found["reward"] = score_function(recipe, run, backbone, dialogue, moments=moments)
     return found
 

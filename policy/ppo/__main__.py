@@ -33,7 +33,7 @@ def main() -> None:
     parents = ("comparisons", *rewards, *start_parents(recipe, "ppo"))
     inputs = [*section.ptx_texts, *section.function_files]
     inputs += [*start_inputs(recipe, "ppo"), *tokenizer_files(recipe)]
-    reads = section.named_models
+    reads = [*section.named_models, *filter(None, [section.test_reward_model])]
     stage = open_stage(recipe, "ppo", section="ppo", parents=parents, inputs=inputs, reads=reads)
     if stage is None:
         return

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from policy.ppo.setup import assemble, score_function
+from policy.audit.scores import AuditedScore
+from policy.ppo.setup import assemble, audit_folder, audit_function, score_function
 from policy.ppo.trainer import PpoTrainer
 from policy.rewards.mixture import MOMENTS
 from rlhf.data.stored import stored_prompts
 from rlhf.recipe.load import Recipe
 from rlhf.runs.stage import StageRun
+from rlhf.stats.overoptimization import verdict
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.training.metrics import read_metrics
 from rlhf.training.runtime import Runtime
@@ -29,7 +31,10 @@ def build_trainer(recipe: Recipe, stage: StageRun) -> PpoTrainer:
     )
     dialogue = load_dialogue(recipe)
     backbone = assemble(recipe, stage, dialogue, shards_weights=runtime.shards_weights)
-    score = score_function(recipe, stage, backbone, dialogue, all_sum=runtime.all_sum)
+    score: Any = score_function(recipe, stage, backbone, dialogue, all_sum=runtime.all_sum)
+    if test := audit_folder(recipe, stage):
+        test_fn = audit_function(recipe, test, backbone, dialogue)
+        score = AuditedScore(score, test_fn, section.micro_batch_size)
     return PpoTrainer(
         backbone=backbone,
         dialogue=dialogue,
@@ -60,4 +65,10 @@ def save(trainer: PpoTrainer) -> dict[str, Any]:
     results |= {name: value for name, value in trainer.reward_fn.state().items() if name == MOMENTS and value}
     if trainer.ended_early is not None:
         results["ended_early"] = trainer.ended_early
+    kept = None
+    if trainer.weights.best is not None:
+        kept = results["kept_step"] = trainer.weights.best.chosen().step
+        print(f"ppo: kept the policy of step {kept} of {trainer.done}, the test model's best", flush=True)
+    results["audit"] = verdict(log, trainer.section.steps, kept)
+    print(f"ppo: {results['audit']['text']}", flush=True)
     return results

@@ -19,7 +19,7 @@ from policy.ppo.reward_shaping import Moments
 from policy.ppo.rollout import Responses, RewardFn
 from policy.rewards.mixture import RewardMixture, WeightedReward, text_reward
 from reward.card import scorers
-from reward.model.ensemble import Combination, check_one_base, combine, member_folders, spread
+from reward.model.ensemble import TEST_MODEL, Combination, check_one_base, combine, member_folders, spread
 from reward.model.model import (
     TextRewardModel,
     check_has_score,
@@ -32,6 +32,7 @@ from reward.model.model import (
 from rlhf.collect.functions import RewardFunction
 from rlhf.collect.judges import judge_name, judge_of
 from rlhf.data.stored import stored_columns
+from rlhf.errors import UserError
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
 from rlhf.models.masks import append_token
@@ -44,6 +45,7 @@ from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import Dialogue
 
 SPREAD = "ppo/score_spread"  # name of the disagreement in the log
+TEST = "test"  # the adapter of the test model, which never rewards
 _LOGGED = "reward/"  # what the names of the parts of a mix begin with in the log
 
 
@@ -68,6 +70,37 @@ def _folders(reward: RewardPart, own: Sequence[Path]) -> Sequence[Path]:
         return own
     folder = Path(reward.model)
     return [folder] if config_file(folder) else []
+
+
+def audit_folder(recipe: Recipe, run: StageRun) -> Path | None:
+    """The test model that looks at the rollouts: the recipe's, or the one that the reward stage has left.
+
+    Raises:
+        UserError: the recipe counts on one that the reward stage has not left.
+    """
+    if recipe.ppo.test_reward_model:
+        return Path(recipe.ppo.test_reward_model)
+    folder = run.parent("reward") / TEST_MODEL
+    if not recipe.ppo.own_reward:
+        return None
+    if recipe.ppo.keep_best and not folder.is_dir():
+        raise UserError(
+            f"ppo.keep_best: {folder} is not there, for the reward stage ran without reward.test_share; "
+            f"remove {folder.parent} and run `make reward RECIPE=...`"
+        )
+    return folder if folder.is_dir() else None
+
+
+def audit_adapters(recipe: Recipe, dialogue: Dialogue, folder: Path | None) -> dict[str, Path]:
+    """The test model by its adapter where it can be one of the policy's base; else it reads the text."""
+    if folder is None or recipe.ppo.retokenize or config_file(folder) is None:
+        return {}
+    try:
+        check_same_contract(load_config(folder), recipe, dialogue, folder)
+    except UserError:
+        check_has_score(load_config(folder), folder)
+        return {}
+    return {TEST: folder}
 
 
 def reward_adapters(number: int) -> tuple[str, ...]:
@@ -106,6 +139,7 @@ def new_backbone(
     section: Ppo,
     *,
     rewards: Sequence[str] = (),
+    tests: Sequence[str] = (),
     reference_copy: bool = False,
     depths: Mapping[str, int] | None = None,
     pooled: Sequence[str] = (),
@@ -117,6 +151,7 @@ def new_backbone(
         lora: shape of every adapter.
         section: whether there is a value, and whether it has an adapter of its own.
         rewards: names of adapters with a scalar head, to be loaded with reward models.
+        tests: further ones, whose scores are no reward.
         reference_copy: make an adapter ``reference``; else the reference is the base without adapters.
         depths: rewards that consist of so many of the base's layers; the value that starts as the first of
             them does too.
@@ -131,8 +166,8 @@ def new_backbone(
     backbone = Backbone(
         base,
         lora,
-        adapters=("policy", *own, *rewards, *reference),
-        heads=(*heads, *rewards),
+        adapters=("policy", *own, *rewards, *reference, *tests),
+        heads=(*heads, *rewards, *tests),
         trainable=("policy", *heads),
         shared={"value": "policy"} if heads and not own else None,
         depths=depths,
@@ -158,6 +193,9 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weight
     names = reward_adapters(len(folders))
     section, start = recipe.ppo, start_folder(recipe, run, "ppo")
     rewards = () if section.retokenize else names
+    test = audit_folder(recipe, run)
+    tests = audit_adapters(recipe, dialogue, test)
+    as_adapters = dict(zip(rewards, folders, strict=False)) | tests
     own_value = section.has_value and section.value == "adapter"
     torch.manual_seed(recipe.seed)
     backbone = new_backbone(
@@ -165,8 +203,9 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weight
         recipe.lora,
         section,
         rewards=rewards,
+        tests=[*tests],
         reference_copy=start is not None,
-        **(shapes_of(rewards, folders) if rewards else {}),
+        **shapes_of([*as_adapters], [*as_adapters.values()]),
     )
     origins = {"policy": f"{recipe.model.path}, fresh adapter (no change at the start)"}
     origins["reference"] = f"{recipe.model.path}, adapters off"
@@ -184,6 +223,7 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weight
             origins[adapter] = load_scorer(backbone, adapter, folder)
     else:
         origins |= {n: f"{f}, on its own base, reads the text" for n, f in zip(names, folders, strict=True)}
+    origins |= _audit_origin(backbone, test, tests)
     for reward in section.rewards:
         place = reward.model or judge_name(reward.scored_by or "")
         origins[f"{_LOGGED}{reward.label}"] = f"{reward.weight:g} x {place}"
@@ -200,6 +240,14 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weight
         for part, origin in {**origins, "trunk": trunk}.items():
             print(f"{part + ':':<10} {origin}", flush=True)
     return backbone
+
+
+def _audit_origin(backbone: Backbone, test: Path | None, tests: Mapping[str, Path]) -> dict[str, str]:
+    """Where the test model comes from, which is loaded here where it is an adapter."""
+    if test is None:
+        return {}
+    own = load_scorer(backbone, TEST, test) if tests else f"{test}, on its own base, reads the text"
+    return {"test model": f"{own}; no part of the reward"}
 
 
 def _check_scores(recipe: Recipe, run: StageRun, folders: Sequence[Path]) -> None:
@@ -312,16 +360,23 @@ def _parts(recipe: Recipe, run: StageRun, members: Sequence[RewardFn]) -> list[W
     return parts
 
 
+def audit_function(recipe: Recipe, folder: Path, model: Backbone, dialogue: Dialogue) -> RewardFn:
+    """How the test model in a folder scores responses."""
+    if TEST in model.heads:
+        return _adapter(model, TEST, dialogue.end_of_context_id)
+    return reads_text(folder, recipe, "ppo.test_reward_model")
+
+
 def _classifier(place: str, recipe: Recipe, key: str) -> RewardFn:
     """Scores by anybody's sequence classifier with one label, which reads prompt and response as text."""
     scorer = scorers.load_scorer(place, recipe, key=key)
     return lambda responses: torch.from_numpy(scorer.score(responses.prompts, responses.texts))
 
 
-def reads_text(folder: Path, recipe: Recipe) -> RewardFn:
+def reads_text(folder: Path, recipe: Recipe, key: str = "evaluate.reward_model") -> RewardFn:
     """Scores by a reward model with a base of its own, ours or anybody's, which reads prompt and response."""
     if config_file(folder) is None:
-        return _classifier(str(folder), recipe, "evaluate.reward_model")
+        return _classifier(str(folder), recipe, key)
     model = TextRewardModel(folder, best_device(), trust_remote_code=recipe.model.trust_remote_code)
     return lambda responses: model.score(responses.prompts, responses.texts)
 

@@ -136,6 +136,7 @@ class PpoTrainer:
     def collect_rollout(self, step: int) -> Rollout:
         """Sample a batch of responses, score it, and compute log-probs, reference log-probs and values."""
         began = time.monotonic()
+        self.weights.note_sampled()
         rollout = collect(
             self.backbone,
             self.runtime,
@@ -179,6 +180,7 @@ class PpoTrainer:
         found |= stats | self.gaps | self.reward_metrics() | dict(rollout.seconds)
         found["progress/episodes"] = float((step + 1) * self.section.batch_size)
         found["time/update"] = time.monotonic() - self.collected_at
+        self.weights.note_judged(found)
         self.kl, self.done = found["objective/kl"], step + 1
         assert self.metrics is not None, "there is a log while the loop runs"
         self.metrics.log(self.done, found)
@@ -198,17 +200,18 @@ class PpoTrainer:
     def save(self) -> None:
         """Write the trained adapters in peft's format, each in a folder of its name with the tokenizer.
 
-        With ``ema_decay`` the policy is the moving average, and ``policy_last`` the last weights. Every
-        process must call it.
+        With ``ema_decay`` the policy is the moving average, with ``keep_best`` the best one, and
+        ``policy_last`` the last weights. Every process must call it.
         """
         adapters = self.weights.gathered()
         if not self.is_main:
             return
         if self.section.has_value:
             adapters["value"][f"{HEAD}.bias"] += self.backbone.offsets["value"]  # peft's format has no offset
-        if self.weights.ema is not None:
+        chosen = self.weights.chosen()
+        if chosen is not None:
             adapters["policy_last"] = adapters["policy"]
-            adapters["policy"] = self.weights.ema
+            adapters["policy"] = chosen
         self.weights.write_adapters(self.folder, adapters)
         for adapter in adapters:
             self.dialogue.tokenizer.save_pretrained(str(self.folder / adapter))

@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from policy.audit.best import BestPolicy
 from rlhf.errors import UserError
 from rlhf.models.backbone import Backbone
 from rlhf.recipe.schema import Ppo
@@ -42,6 +43,7 @@ class AdapterWeights:
         groups = [{"params": [*by_adapter[a].values()], "lr": self.rates[a]} for a in self.adapters]
         named = {f"{a}.{name}": p for a, parameters in by_adapter.items() for name, p in parameters.items()}
         runtime.prepare(backbone, groups, named, epsilon=section.adam_epsilon, kind=section.optimizer)
+        self.best = BestPolicy() if section.keep_best else None
         self.ema: dict[str, Tensor] | None = None
         if section.ema_decay is not None:
             self.ema = self.gathered()["policy"]
@@ -69,6 +71,29 @@ class AdapterWeights:
         for name, tensor in self.gathered()["policy"].items():
             self.ema[name].lerp_(tensor, 1.0 - decay)
 
+    def note_sampled(self) -> None:
+        """Note the policy that samples next, where the best is kept; every process must call it."""
+        if self.best is not None:
+            self.best.sampled(self.gathered()["policy"])
+
+    def note_judged(self, figures: dict[str, float]) -> None:
+        """Note what the test model gave its rollout.
+
+        Raises:
+            UserError: there is no test model.
+        """
+        if self.best is None:
+            return
+        if "audit/test" not in figures:
+            raise UserError(
+                "ppo.keep_best chooses by a test model: set reward.test_share, or test_reward_model"
+            )
+        self.best.judged(figures["audit/test"], figures["audit/test_error"])
+
+    def chosen(self) -> dict[str, Tensor] | None:
+        """The policy that is saved instead of the last one: the moving average, the best one, or None."""
+        return self.ema if self.best is None else self.best.chosen().tensors
+
     def gathered(self) -> Adapters:
         """Every learning tensor, gathered from all shards; every process must call it."""
         found: Adapters = {adapter: {} for adapter in self.adapters}
@@ -90,6 +115,8 @@ class AdapterWeights:
         write_atomically(folder / "optimizer.safetensors", save(moments))
         if self.ema is not None:
             write_atomically(folder / _EMA, save(self.ema))
+        if self.best is not None:
+            self.best.save(folder)
 
     def restore(self, checkpoint: Path) -> None:
         """Put optimizer and average back; the adapters were read before the optimizer was made.
@@ -101,6 +128,8 @@ class AdapterWeights:
             self.runtime.load_optimizer_tensors(load_file(checkpoint / "optimizer.safetensors"))
             if self.ema is not None:
                 self.ema = load_file(checkpoint / _EMA)
+            if self.best is not None:
+                self.best.restore(checkpoint)
         except (KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"{checkpoint}: the optimizer state is incomplete ({error}); "

@@ -58,6 +58,9 @@ class Scoring(Section):
     rewards: list[RewardPart] = []
     """Instead of `reward_model`: rewards of any kind that are added up, each with its weight, as in
     [{model: reward}, {function: my_rewards.py:brevity, weight: 0.1}, {judge: vader}]."""
+    test_reward_model: Folder | None = None
+    """Folder of a reward model that scores every rollout too and is no part of the reward, so that it tells
+    where that is exploited; null = the test model of this run's reward stage, where there is one."""
     ensemble: Literal["mean", "minimum", "pessimistic"] = "mean"
     """Score of several reward models: their mean, their minimum, or mean - ensemble_penalty x standard
     deviation (Coste 2023, arXiv 2310.02743)."""
@@ -204,6 +207,9 @@ class Checking(Section):
     max_log_prob_gap: Rate | None = None
     """Largest accepted mean gap between the log-probs of sampling and of training, in nats a token; null =
     four times what rounding makes of it before the first update, at least 0.05."""
+    keep_best: bool = False
+    """Save the policy with the best score of the test model, smoothed over five rollouts, as `policy`, and
+    the last weights as `policy_last`."""
     max_nonfinite_updates: Positive = 3
     """Updates with a loss or gradient that is not finite are skipped and counted; stop after this many."""
 
@@ -264,6 +270,10 @@ class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecti
             raise ValueError("rewards and reward_model: name the reward model in rewards, as {model: FOLDER}")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"rewards: two are called {twice[0]}; give one a name of its own")
+        if self.test_reward_model in self.named_models and self.test_reward_model is not None:
+            raise ValueError("test_reward_model is a reward that is trained on: name another one")
+        if self.keep_best and self.ema_decay is not None:
+            raise ValueError("keep_best and ema_decay both say which policy is saved: remove one")
         if self.rewards and not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing is learned; give one a weight")
         return self

@@ -81,6 +81,12 @@ class Recipe(Section):
             )
         if self.evaluate.judge != "reward" and self.evaluate.reward_model:
             raise ValueError("evaluate.reward_model is only used with evaluate.judge=reward; remove one")
+        own_test = self.ppo.own_reward and self.reward.test_share
+        if self.ppo.keep_best and not (own_test or self.ppo.test_reward_model):
+            raise ValueError(
+                "ppo.keep_best chooses by a test model: set reward.test_share=0.5, which trains one, or name "
+                "one as ppo.test_reward_model"
+            )
         if self.evaluate.policy == "dpo" and self.dpo is None:
             raise ValueError("evaluate.policy=dpo: this recipe has no dpo section; add one")
         if self.sft and self.sft.loss_on == "assistant" and self.dialogue.template == "plain":

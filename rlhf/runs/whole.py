@@ -19,7 +19,7 @@ READ = {
     "sft": ("policy/*",),
     "distill": ("policy/*", "model/*"),
     "pmp": ("model/*",),
-    "reward": ("model*/*", PROBE_SCORES),
+    "reward": ("model*/*", "test_model/*", PROBE_SCORES),
     "ppo": ("policy/*",),
     "dpo": ("policy/*",),
 }
