@@ -58,7 +58,7 @@ def test_the_first_round_is_a_part_of_the_static_comparisons(road, inside):
     assert len(result["rounds"]) == 2
     assert len(result["gold"]) == 6
     units.arm(static)
-    name = "tiny-online-{content}-{arm}-{seed}-24".format
+    name = "tiny-online-{content}-{arm}-{seed}-{rounds}-{prompts}".format
     parts = [
         {
             (prompt_key(c.prompt), c.responses, c.ranks)

@@ -33,7 +33,7 @@ def base(s: Settings) -> dict[str, Any]:
 
 def arm(s: Settings) -> dict[str, Any]:
     """All rounds of an arm; gold scores of its last policy, and how right its reward model is about it."""
-    parts = (s["content"], s["arm"], s["seed"], s["rounds"] * s["prompts"])
+    parts = (s["content"], s["arm"], s["seed"], s["rounds"], s["prompts"])
     name = "-".join([Path(s["recipe"]).stem, "online", *map(str, parts)])
     rounds = Rounds(number=s["rounds"], prompts=s["prompts"])
     given = json.dumps(rounds.model_dump())
