@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import stage, tiny_recipe
@@ -15,12 +16,14 @@ from tiny_ppo import SMALL, backbone_of, trainer, weights
 
 from policy.audit.best import BestPolicy
 from policy.audit.scores import AuditedScore
+from policy.evaluate import __main__ as evaluate
 from policy.ppo import __main__ as ppo
 from policy.ppo.rollout import Responses
+from reward.training import __main__ as reward_stage
 from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Ppo
-from rlhf.runs.artifacts import WEIGHTS, read_json
+from rlhf.runs.artifacts import WEIGHTS, read_json, read_jsonl
 from rlhf.stats.overoptimization import verdict
 from rlhf.training.metrics import read_metrics
 
@@ -252,8 +255,8 @@ def test_the_training_has_the_same_bits_with_and_without_it(tmp_path):
 
 
 @pytest.fixture
-def with_test_model(road, tmp_path, monkeypatch):
-    """A current folder with everything before PPO done, a test model in the reward stage's place for it."""
+def before_ppo(road, tmp_path, monkeypatch):
+    """A current folder with everything before PPO done."""
     shutil.copytree(road, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     for name in ("ppo", "evaluate"):
@@ -261,7 +264,7 @@ def with_test_model(road, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_ppo_is_the_same_to_the_bit_beside_a_test_model(road, with_test_model, capsys):
+def test_ppo_is_the_same_to_the_bit_beside_a_test_model(road, before_ppo, capsys):
     shutil.copytree("runs/tiny/reward/model", "other")
     stage(ppo.main, "ppo.test_reward_model=other")
     printed = capsys.readouterr().out
@@ -283,3 +286,39 @@ def test_a_run_without_one_says_what_its_verdict_is_worth(road):
     assert results["audit"]["verdict"] == "no sign"
     assert "Without a test model nobody checks the score itself" in results["audit"]["text"]
     assert "kept_step" not in results
+
+
+def test_the_whole_road_with_a_test_model_of_its_own(road, before_ppo, capsys):
+    words = ("reward.test_share=0.5", "ppo.keep_best=true", "evaluate.best_of=2", "evaluate.judge=reward")
+    with pytest.raises(UserError, match=r"reward/test_model is not there.*make reward"):
+        stage(ppo.main, *words)  # the reward stage has run without
+    shutil.rmtree("runs/tiny/reward")
+    shutil.rmtree("runs/tiny/ppo")
+    for main in (reward_stage.main, ppo.main, evaluate.main):
+        stage(main, *words)
+    printed = capsys.readouterr().out
+    results = read_json(Path("runs/tiny/ppo/manifest.json"))["results"]
+    assert (
+        f"ppo: kept the policy of step {results['kept_step']} of {results['steps']}, the test model's best"
+        in printed
+    )
+    assert (Path("runs/tiny/ppo/policy_last") / WEIGHTS).is_file()
+    summary = read_json(Path("runs/tiny/evaluate/summary.json"))
+    assert list(summary["samples"][0]["scores"]) == ["test", "reward"]
+    assert summary["over_optimization"] == results["audit"]
+    assert summary["best_of_n"]["judge"] == "test"
+    rows = [row["scores"] for row in read_jsonl(Path("runs/tiny/evaluate/responses.jsonl"))]
+    change = {}
+    for name in ("reward", "test"):
+        before, after = (np.array([row[name][side] for row in rows]) for side in (0, 1))
+        change[name] = (after - before).mean() / before.std()
+    assert summary["gap"]["mean"] == pytest.approx(change["reward"] - change["test"])
+    low, high = summary["gap"]["ci95"]
+    assert low < summary["gap"]["mean"] < high
+    page = Path("runs/tiny/evaluate/summary.md").read_text()
+    assert f"Over-optimization: {results['audit']['text']}" in page
+    assert "| test model (never a reward) |" in page
+    (before_ppo / "runs/tiny/reward/test_model" / WEIGHTS).write_bytes(b"damaged")
+    shutil.rmtree("runs/tiny/ppo")
+    with pytest.raises(UserError, match="test_model"):
+        stage(ppo.main, *words)

@@ -29,6 +29,7 @@ from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.masks import ended, masked_mean
 from rlhf.stats.intervals import Z95, mean_interval, paired_difference, win_rate
 from rlhf.stats.length_control import length_controlled
+from rlhf.stats.overoptimization import gap_of
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.shares import own, together
 
@@ -220,6 +221,12 @@ def compare(before: EvaluatedResponses, after: EvaluatedResponses, *, samples: i
             figures[f"{name}_win_rate"] = win_rate(x, y).as_dict()
             lengths = before.length, after.length
             figures[f"{name}_length_controlled"] = length_controlled(*values, *lengths, prompt_N)
+    if "test" in before.scores:
+        two = (
+            [per_prompt(side.scores[name], samples) for side in (before, after)]
+            for name in ("reward", "test")
+        )
+        figures["gap"] = gap_of(*two).as_dict()
     for n in (1, 2):
         figures[f"distinct_{n}"] = paired_jackknife(
             before.texts, after.texts, functools.partial(distinct_n, n=n)

@@ -9,6 +9,7 @@ from rlhf.markdown import number, plain, table, value
 _ROWS = (  # key, label, format
     ("gold", "gold score", ".3f"),
     ("judge", "held-out reward model", ".3f"),
+    ("test", "test model (never a reward)", ".3f"),
     ("reward", "reward model (the training proxy)", ".3f"),
     ("response_length", "response length, tokens", ".1f"),
     ("eos_rate", "share that ended itself", ".3f"),
@@ -16,10 +17,12 @@ _ROWS = (  # key, label, format
     ("distinct_1", "distinct-1", ".3f"),
     ("distinct_2", "distinct-2", ".3f"),
 )
-_WIN_RATES = {"gold": "gold", "judge": "held-out reward model", "reward": "reward model"}
+_WIN_RATES = {"gold": "gold", "judge": "held-out reward model", "test": "test model",
+              "reward": "reward model"}  # fmt: skip
 _SCORES = {
     "gold": "gold score",
     "judge": "score by the held-out reward model",
+    "test": "score by the test model",
     "reward": "proxy score",
 }
 
@@ -35,6 +38,7 @@ def as_markdown(summary: dict[str, Any]) -> str:
         f"Base {summary['model']}; {summary['reward']['n']} held-out prompts, the same for both sides; "
         "95% intervals, paired by prompt.\n",
         _figures(summary),
+        _over_optimization(summary),
         _length_controlled(summary),
         *([_best_of_n(summary["best_of_n"])] if "best_of_n" in summary else []),
         _reward_model(summary["reward_model"]),
@@ -66,6 +70,18 @@ def _figures(summary: dict[str, Any]) -> str:
         forward = plain(summary["forward_kl"], ".2f")
         lines.append(f"KL(reference || policy), on the reference's responses: {forward} nats.\n")
     return "\n".join([table(["figure", "before", "after", "difference", "95% interval"], rows), *lines])
+
+
+def _over_optimization(summary: dict[str, Any]) -> str:
+    """The verdict of PPO's log, and the gap between both reward models on held-out prompts."""
+    found = summary.get("over_optimization")
+    lines = [f"Over-optimization: {found['text']}\n"] if found else []
+    if gap := summary.get("gap"):
+        lines.append(
+            f"On the held-out prompts the reward model's score rose by {plain(gap, '.2f')} standard "
+            "deviations more than the test model's.\n"
+        )
+    return "\n".join(lines)
 
 
 def _length_controlled(summary: dict[str, Any]) -> str:

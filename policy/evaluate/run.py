@@ -80,6 +80,11 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         **({} if section.policy == "ppo" else {"policy": section.policy}),
         **compare(before, after, samples=section.samples_per_prompt),
         **best_of,
+        **(
+            {"over_optimization": made["ppo"].get("results", {}).get("audit")}
+            if section.policy == "ppo"
+            else {}
+        ),
         "reward_model": _reward_figures(made),
         "samples": spread(written, section.pairs_shown),
         "stages": _stage_costs(run, made),

@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 from scipy.stats import norm, theilslopes
 
-from rlhf.stats.intervals import Z95, Estimate
+from rlhf.stats.intervals import Z95, Estimate, mean_interval
 
 Floats = NDArray[np.float64]
 Row = Mapping[str, Any]
@@ -95,6 +95,24 @@ def unit_errors(proxy: Series, test: Series, gap: Series, last: slice) -> dict[s
         "test": abs(t) * math.sqrt(square / 2),
         "gap": math.sqrt(gap_square * square / 2),
     }
+
+
+def gap_of(proxy: Sequence[ArrayLike], test: Sequence[ArrayLike]) -> Estimate:
+    """The gap of the same prompts before and after a training, in standard deviations before it.
+
+    proxy, test: the scores (before, after), a number a prompt, all in the same order. As :func:`change`, the
+    interval knows that the units are measured on these prompts too.
+    """
+    rises, units = [], []
+    for scores in (proxy, test):
+        before, after = (np.asarray(side, dtype=np.float64) for side in scores)
+        units.append((before - before.mean()) / (float(before.std()) or 1.0))
+        rises.append((after - before) / (float(before.std()) or 1.0))
+    gap = mean_interval(rises[0] - rises[1])
+    p, t, r = float(rises[0].mean()), float(rises[1].mean()), float((units[0] * units[1]).mean())
+    own = (gap.high - gap.low) / (2 * Z95)
+    error = Z95 * math.hypot(own, math.sqrt(max(p * p + t * t - 2 * p * t * r * r, 0.0) / (2 * gap.n)))
+    return Estimate(gap.mean, gap.mean - error, gap.mean + error, gap.n)
 
 
 def slopes(of: Series, end: int) -> tuple[Floats, Floats]:
