@@ -16,6 +16,7 @@ from policy.rounds import plan
 from policy.rounds.__main__ import main
 from policy.rounds.run import check_apart, open_rounds, run_rounds, start
 from rlhf.data.comparisons import Comparison, Counts, Message, prompt_key, write_native
+from rlhf.data.readers import read_comparisons
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.rank.candidates import candidates
@@ -182,6 +183,29 @@ def test_a_recipe_with_comparisons_begins_with_those_and_adds_to_them():
     words = dict(word.split("=", 1) for word in plan.sampling(recipe, recipe.rounds, 3))
     assert words["collect.skip"] == "16"  # the second round that samples
     assert json.loads(words["data.held_out_prompts"]) == ["runs/r-round-1/comparisons/held_out_prompts.jsonl"]
+
+
+@pytest.mark.parametrize("tests", [False, True])
+def test_rounds_over_comparisons_of_ones_own(tests, road, inside):
+    """The first round reads them, the second one samples; test files of one's own stay what is held out."""
+    shutil.copytree(road / "models", inside / "models")
+    rows = read_comparisons([f"{ROOT}/recipes/tiny/comparisons.jsonl"], on_bad_rows="stop")[0]
+    short = [c for c in rows if len(c.prompt) == 1 and len(c.prompt[0].content) < 60][:30]
+    write_native(Path("own.jsonl"), short[6:])
+    write_native(Path("tests.jsonl"), short[:6])
+    own = ["data.comparisons=own.jsonl", "data.prompts=[]", "data.held_out_prompts=[]", "data.limit=20"]
+    own += ["data.held_out_comparisons=tests.jsonl"] if tests else []
+    one, two = begun(*own)
+    assert (one.new, one.policies) == (0, [])
+    assert (two.new, two.policies) == (ROWS, ["runs/r-round-1/ppo/policy", "base"])
+    first, second = (texts(comparisons(f"r-round-{n}", "train", "held_out")) for n in (1, 2))
+    assert second - first == texts(comparisons("r-round-2-new", "train", "held_out"))
+    assert first < second
+    assert len(first) == 20 + 6 * tests
+    if tests:
+        assert texts(comparisons("r-round-2", "held_out")) == texts(short[:6])
+    prompts = [Path(plan.stored(f"r-round-{n}", "held_out_prompts")[0]).read_bytes() for n in (1, 2)]
+    assert sorted(prompts[0].split(b"\n")) == sorted(prompts[1].split(b"\n"))
 
 
 def test_the_newest_policies_come_first_and_the_base_is_the_oldest():
