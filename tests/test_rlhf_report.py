@@ -1,6 +1,7 @@
 """A run's page: what it shows of what is finished, unfinished, damaged or hostile; that it needs nothing."""
 
 import copy
+import itertools
 import json
 import random
 import re
@@ -8,7 +9,9 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from audit_cases import PEAK, TIME, log
 from conftest import noted_anew, stage
 from lxml import html
 from tiny_tax import again
@@ -340,3 +343,30 @@ def test_scores_of_an_earlier_version_are_found_among_the_pairs_it_showed(run):
     found = [sample["scores"] for sample in samples_of(gather(RUN))]
     assert any(found)
     assert not all(found)
+
+
+# ---- over-optimization
+
+
+def test_a_run_that_games_its_reward_says_so_at_the_top_with_both_scores_and_the_step(run):
+    rows = [row | log for row, log in zip(itertools.cycle(read_jsonl(RUN / "ppo/metrics.jsonl")),
+                                          log(0, 2 * np.sqrt(TIME), PEAK), strict=False)]  # fmt: skip
+    write_jsonl(RUN / "ppo/metrics.jsonl", rows)
+    text, tree = page()
+    first = tree.xpath("//main/section")[0]
+    assert first.get("aria-labelledby") == "h-notices"
+    assert "tiny: over-optimized from about step" in said(first, ".")
+    assert first.xpath(".//a/@href") == ["#overoptimization"]
+    section = tree.get_element_by_id("overoptimization")
+    assert "Set ppo.keep_best=true" in said(section, ".")
+    assert len(section.xpath(".//figure")) == 2
+    assert re.search(r"over-optimized from 1\d", text)
+    assert section.xpath(".//figcaption//a/@href") == ["runs/tiny/ppo/metrics.jsonl"] * 2
+    write_jsonl(RUN / "ppo/metrics.jsonl", [row | {"audit/gap": "far"} for row in rows])  # no number
+    assert "h-notices" not in page()[0]
+
+
+def test_a_run_without_a_test_model_says_what_it_does_not_know(at):
+    _, tree = page()
+    assert "Without a test model nobody checks the score itself" in said(tree, "//*[@id='overoptimization']")
+    assert not tree.xpath("//*[@id='h-notices']")

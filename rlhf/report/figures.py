@@ -52,6 +52,14 @@ class Curve(NamedTuple):
     color: int = 0
 
 
+class Band(NamedTuple):
+    """A named line with intervals: (x, mean, low, high)."""
+
+    name: str
+    points: Sequence[tuple[float, float, float, float]]
+    color: int = 0
+
+
 class Dot(NamedTuple):
     """A figure with its interval, on a line of its own."""
 
@@ -99,6 +107,24 @@ def curves(key: str, title: str, lines: Sequence[Curve], *, x: str = "step") -> 
                 ax.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
         ax.set_xlabel(x)
         if len(lines) > 1:
+            ax.legend(fontsize=8)
+        return _svg(figure, key, title)
+
+
+def bands(key: str, title: str, lines: Sequence[Band], *, mark: float | None = None) -> str:
+    """Lines over steps with their intervals and a line at 0; a dashed one where something begins."""
+    with plt.rc_context(_STYLE):
+        figure, ax = _axes(4.2, 2.5)
+        ax.axhline(0, color=_INK, linewidth=0.8)
+        for line in lines:
+            x, mean, low, high = zip(*line.points, strict=True)
+            color = _COLORS[line.color % SERIES]
+            ax.plot(x, mean, color=color, linewidth=1.6, label=_label(line.name))
+            ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        if mark is not None:
+            ax.axvline(mark, color=_INK, linewidth=1, linestyle="--", label=f"over-optimized from {mark:g}")
+        ax.set_xlabel("step")
+        if len(lines) > 1 or mark is not None:
             ax.legend(fontsize=8)
         return _svg(figure, key, title)
 

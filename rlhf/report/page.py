@@ -16,6 +16,7 @@ from markupsafe import Markup
 from rlhf import NAME, __version__
 from rlhf.errors import UserError
 from rlhf.report.gather import Run
+from rlhf.report.overoptimization import notices
 from rlhf.report.sections import EVALUATIONS, sections
 from rlhf.runs.artifacts import write_atomically
 
@@ -65,6 +66,7 @@ def page_of(runs: Sequence[Run], file: Path, *, live: bool = False) -> tuple[byt
         "live": live,
         "title": " and ".join(run.name for run in runs),
         "project": f"{NAME} {__version__}",
+        "notices": notices(runs),
         "faults": [(run, s) for run in runs for s in run.stages.values() if s.state != "finished"],
     }
     template = environment.get_template("page.html.jinja")

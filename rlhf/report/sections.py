@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rlhf.markdown import number, percent, plain, value
 from rlhf.report import figures
+from rlhf.report.blocks import Block, Section, Source
 from rlhf.report.figures import Curve, Dot
 from rlhf.report.gather import Run, Stage
+from rlhf.report.overoptimization import overoptimized
 from rlhf.runs.artifacts import MANIFEST, hash_of
-
-Source = tuple[Run, str]
-"""A run and a file in its folder."""
-
-
-@dataclasses.dataclass
-class Block:
-    """A table or a figure, with the files that hold it."""
-
-    title: str = ""
-    sources: Sequence[Source] = ()
-    head: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    svg: str = ""
-    text: str = ""
-    marked: frozenset[int] = frozenset()
-    """Rows in which the runs differ."""
-
-
-@dataclasses.dataclass
-class Section:
-    """A part of the page under a heading."""
-
-    key: str
-    title: str
-    blocks: list[Block]
-
 
 CURVES = (  # metric of PPO, title, whether more is better is for the reader to say
     ("objective/score", "Score of the reward model"),
@@ -51,6 +25,7 @@ CURVES = (  # metric of PPO, title, whether more is better is for the reader to 
 _BEFORE_AFTER = (
     ("gold", "gold score", ".3f"),
     ("judge", "held-out reward model", ".3f"),
+    ("test", "test model (never a reward)", ".3f"),
     ("reward", "reward model (the proxy)", ".3f"),
     ("response_length", "response length, tokens", ".1f"),
     ("eos_rate", "share that ended itself", ".3f"),
@@ -69,6 +44,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         ("road", "The road", _road),
         ("reward", "Reward model", _reward),
         ("policy", "PPO", _policy),
+        ("overoptimization", "Over-optimization", overoptimized),
         ("judged", "Gold and test models against the proxy", _judged),
         ("tax", "What alignment cost", _tax),
     )
@@ -110,7 +86,9 @@ _GLANCE = (  # stage, path, label, format; a difference is after less before
     ("evaluate", "gold", "gain in the gold score", "+.3f"),
     ("evaluate", "gold_length_controlled.gain_at_equal_length", "the same at equal length", "+.3f"),
     ("evaluate", "judge", "gain by the held-out reward model", "+.3f"),
+    ("evaluate", "test", "gain by the test model", "+.3f"),
     ("evaluate", "reward", "gain by the proxy", "+.3f"),
+    ("evaluate", "gap", "gain that the proxy alone sees, standard deviations", "+.2f"),
     ("evaluate", "response_length", "responses longer by, tokens", "+.1f"),
     ("evaluate", "kl", "KL from the start, nats a response", ".2f"),
     ("evaluate_dpo", "reward", "DPO: gain by the reward model", "+.3f"),
