@@ -104,7 +104,7 @@ def test_a_stage_without_a_process_has_stopped(run):
 def test_a_run_that_has_not_begun_has_ended_or_is_between_two_stages(run, road, tmp_path):
     assert now_of(tmp_path / "runs/none").startswith("none: not begun (")
     shutil.rmtree(run / "ppo")
-    assert "nothing runs now; not done yet: ppo, evaluate; last change" in now_of(run)
+    assert "no stage runs just now; still to do: ppo, evaluate; last change" in now_of(run)
     for name in ("ppo", "evaluate"):
         shutil.copytree(road / "runs/tiny" / name, run / name, dirs_exist_ok=True)
     assert now_of(run).startswith("tiny: finished; last change ")
@@ -113,6 +113,11 @@ def test_a_run_that_has_not_begun_has_ended_or_is_between_two_stages(run, road, 
 def test_where_locks_cannot_be_seen_nothing_is_said_to_run(begun, tmp_path, monkeypatch):
     monkeypatch.setattr(state, "_LOCKS", tmp_path / "none")
     assert "has stopped" in now_of(begun)
+
+
+def test_a_stage_without_metrics_says_when_it_began(begun):
+    (begun / "ppo/metrics.jsonl").unlink()
+    assert re.fullmatch(r"tiny: ppo runs, begun \d+ (s|min) ago", now_of(begun))
 
 
 def test_to_look_takes_no_lock(run):

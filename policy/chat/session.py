@@ -127,7 +127,7 @@ class Conversation:
             )
             self.answers.append(answer)
             notes = [] if answer.score is None else [f"score {answer.score:+.2f}"]
-            notes += [f"{answer.tokens} tokens"]
+            notes += [f"{answer.tokens} token{'s' * (answer.tokens != 1)}"]
             notes += {"limit": ["cut at the limit"], "stopped": ["stopped"]}.get(answer.end, [])
             self.say(f"\n    ({', '.join(notes)})\n")
         self.kept = len(self.answers) - 1

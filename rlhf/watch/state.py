@@ -52,7 +52,7 @@ def now_of(folder: Path) -> str:
     left = [name for name in ROAD if name in its and not (folder / name / MANIFEST).exists()]
     return (
         f"{folder.name}: "
-        + (f"nothing runs now; not done yet: {', '.join(left)}" if left else "finished")
+        + (f"no stage runs just now; still to do: {', '.join(left)}" if left else "finished")
         + heard
     )
 
@@ -69,7 +69,9 @@ def _running(stage: Path) -> str:
         elif (left := _seconds_left(progress)) is not None:
             parts.append(f"about {_duration(left)} left in it")
     metric = _changed(stage / "metrics.jsonl")
-    parts.append(f"last metric {_ago(metric)}" if metric else "no metric yet")
+    parts.append(
+        f"last metric {_ago(metric)}" if metric else f"begun {_ago(_changed(stage / 'fingerprint.json'))}"
+    )
     return ", ".join(parts)
 
 
