@@ -43,6 +43,13 @@ def test_candidates_of_files_are_fixed_when_the_session_begins(tmp_path, monkeyp
         candidates(tiny_recipe(f"rank.files={file}", "rank.prompts=2"))
 
 
+def test_rows_may_say_who_wrote_and_a_text_that_stands_twice_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "q", "responses": ["b", "a", "b "], "writers": ["runs/x", "base", "base"]}
+    (item,) = candidates(tiny_recipe(f"rank.files={write(tmp_path / 'rows.jsonl', row)}"))
+    assert (item.responses, item.writers) == (("b", "a"), ("runs/x", "base"))
+
+
 def test_damaged_candidates_are_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = tiny_recipe(f"rank.files={write(tmp_path / 'rows.jsonl', *ROWS)}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 from pathlib import Path
 
 from rlhf.errors import UserError, exit_on_user_error
@@ -57,14 +56,15 @@ def main() -> None:
 
 def _server(served: Routes, folder: Path, port: int) -> Server:
     """The server, at its former address where that is free and no other port is asked for."""
-    former: dict = {}
-    with contextlib.suppress(OSError, ValueError):
-        former = json.loads((folder / _ADDRESS).read_bytes())
-    token = str(former.get("token") or secrets.token_urlsafe(24))
-    server = None
-    if not port and former.get("port"):
+    former, token, server = 0, "", None
+    with contextlib.suppress(
+        OSError, ValueError, LookupError, TypeError, UserError
+    ):  # or it is a new address
+        kept = json.loads((folder / _ADDRESS).read_bytes())
+        former, token = port_of(str(kept["port"])), str(kept["token"])
+    if former and not port:
         with contextlib.suppress(UserError):
-            server = Server(served, int(former["port"]), token)
+            server = Server(served, former, token)
     server = server or Server(served, port, token)
     file = folder / _ADDRESS
     file.touch(mode=0o600)

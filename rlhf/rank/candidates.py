@@ -28,13 +28,15 @@ MOST_RESPONSES = 9  # of a prompt: there are that many number keys
 _BATCH = 16  # prompts sampled together
 _SAMPLING = ("prompts", "policies", "responses", "temperature")
 _FORMAT = 1
+_UNKNOWN = "file"  # who wrote the responses of a file that does not say it
 
 
 class Candidate(NamedTuple):
-    """A prompt and its responses."""
+    """A prompt, its responses, and who wrote each."""
 
     prompt: Prompt
     responses: tuple[str, ...]
+    writers: tuple[str, ...]
 
 
 def candidates(recipe: Recipe) -> list[Item]:
@@ -100,11 +102,16 @@ def _unranked(row: Row, _: str) -> list[Candidate]:
     responses = row["responses"]
     if not all(isinstance(text, str) for text in responses):
         raise BadRow("responses are not a list of strings")
-    return [Candidate(prompt_of(row["prompt"]), tuple(responses))]
+    writers = row.get("writers")
+    if not isinstance(writers, list) or len(writers) != len(responses):
+        writers = [_UNKNOWN] * len(responses)
+    return [Candidate(prompt_of(row["prompt"]), tuple(responses), tuple(map(str, writers)))]
 
 
 def _of_comparison(item: Comparison | LeftOut) -> list[Candidate | LeftOut]:
-    return [item] if isinstance(item, LeftOut) else [Candidate(item.prompt, item.responses)]
+    if isinstance(item, LeftOut):
+        return [item]
+    return [Candidate(item.prompt, item.responses, (_UNKNOWN,) * len(item.responses))]
 
 
 _FORMATS: tuple[Reader[Candidate], ...] = (
@@ -133,8 +140,16 @@ def _of_files(recipe: Recipe) -> list[Item]:
     )  # fmt: skip
     print(f"rank.files: {counts}", flush=True)
     random.Random(f"{recipe.seed}:rank").shuffle(found)
-    texts = [(x.prompt, dict.fromkeys(x.responses)) for x in found[: section.prompts]]
-    return [_item(prompt, tuple(responses), ["file"] * len(responses)) for prompt, responses in texts]
+    return [_distinct(*candidate) for candidate in found[: section.prompts]]
+
+
+def _distinct(prompt: Prompt, responses: Sequence[str], writers: Sequence[str]) -> Item:
+    """The item; a text that stands twice has its first writer, one that says nothing is left out."""
+    said: dict[str, tuple[str, str]] = {}
+    for text, who in zip(responses, writers, strict=True):
+        if text.strip():
+            said.setdefault(text.strip(), (text, who))
+    return _item(prompt, [text for text, _ in said.values()], [who for _, who in said.values()])
 
 
 def _sampled(recipe: Recipe, folder: Path, key: str) -> list[Item]:
@@ -163,12 +178,10 @@ def _sampled(recipe: Recipe, folder: Path, key: str) -> list[Item]:
         purpose="rank",
     ):  # fmt: skip
         for prompt, texts, writers in zip(batch.prompts, batch.responses, batch.writers, strict=True):
-            # the first writer of a text that stands twice; one that says nothing is left out
-            said = {text.strip(): (text, who) for text, who in reversed([*zip(texts, writers, strict=True)])}
-            said.pop("", None)
-            few += len(said) < 2
-            if len(said) >= 2:
-                items.append(_item(prompt, *map(list, zip(*reversed(said.values()), strict=True))))
+            item = _distinct(prompt, texts, writers)
+            few += len(item.responses) < 2
+            if len(item.responses) >= 2:
+                items.append(item)
     if few:
         print(f"rank: {few} prompts are left out: fewer than 2 different responses", flush=True)
     if not items:
