@@ -297,3 +297,6 @@ def test_it_fits_a_phone_and_a_screen(width, begun, window):
         window.goto(server.url)
         window.locator("#now", has_text="ppo runs").wait_for()
         assert window.evaluate("document.documentElement.scrollWidth") <= width
+        window.click("#sections a[href='#policy']")
+        bar, heading = (window.locator(where).bounding_box() for where in ("#now", "#h-policy"))
+        assert heading["y"] >= bar["y"] + bar["height"]  # not behind what stays on top
