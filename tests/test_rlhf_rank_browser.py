@@ -166,7 +166,7 @@ def test_keys_rank_tie_skip_mark_and_undo(served, person):
     ready(page, 2)
     assert ranks_of(server.rows()[1]) == ranks_of(second)
     said = server.stop()
-    assert "2 answers by 1 people" in said
+    assert "2 answers by one person" in said
     assert 'make reward SET="name=... data.comparisons=runs/tiny/rank/comparisons.jsonl"' in said
     found, _ = read_comparisons([str(server.folder / ANSWERS)], on_bad_rows="stop")
     assert len(found) == 2

@@ -120,7 +120,8 @@ def _writers(session: Session) -> list[tuple[str, float, int]]:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The summary for a terminal."""
-    said = [f"{found['answers']} answers by {len(found['people'])} people; "
+    people = "one person" if len(found["people"]) == 1 else f"{len(found['people'])} people"
+    said = [f"{found['answers']} answers by {people}; "
             f"{found['whole']} of {found['items']} prompts have all they need"]  # fmt: skip
     if found["pairwise"]:
         low, high = found["pairwise"]["ci95"]

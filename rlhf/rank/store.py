@@ -78,6 +78,8 @@ class Store:
     def take_back(self, chosen: Callable[[Answer], bool]) -> Answer | None:
         """Remove the last answer for which ``chosen`` says so, and return it; None where there is none."""
         with self._locked():
+            if self.path.exists():
+                self._mend()
             rows = self.rows()
             last = next((i for i in reversed(range(len(rows))) if chosen(rows[i])), None)
             if last is None:
