@@ -12,9 +12,7 @@ import os
 from pathlib import Path
 
 from rlhf.errors import UserError, exit_on_user_error
-from rlhf.rank.candidates import candidates
 from rlhf.rank.export import TOOLS, write_tasks
-from rlhf.rank.pages import lines, owner_path, routes, summary
 from rlhf.rank.session import Session
 from rlhf.rank.store import ANSWERS, Store
 from rlhf.recipe.load import from_command_line
@@ -33,6 +31,9 @@ def main() -> None:
     port, tool = port_of(os.environ.get("PORT", "")), os.environ.get("TO", "")
     if tool and tool not in TOOLS:
         raise UserError(f"TO={tool}: name {' or '.join(TOOLS)}")
+    from rlhf.rank.candidates import candidates
+    from rlhf.rank.pages import lines, owner_path, routes, summary
+
     with locked(folder):
         items = candidates(recipe)
         if tool:
