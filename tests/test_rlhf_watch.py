@@ -259,6 +259,7 @@ def test_a_new_row_appears_by_itself_and_nothing_that_is_read_moves(begun, road,
         window.fill("#f-text", "brewery")
         kept = window.text_content("#f-count")
         window.focus("#f-text")
+        window.keyboard.press("Home")
         top = "document.getElementById('f-text').getBoundingClientRect().top"
         before = window.evaluate(top)
         window.evaluate("document.documentElement.dataset.same = 'yes'")  # gone if the page were loaded anew
@@ -273,6 +274,7 @@ def test_a_new_row_appears_by_itself_and_nothing_that_is_read_moves(begun, road,
         assert window.text_content("#f-count") == kept != "20 of 20 shown"
         assert abs(window.evaluate(top) - before) <= 2
         window.keyboard.type("zzz")  # the caret is where it was, and the filter works
+        assert window.input_value("#f-text") == "zzzbrewery"
         assert window.text_content("#f-count") == "0 of 20 shown"
         assert "3 of 6" in window.text_content("#now")
         assert errors == []
@@ -297,6 +299,6 @@ def test_it_fits_a_phone_and_a_screen(width, begun, window):
         window.goto(server.url)
         window.locator("#now", has_text="ppo runs").wait_for()
         assert window.evaluate("document.documentElement.scrollWidth") <= width
-        window.click("#sections a[href='#policy']")
-        bar, heading = (window.locator(where).bounding_box() for where in ("#now", "#h-policy"))
+        window.click("#sections a[href='#trained']")
+        bar, heading = (window.locator(where).bounding_box() for where in ("#now", "#h-trained"))
         assert heading["y"] >= bar["y"] + bar["height"]  # not behind what stays on top
