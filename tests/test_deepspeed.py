@@ -260,6 +260,26 @@ def test_two_processes_train_over_any_base(zero, base, name, more, inside):
     assert (inside / "runs" / "tiny" / name / MANIFEST).is_file()
 
 
+def test_two_processes_keep_the_policy_that_one_keeps_by_a_test_model(road, tmp_path):
+    """And train two reward models one after the other, each with an engine of its own."""
+    from policy.ppo import __main__ as ppo
+    from reward.training import __main__ as train
+
+    alone = copy_of(road, tmp_path / "alone", "comparisons")
+    options = ("reward.test_share=0.5", "reward.batch_size=8", "ppo.keep_best=true", *PPO,
+               "distributed.zero_stage=3")  # fmt: skip
+    alone_in(alone, train.main, *options)
+    here = copy_of(alone, tmp_path / "here", "comparisons", "reward")
+    alone_in(alone, ppo.main, *options)
+    finish(here, "ppo", *options)
+    assert_close(here, alone, "ppo", "policy", "policy_last", "value")
+    results = [json.loads((f / "runs/tiny/ppo" / MANIFEST).read_text())["results"] for f in (here, alone)]
+    assert results[0]["kept_step"] == results[1]["kept_step"]
+    shutil.rmtree(here / "runs/tiny/reward")
+    finish(here, "reward", *options)
+    assert (here / "runs/tiny/reward/test_model/reward_model.json").is_file()
+
+
 def made(*arguments):
     """The last command that make would run."""
     command = ["make", "--no-print-directory", "-n", *arguments]

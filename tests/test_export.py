@@ -245,6 +245,7 @@ def test_the_card_has_the_figures_of_the_run(at):
         assert "train on, " in text
         assert "{{" not in text
     summary = read_json(Path("runs/tiny/evaluate/summary.json"))
+    assert "Over-optimization: no sign of a collapse" in (EXPORT / "policy/README.md").read_text()
     line = next(x for x in (EXPORT / "policy/README.md").read_text().splitlines() if x.startswith("| gold"))
     assert f"| {summary['gold']['before']:.3f} | {summary['gold']['after']:.3f} |" in line
     offset = load_config(Path("runs/tiny/reward/model")).offset

@@ -47,7 +47,7 @@ from rlhf.runs.processes import check_rows, processes
 from rlhf.runs.stage import RUNS, StageRun
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
-from rlhf.training.runtime import clear_zero3_init, gathered
+from rlhf.training.runtime import clear_deepspeed, clear_zero3_init, gathered
 
 _AS_IT_IS = {"gain": 1.0, "offset": 0.0}
 _RELOAD_TOLERANCE = 1e-3  # between the trained and the reloaded model's scores, in units of their spread
@@ -162,6 +162,7 @@ def _member(
     section, work = recipe.reward, stage.folder / "parts" / place if place else stage.folder
     members = 1 if place else section.members
     clear_zero3_init()
+    clear_deepspeed()
     fresh = new_reward_model(recipe, dialogue, recipe.seed + member, layers=layers, pooling=section.pooling)
     results: dict[str, Any] = {} if layers is None else {"layers": layers}
     if section.head_init == "zero":

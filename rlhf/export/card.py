@@ -141,6 +141,7 @@ def _policy_figures(run: Run, stage: str) -> str:
         f"{page.get('judged_by')}.\n\n"
         + table(["figure", "before", "after", "difference", "95% interval"], rows)
         + f"\nKL from the start: {plain(page['kl'], '.2f')} nats a response.\n"
+        + (f"\nOver-optimization: {audit['text']}\n" if (audit := page.get("over_optimization")) else "")
     )
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -97,6 +97,12 @@ def clear_zero3_init() -> None:
     out parameters of size 0 from then on.
     """
     unset_hf_deepspeed_config()
+
+
+def clear_deepspeed() -> None:
+    """Forget the engine of a trainer that has run in this process before: accelerate takes no second one."""
+    if AcceleratorState._shared_state and AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+        AcceleratorState._reset_state()
 
 
 def clear_mixed_precision() -> None:
