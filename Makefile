@@ -43,7 +43,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
 .PHONY: help setup plan model rank comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf rounds report watch chat export export-policy export-reward verify check test smoke clean \
-        study-preference study-people study-scaling study-online bench-reward bench-ppo gpu-check
+        study-preference study-people study-scaling study-online study-ppo bench-reward bench-ppo gpu-check
 .NOTPARALLEL:
 
 help: ## make: list the targets
@@ -176,6 +176,9 @@ study-scaling: setup ## studies.scaling: evaluations and preference objectives o
 
 study-online: setup ## studies.online: static against online comparisons at equal numbers (STUDY=--quick)
 	@$(PY) -m studies.online $(STUDY)
+
+study-ppo: setup ## studies.ppo: what optimization does to a reward whose gold is known (STUDY=--quick)
+	@$(PY) -m studies.ppo $(STUDY)
 
 bench-reward: setup ## benchmarks.reward: throughput and memory of the reward stage against trl.RewardTrainer
 	@$(PY) -m benchmarks.reward $(BENCH)

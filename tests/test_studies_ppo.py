@@ -1,0 +1,116 @@
+"""The study of what optimization does to a reward: its fits, figures and units."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rlhf.stats.intervals import Estimate
+from studies.engine.results import Results
+from studies.engine.seeds import student95
+from studies.engine.units import with_needs
+from studies.ppo import __main__, claims, fits
+from studies.ppo.curves import Curves
+from studies.ppo.plan import ARMS, QUICK, Plan, units_of
+
+D = np.linspace(0.5, 4, 12)
+
+
+def test_the_fits_find_the_laws_that_made_the_points():
+    bon = fits.fit_bon(D, D * (1.0 - 0.2 * D))
+    assert (bon.alpha, bon.beta, bon.peak) == pytest.approx((1.0, 0.2, 2.5))
+    rl = fits.fit_rl(D, D * (1.0 - 0.7 * np.log(D)))
+    assert (rl.alpha, rl.beta, rl.peak) == pytest.approx((1.0, 0.7, math.exp(1 / 0.7 - 1)))
+    fine = np.linspace(0.01, 4, 4000)  # each peak is where the curve is highest
+    assert fine[(fine * (1.0 - 0.7 * np.log(fine))).argmax()] == pytest.approx(rl.peak, abs=2e-3)
+    assert math.isnan(fits.fit_bon(D, D * (1.0 + 0.2 * D)).peak)
+
+
+def test_a_second_parameter_has_to_be_worth_it():
+    noise = np.random.default_rng(0).normal(0, 0.05, len(D))
+    assert fits.fit_bon(D, D * (1.0 - 0.2 * D) + noise).aic_gain > 0
+    assert fits.fit_bon(D, D + 0.01 * np.cos(9 * D)).aic_gain < 0
+
+
+def test_aic_is_that_of_the_gaussian_likelihood():
+    r = np.array([0.3, -0.1, 0.2, -0.4, 0.1, 0.05, -0.2, 0.15])
+    n, variance = len(r), float(np.mean(r**2))
+    log_likelihood = -0.5 * n * (math.log(2 * math.pi * variance) + 1)
+    constant = n * (math.log(2 * math.pi) + 1)  # the same for all models
+    for parameters in (1, 2):
+        k = parameters + 1
+        expected = -2 * log_likelihood + 2 * k + 2 * k * (k + 1) / (n - k - 1)
+        assert fits.aic(r, parameters) + constant == pytest.approx(expected)
+
+
+def test_a_curve_is_read_at_a_given_kl():
+    kl, gold = [0.0, 2.0, 1.0, 4.0], [0.0, 1.0, 1.0, 2.0]
+    assert fits.at_kl(kl, gold, 1.0) == pytest.approx(0.5)
+    assert fits.at_kl(kl, gold, 3.0) == pytest.approx(1.5)
+    assert math.isnan(fits.at_kl(kl, gold, 5.0))
+    assert fits.smooth([0.0, 3.0, 6.0, 0.0, 0.0], 3) == pytest.approx([1.5, 3.0, 3.0, 2.0, 0.0])
+    assert fits.r_squared([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
+
+
+def test_the_needed_seeds_are_the_fewest_whose_interval_leaves_the_bound_out():
+    deviation, mean = 1.0, 0.5
+    half = student95(2) * deviation / math.sqrt(3)
+    n = fits.seeds_needed(Estimate(mean, mean - half, mean + half, 3), 0.0)
+    assert (
+        student95(n - 1) * deviation / math.sqrt(n) < mean < student95(n - 2) * deviation / math.sqrt(n - 1)
+    )
+    assert fits.seeds_needed(Estimate(0.0, -half, half, 3), 0.0) is None
+    assert fits.seeds_needed(Estimate(0.5, math.nan, math.nan, 1), 0.0) is None
+
+
+def test_every_arm_changes_one_unit_and_shares_the_rest():
+    units = with_needs(units_of(Plan()))
+    policies = [u for u in units if u.kind == "policy"]
+    assert len({u.key for u in policies}) == 3 * len(ARMS)
+    assert len([u for u in units if u.kind == "rung"]) == 6
+    assert len([u for u in units if u.kind == "reward"]) == 3 * 8
+    watched = {u.settings["arm"] for u in policies if len(u.needs) == 4}
+    assert watched == {"free small 1", "free large 1"}
+
+
+def _result(unit, seed):
+    """What a unit might have left, with known shapes of the curves."""
+    if unit.kind == "policy":
+        t = np.linspace(0, 1, 30)
+        kl = 9 * t
+        weak = "0" in unit.settings["arm"] and "free" in unit.settings["arm"]
+        gold = np.sqrt(kl) * (0.3 - (0.2 if weak else 0.05) * np.log(np.sqrt(kl) + 1e-9)) + 0.01 * seed
+        other = {"proxy": np.sqrt(kl), "test": np.sqrt(kl) - t, "explained_variance": 0 * t, "eos": 0 * t + 1}
+        steps = {"kl": kl, "gold": gold, "distinct_2": t, **other}
+        size = len(unit.settings["arm"])
+        ends = {"forward_kl": 1.0 + size, "reverse_kl": 7.0 * size % 5, "loop_seconds": 1.0}
+        tax = 0.1 * ends["forward_kl"]
+        return {"steps": {k: [float(x) for x in v] for k, v in steps.items()}, "tax": tax, **ends}
+    if unit.kind == "best":
+        kl = [math.log(n) - (n - 1) / n for n in (2**k for k in range(11))]
+        gain = [d * (0.3 - 0.05 * d) + 0.001 * math.cos(40 * d + seed) for d in map(math.sqrt, kl)]
+        proxies = {name: {"gold": gain, "proxy": gain} for name in unit.settings["proxies"]}
+        return {"n": [2**k for k in range(11)], "kl": kl, **proxies}
+    share = {"mean": 0.7, "ci95": None, "n": 9}
+    return {"gold": 0.0, "labels_right": 0.8, "accuracy": share, "train_accuracy": share}
+
+
+def test_known_curves_get_their_verdicts():
+    units = with_needs(units_of(Plan()))
+    found = [{"result": _result(u, u.settings["seed"]), "seconds": 1.0, "cpu_seconds": 1.0} for u in units]
+    made = {claim.number: claim for claim in claims.all_claims(Curves(Results(units, found)))}
+    assert sorted(made) == [7, 8, 9, 10, 17, 18, 22, 23]
+    verdicts = {n: [str(s.verdict) for s in c.statements] for n, c in made.items()}
+    assert verdicts[8] == ["SUPPORTED"] * 4 + ["UNDECIDED"]  # both sizes have the same curves
+    assert verdicts[9][0] == "SUPPORTED"  # the weak proxy turns over
+    assert verdicts[9][3:] == ["SUPPORTED"] * 2  # both laws bend
+    assert verdicts[10] == ["SUPPORTED"] * 4  # the same curve at every price
+    assert verdicts[17] == ["SUPPORTED"] * 2
+    assert verdicts[22] == ["SUPPORTED"]
+    assert any("more than 200 seeds" in note for note in made[8].notes)
+
+
+def test_the_quick_study_is_a_small_one(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ppo", "--quick", "--seeds", "5"])
+    plan = __main__.plan_of(__main__.arguments().parse_args())
+    assert (plan.seeds, plan.arms, plan.steps) == ((5,), QUICK.arms, QUICK.steps)
