@@ -68,6 +68,7 @@ TABLE = {  # field: (its other value, what both runs need beside it, what it cha
     "value_clip_range": (1e-4, {}, {"value"}),
     "value_coef": (0.5, {}, {"gradient", "value"}),
     "value_warmup": (1, {}, {"loss", "gradient", "policy", "rates", "names"}),
+    "value_warmup_until": (-1e9, {"value_warmup": 2, "steps": 3}, {"rates"}),
     "ptx_coef": (4.0, PTX, {"gradient", "policy"}),
     "ptx_texts": (["two.txt"], PTX, {"gradient", "policy"}),
     "ptx_batch_size": (4, PTX | {"ptx_batch_size": 2}, {"gradient", "policy"}),
@@ -98,6 +99,7 @@ ELSEWHERE = {  # field: the tests of its effect, outside the loop or of a fault
     "retokenize": "test_policy_ppo_setup.py",
     "score_timeout_minutes": "test_faults_recovery.py",
     "max_nonfinite_updates": "test_policy_ppo_checks.py",
+    "value_warmup_missed": "test_policy_ppo_trainer.py",
     "test_reward_model": "test_policy_audit.py",
     "keep_best": "test_policy_audit.py",
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -348,3 +349,45 @@ def test_the_value_starts_at_the_mean_of_the_scores_as_they_are_shaped(tmp_path)
     mean = float((rollout.values_BR * rollout.actions_BR).sum() / rollout.actions_BR.sum())
     assert mean == pytest.approx(float(built.reward_shaper.scores(rollout).mean()), abs=1e-5)
     assert mean != pytest.approx(float(rollout.scores_B.mean()), abs=0.1)
+
+
+WARM = SMALL | {
+    "steps": 4, "value_warmup": 3, "checkpoint_every": 1, "schedule": "constant", "batch_size": 16,
+    "value_learning_rate": 3e-2, "value_clip_range": None, "value_coef": 1.0, "lam_value": 1.0, "epochs": 4,
+    "reward_fn": lambda said: torch.tensor([float(len(p[-1].content)) for p in said.prompts]),
+}  # fmt: skip
+
+
+def test_the_policy_begins_to_learn_when_the_value_explains_enough(tmp_path, capsys):
+    trainer(tmp_path / "all", **WARM).train()
+    rates = [row["policy/learning_rate"] for row in read_metrics(tmp_path / "all")]
+    assert [rate > 0 for rate in rates] == [False, False, False, True]
+    assert capsys.readouterr().out.count("explains") == 0
+    explained = [row["value/explained_variance"] for row in read_metrics(tmp_path / "all")]
+    goal = explained[1] - 1e-6
+    assert explained[0] < goal < 1
+    early = trainer(tmp_path / "early", value_warmup_until=goal, **WARM)
+    early.train()
+    rates = [row["policy/learning_rate"] for row in read_metrics(tmp_path / "early")]
+    assert [rate > 0 for rate in rates] == [False, False, True, True]
+    assert "from step 3 on the policy learns too" in capsys.readouterr().out
+    # what was found out survives a restart
+    shutil.rmtree(tmp_path / "early" / "checkpoints" / "step-0000004")
+    resumed = trainer(tmp_path / "early", value_warmup_until=goal, **WARM)
+    assert resumed.done == 3
+    assert resumed.weights.value_warmup.steps == 2
+    resumed.train()
+    assert all(torch.equal(t, weights(resumed)[n]) for n, t in weights(early).items())
+
+
+def test_a_warm_up_that_misses_its_goal_says_so_and_goes_on_or_ends_the_run(tmp_path, capsys):
+    never = WARM | {"value_warmup_until": 0.999}
+    built = trainer(tmp_path / "on", **never)
+    built.train()
+    assert built.done == 4
+    out = capsys.readouterr().out
+    assert "warning: ppo: the value explains" in out
+    assert "after 3 steps, not the 0.999 of ppo.value_warmup_until; the policy learns all the same" in out
+    with pytest.raises(UserError, match=r"after 3 steps, not the 0\.999 .* or set value_warmup_missed=go_on"):
+        trainer(tmp_path / "off", value_warmup_missed="stop", **never).train()
+    assert len(read_metrics(tmp_path / "off")) == 2

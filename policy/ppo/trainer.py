@@ -180,7 +180,7 @@ class PpoTrainer:
         found |= stats | self.gaps | self.reward_metrics() | dict(rollout.seconds)
         found["progress/episodes"] = float((step + 1) * self.section.batch_size)
         found["time/update"] = time.monotonic() - self.collected_at
-        self.weights.note_judged(found)
+        self.weights.note_figures(step, found)
         self.kl, self.done = found["objective/kl"], step + 1
         assert self.metrics is not None, "there is a log while the loop runs"
         self.metrics.log(self.done, found)
@@ -284,6 +284,7 @@ class PpoTrainer:
                     "step": self.done,
                     "nonfinite_updates": self.nonfinite.count,
                     "ended_early": self.ended_early,
+                    "value_warmup": self.weights.value_warmup.steps,
                     "value_offset": self.backbone.offsets.get("value", 0.0),
                     **self.kl_controller.state(),
                     **self.reward_shaper.state(),
@@ -314,6 +315,7 @@ class PpoTrainer:
                 )
         self.nonfinite.count = int(state.get("nonfinite_updates", state.get("bad_updates", 0)))
         self.ended_early = state["ended_early"]
+        self.weights.value_warmup.steps = int(state.get("value_warmup", self.section.value_warmup))
         if "value" in self.backbone.offsets:
             self.backbone.set_offset("value", float(state["value_offset"]))
         self.kl_controller.restore(state)

@@ -153,7 +153,7 @@ class Updater:
         section, runtime = self.section, self.runtime
         self._stats, self._sums = None, {}
         micros = micro_batches(rows, batch.rollout.mask_BT.sum(-1), section.micro_batch_size)
-        learns = step >= section.value_warmup
+        learns = step >= self.weights.value_warmup.steps
         texts = self._texts(step, place) if learns and self.texts is not None else []
         own_value = section.has_value and not (section.value == "shared" and learns)
         left = (len(micros) + len(texts)) * learns + len(micros) * own_value

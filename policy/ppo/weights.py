@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file, save
@@ -18,6 +19,49 @@ from rlhf.training.schedule import learning_rate_factor
 Adapters = dict[str, dict[str, Tensor]]
 """Whole tensors by adapter and saved name."""
 _EMA = "average.safetensors"
+
+
+class ValueWarmup:
+    """The first steps, in which only the value learns: ``value_warmup`` of them, or fewer where the value
+    explains ``value_warmup_until`` of the returns' variance before (value pre-training, Yuan 2025, VC-PPO,
+    arXiv 2503.01491, section 3.2).
+
+    Args:
+        section: the recipe's ``ppo`` section.
+        say: tells the user a line.
+    """
+
+    def __init__(self, section: Ppo, say: Callable[[str], None]) -> None:
+        self.section, self.say = section, say
+        self.steps = section.value_warmup
+        """How many there are, as far as is known."""
+
+    def note(self, step: int, explained: float) -> None:
+        """Note what share of the returns' variance the value explained on the rollout of a step, from 0.
+
+        Raises:
+            UserError: the goal is missed for good, and the recipe wants an end there.
+        """
+        section, until = self.section, self.section.value_warmup_until
+        if until is None or step >= self.steps:
+            return
+        if explained >= until:
+            self.steps = step + 1
+            self.say(
+                f"ppo: the value explains {explained:.2f} of the returns' variance, {until:g} are asked for: "
+                f"from step {step + 2} on the policy learns too"
+            )
+        elif step + 1 == self.steps:
+            missed = (
+                f"the value explains {explained:.2f} of the returns' variance after {self.steps} steps, not "
+                f"the {until:g} of ppo.value_warmup_until"
+            )
+            if section.value_warmup_missed == "stop":
+                raise UserError(
+                    f"ppo: {missed}: raise value_warmup or value_learning_rate, or set "
+                    "value_warmup_missed=go_on, in a run of another name"
+                )
+            self.say(f"warning: ppo: {missed}; the policy learns all the same")
 
 
 class AdapterWeights:
@@ -44,6 +88,7 @@ class AdapterWeights:
         named = {f"{a}.{name}": p for a, parameters in by_adapter.items() for name, p in parameters.items()}
         runtime.prepare(backbone, groups, named, epsilon=section.adam_epsilon, kind=section.optimizer)
         self.best = BestPolicy() if section.keep_best else None
+        self.value_warmup = ValueWarmup(section, self._say)
         self.ema: dict[str, Tensor] | None = None
         if section.ema_decay is not None:
             self.ema = self.gathered()["policy"]
@@ -57,7 +102,7 @@ class AdapterWeights:
         section = self.section
         factor = learning_rate_factor(step, section.steps, kind=section.schedule, warmup=section.warmup_steps)
         rates = {adapter: rate * factor for adapter, rate in self.rates.items()}
-        if step < section.value_warmup:
+        if step < self.value_warmup.steps:
             rates["policy"] = 0.0
         self.runtime.set_learning_rates([*rates.values()])
         return rates["policy"]
@@ -76,12 +121,13 @@ class AdapterWeights:
         if self.best is not None:
             self.best.sampled(self.gathered()["policy"])
 
-    def note_judged(self, figures: dict[str, float]) -> None:
-        """Note what the test model gave its rollout.
+    def note_figures(self, step: int, figures: dict[str, float]) -> None:
+        """Note how good the value was on a step's rollout, and what the test model gave it.
 
         Raises:
-            UserError: there is no test model.
+            UserError: the value's warm-up missed its goal; there is no test model.
         """
+        self.value_warmup.note(step, figures["value/explained_variance"])
         if self.best is None:
             return
         if "audit/test" not in figures:
@@ -89,6 +135,10 @@ class AdapterWeights:
                 "ppo.keep_best chooses by a test model: set reward.test_share, or test_reward_model"
             )
         self.best.judged(figures["audit/test"], figures["audit/test_error"])
+
+    def _say(self, line: str) -> None:
+        if self.runtime.rank == 0:
+            print(line, flush=True)
 
     def chosen(self) -> dict[str, Tensor] | None:
         """The policy that is saved instead of the last one: the moving average, the best one, or None."""

@@ -159,7 +159,12 @@ class Losing(Section):
     value_coef: NonNegative = 0.1
     """Weight of the value loss (Ziegler 2019, Huang 2024)."""
     value_warmup: Natural = 0
-    """First steps in which only the value learns (PPO-max)."""
+    """First steps in which only the value learns (PPO-max); with `value_warmup_until` at most so many."""
+    value_warmup_until: Annotated[float, Field(lt=1, allow_inf_nan=False)] | None = None
+    """Explained variance of the returns at which the policy begins to learn before that (VC-PPO, arXiv
+    2503.01491, there with lam_value 1); null = never before."""
+    value_warmup_missed: Literal["go_on", "stop"] = "go_on"
+    """When the warm-up ends below `value_warmup_until`: say so and go on, or end with an error."""
     ptx_coef: NonNegative = 0.0
     """γ, weight of the language-model loss on `ptx_texts` (PPO-ptx, InstructGPT, eq. 2: 27.8 there)."""
     ptx_texts: list[str] = []
@@ -297,6 +302,10 @@ class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecti
             raise ValueError(f"algorithm {self.algorithm} has no value: remove value and value_warmup")
         if not self.has_value and (self.lam_value is not None or self.lam_length is not None):
             raise ValueError(f"algorithm {self.algorithm} has no lambda: remove lam_value and lam_length")
+        if self.value_warmup_until is not None and not self.value_warmup:
+            raise ValueError("value_warmup_until ends a value_warmup before its time: set value_warmup too")
+        if self.value_warmup_until is None and self.value_warmup_missed == "stop":
+            raise ValueError("value_warmup_missed=stop needs a goal: set value_warmup_until")
         if self.value_warmup >= self.steps:
             raise ValueError(f"value_warmup {self.value_warmup} leaves the policy none of {self.steps} steps")
         if self.warmup_steps >= self.steps:
