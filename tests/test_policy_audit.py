@@ -23,7 +23,7 @@ from reward.training import __main__ as reward_stage
 from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Ppo
-from rlhf.runs.artifacts import WEIGHTS, read_json, read_jsonl
+from rlhf.runs.artifacts import WEIGHTS, read_json, read_jsonl, write_json
 from rlhf.stats.overoptimization import verdict
 from rlhf.training.metrics import read_metrics
 
@@ -322,3 +322,16 @@ def test_the_whole_road_with_a_test_model_of_its_own(road, before_ppo, capsys):
     shutil.rmtree("runs/tiny/ppo")
     with pytest.raises(UserError, match="test_model"):
         stage(ppo.main, *words)
+
+
+def test_a_test_model_on_another_base_reads_the_text_and_one_that_is_not_there_is_told(before_ppo, capsys):
+    with pytest.raises(UserError, match=r"ppo\.test_reward_model: .*nowhere"):
+        stage(ppo.main, "ppo.test_reward_model=nowhere")
+    shutil.copytree("models/tiny", "other/base")
+    shutil.copytree("runs/tiny/reward/model", "other/model")
+    config = read_json(Path("other/model/reward_model.json")) | {"base": "other/base"}
+    write_json(Path("other/model/reward_model.json"), config)
+    stage(ppo.main, "ppo.test_reward_model=other/model", "ppo.steps=2")
+    assert "test model: other/model, on its own base, reads the text" in capsys.readouterr().out
+    rows = read_metrics(Path("runs/tiny/ppo"))
+    assert all(row["audit/score"] == pytest.approx(row["objective/score"], abs=0.1) for row in rows)
