@@ -1,17 +1,20 @@
 """The study of what optimization does to a reward: its fits, figures and units."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from rlhf.stats.intervals import Estimate
+from studies.engine.report import content
 from studies.engine.results import Results
 from studies.engine.seeds import student95
-from studies.engine.units import with_needs
-from studies.ppo import __main__, claims, fits
+from studies.engine.units import run, with_needs
+from studies.ppo import __main__, claims, fits, plots, report
 from studies.ppo.curves import Curves
 from studies.ppo.plan import ARMS, QUICK, Plan, units_of
+from studies.ppo.units import compute
 
 D = np.linspace(0.5, 4, 12)
 
@@ -114,3 +117,36 @@ def test_the_quick_study_is_a_small_one(monkeypatch):
     monkeypatch.setattr("sys.argv", ["ppo", "--quick", "--seeds", "5"])
     plan = __main__.plan_of(__main__.arguments().parse_args())
     assert (plan.seeds, plan.arms, plan.steps) == ((5,), QUICK.arms, QUICK.steps)
+
+
+def test_a_tiny_study_goes_all_the_way(tmp_path):
+    arms = ("free small 0", "free small 1", "value from the reward model", "rloo")
+    sizes = {"tokens": 4_000, "data": (12, 16, 20), "reward_epochs": (1, 1, 1), "held_out": 8, "prompts": 16}
+    loop = {"steps": 3, "responses": 8, "response_tokens": 8, "lessons": 4, "samples": 8, "best_prompts": 2}
+    plan = Plan(seeds=(0,), vocabulary=300, rank=2, arms=arms, **sizes, **loop)
+    units = with_needs(units_of(plan))
+    assert [u.kind for u in units].count("reward") == 3  # two proxies, one of them with a test model
+    lines = []
+    run(units, tmp_path, compute, say=lines.append)
+    curves = Curves(Results.read(units, tmp_path))
+    free, watched, from_reward, _ = (curves.runs(arm)[0] for arm in arms)
+    assert free["steps"]["kl"][0] == pytest.approx(0, abs=1e-4)
+    assert len(free["steps"]["gold"]) == 3
+    assert free["steps"]["test"] == [None] * 3
+    assert None not in watched["steps"]["test"]
+    assert from_reward["steps"]["explained_variance"] != free["steps"]["explained_variance"]
+    best = curves.results.one("best")
+    assert best["n"] == [1, 2, 4, 8]
+    assert best["small 0"]["proxy"] == sorted(best["small 0"]["proxy"])  # the proxy chooses by itself
+    run(units, tmp_path, compute, say=lines.append)
+    assert lines[-1] == f"{len(units)} units, {len(units)} of them done before"
+    made = claims.all_claims(curves)
+    more = {"reward_models": report.reward_models(curves), "labels_right": "", "base": ""}
+    kept = content(
+        "ppo", {"seeds": [0], **dataclasses.asdict(plan)}, made, curves.results, command="", jobs=1, **more
+    )
+    page = report.page(kept)
+    for number in (7, 8, 9, 22):
+        assert f"## Claim {number}." in page
+    for name in plots.canvases(curves, [c.number for c in made]):
+        assert f"({name})" in page

@@ -23,9 +23,7 @@ from studies.engine.verdicts import Claim
 def arguments(study: str, about: str | None) -> argparse.ArgumentParser:
     """The options that all studies have."""
     parser = argparse.ArgumentParser(prog=f"python -m studies.{study}", description=about)
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed and small sizes: minutes, no verdict to cite"
-    )
+    parser.add_argument("--quick", action="store_true", help="small sizes: minutes, no verdict to cite")
     reports, work = Path(f"docs/studies/{study}"), Path(f"runs/studies/{study}")
     parser.add_argument("--output", "--out", type=Path, default=reports, help="the report's folder")
     parser.add_argument("--work", type=Path, default=work, help="where finished units are kept")

@@ -16,7 +16,7 @@ from studies.ppo.plan import ARMS, QUICK, Plan, units_of
 def arguments() -> ArgumentParser:
     """The study's options."""
     parser = command.arguments("ppo", __doc__)
-    parser.add_argument("--seeds", nargs="*", type=int, default=None, help="0 1 2; 0 with --quick")
+    parser.add_argument("--seeds", nargs="*", type=int, default=None, help="of all that is drawn")
     parser.add_argument(
         "--arms", nargs="*", choices=ARMS, default=None, metavar="ARM", help="only these policies"
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rlhf.stats.intervals import Estimate
 from studies.engine.results import Results
@@ -59,6 +60,13 @@ def estimate(values: Sequence[float]) -> Estimate:
     return over_seeds([SeedMean(value, 0.0) for value in known])
 
 
+def known_mean(values: ArrayLike) -> float:
+    """Mean of what is known; NaN where nothing is."""
+    every = np.asarray(values, dtype=np.float64)
+    known = every[~np.isnan(every)]
+    return float(known.mean()) if known.size else math.nan
+
+
 def column(run: Run, name: str) -> Floats:
     """A column of a run's steps; NaN where a step has none."""
     return np.array([math.nan if x is None else x for x in run["steps"][name]], dtype=np.float64)
@@ -66,12 +74,12 @@ def column(run: Run, name: str) -> Floats:
 
 def end(name: str) -> Callable[[Run], float]:
     """Mean of a column over the last tenth of the steps."""
-    return lambda run: float(np.nanmean(column(run, name)[-few(run) :]))
+    return lambda run: known_mean(column(run, name)[-few(run) :])
 
 
 def early(name: str) -> Callable[[Run], float]:
     """Mean of a column over the first tenth of the steps."""
-    return lambda run: float(np.nanmean(column(run, name)[: few(run)]))
+    return lambda run: known_mean(column(run, name)[: few(run)])
 
 
 def few(run: Run) -> int:

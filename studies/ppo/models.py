@@ -129,7 +129,7 @@ def pairs(unit: Unit, folder: Path) -> dict[str, Any]:
         "held_out": made[s["pairs"] :],
         "gold": float(np.mean(scores)),
         "gold_deviation": float(np.std(scores)),
-        "labels_right": float(np.mean(right)),
+        "labels_right": float(np.mean(right or [0.5])),  # chance where all are ties
     }
 
 

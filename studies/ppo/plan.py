@@ -91,14 +91,14 @@ class Plan:
     prompt_tokens: int = 24
     response_tokens: int = 24
     prompts: int = 256
-    data: tuple[int, int, int] = (100, 400, 1600)
+    data: tuple[int, int, int] = (200, 600, 1600)
     """Comparisons that a proxy learns from."""
     noise: float = 0.15
     """Of the annotator, in units of the gold score."""
     held_out: int = 256
     """Prompts: of the pairs that reward models are judged by, and of a policy's last figures."""
     reward_rate: float = 1e-3
-    reward_epochs: tuple[int, int, int] = (24, 12, 5)
+    reward_epochs: tuple[int, int, int] = (16, 8, 5)
     """Of each data size: few comparisons need several passes to be learned at all."""
     rank: int = 16
     steps: int = 80
@@ -111,16 +111,16 @@ class Plan:
 
 
 QUICK = Plan(
-    seeds=(0,),
-    tokens=100_000,
-    data=(50, 100, 200),
-    held_out=64,
-    steps=10,
+    tokens=300_000,
+    held_out=128,
+    steps=50,
     responses=32,
-    lessons=40,
-    samples=64,
+    lessons=100,
     best_prompts=8,
-    arms=("free small 0", "free small 1", "free large 1", "price 0.1", "sigmoid", "ppo", "rloo", "no clip"),
+    arms=(
+        *("free small 0", "free small 1", "free small 2", "price 0.1", "sigmoid"),
+        *("ppo", "rloo", "EOS trick", "advantages not whitened"),
+    ),
 )
 OVERHEAD = 3.0  # seconds a unit
 
@@ -152,10 +152,12 @@ def _of_seed(plan: Plan, seed: int) -> list[Unit]:
         cost = seconds(layers, 2 * plan.reward_epochs[data] * number * both, 0, OVERHEAD)
         return Unit("reward", lengths | learning | what, (base, pairs), cost)
 
+    used = [ARMS[arm] for arm in plan.arms]
     proxies = {
         f"{size} {data}": proxy(data, of_large=size == "large")
         for size in ("small", "large")
         for data in (WEAK, MIDDLE, STRONG)
+        if any(arm.data == data and arm.large == (size == "large") for arm in used)
     }
     counts = {"prompts": plan.best_prompts, "samples": plan.samples, "proxies": list(proxies)}
     read = plan.best_prompts * plan.samples * both

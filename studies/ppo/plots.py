@@ -66,6 +66,9 @@ def _divergence(curves: Curves) -> Any:
     canvas, axes = panels(1, 2, width=5, shared=True)
     for ax, size in zip(axes[0], ("small", "large"), strict=True):
         arm = f"free {size} {MIDDLE}"
+        if arm not in curves.arms:
+            ax.set_axis_off()
+            continue
         for name, label in (("proxy", "train model"), ("test", "test model"), (GOLD, "gold")):
             ax.plot(_root(_mean(curves, arm, KL)), _mean(curves, arm, name), label=label)
         _finish(ax, f"{size} reward models", "sqrt(KL)", "score")
