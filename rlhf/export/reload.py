@@ -19,6 +19,8 @@ LAST = 64  # tokens of a row whose logits are compared
 def logits_of(model: Any, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     """Logits of every row by its number, float32: of its last tokens [T, V], or of the row [labels]."""
     model.set_attn_implementation("eager")
+    for weight in model.parameters():  # a mapped file is aligned otherwise, which can change how sums round
+        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     found = {}
     for number, ids in enumerate(rows):
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
