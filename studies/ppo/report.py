@@ -51,8 +51,8 @@ def page(content: dict[str, Any]) -> str:
         {number: plot for number, plot in PLOTS.items() if number in made},
         title="What optimization does to a reward",
         intro="The gold score is known, and PPO never sees it. Claims 15 and 16 (KL estimators; GAE, PPO "
-        "and RLOO gradients) are exact and tested: `tests/test_policy_kl.py`, "
-        "`tests/test_policy_advantages.py`.",
+        "and RLOO gradients) are exact and tested: `tests/test_policy_ppo_kl.py`, "
+        "`tests/test_policy_ppo_exact.py`.",
         seeds="world, text, weights, comparisons and sampling",
         models=models,
         end="A unit is a rung, its pairs, a reward model, a policy, or best of n.",
