@@ -150,3 +150,12 @@ def test_a_tiny_study_goes_all_the_way(tmp_path):
         assert f"## Claim {number}." in page
     for name in plots.canvases(curves, [c.number for c in made]):
         assert f"({name})" in page
+
+
+@pytest.mark.parametrize("fit", [fits.fit_bon, fits.fit_rl])
+def test_a_curve_that_bends_upwards_is_no_turning_over(fit):
+    d = np.linspace(0.5, 4, 20)
+    upwards = fit(d, 0.2 * d**2 + 0.05 * d)
+    assert (upwards.beta, upwards.peak) == (0.0, pytest.approx(math.nan, nan_ok=True))
+    assert upwards.aic_gain < 0
+    assert upwards.alpha == pytest.approx(float(d @ (0.2 * d**2 + 0.05 * d) / (d @ d)))

@@ -43,10 +43,11 @@ def r_squared(x_N: ArrayLike, y_N: ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """R(d) = d (alpha - beta d), or d (alpha - beta log d), beside the line R(d) = alpha d.
+    """R(d) = d (alpha - beta d), or d (alpha - beta log d), beta >= 0, beside the line R(d) = alpha d.
 
-    aic_gain: AIC of the line less that of the curve: above 0 the second parameter is worth it. peak: the d
-    at which the curve is highest, NaN where it bends upwards.
+    aic_gain: AIC of the line less that of the curve: above 0 the second parameter is worth it; below 0 too
+    where the points bend upwards, which the law does not. peak: the d at which the curve is highest, NaN
+    where it is a line.
     """
 
     alpha: float
@@ -68,11 +69,13 @@ def fit_rl(d_N: ArrayLike, gain_N: ArrayLike) -> Fit:
 
 
 def _fit(d_N: ArrayLike, gain_N: ArrayLike, bend_N: Floats) -> tuple[float, float, float]:
-    """alpha and beta of d (alpha - beta bend), least squares, and what AIC says against d alpha."""
+    """alpha and beta >= 0 of d (alpha - beta bend), least squares, and what AIC says against d alpha."""
     d, gain = np.asarray(d_N, dtype=np.float64), np.asarray(gain_N, dtype=np.float64)
     columns = np.stack([d, -d * bend_N], axis=1)
     (alpha, beta), *_ = np.linalg.lstsq(columns, gain, rcond=None)
     line = float(d @ gain / (d @ d))
+    if beta < 0:
+        alpha, beta = line, 0.0
     gain_of_curve = aic(gain - line * d, 1) - aic(gain - columns @ [alpha, beta], 2)
     return float(alpha), float(beta), gain_of_curve
 
