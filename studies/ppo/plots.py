@@ -63,12 +63,9 @@ def _laws(curves: Curves) -> Any:
 
 
 def _divergence(curves: Curves) -> Any:
-    canvas, axes = panels(1, 2, width=5, shared=True)
-    for ax, size in zip(axes[0], ("small", "large"), strict=True):
-        arm = f"free {size} {MIDDLE}"
-        if arm not in curves.arms:
-            ax.set_axis_off()
-            continue
+    there = {size: arm for size in ("small", "large") if (arm := f"free {size} {MIDDLE}") in curves.arms}
+    canvas, axes = panels(1, max(1, len(there)), width=5, shared=True)
+    for ax, (size, arm) in zip(axes[0], there.items(), strict=False):
         for name, label in (("proxy", "train model"), ("test", "test model"), (GOLD, "gold")):
             ax.plot(_root(_mean(curves, arm, KL)), _mean(curves, arm, name), label=label)
         _finish(ax, f"{size} reward models", "sqrt(KL)", "score")
