@@ -172,13 +172,15 @@ def estimate_advantages(
     0 and variance 1 over the actions of all processes, whose sums ``all_reduce`` gives.
     """
     estimate = ADVANTAGE_ESTIMATORS[algorithm]
+    if lam_value is None and lam_length is not None:
+        lam_value = lam
     advantages_BT, returns_BT = estimate(
         rewards_BT,
         values_BT,
         mask_BT,
         gamma=gamma,
         lam=lam if lam_length is None else length_adaptive_lam(mask_BT, lam_length),
-        lam_value=lam if lam_value is None else lam_value,
+        lam_value=lam_value,
         samples=samples,
     )
     if whiten:

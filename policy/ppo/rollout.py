@@ -170,10 +170,11 @@ def collect(
         baseline_BM = None
         if section.score_shape != "none":
             slots = [prompt_B[row] for row in rows]
+            asked = dict(sorted(zip(slots, chosen, strict=True), key=lambda pair: pair[0]))
+            index = {slot: number for number, slot in enumerate(asked)}
             baseline_BM = _baseline(
-                backbone, runtime, dialogue, dict(zip(slots, chosen, strict=True)), reward_fn, section,
-                seed=seed, step=step,
-            )[torch.tensor([sorted(set(slots)).index(slot) for slot in slots])]  # fmt: skip
+                backbone, runtime, dialogue, asked, reward_fn, section, seed=seed, step=step
+            )[[index[slot] for slot in slots]]  # fmt: skip
     return Rollout(
         ids_BT,
         mask_BT,
@@ -217,7 +218,7 @@ def _baseline(
     prompts: by their place in the rollout, which the random numbers depend on; the result is in its order.
     """
     samples = section.reference_samples
-    slots = [slot for slot in sorted(prompts) for _ in range(samples)]
+    slots = [slot for slot in prompts for _ in range(samples)]
     rows = [slot * samples + number % samples for number, slot in enumerate(slots)]
     asked = [prompts[slot] for slot in slots]
     ids_BT, mask_BT, actions_BR, _, _ = _sampled(

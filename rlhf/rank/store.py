@@ -17,7 +17,7 @@ from typing import Any
 
 from rlhf.data.comparisons import Comparison, native_row
 from rlhf.errors import UserError
-from rlhf.runs.artifacts import write_jsonl
+from rlhf.runs.artifacts import sync, write_jsonl
 
 ANSWERS = "comparisons.jsonl"
 """The file of answers in a session's folder."""
@@ -65,7 +65,7 @@ class Store:
                     file.truncate(size)
                     raise
             if fresh:
-                _sync_folder(self.path.parent)
+                sync(self.path.parent)
 
     def rows(self) -> list[Answer]:
         """All answers, in the order in which they were given.
@@ -126,11 +126,3 @@ def _object(line: bytes) -> Answer | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

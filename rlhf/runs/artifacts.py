@@ -54,7 +54,8 @@ def hash_of(value: object) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -82,7 +83,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             error.filename = str(path)
         raise
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -156,7 +157,7 @@ def write_manifest(folder: Path, extra: dict[str, Any], skip: Iterable[str] = ()
     """
     hashes = {}
     for file in _files(folder, skip):
-        _sync(file)
+        sync(file)
         hashes[file.relative_to(folder).as_posix()] = sha256_of(file)
     identity = hash_of({"files": hashes, "fingerprint": extra.get("fingerprint")})
     manifest = json.loads(json.dumps({**extra, "identity": identity, "files": hashes}))
@@ -258,7 +259,7 @@ class Checkpoints:
         if final.exists():  # a damaged one of the same step: it was not used, so it may go
             shutil.rmtree(final)
         staging.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         for old in self._all()[:-_KEPT]:
             shutil.rmtree(old)
 
