@@ -1,153 +1,208 @@
-"""The reward that PPO reaches at equal samples: a finished run of ours against ``PPOTrainer`` of trl 1.12.0.
+"""The gold reward of our PPO, trl 1.12's ``PPOTrainer`` and the installed trl's RLOO and GRPO trainers.
 
-    make rlhf RECIPE=recipes/sentiment.yaml
-    python -m benchmarks.gold recipes/sentiment.yaml [section.key=value ...]
+    python -m benchmarks.gold RECIPE [--seeds 0 1 2] [--peers ppo rloo grpo] [section.key=value ...]
 
-Theirs trains on the run's own prompts, against the run's own reward model, with the recipe's numbers: steps,
-batch, minibatches, epochs, adapter, KL, clips, learning rate of the policy. Then both policies answer the
-held-out prompts, with one sampler and the same random numbers, and the recipe's gold judge scores them.
-Results: ``benchmarks/results/gold.json`` and ``gold.md``.
+For every seed: comparisons and reward model by the project's own stages, then ours and the peers, one after
+the other, trained against that reward model with the recipe's numbers on as many responses; then all of
+them answer the held-out prompts, with one sampler and the same random numbers, and the recipe's gold judge
+scores them: at equal samples and at equal seconds of training. What is finished stays in
+``runs/benchmarks/gold`` and is not done again. Results: ``benchmarks/results/gold.json`` and ``gold.md``.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.harness import Children, Figures, peer_folder
-from benchmarks.report import RESULTS, heading, opening, publish
+from benchmarks.gold.figures import compared
+from benchmarks.gold.page import NOTES, markdown
+from benchmarks.gold.plan import PEERS, check
+from benchmarks.harness import PEER, Children, Figures, environment, peer_folder
+from benchmarks.report import RESULTS, opening, publish
 from rlhf.errors import UserError, exit_on_user_error
-from rlhf.markdown import table
 from rlhf.recipe.load import Recipe, load
-from rlhf.runs.artifacts import MANIFEST, read_json
+from rlhf.runs.artifacts import WEIGHTS, hash_of, read_json, sha256_of, write_json
+from rlhf.runs.dtype import settled
 from rlhf.runs.stage import RUNS
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 CHILD = (sys.executable, "-m", "benchmarks.gold.sides")
-PLAIN = {
-    "algorithm": "ppo",
-    "kl_controller": "fixed",
-    "kl_in": "reward",
-    "missing_eos": "ignore",
-    "samples_per_prompt": 1,
-    "dual_clip": None,
-    "reward_model": [],
-    "start": None,
-    "ptx_coef": 0.0,
-    "score_clip": None,
-    "score_normalization": "none",
-    "value": "adapter",
-    "length_penalty": 0.0,
-}
-"""What theirs can do, of the keys of ``ppo`` that it does not have."""
-NOTES = [
-    "The same on both sides: base, adapter, prompts, reward model (merged into a plain classifier for "
-    "theirs), number of responses, epochs, minibatches, KL coefficient and estimator, clips, value "
-    "coefficient, gamma, lambda, schedule, epsilon of AdamW, seed. The order of the prompts and the random "
-    "numbers of sampling in training are each side's own.",
-    "theirs has one learning rate for policy and value: the policy's. Its value is the merged reward model "
-    "with an adapter of the same shape, as all its weights do not bear that rate.",
-    "The reward model reads its score on EOS. trl reads a response that was cut at the limit on its last "
-    "token, where this model was never trained; so for theirs EOS is put behind such a response before it is "
-    "scored, as ours does.",
-    "Wall time is what the clock said beside whatever else ran on the machine; `make bench-ppo` compares "
-    "speed.",
-]
+STAGES = ("rlhf.models.prepare", "rlhf.collect", "reward.training")
+KEPT = RUNS / "benchmarks" / "gold"
+THREADS = 2
+SHARED = ("seed", "model", "lora", "dialogue", "data", "ppo")
+"""Sections of the recipe that a policy depends on, besides its reward model."""
+QUICK = ("recipes/tiny.yaml", "ppo.steps=4")
 
 
-def check(recipe: Recipe) -> None:
-    """The run must be finished, and theirs must have what the recipe asks for.
+def run_stage(module: str, words: Sequence[str]) -> None:
+    """Run one stage of the project; a finished one says so and ends.
 
     Raises:
-        UserError: names what is missing, or the option that trl's PPOTrainer does not have.
+        UserError: it failed; its own lines have been shown.
     """
-    for stage in ("comparisons", "reward", "ppo"):
-        if not (RUNS / recipe.name / stage / MANIFEST).is_file():
-            raise UserError(
-                f"{RUNS / recipe.name / stage} is not complete: run `make rlhf` with this recipe first"
+    told = {**os.environ, **environment(THREADS)}
+    done = subprocess.run([sys.executable, "-m", module, *words], env=told, check=False)
+    if done.returncode:
+        raise UserError(f"{module} ended with status {done.returncode}; see its lines above")
+
+
+class Seed:
+    """One seed of the comparison: its run, and what of its sides is finished.
+
+    Args:
+        recipe_file: the recipe.
+        overrides: of the recipe.
+        seed: its number.
+        every: steps from mark to mark.
+        child: the command of a child.
+        peer: finds the folder of the release that has PPO.
+    """
+
+    def __init__(
+        self,
+        recipe_file: str,
+        overrides: Sequence[str],
+        seed: int,
+        every: int,
+        child: Sequence[str],
+        peer: Callable[[], Path],
+    ) -> None:
+        name = f"{load(recipe_file, overrides).name}-gold-{seed}"
+        self.words = [recipe_file, *overrides, f"seed={seed}", f"name={name}"]
+        self.run, self.every, self.child, self.peer = RUNS / name, every, child, peer
+
+    @property
+    def recipe(self) -> Recipe:
+        """This seed's recipe, with the type of weights that its run has."""
+        return settled(load(self.words[0], self.words[1:]), self.run, measured=False)
+
+    def ask(self, kind: str, side: str, **values: Any) -> Figures:
+        """What a child has found that does one kind of work."""
+        with tempfile.TemporaryDirectory() as scratch:
+            children = Children(
+                self.child, Path(scratch), THREADS, peer=self.peer() if side == "ppo" else None
             )
-    if recipe.evaluate.judge == "reward":
-        raise UserError("evaluate.judge: a gold judge is wanted, for example evaluate.judge=vader")
-    for name, plain in PLAIN.items():
-        found = getattr(recipe.ppo, name)
-        if found != plain:
-            raise UserError(f"ppo.{name}: theirs has no {found!r}; set ppo.{name}={plain}")
+            task = {"recipe": self.words[0], "overrides": self.words[1:], "run": str(self.run)}
+            return children.ask(kind, {**task, **values})
 
+    def place(self, side: str) -> Path:
+        """The folder of a side, by what its policy depends on."""
+        recipe = self.recipe.model_dump(mode="json", include={*SHARED})
+        release = {"ours": "", "ppo": PEER[1]}.get(side, importlib.metadata.version("trl"))
+        reward = [sha256_of(file) for file in sorted((self.run / "reward").rglob(WEIGHTS))]
+        key = hash_of([recipe, reward, side, release, self.every])[:12]
+        return KEPT / f"{self.run.name}-{side}-{key}"
 
-def markdown(report: Figures) -> str:
-    """The report as a page."""
-    gold, length, kl, work = (report[name] for name in ("gold", "response_length", "kl", "work"))
-    low, high = gold["ci95"]
-    rows = [
-        ["reference", f"{report['reference']['gold']:.3f}", f"{report['reference']['length']:.1f}", "", ""],
-        *(
-            [name, f"{gold[when]:.3f}", f"{length[when]:.1f}", f"{kl[side]:.2f}",
-             f"{work[f'{side}_seconds']:.0f} s"]
-            for name, side, when in (("trl 1.12.0", "theirs", "before"), ("ours", "ours", "after"))
-        ),
-    ]  # fmt: skip
-    head = ("policy", "gold score", "tokens a response", "KL from the reference, nats", "training, wall time")
-    return "\n".join(
-        [
-            *heading("Gold reward at equal samples, against trl's last PPOTrainer", report),
-            f"{work['responses']} responses on each side ({work['steps']} steps of {work['batch']}), then "
-            f"{gold['n']} held-out prompts, judged by {report['judge']}.\n",
-            table(head, rows),
-            f"Ours less theirs, paired by prompt: {gold['diff']:+.3f} [{low:+.3f}, {high:+.3f}] (95%).\n",
-            *(f"- {note}" for note in report["notes"]),
-            "",
-        ]
-    )
+    def train(self, side: str) -> Figures:
+        """The marks of a side, which is trained where it is not finished."""
+        place = self.place(side)
+        done = place / "trained.json"
+        if not done.is_file():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            kind = "theirs" if side == "ppo" else side
+            found = self.ask(kind, side, folder=str(place), every=self.every)
+            shutil.rmtree(place / "trainer", ignore_errors=True)
+            write_json(done, found)
+        found = read_json(done)
+        print(f"{self.run.name}, {side}: {found['marks'][-1]['seconds']:.0f} s of training", flush=True)
+        return dict(found)
+
+    def judged(self, trained: dict[str, Figures]) -> dict[str, Figures]:
+        """The record of this seed: gold, KL and length of the reference and at all marks."""
+        evaluate = self.recipe.evaluate.model_dump(mode="json")
+        file = f"judged-{hash_of([evaluate])[:12]}.json"
+        places = {side: self.place(side) for side in ("reference", *trained)}
+        adapters: dict[str, str | None] = {}
+        for side, place in places.items():
+            if not (place / file).is_file():
+                marks = trained[side]["marks"] if side in trained else []
+                adapters |= {f"{side} {m['step']}": str(place / f"step-{m['step']}") for m in marks}
+                adapters |= {} if marks else {"reference 0": None}
+        if adapters:
+            found = self.ask("judge", "", adapters=adapters)
+            for side, place in places.items():
+                own = {name.split()[1]: f for name, f in found.items() if name.split()[0] == side}
+                if own:
+                    write_json(place / file, own)
+        kept = {side: read_json(place / file) for side, place in places.items()}
+        record = {
+            side: {**one, "marks": [{**mark, **kept[side][str(mark["step"])]} for mark in one["marks"]]}
+            for side, one in trained.items()
+        }
+        return {"reference": kept["reference"]["0"], **record}
 
 
 def compare(
     recipe_file: str,
     overrides: Sequence[str],
+    seeds: Sequence[int],
+    peers: Sequence[str],
+    *,
+    every: int = 2,
     child: Sequence[str] = CHILD,
     peer: Callable[[], Path] = peer_folder,
-    output: Path = RESULTS,
+    stage: Callable[[str, Sequence[str]], None] = run_stage,
+    output: Path | None = RESULTS,
+    words: Sequence[str] = (),
 ) -> Figures:
-    """Train theirs, judge both, write the page; returns the report.
+    """Train and judge every side of every seed, write the page; returns the report.
 
     Args:
-        recipe_file: the recipe of the finished run.
+        recipe_file: the recipe.
         overrides: of the recipe.
+        seeds: numbers of the seeds.
+        peers: of :data:`PEERS`.
+        every: steps from mark to mark.
         child: the command of a child.
-        peer: finds the folder of the peer's release.
+        peer: finds the folder of the release that has PPO.
+        stage: runs one stage of the project.
         output: folder of the results.
+        words: the command line, for the report.
 
     Raises:
-        UserError: the run is not finished, or theirs has not what the recipe asks for.
+        UserError: a stage failed, or theirs has not what the recipe asks for.
     """
-    recipe = load(recipe_file, overrides)
-    check(recipe)
-    ppo, run = recipe.ppo, (RUNS / recipe.name).absolute()
-    with tempfile.TemporaryDirectory() as folder:
-        children = Children(child, Path(folder), threads=2, peer=peer())
-        task = {
-            "recipe": str(Path(recipe_file).absolute()),
-            "overrides": [*overrides],
-            "run": str(run),
-            "adapter": str(Path(folder) / "adapter"),
+    check(load(recipe_file, overrides))
+    began = opening("benchmarks.gold", words, PACKAGES, peer="ppo" in peers)
+    if "ppo" in peers:  # the newer release is that of the others
+        began["machine"]["versions"] |= {
+            "trl": f"{importlib.metadata.version('trl')}, {PEER[1]} (PPOTrainer)"
         }
-        trained = children.ask("theirs", task)
-        print(f"theirs: {trained['seconds']:.0f} s", flush=True)
-        judged = children.ask("judge", task)
+        peer()
+    records = {}
+    for number, seed in enumerate(seeds):
+        one = Seed(recipe_file, overrides, seed, every, child, peer)
+        for module in STAGES:
+            stage(module, one.words)
+        sides = ["ours", *peers]
+        turn = number % len(sides)  # what one leaves behind helps or hurts each alike
+        trained = {side: one.train(side) for side in sides[turn:] + sides[:turn]}
+        records[str(seed)] = one.judged({side: trained[side] for side in sides})
+    recipe, ppo = one.recipe, one.recipe.ppo
     report = {
-        "benchmark": "gold reward at equal samples",
-        **opening("benchmarks.gold", [recipe_file, *overrides], PACKAGES, peer=True),
+        "benchmark": "gold reward at equal samples and at equal wall time",
+        **began,
+        "seeds": [*seeds],
         "judge": recipe.evaluate.judge,
-        "work": {
-            "responses": ppo.steps * ppo.batch_size,
-            "steps": ppo.steps,
-            "batch": ppo.batch_size,
-            "theirs_seconds": trained["seconds"],
-            "ours_seconds": read_json(run / "ppo" / MANIFEST)["seconds"],
+        "dtype": recipe.model.dtype,
+        "prompts": len(records[str(seeds[0])]["reference"]["gold"]),
+        "work": {"responses": ppo.steps * ppo.batch_size, "steps": ppo.steps, "batch": ppo.batch_size},
+        **compared(records),
+        "peak_bytes": {
+            seed: {side: part["peak_bytes"] for side, part in record.items() if side != "reference"}
+            for seed, record in records.items()
         },
-        **judged,
-        "theirs": trained,
+        "records": records,
         "notes": NOTES,
     }
     publish("gold", report, markdown(report), output)
@@ -156,11 +211,29 @@ def compare(
 
 def main() -> None:
     """The command line."""
-    if len(sys.argv) < 2:
-        raise UserError(
-            "no recipe given; write RECIPE [section.key=value ...], for example recipes/sentiment.yaml"
-        )
-    compare(sys.argv[1], sys.argv[2:])
+    words = sys.argv[1:]
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gold", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("recipe", nargs="?", help="an experiment, for example recipes/sentiment.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[*PEERS])
+    parser.add_argument("--every", type=int, default=2, help="steps from mark to mark")
+    parser.add_argument("--output", type=Path, default=None, help=f"folder, {RESULTS} unless --quick")
+    parser.add_argument("--quick", action="store_true", help="a tiny random model, the first seed alone")
+    found = parser.parse_args([word for word in words if word not in overrides])
+    if not found.quick and not found.recipe:
+        raise UserError("no recipe given; write RECIPE, for example recipes/sentiment.yaml")
+    recipe, *small = QUICK if found.quick else (found.recipe,)
+    compare(
+        recipe,
+        [*small, *overrides],
+        found.seeds[:1] if found.quick else found.seeds,
+        found.peers,
+        every=found.every,
+        output=found.output or (None if found.quick else RESULTS),
+        words=words,
+    )
 
 
 if __name__ == "__main__":

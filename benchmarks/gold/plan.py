@@ -1,0 +1,58 @@
+"""What the sides of the gold comparison have in common, and what theirs can do; no torch."""
+
+from __future__ import annotations
+
+from rlhf.errors import UserError
+from rlhf.recipe.load import Recipe
+
+PEERS = ("ppo", "rloo", "grpo")
+GENERATIONS = 4
+"""Responses to one prompt in a step of RLOO and GRPO, which have no value; ours and PPO have one."""
+PLAIN = {
+    "algorithm": "ppo",
+    "kl_controller": "fixed",
+    "kl_in": "reward",
+    "missing_eos": "ignore",
+    "samples_per_prompt": 1,
+    "clip_range": 0.2,
+    "dual_clip": None,
+    "reward_model": [],
+    "rewards": [],
+    "start": None,
+    "ptx_coef": 0.0,
+    "score_clip": None,
+    "score_normalization": "none",
+    "score_shape": "none",
+    "value": "adapter",
+    "length_penalty": 0.0,
+    "target_kl": None,
+    "max_kl": None,
+    "warmup_steps": 0,
+    "ema_decay": None,
+    "keep_best": False,
+}
+"""What theirs can do, of the keys of ``ppo`` that it does not have, or that a mark would not bear."""
+
+
+def schedule_of(recipe: Recipe) -> str:
+    """The learning rate's schedule by transformers' name."""
+    return recipe.ppo.schedule.partition("_")[0]
+
+
+def check(recipe: Recipe) -> None:
+    """Theirs must have what the recipe asks for.
+
+    Raises:
+        UserError: names the option that they do not have.
+    """
+    ppo = recipe.ppo
+    if recipe.evaluate.judge == "reward":
+        raise UserError("evaluate.judge: a gold judge is wanted, for example evaluate.judge=vader")
+    for name in ("sft", "distill", "pmp"):
+        if getattr(recipe, name) is not None:
+            raise UserError(f"{name}: the comparison starts from the base; set {name}=null")
+    for name, plain in PLAIN.items():
+        if (found := getattr(ppo, name)) != plain:
+            raise UserError(f"ppo.{name}: theirs has no {found!r}; set ppo.{name}={plain}")
+    if ppo.batch_size % GENERATIONS:
+        raise UserError(f"ppo.batch_size: {ppo.batch_size} is no multiple of {GENERATIONS}, their group")
