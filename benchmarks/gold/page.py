@@ -24,8 +24,9 @@ MEANS = {
 NOTES = [
     "The same on all sides: base, LoRA shape and layers, prompts, reward model, number of responses, "
     "optimizer steps and passes, length, temperature, learning rate of the policy and its schedule, epsilon "
-    "of AdamW, norm of gradients, price of KL, type of the base's weights (adapters and heads are float32), "
-    "seed. The order of the prompts and the random numbers of sampling in training are each side's own.",
+    "of AdamW, price of KL, type of the base's weights (adapters and heads are float32), seed. The order of "
+    "the prompts and the random numbers of sampling in training are each side's own. PPOTrainer clips no "
+    "norm of gradients, the others do.",
     f"Ours and PPOTrainer sample one response to a prompt, RLOO and GRPO {GENERATIONS}, whose mean is their "
     "baseline: as many responses, to a fourth of the prompts.",
     "KL is in the reward of ours and PPOTrainer token by token, in that of RLOO summed over the response, "
