@@ -42,7 +42,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan model rank comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf rounds report watch chat export export-policy export-reward verify check test smoke clean \
+.PHONY: help setup plan model rank comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf rounds report watch chat inside export export-policy export-reward verify check test smoke clean \
         study-preference study-people study-scaling study-online study-ppo bench-reward bench-ppo gpu-check
 .NOTPARALLEL:
 
@@ -136,6 +136,9 @@ watch: recipe ## rlhf.watch: the same page of a run in progress, on loopback, re
 
 chat: recipe ## policy.chat: talk to base and policy beside each other, and save which answer is better
 	@$(PY) -m policy.chat $(ARGS)
+
+inside: recipe ## policy.inside: find which heads and neurons carry what PPO changed, and what the reward model reads
+	@$(PY) -m policy.inside $(ARGS)
 
 export: export-policy export-reward ## both of these: plain models of a finished run, which need nothing of this project
 

@@ -21,7 +21,7 @@ def python_files(folders):
 FILES = python_files(PACKAGES)
 MAX_LINES = 400
 MAX_MODULES = 15  # of a folder
-MAX_PRODUCT_LINES, MAX_TEST_LINES = 51_740, 40_600  # of all files; the aim is 26,500 and 24,500
+MAX_PRODUCT_LINES, MAX_TEST_LINES = 52_540, 40_600  # of all files; the aim is 26,500 and 24,500
 
 STAGES = (  # a stage is a package; its command line is the package's __main__
     "rlhf.collect",
@@ -44,6 +44,7 @@ STAGES = (  # a stage is a package; its command line is the package's __main__
             "alignment_tax",
             "chat",
             "export",
+            "inside",
             "rounds",
         )
     ),
@@ -73,7 +74,10 @@ LIGHT = (
         )
     ),
     *(f"reward/card/{name}.py" for name in _LIGHT_CARD),
-    *(f"policy/{name}.py" for name in ("evaluate/report", "alignment_tax/checks", "chat/session")),
+    *(
+        f"policy/{name}.py"
+        for name in ("evaluate/report", "alignment_tax/checks", "chat/session", "inside/minimal_pairs")
+    ),
     *(file for file in FILES if file.startswith("policy/rounds/")),
     *(f"rlhf/evals/{name}.py" for name in ("outcome", "tasks/humaneval")),  # nor before generated code runs
     *(file for file in FILES if file.startswith(("rlhf/evals/sandbox/", "rlhf/web/"))),
@@ -185,6 +189,8 @@ def test_the_trainings_and_their_formulas_do_not_reach_the_reward_model_by_any_w
         "policy.evaluate.__main__",
         "policy.chat.models",
         "policy.chat.__main__",
+        "policy.inside.run",
+        "policy.inside.__main__",
         "policy.trl_compat",  # which puts a trainer together from what a script gives
         "policy.trl_compat.trainer",
     }

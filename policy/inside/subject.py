@@ -112,6 +112,11 @@ class Subject:
         self.activate()
         return {site: _linear_map(self.sites[site]) for site in self.writers}
 
+    @torch.no_grad()
+    def measure_plainly(self, batch: Batch) -> Tensor:
+        """One number a row without a gradient, [B], float32."""
+        return self.measure(batch).float()
+
     def units(self, site: Site) -> int:
         """How many heads or neurons there are at a place."""
         return self._heads if site.kind == "heads" else len(self.maps[site])
@@ -119,7 +124,7 @@ class Subject:
     def columns(self, site: Site, units: Tensor) -> Tensor:
         """Inputs of a place's output map that belong to these heads or neurons."""
         width = len(self.maps[site]) // self.units(site)
-        return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+        return (units[:, None] * width + torch.arange(width)).flatten().to(self.maps[site].device)
 
 
 def of_role(backbone: Backbone, role: str) -> Subject:

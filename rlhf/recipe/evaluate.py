@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf.recipe.types import Folder, JudgedOrReward, Natural, NonNegative, Positive, Rate, Section
+from rlhf.recipe.types import Files, Folder, JudgedOrReward, Natural, NonNegative, Positive, Rate, Section
 
 
 class Evaluate(Section):
@@ -62,6 +62,24 @@ class Evaluate(Section):
                 "policy is compared on: lower it, or raise prompts"
             )
         return self
+
+
+class Inside(Section):
+    """What `make inside` finds out: which parts carry what PPO changed, and what the reward model reads."""
+
+    prompts: Positive = 32
+    """Held-out prompts, with a response of each model to each; so many minimal pairs of each kind, too."""
+    estimate: Literal["relp", "atp"] = "relp"
+    """How the effects of all heads and neurons are estimated at once: `relp` (Jafari 2025), or `atp`,
+    attribution patching."""
+    top: Positive = 20
+    """Components whose effect is also measured exactly, by a run each."""
+    random_sets: Positive = 3
+    """Sets of random components, of each size, that are patched beside the first ones."""
+    pairs: Files = []
+    """Files of your own pairs for the reward model: comparisons of two responses with equally many tokens."""
+    micro_batch_size: Positive = 8
+    """Rows of one forward pass."""
 
 
 class Chat(Section):

@@ -302,6 +302,7 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "card.comparisons": card.comparisons,
         "card.outliers": card.outliers,
         "collect.judge": own,
+        "inside.pairs": recipe.inside.pairs,
         "evaluate.judge": function_files(recipe.evaluate.judge),
         "ppo.rewards": recipe.ppo.function_files,
         **{f"tax.tasks.{name}.files": task.files for name, task in (tax.tasks if tax else {}).items()},

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from rlhf.recipe.distill import Distill
-from rlhf.recipe.evaluate import Chat, Evaluate, Export
+from rlhf.recipe.evaluate import Chat, Evaluate, Export, Inside
 from rlhf.recipe.ppo import Ppo
 from rlhf.recipe.reward import Card, Collect, Pmp, Rank, Reward, Rounds
 from rlhf.recipe.sft import Dpo, Sft
@@ -47,6 +47,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     tax: Tax | None = None
     rounds: Rounds | None = None
+    inside: Inside = Inside()
     export: Export = Export()
     chat: Chat = Chat()
     distributed: Distributed = Distributed()

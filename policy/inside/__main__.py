@@ -1,0 +1,34 @@
+"""The `inside` stage: which parts of the policy carry what PPO changed, and what the reward model reads.
+
+``python -m policy.inside RECIPE [section.key=value ...]`` writes ``runs/<name>/inside/inside.json``,
+``inside.md`` and plots, and prints the page.
+"""
+
+from __future__ import annotations
+
+from rlhf.errors import exit_on_user_error
+from rlhf.recipe.load import from_command_line
+from rlhf.runs.artifacts import print_page
+from rlhf.runs.initial_adapter import check_same_start, start_files, start_parents
+from rlhf.runs.stage import RUNS, open_stage
+
+
+def main() -> None:
+    """The `inside` target; a finished stage prints its page again."""
+    recipe = from_command_line()
+    own = ("reward",) if recipe.ppo.own_reward else ()
+    parents = ("comparisons", *own, "ppo", *start_parents(recipe, "ppo"))
+    reads = [*recipe.ppo.named_models, *start_files(recipe, "ppo")]
+    run = open_stage(
+        recipe, "inside", section="inside", parents=parents, inputs=recipe.inside.pairs, reads=reads
+    )
+    if run is not None:
+        check_same_start(run.recipe, run, "ppo")
+        from policy.inside.run import look
+
+        run.finish(look(run.recipe, run))
+    print_page(RUNS / recipe.name / "inside" / "inside.md")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

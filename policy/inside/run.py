@@ -1,0 +1,84 @@
+"""The work of the stage `inside`: the run's models in memory, a question after the other, the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from policy.inside.questions import Inspection
+from policy.inside.report import as_markdown, draw
+from policy.ppo.setup import (
+    EnsembleScore,
+    check_rewards,
+    load_scorer,
+    model_scores,
+    reward_adapters,
+    reward_folders,
+    shapes_of,
+)
+from rlhf.data.stored import held_out_prompts
+from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.base import best_device, load_base
+from rlhf.recipe.load import Recipe
+from rlhf.runs.artifacts import write_atomically, write_json
+from rlhf.runs.initial_adapter import start_folder
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import load_dialogue
+
+START = "start"  # the role of the adapter that PPO started from, beside the base
+
+
+def look(recipe: Recipe, run: StageRun) -> dict[str, Any]:
+    """Do the stage's work: ``inside.json``, ``inside.md`` and plots; returns figures for the manifest.
+
+    Each answer is kept as it is there, so that an interrupted stage goes on with the next question.
+
+    Raises:
+        UserError: an adapter does not fit the base, the policy is its reference, or the recipe's own pairs
+            are none.
+    """
+    models = _inspection(recipe, run)
+    start = START if START in models.backbone.model.peft_config else None
+    before = start or REFERENCE
+    found: dict[str, Any] = {"name": recipe.name, "model": recipe.model.path, "seed": recipe.seed}
+    found["options"] = recipe.inside.model_dump()
+    found["policy"] = run.remember("policy", lambda: models.change("PPO", "policy", before))
+    if start:
+        found["start"] = run.remember("start", lambda: models.change("start", start, REFERENCE))
+    if "reward" in models.backbone.heads:
+        found["reads"] = run.remember("reads", lambda: models.reads("reward"))
+    else:
+        found["reads"] = {"skipped": "no reward model is an adapter on the policy's base"}
+    found["cost"] = run.clock()
+    write_json(run.folder / "inside.json", found)
+    draw(found, run.folder)
+    write_atomically(run.folder / "inside.md", as_markdown(found))
+    return {"figures": "inside.json"}
+
+
+def _inspection(recipe: Recipe, run: StageRun) -> Inspection:
+    """The policy, what it started from, and the reward models as adapters of one base."""
+    dialogue = load_dialogue(recipe)
+    folders = reward_folders(recipe, run)
+    rewards = () if recipe.ppo.retokenize else reward_adapters(len(folders))
+    start = start_folder(recipe, run, "ppo")
+    backbone = Backbone(
+        load_base(recipe.model),
+        recipe.lora,
+        adapters=["policy", *((START,) if start else ()), *rewards],
+        heads=rewards,
+        **(shapes_of(rewards, folders) if rewards else {}),
+    )
+    backbone.load_adapter("policy", run.parent("ppo") / "policy")
+    if start:
+        backbone.load_adapter(START, start)
+    if rewards:
+        check_rewards(recipe, dialogue, folders)
+    for role, folder in zip(rewards, folders, strict=False):
+        run.say(f"inside: {load_scorer(backbone, role, folder)}")
+    backbone.check_architecture()
+    backbone.to(best_device())
+    score = None
+    if folders:
+        members = model_scores(recipe, folders, backbone, dialogue)
+        score = EnsembleScore(members, recipe.ppo.ensemble, recipe.ppo.ensemble_penalty)
+    return Inspection(recipe, backbone, dialogue, held_out_prompts(run, recipe.inside.prompts), score)

@@ -1,0 +1,174 @@
+"""The stage on the tiny run, and what it says of bad input."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import noted_anew, stage
+from safetensors.torch import load_file, save_file
+from tiny_inside import batch, llama
+
+from policy.inside import __main__ as command
+from policy.inside import effects, minimal_pairs
+from policy.inside.effects import Change, examine, runs_of
+from policy.inside.minimal_pairs import KINDS, own_pairs, pairs_of
+from policy.inside.patching import record
+from policy.inside.subject import Site, of_model
+from rlhf.data.comparisons import Message
+from rlhf.errors import UserError
+from rlhf.recipe.evaluate import Inside
+from rlhf.runs.artifacts import read_json, write_jsonl
+
+FEW = ("inside.prompts=4", "inside.top=3", "inside.random_sets=2")
+
+
+@pytest.fixture
+def run(road, inside):
+    """A folder with the finished stages of the tiny run, and PPO's adapter made larger."""
+    os.symlink(road / "models", inside / "models")
+    shutil.copytree(road / "runs", inside / "runs")
+    file = inside / "runs/tiny/ppo/policy/adapter_model.safetensors"
+    tensors = {
+        name: t + 0.05 * torch.sin(torch.arange(t.numel()).view(t.shape))
+        for name, t in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    noted_anew(inside / "runs/tiny/ppo")
+    return inside / "runs/tiny"
+
+
+def test_the_stage_on_the_tiny_run(run, capsys):
+    pairs = run / "pairs.jsonl"
+    write_jsonl(pairs, [{"prompt": "It was", "chosen": " a joy.", "rejected": " a bore"[:7]}])
+    stage(command.main, *FEW, f"inside.pairs=[{pairs}]")
+    found = read_json(run / "inside/inside.json")
+    policy = found["policy"]
+    assert policy["into"]["components"] == 3 * (4 + 64)
+    assert policy["into"]["states"][-1][1]["mean"] == pytest.approx(1, abs=1e-4)
+    assert policy["into"]["states"][0][1]["mean"] == pytest.approx(0, abs=1e-6)  # lora.layers: top_2 of 3
+    assert len(policy["into"]["alone"]) == 3
+    assert [row["size"] for row in policy["back"]["together"]] == [1, 10, 100]
+    assert "change" in policy["reward"] or policy["reward"]["skipped"]
+    assert list(found["reads"]["kinds"]) == [*(kind.name for kind in KINDS), "your pairs"]
+    page = (run / "inside/inside.md").read_text()
+    assert page in capsys.readouterr().out
+    assert "## What the reward model reads" in page
+    assert (run / "inside/policy.png").is_file()
+    assert (run / "inside/reads.png").is_file()
+    assert (run / "inside/manifest.json").is_file()
+    stage(command.main, *FEW, f"inside.pairs=[{pairs}]")
+    assert "done already" in capsys.readouterr().out
+
+
+def test_it_goes_on_with_the_question_that_was_open(run, monkeypatch):
+    from policy.inside import questions
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(questions.Inspection, "reads", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stage(command.main, *FEW)
+    assert not (run / "inside/inside.json").exists()
+    monkeypatch.setattr(questions.Inspection, "change", stop)  # is not asked again
+    stage(command.main, *FEW)
+    assert read_json(run / "inside/inside.json")["policy"]["into"]["rows"] == 4
+
+
+def test_without_ppo_it_says_what_to_run(run):
+    shutil.rmtree(run / "ppo")
+    with pytest.raises(UserError, match=r"inside needs the ppo stage, .*make ppo RECIPE="):
+        stage(command.main)
+
+
+def test_a_policy_that_has_learned_nothing_is_told(run):
+    file = run / "ppo/policy/adapter_model.safetensors"
+    save_file({n: torch.zeros_like(t) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    noted_anew(run / "ppo")
+    with pytest.raises(UserError, match="PPO: log-prob: both runs measure the same"):
+        stage(command.main, *FEW)
+    assert not (run / "inside/inside.json").exists()
+
+
+def test_own_pairs_of_unequal_length_are_named_with_their_tokens(inside):
+    write_jsonl(inside / "p.jsonl", [{"prompt": "It was", "chosen": "very good", "rejected": "bad"}])
+    with pytest.raises(UserError, match=r"'very good' and 'bad' .* 2 \(very good\) against 1 \(bad\)"):
+        own_pairs(["p.jsonl"], str.split, str)
+    write_jsonl(inside / "p.jsonl", [{"prompt": "It was", "responses": ["a", "b", "c"], "ranks": [0, 1, 2]}])
+    with pytest.raises(UserError, match="one of 3 responses; give two"):
+        own_pairs(["p.jsonl"], str.split, str)
+
+
+def test_an_own_pair_without_a_difference_is_named(run):
+    write_jsonl(
+        run / "pairs.jsonl", [{"prompt": "It was", "chosen": " a joy, a joy", "rejected": " a joy, a bore"}]
+    )
+    with pytest.raises(UserError, match=r"' a joy, a joy' and ' a joy, a bore.* have the same score"):
+        stage(command.main, *FEW, f"inside.pairs=[{run / 'pairs.jsonl'}]", "dialogue.max_response_tokens=8")
+
+
+def test_pairs_of_the_templates_differ_as_they_say():
+    prompts = [(Message("user", "One"),), (Message("user", "Two"),)]
+    for kind in KINDS:
+        pairs, uneven = pairs_of(kind, prompts, str.split, 8)
+        assert (len(pairs), uneven) == (8, 0)
+        assert pairs[1].prompt == prompts[1]
+        assert all(pair.good != pair.bad for pair in pairs)
+    by_kind = {kind.name: list(kind.texts()) for kind in KINDS}
+    for good, bad in by_kind["order"]:
+        assert sorted(good.strip(".").split()) == sorted(bad.strip(" .").split())
+    assert all(
+        sum(a != b for a, b in zip(*map(str.split, pair), strict=True)) == 1 for pair in by_kind["sentiment"]
+    )
+
+
+def change(rows, weights=None):
+    """A planted difference: neuron 11 of layer 1 writes something else."""
+    model, other = llama(), llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[:, 11] += 0.05
+    weights = torch.ones(6) if weights is None else weights
+    batches = [(batch(seed=n), batch(seed=n)) for n in range(2)]
+    return Change(of_model(model), of_model(other), batches, weights, [0, 1, 2] * 2, "planted")
+
+
+def test_the_planted_neuron_carries_all_of_it():
+    ticks = []
+    planted, options = change(6), Inside(top=2, random_sets=2)
+    found = examine(planted, options, 0, tick=lambda: ticks.append(1))
+    assert len(ticks) == runs_of(planted, options)
+    assert found["alone"][0]["name"] == "L1.N11"
+    assert found["alone"][0]["exact"]["mean"] == pytest.approx(1, abs=1e-4)
+    assert found["alone"][0]["exact"]["n"] == 3  # groups of rows
+    assert found["alone"][1]["exact"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert found["together"][0]["first"]["mean"] == pytest.approx(1, abs=1e-4)
+    assert found["all"]["heads"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert found["all"]["neurons"]["mean"] == pytest.approx(1, abs=1e-4)
+    assert [round(value["mean"], 3) for _, value in found["states"]] == [0, 1]
+    whole = sum(
+        (record(planted.source, b).measured_B - record(planted.target, a).measured_B).sum()
+        for a, b in planted.batches
+    )
+    assert found["change"] == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_random_sets_are_of_the_same_kinds_and_from_the_seed():
+    ranked = [((Site(n // 40, "neurons" if n % 40 > 3 else "heads"), n % 40), 1.0) for n in range(80)]
+    draws = [effects._random(ranked, 10, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert sum(site.kind == "heads" for site, _ in draws[0]) == 4
+    assert len(set(draws[0])) == 10
+
+
+def test_a_metric_that_is_constant_is_told():
+    with pytest.raises(UserError, match="planted: both runs measure the same"):
+        examine(change(6, torch.zeros(6)), Inside(), 0)
+
+
+def test_the_filler_is_neither_good_nor_bad():
+    assert not set(minimal_pairs.FILLER.lower().strip(".").split()) & {
+        word for pair in minimal_pairs._WORDS for word in pair
+    }
