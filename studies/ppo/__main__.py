@@ -47,7 +47,7 @@ def main() -> None:
         do(units, args.work, compute)
     curves = Curves(Results.read(units, args.work))
     made = claims.all_claims(curves)
-    pairs = curves.results.by_seed("pairs")
+    pairs = curves.results.by_seed("pairs", closed=False)
     words = ["python -m studies.ppo", *(["--quick"] if args.quick else [])]
     for name in ("seeds", "arms"):
         if value := getattr(args, name):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from studies.engine.verdicts import Claim, above, below, shown
-from studies.ppo.curves import GOLD, KL, Curves, drop, end, estimate, peak_gold
-from studies.ppo.fits import r_squared
-from studies.ppo.plan import CLOSE, ESTIMATORS, NAMES, PRICES, WEAK
+from studies.ppo.curves import GOLD, KL, Curves, column, drop, end, estimate, peak_gold
+from studies.ppo.fits import at_kl, r_squared, smooth
+from studies.ppo.plan import CLOSE, DPO, ESTIMATORS, MIDDLE, NAMES, PRICES, WEAK
 
 ENDED = 0.95  # share of responses that end by themselves
+PROXY = f"small {MIDDLE}"  # of the arm `ppo` and its changes
 
 
 def estimators(curves: Curves) -> Claim | None:
@@ -22,22 +23,36 @@ def estimators(curves: Curves) -> Claim | None:
         "RLOO is as good as PPO",
         "Ahmadian et al. 2024: REINFORCE-style estimators reach PPO's reward or more.",
         "The same proxy, KL price, responses, passes and learning rate. Gold at equal samples, at the "
-        "end; and at equal KL, along the trajectories.",
+        "end; and at equal KL, along the trajectories. Beside them DPO on the comparisons that the proxy "
+        f"learned from, {DPO['epochs']} passes with beta {DPO['beta']:g}, and best of n by the proxy.",
         [
             above("RLOO less PPO, gold at equal samples", curves.less("rloo", "ppo", end(GOLD)), -CLOSE),
             above("RLOO less PPO, gold at equal KL", curves.at_equal_kl("rloo", "ppo"), -CLOSE),
         ],
         ("algorithm", "gold", "KL", "gold less PPO's", "at equal KL", "distinct-2", "seconds"),
-        [_row(curves, arm) for arm in arms],
+        [*(_row(curves, arm) for arm in arms), _best_row(curves)],
     )
 
 
-def _row(curves: Curves, arm: str) -> tuple[str, ...]:
-    """An arm beside PPO."""
+def _best_row(curves: Curves) -> tuple[str, ...]:
+    """Best of the most samples by PPO's own proxy; beside PPO where that has the same KL."""
+    every = curves.results.by_seed("best")
+    golds = [best[PROXY][GOLD][-1] for best in every]
+    kls = [best["kl"][-1] for best in every]
+    beside = [
+        gold - at_kl(smooth(column(run, KL)), smooth(column(run, GOLD)), kl)
+        for gold, kl, run in zip(golds, kls, curves.runs("ppo"), strict=True)
+    ]
+    name = f"best of {every[0]['n'][-1]}"
+    return (name, shown(estimate(golds)), f"{kls[0]:.2f}", "", shown(estimate(beside)), "", "")
+
+
+def _row(curves: Curves, arm: str, other: str = "ppo") -> tuple[str, ...]:
+    """An arm beside another."""
     found = [shown(curves.over(arm, end(name)), digits) for name, digits in ((GOLD, 3), (KL, 2))]
     beside = ["", ""]
-    if arm != "ppo":
-        beside = [shown(curves.less(arm, "ppo", end(GOLD))), shown(curves.at_equal_kl(arm, "ppo"))]
+    if arm not in (other, "closed"):
+        beside = [shown(curves.less(arm, other, end(GOLD))), shown(curves.at_equal_kl(arm, other))]
     spread = shown(curves.over(arm, end("distinct_2")), 2)
     return (arm, *found, *beside, spread, shown(curves.over(arm, lambda run: float(run["loop_seconds"])), 0))
 
@@ -51,6 +66,9 @@ def ablations(curves: Curves) -> Claim | None:
     statements = []
     if "EOS trick" in arms:
         statements.append(above("EOS trick: responses that end", curves.over("EOS trick", end("eos")), ENDED))
+        if "closed" in arms:
+            more = curves.less("EOS trick", "closed", end("eos"))
+            statements.append(above("the same, more than without the trick", more))
     told = {
         "advantages not whitened": "gold without advantage whitening less with it",
         "Adam epsilon 1e-8": "gold with epsilon 1e-8 less with 1e-5",
@@ -62,12 +80,13 @@ def ablations(curves: Curves) -> Claim | None:
     rows = []
     for arm in ("ppo", *arms):
         ends = (shown(curves.over(arm, end(name)), 2) for name in ("eos", "explained_variance"))
-        rows.append((*_row(curves, arm), *ends))
+        rows.append((*_row(curves, arm, "closed" if arm == "EOS trick" else "ppo"), *ends))
     return Claim(
         18,
         "EOS trick, whitening, reward normalization and Adam's epsilon matter",
         "Huang et al. 2024 (the N+ implementation details), Zheng et al. 2023 (PPO-max).",
-        "One change at a time from the arm `ppo`, everything else equal; differences paired by seed.",
+        "One change at a time from the arm `ppo`, everything else equal; differences paired by seed. The "
+        "arms `closed` and `EOS trick` are of a world whose stories end.",
         statements,
         (
             *("arm", "gold", "KL", "gold less ppo's", "at equal KL", "distinct-2", "seconds"),

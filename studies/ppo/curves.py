@@ -49,7 +49,7 @@ class Curves:
 
     def base(self, run: int) -> float:
         """Mean gold score of the rung itself, of the seed with this number."""
-        return float(self.results.by_seed("pairs")[run]["gold"])
+        return float(self.results.by_seed("pairs", closed=False)[run]["gold"])
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -38,7 +38,8 @@ from studies.scaling.data import world
 from studies.scaling.data.texts import Library
 
 JUDGE = "vader"
-WORDS = (16, 40)  # of a document, so that a response ends by itself or is cut
+CLOSED = (16, 40)  # words of a document that ends: a response ends by itself or is cut
+OPEN = (60, 100)  # of one that does not
 POOLING: Pooling = "mean"  # a rung of one layer does not learn from the closing token alone
 AT_ONCE = 256  # responses
 
@@ -63,14 +64,14 @@ def gold(responses: Responses) -> Tensor:
 
 
 def rung(unit: Unit, folder: Path) -> dict[str, Any]:
-    """Train a language model on short documents, each closed by EOS, packed into rows."""
+    """Train a language model on short documents, each closed by EOS, or long ones that are not."""
     s = unit.settings
     model, tokenizer = rungs.load(s, None)
     place, chance = world.make_world(s["seed"]), world.random_of(s["seed"], "ppo documents")
     ids: list[int] = []
     while len(ids) < s["tokens"]:
-        text = world.document(place, chance, chance.randint(*WORDS))
-        ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        text = world.document(place, chance, chance.randint(*(CLOSED if s["closed"] else OPEN)))
+        ids += [*tokenizer(text)["input_ids"], *([tokenizer.eos_token_id] if s["closed"] else [])]
     rows = np.asarray(ids[: len(ids) // s["window"] * s["window"]], dtype=np.int64).reshape(-1, s["window"])
     model.train()
     losses = rungs.language_model(model, rows, s)
@@ -159,7 +160,9 @@ def reward(unit: Unit, folder: Path) -> dict[str, Any]:
     learned = rows[-number:] if s["half"] == "test" else rows[:number]
     scratch = folder / f"scratch-{unit.key}"
     with as_folder(base, folder) as path, quiet_folder(scratch):
-        recipe = _recipe(path, s)
+        learning = {"learning_rate": s["reward_rate"], "batch_size": 16, "epochs": s["reward_epochs"]}
+        kind = {"checkpoint_every": 10**6, "probe": False, "pooling": POOLING}
+        recipe = recipe_of(path, s, rank=s["rank"], reward=learning | kind)
         dialogue = dialogue_of(load_rung(base, folder)[1], s)
         train, exam = (encode(comparisons(some), dialogue) for some in (learned, found["result"]["held_out"]))
         fresh = new_reward_model(recipe, dialogue, pooling=POOLING)
@@ -180,27 +183,21 @@ def reward(unit: Unit, folder: Path) -> dict[str, Any]:
         }
 
 
-def _recipe(path: Path, s: Settings) -> Recipe:
+def recipe_of(path: Path, s: Settings, *, rank: int, **sections: Any) -> Recipe:
+    """A recipe with a rung in a folder, the study's token contract, and these sections."""
     return Recipe.model_validate(
         {
             "name": "study",
             "seed": s["seed"],
             "model": {"path": str(path)},
-            "lora": {"rank": s["rank"], "alpha": 2 * s["rank"]},
+            "lora": {"rank": rank, "alpha": 2 * rank},
             "dialogue": {
                 "template": "plain",
                 "max_prompt_tokens": s["prompt_tokens"],
                 "max_response_tokens": s["response_tokens"],
             },
             "data": {"comparisons": ["the study's"]},
-            "reward": {
-                "learning_rate": s["reward_rate"],
-                "batch_size": 16,
-                "epochs": s["reward_epochs"],
-                "checkpoint_every": 10**6,
-                "probe": False,
-                "pooling": POOLING,
-            },
+            **sections,
         }
     )
 

@@ -11,19 +11,20 @@ from studies.engine.units import Settings, Unit
 
 BASE: Mapping[str, Any] = {  # of all policies, unless an arm says otherwise; the rest is the recipe's default
     "epochs": 2,
-    "learning_rate": 1e-3,
+    "learning_rate": 1.5e-3,
     "kl_coef": 0.05,
     "missing_eos": "ignore",
 }
 FREE = {"kl_coef": 0.0}  # no KL price
 GROUPED = {"samples_per_prompt": 4}
+DPO = {"learning_rate": 1e-3, "beta": 0.1, "epochs": 5, "batch_size": 16}
 PRICES = (0.02, 0.1, 0.3)
-RATES = (1e-4, 3e-4, 3e-3)
+RATES = (1.5e-4, 5e-4, 5e-3)
 WEAK, MIDDLE, STRONG = 0, 1, 2  # of the proxies' data sizes
 NAMES = {  # of the proxies, and the arms without a KL price against them
     f"{size} {data}": f"free {size} {data}" for size in ("small", "large") for data in (WEAK, MIDDLE, STRONG)
 }
-ESTIMATORS = ("ppo", "rloo", "grpo", "dr_grpo", "reinforce")
+ESTIMATORS = ("ppo", "rloo", "grpo", "dr_grpo", "reinforce", "dpo")
 CLOSE = 0.05  # gold score: differences within it are none
 
 
@@ -40,6 +41,8 @@ class Arm:
     data: int = MIDDLE
     large: bool = False
     test: bool = False
+    closed: bool = False
+    dpo: Mapping[str, Any] | None = None
 
 
 def _arms() -> dict[str, Arm]:
@@ -55,8 +58,10 @@ def _arms() -> dict[str, Arm]:
     arms["ppo"] = Arm()
     arms["reinforce"] = Arm({"algorithm": "reinforce"})
     arms |= {a: Arm({"algorithm": a} | GROUPED) for a in ("rloo", "grpo", "dr_grpo")}
+    arms["dpo"] = Arm(dpo=DPO)
     arms |= {
-        "EOS trick": Arm({"missing_eos": "replace"}),
+        "closed": Arm(closed=True),
+        "EOS trick": Arm({"missing_eos": "replace"}, closed=True),
         "advantages not whitened": Arm({"whiten_advantages": False}),
         "rewards whitened": Arm({"whiten_rewards": True}),
         "value from the reward model": Arm(more={"value_init": "reward"}),
@@ -67,8 +72,8 @@ def _arms() -> dict[str, Arm]:
         "lambda 0.8": Arm({"lam": 0.8}),
         "value lambda 1": Arm({"lam_value": 1.0}),
         "lambda by length": Arm({"lam_length": 0.2}),
-        "LoRA rank 2": Arm(more={"lora_rank": 2}),
-        "LoRA rank 64": Arm(more={"lora_rank": 64}),
+        "LoRA rank 1": Arm(more={"lora_rank": 1}),
+        "LoRA rank 16": Arm(more={"lora_rank": 16}),
     }
     return arms | {f"learning rate {rate:g}": Arm({"learning_rate": rate}) for rate in RATES}
 
@@ -100,9 +105,9 @@ class Plan:
     reward_rate: float = 1e-3
     reward_epochs: tuple[int, int, int] = (16, 8, 5)
     """Of each data size: few comparisons need several passes to be learned at all."""
-    rank: int = 16
-    steps: int = 80
-    responses: int = 64
+    rank: int = 4
+    steps: int = 60
+    responses: int = 96
     lessons: int = 300
     samples: int = 1024
     """Of a prompt, for best of n."""
@@ -113,8 +118,8 @@ class Plan:
 QUICK = Plan(
     tokens=300_000,
     held_out=128,
-    steps=50,
-    responses=32,
+    steps=40,
+    responses=64,
     lessons=100,
     best_prompts=8,
     arms=(
@@ -131,49 +136,63 @@ def units_of(plan: Plan) -> list[Unit]:
 
 
 def _of_seed(plan: Plan, seed: int) -> list[Unit]:
-    own: Settings = {"seed": seed, "revision": 2}
-    lengths = own | {"prompt_tokens": plan.prompt_tokens, "response_tokens": plan.response_tokens}
-    names = ("vocabulary", "window", "tokens", "batch", "learning_rate")
-    trained = own | {name: getattr(plan, name) for name in names} | {"text": []}
-    small, large = (
-        Unit("rung", trained | {"layers": n}, cost=seconds(n, plan.tokens, 0, OVERHEAD)) for n in plan.layers
-    )
-    both = plan.prompt_tokens + plan.response_tokens
-    kept = {"pairs": 2 * plan.data[MIDDLE] + plan.data[STRONG], "prompts": plan.prompts}
-    pairs = Unit(
-        "pairs", lengths | kept | {"noise": plan.noise, "held_out": plan.held_out}, (small,), cost=OVERHEAD
-    )
+    chains = {closed: _Chain(plan, seed, closed=closed) for closed in (False, True)}
+    chain = chains[False]
+    used = [ARMS[arm] for arm in plan.arms]
+    proxies = {
+        f"{size} {data}": chain.proxy(data, of_large=size == "large")
+        for size in ("small", "large")
+        for data in (WEAK, MIDDLE, STRONG)
+        if any(arm.data == data and arm.large == (size == "large") and not arm.closed for arm in used)
+    }
+    counts = {"prompts": plan.best_prompts, "samples": plan.samples, "proxies": list(proxies)}
+    read = plan.best_prompts * plan.samples * chain.both
+    needs = (chain.small, chain.pairs, *proxies.values())
+    best = Unit("best", chain.lengths | counts, needs, seconds(2, 0, 4 * read, OVERHEAD))
+    return [best, *(_policy(plan, name, chains[ARMS[name].closed]) for name in plan.arms)]
 
-    def proxy(data: int, *, of_large: bool, half: str = "train") -> Unit:
-        base = large if of_large else small
+
+class _Chain:
+    """What the policies of a seed need: rungs, their pairs, proxies.
+
+    closed: the stories of the text end, and so do responses; otherwise all have the full length.
+    """
+
+    def __init__(self, plan: Plan, seed: int, *, closed: bool) -> None:
+        self.plan, own = plan, {"seed": seed, "revision": 3, "closed": closed}
+        self.lengths: Settings = own | {
+            "prompt_tokens": plan.prompt_tokens,
+            "response_tokens": plan.response_tokens,
+        }
+        self.both = plan.prompt_tokens + plan.response_tokens
+        names = ("vocabulary", "window", "tokens", "batch", "learning_rate")
+        trained = own | {name: getattr(plan, name) for name in names} | {"text": []}
+        self.small, self.large = (
+            Unit("rung", trained | {"layers": n}, cost=seconds(n, plan.tokens, 0, OVERHEAD))
+            for n in plan.layers
+        )
+        kept = {"pairs": 2 * plan.data[MIDDLE] + plan.data[STRONG], "prompts": plan.prompts}
+        noise = {"noise": plan.noise, "held_out": plan.held_out}
+        self.pairs = Unit("pairs", self.lengths | kept | noise, (self.small,), cost=OVERHEAD)
+
+    def proxy(self, data: int, *, of_large: bool, half: str = "train") -> Unit:
+        """A reward model on so many comparisons, from the front (train) or from the back (test)."""
+        plan, base = self.plan, self.large if of_large else self.small
         number, layers = plan.data[data], base.settings["layers"]
         learning = {"reward_rate": plan.reward_rate, "reward_epochs": plan.reward_epochs[data]}
         what = {"comparisons": number, "half": half, "layers": layers, "rank": plan.rank}
-        cost = seconds(layers, 2 * plan.reward_epochs[data] * number * both, 0, OVERHEAD)
-        return Unit("reward", lengths | learning | what, (base, pairs), cost)
+        cost = seconds(layers, 2 * plan.reward_epochs[data] * number * self.both, 0, OVERHEAD)
+        return Unit("reward", self.lengths | learning | what, (base, self.pairs), cost)
 
-    used = [ARMS[arm] for arm in plan.arms]
-    proxies = {
-        f"{size} {data}": proxy(data, of_large=size == "large")
-        for size in ("small", "large")
-        for data in (WEAK, MIDDLE, STRONG)
-        if any(arm.data == data and arm.large == (size == "large") for arm in used)
-    }
-    counts = {"prompts": plan.best_prompts, "samples": plan.samples, "proxies": list(proxies)}
-    read = plan.best_prompts * plan.samples * both
-    made = [
-        Unit("best", lengths | counts, (small, pairs, *proxies.values()), seconds(2, 0, 4 * read, OVERHEAD))
-    ]
-    for name in plan.arms:
-        arm = ARMS[name]
-        test = (proxy(arm.data, of_large=arm.large, half="test"),) if arm.test else ()
-        needs = (small, pairs, proxies[f"{'large' if arm.large else 'small'} {arm.data}"], *test)
-        sizes = {n: getattr(plan, n) for n in ("steps", "responses", "prompts", "held_out", "lessons")}
-        changed = {"lora_rank": plan.rank, "lora_layers": "all", "value_init": "zero"} | dict(arm.more)
-        settings = lengths | sizes | changed | {"arm": name, "ppo": {**BASE, **arm.ppo}}
-        sampled = plan.steps * plan.responses * both
-        cost = seconds(1, 4 * sampled, 6 * sampled, OVERHEAD) + (
-            seconds(2, 0, sampled, 0) if arm.large else 0
-        )
-        made.append(Unit("policy", settings, needs, cost))
-    return made
+
+def _policy(plan: Plan, name: str, chain: _Chain) -> Unit:
+    arm = ARMS[name]
+    test = (chain.proxy(arm.data, of_large=arm.large, half="test"),) if arm.test else ()
+    needs = (chain.small, chain.pairs, chain.proxy(arm.data, of_large=arm.large), *test)
+    sizes = {n: getattr(plan, n) for n in ("steps", "responses", "prompts", "held_out", "lessons")}
+    changed = {"lora_rank": plan.rank, "lora_layers": "all", "value_init": "zero"} | dict(arm.more)
+    learned = {"dpo": dict(arm.dpo)} if arm.dpo else {"ppo": {**BASE, **arm.ppo}}
+    settings = chain.lengths | sizes | changed | {"arm": name} | learned
+    sampled = plan.steps * plan.responses * chain.both
+    cost = seconds(1, 4 * sampled, 6 * sampled, OVERHEAD)
+    return Unit("policy", settings, needs, cost + (seconds(2, 0, sampled, 0) if arm.large else 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policy.dpo.data import encode
+from policy.dpo.run import new_backbone as new_dpo_backbone
+from policy.dpo.trainer import new_trainer
 from policy.evaluate.before_after import sample_and_score
 from policy.evaluate.best_of_n import best_of_n, draw, kl_bound, powers_of_two
 from policy.ppo.rollout import Responses, RewardFn
@@ -19,16 +23,20 @@ from rlhf.evals.model import LanguageModel
 from rlhf.evals.tasks import lm_loss
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.recipe.schema import Lora, Ppo
+from rlhf.training.hf_trainer import ADAPTER
 from rlhf.training.metrics import read_metrics
-from studies.engine.units import Unit
+from studies.engine.units import Unit, read_result
 from studies.ppo.models import (
     AT_ONCE,
+    as_folder,
+    comparisons,
     dialogue_of,
     gold,
     held_out_texts,
     load_reward,
     load_rung,
     prompts_of,
+    recipe_of,
     reward_folder,
 )
 from studies.scaling.adapters import quiet_folder
@@ -65,10 +73,39 @@ class Watched:
 
 
 def optimize(unit: Unit, folder: Path) -> dict[str, Any]:
-    """Train a policy against a reward model; every step's figures, and at the end the forward KL and the tax.
+    """Train a policy; every step's figures, and at the end the forward KL and the tax.
 
     The tax: loss on held-out lessons, which no prompt begins, more than the rung's, nats a byte.
     """
+    return (prefer if "dpo" in unit.settings else reinforce)(unit, folder)
+
+
+def prefer(unit: Unit, folder: Path) -> dict[str, Any]:
+    """Train a policy on the comparisons that the proxy has learned from, by DPO; its end as one step."""
+    s, (base, source, proxy) = unit.settings, unit.needs
+    found = read_result(source, folder)
+    assert found is not None, "a unit is done after those it needs"
+    scratch = folder / f"scratch-{unit.key}"
+    with as_folder(base, folder) as path, quiet_folder(scratch):
+        recipe = recipe_of(path, s, rank=s["lora_rank"], dpo=s["dpo"] | {"checkpoint_every": 10**6})
+        dialogue = dialogue_of(load_rung(base, folder)[1], s)
+        backbone = new_dpo_backbone(recipe)
+        pairs = encode(
+            comparisons(found["result"]["pairs"][: proxy.settings["comparisons"]]), dialogue, "all"
+        )[0]
+        trainer = new_trainer(recipe, recipe.dpo, dialogue, backbone, pairs, folder=scratch)
+        trainer.refer_to(*trainer.log_probs(pairs))
+        start = time.perf_counter()
+        trainer.fit()
+        seconds = time.perf_counter() - start
+    ends = _ends(backbone, dialogue, s, ADAPTER)
+    known = {"gold": ends["gold"], "kl": ends["reverse_kl"]}
+    steps = {name: [_number(known.get(name))] for name in KEPT}
+    return {"steps": steps, "loop_seconds": round(seconds, 2), **ends}
+
+
+def reinforce(unit: Unit, folder: Path) -> dict[str, Any]:
+    """Train a policy against a reward model by the project's own PPO."""
     s, (base, _, proxy, *test) = unit.settings, unit.needs
     model, tokenizer = load_rung(base, folder)
     dialogue = dialogue_of(tokenizer, s)
@@ -112,16 +149,16 @@ def _number(value: float | None) -> float | None:
     return round(value, _DIGITS) if value is not None and math.isfinite(value) else None
 
 
-def _ends(backbone: Backbone, dialogue: Any, s: dict[str, Any]) -> dict[str, float]:
+def _ends(backbone: Backbone, dialogue: Any, s: dict[str, Any], policy: str = "policy") -> dict[str, float]:
     """KL in both directions on held-out prompts, gold there, and the tax."""
     prompts = prompts_of(s["seed"], s["held_out"], training=False)
     kind: Any = {"seed": s["seed"], "temperature": 1.0, "batch_size": AT_ONCE}
     judges: dict[str, RewardFn] = {"gold": gold}
-    after = sample_and_score(backbone, "policy", dialogue, prompts, judges, **kind)
-    before = sample_and_score(backbone, REFERENCE, dialogue, prompts, judges, against="policy", **kind)
+    after = sample_and_score(backbone, policy, dialogue, prompts, judges, **kind)
+    before = sample_and_score(backbone, REFERENCE, dialogue, prompts, judges, against=policy, **kind)
     items = [lm_loss.Item(str(n), "", text) for n, text in enumerate(held_out_texts(s["seed"], s["lessons"]))]
     losses = {}
-    for role in (REFERENCE, "policy"):
+    for role in (REFERENCE, policy):
         backbone.activate(role)
         with backbone.folded(role):
             values = lm_loss.run(
@@ -133,7 +170,7 @@ def _ends(backbone: Backbone, dialogue: Any, s: dict[str, Any]) -> dict[str, flo
         "gold_before": float(np.mean(before.scores["gold"])),
         "reverse_kl": float(np.mean(after.kl)),
         "forward_kl": float(np.mean(before.kl)),
-        "tax": losses["policy"] - losses[REFERENCE],
+        "tax": losses[policy] - losses[REFERENCE],
     }
 
 

@@ -13,11 +13,11 @@ from studies.ppo.plots import PLOTS
 
 def reward_models(curves: Curves) -> list[list[str]]:
     """Size, comparisons and held-out accuracy of every kind of reward model."""
-    rows, units = [], curves.results
-    for layers in units.values("reward", "layers"):
-        for number in units.values("reward", "comparisons", layers=layers):
-            for half in units.values("reward", "half", layers=layers, comparisons=number):
-                some = units.by_seed("reward", layers=layers, comparisons=number, half=half)
+    rows, units, own = [], curves.results, {"closed": False}
+    for layers in units.values("reward", "layers", **own):
+        for number in units.values("reward", "comparisons", layers=layers, **own):
+            for half in units.values("reward", "half", layers=layers, comparisons=number, **own):
+                some = units.by_seed("reward", layers=layers, comparisons=number, half=half, **own)
                 right = (
                     shown(estimate([r[k]["mean"] for r in some])) for k in ("accuracy", "train_accuracy")
                 )
