@@ -93,6 +93,7 @@ def prefer(unit: Unit, folder: Path) -> dict[str, Any]:
         pairs = encode(
             comparisons(found["result"]["pairs"][: proxy.settings["comparisons"]]), dialogue, "all"
         )[0]
+        assert recipe.dpo is not None
         trainer = new_trainer(recipe, recipe.dpo, dialogue, backbone, pairs, folder=scratch)
         trainer.refer_to(*trainer.log_probs(pairs))
         start = time.perf_counter()
