@@ -81,7 +81,11 @@ OPTIONS = {
         "binary": ["reward.objective=binary"],
     },
     "reward.head_init": {"normal": [], "probe": ["reward.probe=true", "reward.head_init=probe"]},
-    "reward.members": {"1": [], "2": ["reward.members=2", "ppo.ensemble=pessimistic"]},
+    "reward.members": {
+        "1": [],
+        "2": ["reward.members=2", "ppo.ensemble=pessimistic"],
+        "2, averaged": ["reward.members=2", "ppo.ensemble=average"],
+    },
     "trunk_gigabytes": {
         "4": [],
         "0": [f"{name}.trunk_gigabytes=0" for name in ("distill", "reward", "ppo")],

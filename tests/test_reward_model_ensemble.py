@@ -57,9 +57,10 @@ def test_what_is_no_ensemble_is_refused():
         (torch.zeros(0, 3), "mean"),
         (torch.zeros(3), "mean"),
         (torch.zeros(2, 3), "median"),
+        (torch.zeros(2, 3), "average"),
         (torch.zeros(1, 3), "median"),
     ):
-        with pytest.raises(ValueError, match=r"one row a member|no way of combining"):
+        with pytest.raises(ValueError, match=r"one row a member|no way of combining|of weights"):
             combine(scores, how, 1.0)
 
 

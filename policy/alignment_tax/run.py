@@ -18,7 +18,7 @@ from policy.alignment_tax.models import ModelVariant, load_variant, variant_hash
 from policy.alignment_tax.plot import draw
 from policy.alignment_tax.report import as_markdown
 from policy.alignment_tax.table import Figures, Outcomes, item_rows, table_of, verdicts
-from reward.model.ensemble import member_folders
+from reward.model.ensemble import own_folders
 from rlhf import NAME, __version__
 from rlhf.collect.judges import Judge
 from rlhf.errors import UserError
@@ -261,7 +261,9 @@ class TaxRun:
         }
 
         def outcome() -> dict[str, Any]:
-            judge = reward_judge(self.recipe, member_folders(self.run.parent("reward")))
+            judge = reward_judge(
+                self.recipe, own_folders(self.run.parent("reward"), self.recipe.ppo.ensemble)
+            )
             return hhh_by_scores(self.items["hhh"][0], judge).as_dict()
 
         found = Outcome.from_dict(self._remember("reward-model--hhh", key, outcome))

@@ -19,7 +19,7 @@ from policy.ppo.reward_shaping import Moments
 from policy.ppo.rollout import Responses, RewardFn
 from policy.rewards.mixture import RewardMixture, WeightedReward, text_reward
 from reward.card import scorers
-from reward.model.ensemble import TEST_MODEL, Combination, check_one_base, combine, member_folders, spread
+from reward.model.ensemble import TEST_MODEL, Combination, check_one_base, combine, own_folders, spread
 from reward.model.model import (
     TextRewardModel,
     check_has_score,
@@ -56,7 +56,7 @@ def reward_folders(recipe: Recipe, run: StageRun) -> list[Path]:
         UserError: the run's reward stage has not left a whole ensemble.
     """
     section = recipe.ppo
-    own = member_folders(run.parent("reward")) if section.own_reward else []
+    own = own_folders(run.parent("reward"), section.ensemble) if section.own_reward else []
     if not section.rewards:
         return [Path(folder) for folder in section.reward_model] or own
     return [folder for reward in section.rewards for folder in _folders(reward, own)]
@@ -143,6 +143,7 @@ def new_backbone(
     reference_copy: bool = False,
     depths: Mapping[str, int] | None = None,
     pooled: Sequence[str] = (),
+    ranks: Mapping[str, int] | None = None,
 ) -> Backbone:
     """A base with fresh adapters and zero heads, as a ``ppo`` section needs them.
 
@@ -153,16 +154,16 @@ def new_backbone(
         rewards: names of adapters with a scalar head, to be loaded with reward models.
         tests: further ones, whose scores are no reward.
         reference_copy: make an adapter ``reference``; else the reference is the base without adapters.
-        depths: rewards that consist of so many of the base's layers; the value that starts as the first of
-            them does too.
-        pooled: rewards that read the mean state of a response.
+        depths, ranks, pooled: of the rewards, as in :class:`Backbone`; the value that starts as the first of
+            them has its depth and rank.
     """
-    depths = dict(depths or {})
+    depths, ranks = dict(depths or {}), dict(ranks or {})
     heads = ("value",) if section.has_value else ()
     own = heads if section.value == "adapter" else ()
     reference = (REFERENCE,) if reference_copy else ()
-    if own and rewards and rewards[0] in depths:
-        depths["value"] = depths[rewards[0]]
+    for shape in (depths, ranks):
+        if own and rewards and rewards[0] in shape:
+            shape["value"] = shape[rewards[0]]
     backbone = Backbone(
         base,
         lora,
@@ -172,6 +173,7 @@ def new_backbone(
         shared={"value": "policy"} if heads and not own else None,
         depths=depths,
         pooled=pooled,
+        ranks=ranks,
     )
     backbone.zero_heads()
     return backbone
@@ -340,7 +342,7 @@ def model_scores(
 def _parts(recipe: Recipe, run: StageRun, members: Sequence[RewardFn]) -> list[WeightedReward]:
     """The recipe's ``rewards``; ``members`` are our reward models among them, in order."""
     section, left = recipe.ppo, iter(members)
-    own = member_folders(run.parent("reward")) if section.own_reward else []
+    own = own_folders(run.parent("reward"), section.ensemble) if section.own_reward else []
     columns = stored_columns(run) if recipe.data.prompt_columns else None
     parts = []
     for number, reward in enumerate(section.rewards):

@@ -17,8 +17,9 @@ from torch import Tensor
 from reward.model.model import load_config
 from rlhf.errors import UserError
 
-Combination = Literal["mean", "minimum", "pessimistic"]
+Combination = Literal["mean", "minimum", "pessimistic", "average"]
 MODEL = "model"  # member 0, below the reward stage's folder; the others are model-1, model-2, ...
+AVERAGE = "average"  # beside them, the mean of their weights
 TEST_MODEL = "test_model"  # beside them, trained on comparisons that they have not seen
 
 
@@ -28,14 +29,17 @@ def combine(scores_MN: Tensor, how: Combination, penalty: float) -> Tensor:
     scores_MN: one row a member. ``mean`` (Coste 2023, eq. 3); ``minimum``, the worst case (eq. 4);
     ``pessimistic``: mean - penalty x standard deviation, as eq. 5, which subtracts the variance: the standard
     deviation is in the unit of the scores, so one penalty serves reward models of any spread. One member
-    gives its own scores, untouched. No member, or another ``how``, is a ValueError.
+    gives its own scores, untouched, and is all that ``average`` has. No member, or another ``how``, is a
+    ValueError.
     """
     if scores_MN.ndim != 2 or not len(scores_MN):
         raise ValueError(f"scores of shape {tuple(scores_MN.shape)} are not one row a member")
-    if how not in ("mean", "minimum", "pessimistic"):
+    if how not in ("mean", "minimum", "pessimistic", "average"):
         raise ValueError(f"{how!r} is no way of combining scores")
     if len(scores_MN) == 1:
         return scores_MN[0]
+    if how == "average":
+        raise ValueError("average is of weights, not of scores")
     if how == "minimum":
         return scores_MN.amin(dim=0)
     mean_N = scores_MN.mean(dim=0)
@@ -70,6 +74,23 @@ def member_folders(reward_stage: Path) -> list[Path]:
             "`make reward RECIPE=...`"
         )
     return [reward_stage / name for name in names]
+
+
+def own_folders(reward_stage: Path, how: Combination) -> list[Path]:
+    """Folders of the reward models that score for a run: all its members, or the average of several.
+
+    Raises:
+        UserError: as :func:`member_folders`, or the average is missing, as in runs of earlier versions.
+    """
+    members, average = member_folders(reward_stage), reward_stage / AVERAGE
+    if how != "average" or len(members) == 1:
+        return members
+    if not average.is_dir():
+        raise UserError(
+            f"ppo.ensemble=average: {average} is not there; remove {reward_stage} and run "
+            "`make reward RECIPE=...`"
+        )
+    return [average]
 
 
 def check_one_base(folders: Sequence[Path]) -> None:

@@ -75,11 +75,13 @@ class RewardModelConfig(NamedTuple):
     None = all."""
     pooling: Pooling = "last"
     """What the head reads: the state at the last token, or the mean over the response's."""
+    averaged: int = 1
+    """Of how many members this is the mean; its adapter has so many times the rank of theirs."""
 
     def as_dict(self) -> dict[str, Any]:
         """As it is written: of what came later only what is not the default, as files before it."""
         usual = self._field_defaults
-        later = (*_LOADING, *_TURNS, "layers", "pooling")
+        later = (*_LOADING, *_TURNS, "layers", "pooling", "averaged")
         return {k: v for k, v in self._asdict().items() if k not in later or v != usual[k]}
 
     def loading(self) -> dict[str, Any]:
@@ -223,10 +225,12 @@ def config_of(
 
 def shapes_of(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
     """What a backbone has to know of reward models by adapter: ``depths``, how many of the base layers those
-    consist of that do not have them all, and ``pooled``, which read the mean state."""
+    consist of that do not have them all, ``ranks``, how many times the rank they have that are the average
+    of several, and ``pooled``, which read the mean state."""
     configs = {name: load_config(folder) for name, folder in zip(names, folders, strict=True)}
     return {
         "depths": {name: config.layers for name, config in configs.items() if config.layers is not None},
+        "ranks": {name: config.averaged for name, config in configs.items() if config.averaged > 1},
         "pooled": [name for name, config in configs.items() if config.pooling == "mean"],
     }
 

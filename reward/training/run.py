@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from reward.loss import candidate_scores, normalization, pair_accuracy
+from reward.model.average import save_average, saved_scores
 from reward.model.batch import Example, encode_split, layout, only
-from reward.model.ensemble import MODEL, TEST_MODEL
+from reward.model.ensemble import AVERAGE, MODEL, TEST_MODEL, member_folders
 from reward.model.forward import check_packing, score_examples, scores_of
 from reward.model.model import (
     RewardModelConfig,
@@ -103,6 +104,10 @@ def run(recipe: Recipe, stage: StageRun) -> dict[str, Any]:
         results["members"] = [m["held_out_accuracy"] for m in members]
         mean = torch.tensor([m["scores"] for m in members]).mean(0)
         results["ensemble_accuracy"] = accuracy(mean, rows.held_out).as_dict()
+        if stage.is_main:
+            save_average(member_folders(stage.folder), stage.folder / AVERAGE)
+            scores = saved_scores(stage.folder / AVERAGE, rows.held_out, best_device(), share=plan.share)
+            results["average_accuracy"] = accuracy(scores, rows.held_out).as_dict()
     if test:
         results["test_model"] = _test_model(recipe, stage, dialogue, test, plan, layers)
     if any(lost.values()):
@@ -374,6 +379,7 @@ def _summary(results: dict[str, Any], comparisons: int) -> str:
     titles = {
         "held_out_accuracy_sum": "by summed log-probability",
         "ensemble_accuracy": "all members together",
+        "average_accuracy": "the mean of their weights",
         "probe_accuracy": "linear probe on frozen features",
         "noise_ceiling": "noise ceiling of the labels",
     }

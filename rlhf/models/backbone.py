@@ -114,6 +114,7 @@ class Backbone(nn.Module):
         shared: heads that have no adapter of their own, and whose adapter each reads instead.
         depths: adapters that run through so many of the base's layers, from the first, and no further.
         pooled: heads that read the mean state of a response, not the last one.
+        ranks: adapters that have so many times the rank and alpha of ``lora``.
     """
 
     def __init__(
@@ -127,11 +128,13 @@ class Backbone(nn.Module):
         shared: Mapping[str, str] | None = None,
         depths: Mapping[str, int] | None = None,
         pooled: Sequence[str] = (),
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         layers = int(base.config.get_text_config().num_hidden_layers)
         self.depths = {name: depth for name, depth in (depths or {}).items() if depth < layers}
-        configs = {name: lora_config(lora, base, depth=self.depths.get(name)) for name in adapters}
+        times = dict.fromkeys(adapters, 1) | dict(ranks or {})
+        configs = {n: lora_config(lora, base, depth=self.depths.get(n), times=times[n]) for n in adapters}
         # autocast keeps adapters in float32 over a half-precision base
         self.model = get_peft_model(
             base, configs[adapters[0]], adapter_name=adapters[0], autocast_adapter_dtype=True

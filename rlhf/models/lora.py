@@ -41,6 +41,7 @@ def lora_config(
     task: str = "CAUSAL_LM",
     *,
     depth: int | None = None,
+    times: int = 1,
     **options: Any,
 ) -> LoraConfig:
     """peft's configuration of one adapter.
@@ -50,6 +51,7 @@ def lora_config(
         base: the model to be adapted.
         task: peft's task type.
         depth: number of layers, from the first, that the adapter's role consists of; None = all.
+        times: the adapter has so many times the rank and alpha.
         options: further fields of peft's configuration.
 
     Raises:
@@ -84,8 +86,8 @@ def lora_config(
             f"({', '.join(names)}) and get no adapter"
         )
     return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        r=times * lora.rank,
+        lora_alpha=times * lora.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules=targets,
         layers_to_transform=None if k is None and depth is None else list(adapted),

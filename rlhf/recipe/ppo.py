@@ -61,9 +61,10 @@ class Scoring(Section):
     test_reward_model: Folder | None = None
     """Folder of a reward model that scores every rollout too and is no part of the reward, so that it tells
     where that is exploited; null = the test model of this run's reward stage, where there is one."""
-    ensemble: Literal["mean", "minimum", "pessimistic"] = "mean"
+    ensemble: Literal["mean", "minimum", "pessimistic", "average"] = "mean"
     """Score of several reward models: their mean, their minimum, or mean - ensemble_penalty x standard
-    deviation (Coste 2023, arXiv 2310.02743)."""
+    deviation (Coste 2023, arXiv 2310.02743); `average`: the score of the mean of the weights of this run's
+    members (`reward.members`), one forward pass for all (WARM, arXiv 2401.12187)."""
     ensemble_penalty: NonNegative = 1.0
     """Weight of the standard deviation in `pessimistic`."""
     retokenize: bool = False
@@ -275,6 +276,11 @@ class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecti
             raise ValueError("rewards and reward_model: name the reward model in rewards, as {model: FOLDER}")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"rewards: two are called {twice[0]}; give one a name of its own")
+        if self.ensemble == "average" and not self.own_reward:
+            raise ValueError(
+                "ensemble average is the mean of this run's own members (reward.members): remove "
+                "reward_model, or choose another ensemble"
+            )
         if self.test_reward_model in self.named_models and self.test_reward_model is not None:
             raise ValueError("test_reward_model is a reward that is trained on: name another one")
         if self.keep_best and self.ema_decay is not None:
