@@ -38,6 +38,22 @@ def test_all_of_another_run_is_all_of_its_effect_and_nothing_is_none(family):
     assert one not in (0, pytest.approx(1, abs=1e-3))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "neox"])
+def test_a_run_can_go_on_from_below_the_first_patch(family):
+    subject, rows = of_model(families()[family]), batch()
+    source, own = record(subject, batch(seed=1)), record(subject, rows)
+    chosen = {Site(1, "neurons"): torch.tensor([3]), Site(1, "heads"): torch.tensor([0])}
+    subject.sites[Site(0, "neurons")].register_forward_hook(
+        lambda *_: pytest.fail("it ran") if skip else None
+    )
+    skip = False
+    expected = patched(subject, rows, source, chosen)
+    skip = True
+    assert torch.equal(patched(subject, rows, source, chosen, own=own), expected)
+    skip = False
+    assert torch.equal(record(subject, rows).measured_B, own.measured_B)
+
+
 def roles():
     """A backbone whose policy and reward are random adapters, and its reference."""
     backbone = Backbone(llama(), Lora(rank=4), adapters=["policy", "reward"], heads=["reward"])

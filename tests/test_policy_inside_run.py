@@ -41,11 +41,11 @@ def run(road, inside):
 
 def test_the_stage_on_the_tiny_run(run, capsys):
     pairs = run / "pairs.jsonl"
-    write_jsonl(pairs, [{"prompt": "It was", "chosen": " a joy.", "rejected": " a bore"[:7]}])
+    write_jsonl(pairs, [{"prompt": "It was", "chosen": " a joy.", "rejected": " a bore"}])
     stage(command.main, *FEW, f"inside.pairs=[{pairs}]")
     found = read_json(run / "inside/inside.json")
     policy = found["policy"]
-    assert policy["into"]["components"] == 3 * (4 + 64)
+    assert policy["into"]["components"] == 2 * (4 + 64)  # lora.layers: top_2 of 3
     assert policy["into"]["states"][-1][1]["mean"] == pytest.approx(1, abs=1e-4)
     assert policy["into"]["states"][0][1]["mean"] == pytest.approx(0, abs=1e-6)  # lora.layers: top_2 of 3
     assert len(policy["into"]["alone"]) == 3
@@ -96,27 +96,34 @@ def test_a_policy_that_has_learned_nothing_is_told(run):
 def test_own_pairs_of_unequal_length_are_named_with_their_tokens(inside):
     write_jsonl(inside / "p.jsonl", [{"prompt": "It was", "chosen": "very good", "rejected": "bad"}])
     with pytest.raises(UserError, match=r"'very good' and 'bad' .* 2 \(very good\) against 1 \(bad\)"):
-        own_pairs(["p.jsonl"], str.split, str)
+        own_pairs(["p.jsonl"], str.split, str, 8)
     write_jsonl(inside / "p.jsonl", [{"prompt": "It was", "responses": ["a", "b", "c"], "ranks": [0, 1, 2]}])
     with pytest.raises(UserError, match="one of 3 responses; give two"):
-        own_pairs(["p.jsonl"], str.split, str)
+        own_pairs(["p.jsonl"], str.split, str, 8)
+    write_jsonl(inside / "p.jsonl", [{"prompt": "It was", "chosen": "good " * 9, "rejected": "bad " * 9}])
+    with pytest.raises(UserError, match=r"has 9 tokens, more than the 8 of dialogue.max_response_tokens"):
+        own_pairs(["p.jsonl"], str.split, str, 8)
 
 
 def test_an_own_pair_without_a_difference_is_named(run):
-    write_jsonl(
-        run / "pairs.jsonl", [{"prompt": "It was", "chosen": " a joy, a joy", "rejected": " a joy, a bore"}]
-    )
-    with pytest.raises(UserError, match=r"' a joy, a joy' and ' a joy, a bore.* have the same score"):
-        stage(command.main, *FEW, f"inside.pairs=[{run / 'pairs.jsonl'}]", "dialogue.max_response_tokens=8")
+    file = run / "reward/model/adapter_model.safetensors"
+    save_file({n: torch.zeros_like(t) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    noted_anew(run / "reward")
+    write_jsonl(run / "pairs.jsonl", [{"prompt": "It was", "chosen": " a joy.", "rejected": " a bore"}])
+    with pytest.raises(UserError, match=r"' a joy\.' and ' a bore' have the same score"):
+        stage(command.main, *FEW, f"inside.pairs=[{run / 'pairs.jsonl'}]")
 
 
 def test_pairs_of_the_templates_differ_as_they_say():
     prompts = [(Message("user", "One"),), (Message("user", "Two"),)]
     for kind in KINDS:
-        pairs, uneven = pairs_of(kind, prompts, str.split, 8)
+        pairs, uneven = pairs_of(kind, prompts, str.split, 8, 20)
         assert (len(pairs), uneven) == (8, 0)
         assert pairs[1].prompt == prompts[1]
+
+        assert pairs_of(kind, prompts, str.split, 8, 2)[0] == []  # too long
         assert all(pair.good != pair.bad for pair in pairs)
+    assert pairs_of(KINDS[0], prompts, list, 8, 40)[1] > 0  # words of unequally many letters
     by_kind = {kind.name: list(kind.texts()) for kind in KINDS}
     for good, bad in by_kind["order"]:
         assert sorted(good.strip(".").split()) == sorted(bad.strip(" .").split())

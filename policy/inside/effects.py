@@ -120,7 +120,7 @@ def examine(
 
 
 def runs_of(change: Change, options: Inside, *, whole: bool = True) -> int:
-    """How often :func:`examine` calls ``tick``."""
+    """How often :func:`examine` calls ``tick``, at most."""
     target = change.target
     components = sum(target.units(site) for site in target.writers)
     sizes = sum(size < components for size in SIZES)
@@ -146,18 +146,21 @@ def _exact(change: Change, wanted: dict[Any, Chosen], tick: Callable[[], object]
     parts: dict[Any, list[Tensor]] = {key: [] for key in wanted}
     first = 0
     for here, there in change.batches:
-        source, own = record(change.source, there), change.target.measure_plainly(here)
-        weights = change.weights_N[first : first + len(here.ids_BT)].to(own)
+        source, own = record(change.source, there), record(change.target, here)
+        own_B = own.measured_B
+        weights = change.weights_N[first : first + len(own_B)].to(own_B)
         first += len(here.ids_BT)
         for key, chosen in wanted.items():
-            parts[key].append((weights * (patched(change.target, here, source, chosen) - own)).cpu())
+            patched_B = patched(change.target, here, source, chosen, own=own)
+            parts[key].append((weights * (patched_B - own_B)).cpu())
             tick()
     return {key: torch.cat(found) for key, found in parts.items()}
 
 
 def _ranked(estimates: dict[Site, Tensor], total: float) -> list[tuple[tuple[Site, int], float]]:
-    """Heads and neurons by their estimated share of the whole change, the largest first."""
-    sites = [site for site in estimates if site.layer >= 0]
+    """Heads and neurons by their estimated share of the whole change, the largest first; those of places that
+    do not differ at all, as below the first adapted layer, are left out."""
+    sites = [site for site in estimates if site.layer >= 0 and bool(estimates[site].any())]
     shares = torch.cat([estimates[site] for site in sites]) / total
     units = [(site, unit) for site in sites for unit in range(len(estimates[site]))]
     return [(units[i], float(shares[i])) for i in shares.argsort(descending=True, stable=True).tolist()]

@@ -90,25 +90,25 @@ KINDS = (
 
 
 def pairs_of(
-    kind: Kind, prompts: Sequence[Prompt], encode: Callable[[str], list[int]], most: int
+    kind: Kind, prompts: Sequence[Prompt], encode: Callable[[str], list[int]], most: int, longest: int
 ) -> tuple[list[Pair], int]:
     """The first ``most`` pairs of a kind, behind the prompts in turn, and how many were left out because
-    their tokens are not equally many."""
+    their tokens are not equally many, or more than ``longest``."""
     texts = list(kind.texts())
-    even = [pair for pair in texts if len(encode(pair[0])) == len(encode(pair[1]))]
+    even = [pair for pair in texts if len(encode(pair[0])) == len(encode(pair[1])) <= longest]
     found = [Pair(prompts[n % len(prompts)], *pair) for n, pair in enumerate(even)]
     return found[:most], len(texts) - len(even)
 
 
 def own_pairs(
-    specs: Sequence[str], encode: Callable[[str], list[int]], show: Callable[[int], str]
+    specs: Sequence[str], encode: Callable[[str], list[int]], show: Callable[[int], str], longest: int
 ) -> list[Pair]:
     """The pairs of the recipe's files: comparisons of two responses.
 
-    encode: text to tokens. show: a token in writing.
+    encode: text to tokens. show: a token in writing. longest: tokens of a response, at most.
 
     Raises:
-        UserError: one has more responses, a tie, or responses of unequal length in tokens.
+        UserError: one has more responses, or responses of unequal length in tokens, or too long ones.
     """
     rows, _ = read_comparisons(specs, on_bad_rows="stop", key="inside.pairs")
     found = []
@@ -124,6 +124,11 @@ def own_pairs(
             raise UserError(
                 f"inside.pairs: {good[:40]!r} and {bad[:40]!r} have unequally many tokens, {tokens}: change "
                 "words until they are equally many, so that positions stand beside each other"
+            )
+        if len(sides[0]) > longest:
+            raise UserError(
+                f"inside.pairs: {good[:40]!r} has {len(sides[0])} tokens, more than the {longest} of "
+                "dialogue.max_response_tokens; shorten it"
             )
         found.append(Pair(row.prompt, good, bad))
     return found

@@ -84,13 +84,20 @@ def record(subject: Subject, batch: Batch) -> Recording:
 
 @torch.no_grad()
 def patched(
-    subject: Subject, batch: Batch, source: Recording, chosen: Chosen, where_BT: Tensor | None = None
+    subject: Subject,
+    batch: Batch,
+    source: Recording,
+    chosen: Chosen,
+    where_BT: Tensor | None = None,
+    own: Recording | None = None,
 ) -> Tensor:
     """What the subject measures with some places as they were in the source, [B].
 
-    where_BT: True = a position that is patched; None = all of them.
+    where_BT: True = a position that is patched; None = all of them. own: the subject's run of the batch, from
+    which the layers below the first patch are taken, where it is given.
     """
     maps = subject.maps
+    below = min((site.layer for site in chosen), default=0)
 
     def patch(site: Site, units: Tensor | None) -> Hook:
         def hook(_module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -107,8 +114,25 @@ def patched(
 
         return hook
 
-    with hooked({subject.sites[site]: patch(site, units) for site, units in chosen.items()}):
+    with (
+        hooked({subject.sites[site]: patch(site, units) for site, units in chosen.items()}),
+        _done_below(subject, below, own) if own and below > 0 else contextlib.nullcontext(),
+    ):
         return subject.measure(batch).float()
+
+
+@contextlib.contextmanager
+def _done_below(subject: Subject, layer: int, own: Recording) -> Iterator[None]:
+    """Have the layers below one give what the last of them gave in a run of the same rows."""
+    below = [subject.sites[Site(number, "state")] for number in range(layer)]
+    state = own.kept[Site(layer - 1, "state")]
+    try:
+        for module in below:
+            module.__dict__["forward"] = lambda *_, **__: state
+        yield
+    finally:
+        for module in below:
+            module.__dict__.pop("forward", None)
 
 
 def everything(subject: Subject) -> dict[Site, Tensor | None]:

@@ -121,12 +121,12 @@ class Inspection:
             UserError: a pair of the recipe's own is not one, or its scores do not differ.
         """
         options, subject = self.recipe.inside, of_role(self.backbone, role)
-        encode, kinds = self.dialogue.encode_response, {}
+        encode, longest, kinds = self.dialogue.encode_answer, self.dialogue.max_response_tokens, {}
         for kind in KINDS:
-            pairs, uneven = pairs_of(kind, self.prompts, encode, options.prompts)
+            pairs, uneven = pairs_of(kind, self.prompts, encode, options.prompts, longest)
             kinds[kind.name] = self._kind(subject, kind.name, pairs) | {"asks": kind.asks, "uneven": uneven}
         if options.pairs:
-            pairs = own_pairs(options.pairs, encode, lambda i: repr(self.dialogue.decode([i])))
+            pairs = own_pairs(options.pairs, encode, lambda i: repr(self.dialogue.decode([i])), longest)
             kinds[OWN] = self._kind(subject, OWN, pairs, own=True) | {
                 "asks": "as you ordered them",
                 "uneven": 0,
@@ -138,7 +138,7 @@ class Inspection:
     ) -> dict[str, Any]:
         """Scores of the pairs of a kind, and what computes their difference."""
         if not pairs:
-            return {"pairs": 0, "skipped": "no pair of equally many tokens"}
+            return {"pairs": 0, "skipped": "no pair has equally many tokens, and few enough"}
         size = self.recipe.inside.micro_batch_size
         parts = [pairs[first : first + size] for first in range(0, len(pairs), size)]
         batches = [(self._laid_out(part, "bad"), self._laid_out(part, "good")) for part in parts]
@@ -172,14 +172,13 @@ class Inspection:
         scores = []
         for number in range(_PADDINGS + 1):
             padded = [Pair(prompt, f"{text}{f' {FILLER}' * number}", "") for prompt, text in texts]
-            scores.append(subject.measure_plainly(self._laid_out(padded, "good", whole=True)).cpu().numpy())
+            scores.append(subject.measure_plainly(self._laid_out(padded, "good")).cpu().numpy())
         added = [mean_interval(score - scores[0]).as_dict() for score in scores[1:]]
         return {"filler": FILLER, "tokens": len(self.dialogue.encode_answer(f" {FILLER}")), "added": added}
 
-    def _laid_out(self, pairs: Sequence[Pair], side: str, *, whole: bool = False) -> Batch:
-        """Rows of prompts and one of their responses with its closing; ``whole``: however long."""
-        dialogue = self.dialogue
-        encode = dialogue.encode_answer if whole else dialogue.encode_response
+    def _laid_out(self, pairs: Sequence[Pair], side: str) -> Batch:
+        """Rows of prompts and one of their responses with its closing."""
+        dialogue, encode = self.dialogue, self.dialogue.encode_answer
         prompts, masks = left_pad([dialogue.encode_prompt(pair.prompt) for pair in pairs], dialogue.pad_id)
         ids, own = right_pad([dialogue.close([], encode(getattr(p, side))) for p in pairs], dialogue.pad_id)
         device, start = self.backbone.device, prompts.shape[1]

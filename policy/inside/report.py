@@ -100,7 +100,7 @@ def _reads(found: Figures) -> list[str]:
         table(head, rows),
         f"Length: the neutral sentence `{length['filler']}` ({length['tokens']} tokens) behind a response "
         f"changes its score: {added}.\n",
-        "![by layer](reads.png)\n",
+        *(["![by layer](reads.png)\n"] if any("parts" in kind for kind in found["kinds"].values()) else []),
         *parts,
     ]
 

@@ -17,7 +17,7 @@ from policy.ppo.setup import (
 )
 from rlhf.data.stored import held_out_prompts
 from rlhf.models.backbone import REFERENCE, Backbone
-from rlhf.models.base import best_device, load_base
+from rlhf.models.base import best_device, in_float32, load_base
 from rlhf.recipe.load import Recipe
 from rlhf.runs.artifacts import write_atomically, write_json
 from rlhf.runs.initial_adapter import start_folder
@@ -62,7 +62,7 @@ def _inspection(recipe: Recipe, run: StageRun) -> Inspection:
     rewards = () if recipe.ppo.retokenize else reward_adapters(len(folders))
     start = start_folder(recipe, run, "ppo")
     backbone = Backbone(
-        load_base(recipe.model),
+        in_float32(load_base(recipe.model)),  # the effect of one neuron is less than a half type's rounding
         recipe.lora,
         adapters=["policy", *((START,) if start else ()), *rewards],
         heads=rewards,
