@@ -69,11 +69,12 @@ def test_it_goes_on_with_the_question_that_was_open(run, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(questions.Inspection, "reads", stop)
+        patch.setattr(questions.Inspection, "_length", stop)
         with pytest.raises(KeyboardInterrupt):
             stage(command.main, *FEW)
     assert not (run / "inside/inside.json").exists()
-    monkeypatch.setattr(questions.Inspection, "change", stop)  # is not asked again
+    for asked in ("change", "_kind"):  # not again
+        monkeypatch.setattr(questions.Inspection, asked, stop)
     stage(command.main, *FEW)
     assert read_json(run / "inside/inside.json")["policy"]["into"]["rows"] == 4
 

@@ -10,6 +10,7 @@ Shape suffixes: ``_B`` row of a batch, ``_N`` row, ``_T`` token, ``_R`` response
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -114,8 +115,8 @@ class Inspection:
         rise = mean_interval((written.scores_N - others.scores_N).cpu().numpy())
         return {**found, "rise": rise.as_dict()}
 
-    def reads(self, role: str) -> dict[str, Any]:
-        """Question two about a role with a head.
+    def reads(self, role: str, keep: Callable[[str, Callable[[], Any]], Any]) -> dict[str, Any]:
+        """Question two about a role with a head; ``keep`` gives what is there of a kind, or computes it.
 
         Raises:
             UserError: a pair of the recipe's own is not one, or its scores do not differ.
@@ -124,7 +125,8 @@ class Inspection:
         encode, longest, kinds = self.dialogue.encode_answer, self.dialogue.max_response_tokens, {}
         for kind in KINDS:
             pairs, uneven = pairs_of(kind, self.prompts, encode, options.prompts, longest)
-            kinds[kind.name] = self._kind(subject, kind.name, pairs) | {"asks": kind.asks, "uneven": uneven}
+            compute = functools.partial(self._kind, subject, kind.name, pairs)
+            kinds[kind.name] = keep(f"reads-{kind.name}", compute) | {"asks": kind.asks, "uneven": uneven}
         if options.pairs:
             pairs = own_pairs(options.pairs, encode, lambda i: repr(self.dialogue.decode([i])), longest)
             kinds[OWN] = self._kind(subject, OWN, pairs, own=True) | {

@@ -45,7 +45,7 @@ def look(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     if start:
         found["start"] = run.remember("start", lambda: models.change("start", start, REFERENCE))
     if "reward" in models.backbone.heads:
-        found["reads"] = run.remember("reads", lambda: models.reads("reward"))
+        found["reads"] = models.reads("reward", run.remember)
     else:
         found["reads"] = {"skipped": "no reward model is an adapter on the policy's base"}
     found["cost"] = run.clock()
