@@ -127,7 +127,7 @@ def test_a_tiny_study_goes_all_the_way(tmp_path):
     plan = Plan(seeds=(0,), vocabulary=300, rank=2, arms=arms, **sizes, **loop)
     units = with_needs(units_of(plan))
     assert [u.kind for u in units].count("rung") == 2  # stories that end, and that do not
-    assert [u.kind for u in units].count("reward") == 4  # three proxies, one of them with a test model
+    assert [u.kind for u in units].count("reward") == 5  # four proxies, one of them with a test model
     lines = []
     run(units, tmp_path, compute, say=lines.append)
     curves = Curves(Results.read(units, tmp_path))

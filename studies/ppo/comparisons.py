@@ -7,10 +7,10 @@ import numpy as np
 from studies.engine.verdicts import Claim, above, below, shown
 from studies.ppo.curves import GOLD, KL, Curves, column, drop, end, estimate, peak_gold
 from studies.ppo.fits import at_kl, r_squared, smooth
-from studies.ppo.plan import CLOSE, DPO, ESTIMATORS, MIDDLE, NAMES, PRICES, WEAK
+from studies.ppo.plan import CLOSE, DPO, ESTIMATORS, NAMES, PRICES, STRONG, WEAK
 
 ENDED = 0.95  # share of responses that end by themselves
-PROXY = f"small {MIDDLE}"  # of the arm `ppo` and its changes
+PROXY = f"small {STRONG}"  # of the arm `ppo` and its changes
 
 
 def estimators(curves: Curves) -> Claim | None:

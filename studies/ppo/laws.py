@@ -23,7 +23,7 @@ from studies.ppo.curves import (
     peak_gold,
 )
 from studies.ppo.fits import fit_bon, fit_rl, r_squared, smooth
-from studies.ppo.plan import CLOSE, MIDDLE, NAMES, PRICES
+from studies.ppo.plan import CLOSE, MIDDLE, NAMES, PRICES, STRONG
 
 GAP = 0.25  # deviations of a reward model's scores: train and test model agree within it
 
@@ -212,7 +212,7 @@ def _accuracy(curves: Curves, arm: str, seed: int) -> float:
 
 def price(curves: Curves) -> Claim | None:
     """Claim 10."""
-    free = f"free small {MIDDLE}"
+    free = f"free small {STRONG}"
     arms = [f"price {beta:g}" for beta in PRICES if f"price {beta:g}" in curves.arms]
     if not arms or free not in curves.arms:
         return None

@@ -10,7 +10,7 @@ import numpy as np
 from studies.engine.plots import level, panels
 from studies.ppo.curves import GOLD, KL, Curves, column
 from studies.ppo.fits import fit_bon, fit_rl, smooth
-from studies.ppo.plan import ESTIMATORS, MIDDLE, NAMES, PRICES, WEAK
+from studies.ppo.plan import ESTIMATORS, MIDDLE, NAMES, PRICES, STRONG, WEAK
 
 PLOTS = {  # of a claim: file and caption
     8: ("divergence.png", "proxy, test reward model and gold over sqrt(KL)"),
@@ -82,7 +82,7 @@ def _plane(curves: Curves, arms: Sequence[str], title: str) -> Any:
 
 
 def _price(curves: Curves) -> Any:
-    arms = [f"free small {MIDDLE}", *(f"price {b:g}" for b in PRICES), "ppo"]
+    arms = [f"free small {STRONG}", *(f"price {b:g}" for b in PRICES), "ppo"]
     return _plane(curves, arms, "KL price (ppo: 0.05)")
 
 

@@ -120,7 +120,9 @@ def reinforce(unit: Unit, folder: Path) -> dict[str, Any]:
     )
     torch.manual_seed(s["seed"])
     rank = s["lora_rank"]
-    backbone = new_backbone(model, Lora(rank=rank, alpha=2 * rank, layers=s["lora_layers"]), section)
+    lora = Lora(rank=rank, alpha=2 * rank, layers=s["lora_layers"])
+    own = {"value": proxy.settings["rank"] // rank} if s["value_init"] == "reward" else {}
+    backbone = new_backbone(model, lora, section, ranks=own)
     if s["value_init"] == "reward":
         backbone.load_adapter("value", reward_folder(proxy, folder))
     others: dict[str, RewardFn] = {"gold": gold}

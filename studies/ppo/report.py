@@ -43,8 +43,8 @@ def page(content: dict[str, Any]) -> str:
             content["reward_models"],
         ),
         "Arms are `free SIZE DATA` (no KL price; size of the proxy, 0 to 2 its comparisons from few to "
-        "many), `price BETA`, `ppo` (KL price 0.05, the middle small proxy) and single changes of `ppo`. "
-        "*At the end*: over the last tenth of the steps.",
+        "many), `price BETA`, `ppo` (KL price 0.05, the small proxy with the most comparisons) and single "
+        "changes of `ppo`. *At the end*: over the last tenth of the steps.",
     ]
     return engine.page(
         content,
