@@ -106,7 +106,7 @@ class Plan:
     reward_epochs: tuple[int, int, int] = (16, 8, 5)
     """Of each data size: few comparisons need several passes to be learned at all."""
     rank: int = 4
-    """Of a policy's adapter. At 16 it moved by noise: more KL for less score."""
+    """Of a policy's adapter."""
     reward_rank: int = 16
     steps: int = 50
     responses: int = 80
