@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from tiny_inside import batch, llama
 from policy.inside import __main__ as command
 from policy.inside import effects, minimal_pairs
 from policy.inside.effects import Change, examine, runs_of
-from policy.inside.minimal_pairs import KINDS, own_pairs, pairs_of
+from policy.inside.minimal_pairs import KINDS, Pair, own_pairs, pairs_of
 from policy.inside.patching import record
+from policy.inside.questions import Inspection
 from policy.inside.subject import Site, of_model
 from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
@@ -174,6 +177,18 @@ def test_random_sets_are_of_the_same_kinds_and_from_the_seed():
 def test_a_metric_that_is_constant_is_told():
     with pytest.raises(UserError, match="planted: both runs measure the same"):
         examine(change(6, torch.zeros(6)), Inside(), 0)
+
+
+def test_scores_that_do_not_differ_on_average_have_no_parts():
+    looked: Any = Inspection(SimpleNamespace(inside=Inside()), None, None, [], None)
+    looked._laid_out = lambda part, side: [float(getattr(pair, side)) for pair in part]
+    looked._examine = lambda _change: "parts"
+    subject = SimpleNamespace(measure_plainly=torch.tensor)
+    one, other = Pair((), "1", "0"), Pair((), "0", "0.9")
+    found = looked._kind(subject, "kind", [one, other] * 4)
+    assert "not told apart from 0" in found["skipped"]
+    assert "parts" not in found
+    assert looked._kind(subject, "kind", [one, one, one, other] * 4)["parts"] == "parts"
 
 
 def test_the_filler_is_neither_good_nor_bad():

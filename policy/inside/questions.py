@@ -154,12 +154,15 @@ class Inspection:
                 f"inside.pairs: {pair.good[:40]!r} and {pair.bad[:40]!r} have the same score, so there is no "
                 "difference whose parts could be found; remove the pair"
             )
+        difference = mean_interval(good_N - bad_N)
         found: dict[str, Any] = {
             "pairs": len(pairs),
-            "difference": mean_interval(good_N - bad_N).as_dict(),
+            "difference": difference.as_dict(),
             "expected": win_rate(bad_N, good_N).as_dict(),
             "example": [pairs[0].good, pairs[0].bad],
         }
+        if difference.low <= 0 <= difference.high:
+            return found | {"skipped": "the mean difference is not told apart from 0, and has no shares"}
         weights = torch.ones(len(pairs)) / len(pairs)
         try:
             change = Change(subject, subject, batches, weights, range(len(pairs)), f"{name} pairs")
