@@ -16,6 +16,7 @@ from rlhf.plan.remedies import remedies, together
 from rlhf.plan.report import fits
 from rlhf.plan.shapes import PUBLISHED, shape_of, stored_weights
 from rlhf.plan.stages import plan
+from rlhf.plan.timing import Pace, step_seconds
 from rlhf.recipe.load import load
 from rlhf.recipe.schema import Model, Recipe
 
@@ -231,3 +232,13 @@ def test_every_shipped_recipe_fits_the_machine_that_it_is_for(file, monkeypatch)
 
 def test_some_recipes_are_for_gpus():
     assert sum("GPU" in stated(file) and stated(file)["GPU"] != "none" for file in SHIPPED) >= 5
+
+
+def test_a_step_is_read_once_for_all_members_where_their_weights_are_averaged():
+    pace = Pace(0.0, 1.0, 0.0)  # a second a token and pass; policy, reference, value and reward read
+    mean, average = (
+        step_seconds(tiny_recipe("reward.members=3", f"ppo.ensemble={how}"), pace, 5)
+        for how in ("mean", "average")
+    )
+    assert average == step_seconds(tiny_recipe(), pace, 5)
+    assert mean / average == pytest.approx(6 / 4)

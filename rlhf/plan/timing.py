@@ -61,6 +61,8 @@ def step_seconds(recipe: Recipe, pace: Pace, prompt: int) -> float:
     tokens = section.batch_size * (prompt + response + 1)
     own = section.has_value and section.value == "adapter"
     roles = 2 + own + len(section.named_models) + (recipe.reward.scorers if section.own_reward else 0)
+    if section.ensemble == "average":  # one adapter reads for all members
+        roles -= recipe.reward.members - 1
     sampling = -(-section.batch_size // section.rollout_batch_size) * response * pace.token
     return sampling + tokens * (roles * pace.passing + section.epochs * (1 + own) * pace.training)
 
