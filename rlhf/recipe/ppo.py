@@ -188,7 +188,8 @@ class Optimising(Section):
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     """`paged_adamw_8bit`: bitsandbytes' AdamW with 8-bit moments, paged out of a full GPU (CUDA only)."""
     learning_rate: Rate = 3e-6
-    """Policy adapter's peak (Huang 2024, for full fine-tuning; LoRA wants about 100 times more)."""
+    """Policy adapter's peak (Huang 2024, for full fine-tuning; LoRA wants 100 times more and up: in 50 steps
+    of docs/laboratory.md 1.5e-4 gains nothing, 5e-4 half of what 1.5e-3 gains, 5e-3 no more for certain)."""
     value_learning_rate: Rate | None = None
     """Value adapter's and head's peak; null = learning_rate."""
     schedule: Literal["linear", "cosine", "cosine_with_min_lr", "constant"] = "linear"
