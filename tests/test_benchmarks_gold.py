@@ -239,3 +239,12 @@ def test_what_theirs_does_not_have_is_told(override, message):
     more = ["ppo.micro_batch_size=3"] if "batch_size" in override else []
     with pytest.raises(UserError, match=message):
         plan.check(tiny_recipe(override, *more))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [((), "no recipe given"), (("x.yaml", "--every", "0"), "at least one step apart")]
+)
+def test_a_command_that_asks_for_nothing_is_told(monkeypatch, words, message):
+    monkeypatch.setattr("sys.argv", ["gold", *words])
+    with pytest.raises(UserError, match=message):
+        gold.main()

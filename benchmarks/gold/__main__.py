@@ -224,6 +224,8 @@ def main() -> None:
     found = parser.parse_args([word for word in words if word not in overrides])
     if not found.quick and not found.recipe:
         raise UserError("no recipe given; write RECIPE, for example recipes/sentiment.yaml")
+    if found.every < 1:
+        raise UserError(f"--every {found.every}: marks are at least one step apart; give 1 or more")
     recipe, *small = QUICK if found.quick else (found.recipe,)
     compare(
         recipe,
