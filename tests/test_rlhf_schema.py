@@ -53,7 +53,11 @@ STORED = {
     ("recipe", "trackers")
 }  # read from the recipe.yaml of a stage's folder, by rlhf/training/metrics.py
 
-CALLED = {"toxicity": "toxic", "round": "rounds"}  # sections that the code holds under another name
+CALLED = {
+    "toxicity": "toxic",
+    "round": "rounds",
+    "inside": "options",
+}  # sections that the code holds under another name
 
 
 def test_every_field_is_read_by_the_code():
