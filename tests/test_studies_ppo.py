@@ -114,6 +114,15 @@ def test_known_curves_get_their_verdicts():
     assert any("more than 200 seeds" in note for note in made[8].notes)
 
 
+@pytest.mark.parametrize("arms", [QUICK.arms, ("ppo", "rloo", "EOS trick")])
+def test_claims_and_plots_do_with_the_arms_there_are(arms):
+    units = with_needs(units_of(dataclasses.replace(QUICK, arms=arms)))
+    found = [{"result": _result(u, u.settings["seed"]), "seconds": 1.0, "cpu_seconds": 1.0} for u in units]
+    curves = Curves(Results(units, found))
+    rows = {row[0]: row for claim in claims.all_claims(curves) if claim.number == 18 for row in claim.rows}
+    assert bool(rows["EOS trick"][3]) == ("closed" in arms)  # beside its own world, not beside `ppo`
+
+
 def test_the_quick_study_is_a_small_one(monkeypatch):
     monkeypatch.setattr("sys.argv", ["ppo", "--quick", "--seeds", "5"])
     plan = __main__.plan_of(__main__.arguments().parse_args())

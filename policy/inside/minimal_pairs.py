@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from rlhf.data.comparisons import Prompt
@@ -55,24 +56,10 @@ class Kind(NamedTuple):
     texts: Callable[[], Iterator[tuple[str, str]]]
 
 
-def _sentiment() -> Iterator[tuple[str, str]]:
+def _filled(first: str, second: str) -> Iterator[tuple[str, str]]:
     for thing, (good, bad) in itertools.product(_THINGS, _WORDS):
-        yield f" {thing} was {good}.", f" {thing} was {bad}."
-
-
-def _negation() -> Iterator[tuple[str, str]]:
-    for thing, (good, bad) in itertools.product(_THINGS, _WORDS):
-        yield f" {thing} was not {bad}.", f" {thing} was not {good}."
-
-
-def _order() -> Iterator[tuple[str, str]]:
-    for thing, (good, bad) in itertools.product(_THINGS, _WORDS):
-        yield f" {thing} looked {bad} but was {good}.", f" {thing} looked {good} but was {bad}."
-
-
-def _position() -> Iterator[tuple[str, str]]:
-    for thing, (good, _) in itertools.product(_THINGS, _WORDS):
-        yield f" {FILLER} {thing} was {good}.", f" {thing} was {good}. {FILLER}"
+        words = {"thing": thing, "good": good, "bad": bad}
+        yield first.format(**words), second.format(**words)
 
 
 def _politeness() -> Iterator[tuple[str, str]]:
@@ -81,10 +68,26 @@ def _politeness() -> Iterator[tuple[str, str]]:
 
 
 KINDS = (
-    Kind("sentiment", "one word of sentiment is changed to its opposite", _sentiment),
-    Kind("negation", "the same behind `not`: a reader of single words prefers the wrong one", _negation),
-    Kind("order", "the same words, the good one last or first: a bag of words sees no difference", _order),
-    Kind("position", "the same sentences, the good one last or first: neither is right", _position),
+    Kind(
+        "sentiment",
+        "one word of sentiment is changed to its opposite",
+        partial(_filled, " {thing} was {good}.", " {thing} was {bad}."),
+    ),
+    Kind(
+        "negation",
+        "the same behind `not`: a reader of single words prefers the wrong one",
+        partial(_filled, " {thing} was not {bad}.", " {thing} was not {good}."),
+    ),
+    Kind(
+        "order",
+        "the same words, the good one last or first: a bag of words sees no difference",
+        partial(_filled, " {thing} looked {bad} but was {good}.", " {thing} looked {good} but was {bad}."),
+    ),
+    Kind(
+        "position",
+        "the same sentences, the good one last or first: neither is right",
+        partial(_filled, f" {FILLER} {{thing}} was {{good}}.", f" {{thing}} was {{good}}. {FILLER}"),
+    ),
     Kind("politeness", "a polite or a rude turn of phrase", _politeness),
 )
 

@@ -101,15 +101,15 @@ def patched(
 
     def patch(site: Site, units: Tensor | None) -> Hook:
         def hook(_module: nn.Module, inputs: Any, output: Any) -> Any:
-            own, kept = stream(output), source.kept[site]
+            out, kept = stream(output), source.kept[site]
             if site not in maps:
-                new = kept.to(own.dtype)
+                new = kept.to(out.dtype)
             else:
                 at = slice(None) if units is None else subject.columns(site, units)
                 change = kept[..., at] @ source.maps[site][at] - inputs[0][..., at].float() @ maps[site][at]
-                new = own + change.to(own.dtype)
+                new = out + change.to(out.dtype)
             if where_BT is not None:
-                new = torch.where(where_BT[..., None], new, own)
+                new = torch.where(where_BT[..., None], new, out)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         return hook

@@ -51,7 +51,7 @@ def _row(curves: Curves, arm: str, other: str = "ppo") -> tuple[str, ...]:
     """An arm beside another."""
     found = [shown(curves.over(arm, end(name)), digits) for name, digits in ((GOLD, 3), (KL, 2))]
     beside = ["", ""]
-    if arm not in (other, "closed"):
+    if arm not in (other, "closed") and other in curves.arms:
         beside = [shown(curves.less(arm, other, end(GOLD))), shown(curves.at_equal_kl(arm, other))]
     spread = shown(curves.over(arm, end("distinct_2")), 2)
     return (arm, *found, *beside, spread, shown(curves.over(arm, lambda run: float(run["loop_seconds"])), 0))

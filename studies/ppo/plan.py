@@ -126,7 +126,7 @@ QUICK = Plan(
     best_prompts=8,
     arms=(
         *("free small 0", "free small 1", "free small 2", "price 0.1", "sigmoid"),
-        *("ppo", "rloo", "EOS trick", "advantages not whitened"),
+        *("ppo", "rloo", "closed", "EOS trick", "advantages not whitened"),
     ),
 )
 OVERHEAD = 3.0  # seconds a unit
