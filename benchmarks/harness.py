@@ -85,6 +85,11 @@ def run_child(command: Sequence[str], result: Path, environment: Mapping[str, st
     return {**json.loads(result.read_text(encoding="utf-8")), "process_s": seconds}
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: those of ``taskset`` or a container, not all of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment(threads: int, peer: Path | None = None) -> dict[str, str]:
     """Variables of a child: threads, no GPU, no network, no telemetry; a peer's folder first on its path."""
     path = [str(peer), *filter(None, [os.environ.get("PYTHONPATH")])] if peer else []
@@ -241,7 +246,7 @@ def machine(packages: Iterable[str], *, peer: bool = False) -> Figures:
         versions[PEER[0]] = f"{PEER[1]} (theirs)"
     return {
         "cpu": model,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gb": round(memory / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
         "load_average": round(os.getloadavg()[0], 2),

@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.gold.figures import compared
 from benchmarks.gold.page import NOTES, markdown
 from benchmarks.gold.plan import PEERS, check
-from benchmarks.harness import PEER, Children, Figures, environment, peer_folder
+from benchmarks.harness import PEER, Children, Figures, environment, peer_folder, usable_cores
 from benchmarks.report import RESULTS, opening, publish
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import Recipe, load
@@ -37,7 +37,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 CHILD = (sys.executable, "-m", "benchmarks.gold.sides")
 STAGES = ("rlhf.models.prepare", "rlhf.collect", "reward.training")
 KEPT = RUNS / "benchmarks" / "gold"
-THREADS = 2
+THREADS = usable_cores()
 SHARED = ("seed", "model", "lora", "dialogue", "data", "ppo")
 """Sections of the recipe that a policy depends on, besides its reward model."""
 QUICK = ("recipes/tiny.yaml", "ppo.steps=4")
