@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noted_anew, stage
+from lxml import html
 from safetensors.torch import load_file, save_file
 from tiny_inside import batch, llama
 
@@ -22,6 +23,8 @@ from policy.inside.subject import Site, of_model
 from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.recipe.evaluate import Inside
+from rlhf.report.gather import gather
+from rlhf.report.page import write_page
 from rlhf.runs.artifacts import read_json, write_jsonl
 
 FEW = ("inside.prompts=4", "inside.top=3", "inside.random_sets=2")
@@ -63,6 +66,26 @@ def test_the_stage_on_the_tiny_run(run, capsys):
     assert (run / "inside/manifest.json").is_file()
     stage(command.main, *FEW, f"inside.pairs=[{pairs}]")
     assert "done already" in capsys.readouterr().out
+
+
+def test_the_run_s_report_shows_it_where_the_run_was_looked_into(run):
+    def shown():
+        write_page([gather(run)], run / "report.html")
+        return html.fromstring((run / "report.html").read_text())
+
+    assert not shown().xpath("//*[@id='inside']")
+    write_jsonl(run / "pairs.jsonl", [{"prompt": "It was", "chosen": " a joy.", "rejected": " a bore"}])
+    stage(command.main, *FEW, f"inside.pairs=[{run / 'pairs.jsonl'}]")
+    page, found = shown(), read_json(run / "inside/inside.json")
+    shares = found["policy"]["back"]["together"]
+    assert [row["size"] for row in shares] == [1, 10, 100]
+    texts = page.xpath("//*[@id='inside']//*[local-name()='text']/text()")
+    assert sum("100 back to the model before" in text for text in texts) == 2  # and random ones
+    row = page.xpath("//*[@id='inside']//tr[th='your pairs']/td/text()")
+    kind = found["reads"]["kinds"]["your pairs"]
+    assert row[0] == " / ".join(text.strip() for text in kind["example"])
+    assert row[1].startswith(f"{kind['difference']['mean']:+.3f} ")
+    assert "inside/inside.md" in page.xpath("//*[@id='inside']//a/@href")
 
 
 def test_it_goes_on_with_the_question_that_was_open(run, monkeypatch):

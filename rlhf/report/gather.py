@@ -19,7 +19,9 @@ from rlhf.runs.whole import STAGES
 
 _ALWAYS = ("comparisons", "reward", "card", "ppo", "evaluate")  # the others a recipe has by their section
 _EVALUATED = "evaluate_dpo"
-_PAGES = {"card": "card.json", "evaluate": "summary.json", _EVALUATED: "summary.json", "tax": "tax.json"}
+_BY_FOLDER = (_EVALUATED, "inside")  # whose section, if any, does not say that they were asked for
+_PAGES = {"card": "card.json", "evaluate": "summary.json", _EVALUATED: "summary.json", "tax": "tax.json",
+          "inside": "inside.json"}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -33,7 +35,7 @@ class Stage:
     """What is wrong, and what to do."""
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
     page: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """``card.json``, ``summary.json`` or ``tax.json``."""
+    """``card.json``, ``summary.json``, ``tax.json`` or ``inside.json``."""
     metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
@@ -66,11 +68,12 @@ def gather(folder: Path) -> Run:
 def stages_of(folder: Path) -> list[str]:
     """Names of the stages that a run has or will have, as far as its folder tells."""
     recipe = _recipe(folder)
-    return [name for name in (*STAGES, _EVALUATED) if _belongs(folder, name, recipe)]
+    return [name for name in (*STAGES, *_BY_FOLDER) if _belongs(folder, name, recipe)]
 
 
 def _belongs(folder: Path, name: str, recipe: dict[str, Any]) -> bool:
-    return name in _ALWAYS or (folder / name).is_dir() or bool(recipe.get(name))
+    wanted = name not in _BY_FOLDER and bool(recipe.get(name))
+    return name in _ALWAYS or (folder / name).is_dir() or wanted
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

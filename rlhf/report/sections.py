@@ -11,6 +11,7 @@ from rlhf.report import figures
 from rlhf.report.blocks import Block, Section, Source
 from rlhf.report.figures import Curve, Dot
 from rlhf.report.gather import Run, Stage
+from rlhf.report.inside import looked_into
 from rlhf.report.overoptimization import overoptimized
 from rlhf.runs.artifacts import MANIFEST, hash_of
 
@@ -47,6 +48,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         ("overoptimization", "Over-optimization", overoptimized),
         ("judged", "Gold and test models against the proxy", _judged),
         ("tax", "What alignment cost", _tax),
+        ("inside", "Looking inside", looked_into),
     )
     found = []
     for key, title, make in makers:
@@ -55,7 +57,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             what = f"cannot be shown, some file has not what it should have ({type(error).__name__}: {error})"
             blocks = [Block(text=what)]
-        found.append(Section(key, title, blocks))
+        if blocks or key != "inside":  # which few runs have
+            found.append(Section(key, title, blocks))
     return found
 
 
