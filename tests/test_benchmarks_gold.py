@@ -187,7 +187,7 @@ import json, pathlib, sys
 kind, task, result = sys.argv[1:]
 task = json.loads(pathlib.Path(task).read_text())
 with open("asked", "a") as file:
-    file.write(kind + "\\n")
+    file.write(" ".join([kind, *(w for w in task["overrides"] if w.startswith("ppo."))]) + "\\n")
 if kind == "judge":
     found = {name: {"gold": [0.1, 0.5], "kl": [1.0, 2.0], "length": [8.0, 8.0]} for name in task["adapters"]}
 else:
@@ -224,6 +224,39 @@ def test_the_page_tells_all_sides_holds_no_path_and_nothing_is_done_twice(tmp_pa
     assert "name=tiny-gold-0" in stages[0][1]
     run([0, 1])  # a second seed: its sides alone, in another order
     assert Path("asked").read_text().split()[5:] == ["theirs", "rloo", "grpo", "ours", "judge"]
+
+
+def test_a_variant_is_ours_once_more_with_its_options_on_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "child.py").write_text(STAND_IN)
+    command = ["gold", str(TINY), *PROMPTS, "--seeds", "0", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*command, "--variant", "ppo.kl_coef=0.5 ppo.steps=4"])
+    monkeypatch.setattr(gold, "CHILD", [sys.executable, "-S", str(tmp_path / "child.py")])
+    monkeypatch.setattr(gold.compare, "__kwdefaults__", gold.compare.__kwdefaults__ | {
+        "child": gold.CHILD, "stage": lambda *_: None})  # fmt: skip
+    gold.main()
+    lines = Path("asked").read_text().splitlines()
+    assert lines == ["ours", "ours ppo.kl_coef=0.5 ppo.steps=4", "judge"]  # no peer, unless named
+    report = read_json(tmp_path / "gold.json")
+    assert list(report["differences"]) == ["ppo.kl_coef=0.5 ppo.steps=4"]
+    assert "ppo.kl_coef=0.5 ppo.steps=4" in (tmp_path / "gold.md").read_text()
+    gold.main()
+    assert Path("asked").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        (["collect.noise=0"], "give options of PPO"),
+        (["ppo.kl_coef"], "give options of PPO"),
+        ([" "], "give options of PPO"),
+        (["ppo.kl_coeff=1"], "kl_coef"),
+        (["ppo.steps=2", "ppo.steps=2"], "stands twice"),
+    ],
+)
+def test_a_variant_that_is_none_is_told(variants, message):
+    with pytest.raises(UserError, match=message):
+        plan.check_variants(str(TINY), PROMPTS, variants)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.gold.figures import compared
 from benchmarks.gold.page import NOTES, markdown
-from benchmarks.gold.plan import PEERS, check
+from benchmarks.gold.plan import PEERS, check, check_variants
 from benchmarks.harness import PEER, Children, Figures, environment, peer_folder, usable_cores
 from benchmarks.report import RESULTS, opening, publish
 from rlhf.errors import UserError, exit_on_user_error
@@ -65,6 +65,7 @@ class Seed:
         every: steps from mark to mark.
         child: the command of a child.
         peer: finds the folder of the release that has PPO.
+        variants: further sides of ours, by what they override.
     """
 
     def __init__(
@@ -75,15 +76,20 @@ class Seed:
         every: int,
         child: Sequence[str],
         peer: Callable[[], Path],
+        variants: Sequence[str] = (),
     ) -> None:
         name = f"{load(recipe_file, overrides).name}-gold-{seed}"
         self.words = [recipe_file, *overrides, f"seed={seed}", f"name={name}"]
         self.run, self.every, self.child, self.peer = RUNS / name, every, child, peer
+        self.variants = variants
 
-    @property
-    def recipe(self) -> Recipe:
-        """This seed's recipe, with the type of weights that its run has."""
-        return settled(load(self.words[0], self.words[1:]), self.run, measured=False)
+    def overrides(self, side: str = "ours") -> list[str]:
+        """What this seed and a side override of the recipe."""
+        return [*self.words[1:], *(side.split() if side in self.variants else ())]
+
+    def recipe(self, side: str = "ours") -> Recipe:
+        """A side's recipe of this seed, with the type of weights that its run has."""
+        return settled(load(self.words[0], self.overrides(side)), self.run, measured=False)
 
     def ask(self, kind: str, side: str, **values: Any) -> Figures:
         """What a child has found that does one kind of work."""
@@ -91,12 +97,13 @@ class Seed:
             children = Children(
                 self.child, Path(scratch), THREADS, peer=self.peer() if side == "ppo" else None
             )
-            task = {"recipe": self.words[0], "overrides": self.words[1:], "run": str(self.run)}
+            task = {"recipe": self.words[0], "overrides": self.overrides(side), "run": str(self.run)}
             return children.ask(kind, {**task, **values})
 
     def place(self, side: str) -> Path:
         """The folder of a side, by what its policy depends on."""
-        recipe = self.recipe.model_dump(mode="json", include={*SHARED})
+        recipe = self.recipe(side).model_dump(mode="json", include={*SHARED})
+        side = "ours" if side in self.variants else side
         release = {"ours": "", "ppo": PEER[1]}.get(side, importlib.metadata.version("trl"))
         reward = [sha256_of(file) for file in sorted((self.run / "reward").rglob(WEIGHTS))]
         key = hash_of([recipe, reward, side, release, self.every])[:12]
@@ -109,7 +116,7 @@ class Seed:
         if not done.is_file():
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
-            kind = "theirs" if side == "ppo" else side
+            kind = "theirs" if side == "ppo" else "ours" if side in self.variants else side
             found = self.ask(kind, side, folder=str(place), every=self.every)
             shutil.rmtree(place / "trainer", ignore_errors=True)
             write_json(done, found)
@@ -119,19 +126,19 @@ class Seed:
 
     def judged(self, trained: dict[str, Figures]) -> dict[str, Figures]:
         """The record of this seed: gold, KL and length of the reference and at all marks."""
-        evaluate = self.recipe.evaluate.model_dump(mode="json")
+        evaluate = self.recipe().evaluate.model_dump(mode="json")
         file = f"judged-{hash_of([evaluate])[:12]}.json"
         places = {side: self.place(side) for side in ("reference", *trained)}
         adapters: dict[str, str | None] = {}
         for side, place in places.items():
             if not (place / file).is_file():
                 marks = trained[side]["marks"] if side in trained else []
-                adapters |= {f"{side} {m['step']}": str(place / f"step-{m['step']}") for m in marks}
-                adapters |= {} if marks else {"reference 0": None}
+                adapters |= {f"{place}#{m['step']}": str(place / f"step-{m['step']}") for m in marks}
+                adapters |= {} if marks else {f"{place}#0": None}
         if adapters:
             found = self.ask("judge", "", adapters=adapters)
-            for side, place in places.items():
-                own = {name.split()[1]: f for name, f in found.items() if name.split()[0] == side}
+            for place in places.values():
+                own = {name.split("#")[1]: f for name, f in found.items() if name.split("#")[0] == str(place)}
                 if own:
                     write_json(place / file, own)
         kept = {side: read_json(place / file) for side, place in places.items()}
@@ -148,6 +155,7 @@ def compare(
     seeds: Sequence[int],
     peers: Sequence[str],
     *,
+    variants: Sequence[str] = (),
     every: int = 2,
     child: Sequence[str] = CHILD,
     peer: Callable[[], Path] = peer_folder,
@@ -162,6 +170,7 @@ def compare(
         overrides: of the recipe.
         seeds: numbers of the seeds.
         peers: of :data:`PEERS`.
+        variants: overrides of ``ppo``, words apart by blanks: ours once more with each of them.
         every: steps from mark to mark.
         child: the command of a child.
         peer: finds the folder of the release that has PPO.
@@ -173,6 +182,7 @@ def compare(
         UserError: a stage failed, or theirs has not what the recipe asks for.
     """
     check(load(recipe_file, overrides))
+    check_variants(recipe_file, overrides, variants)
     began = opening("benchmarks.gold", words, PACKAGES, peer="ppo" in peers)
     if "ppo" in peers:  # the newer release is that of the others
         began["machine"]["versions"] |= {
@@ -181,14 +191,15 @@ def compare(
         peer()
     records = {}
     for number, seed in enumerate(seeds):
-        one = Seed(recipe_file, overrides, seed, every, child, peer)
+        one = Seed(recipe_file, overrides, seed, every, child, peer, variants)
         for module in STAGES:
             stage(module, one.words)
-        sides = ["ours", *peers]
+        sides = ["ours", *variants, *peers]
         turn = number % len(sides)  # what one leaves behind helps or hurts each alike
         trained = {side: one.train(side) for side in sides[turn:] + sides[:turn]}
         records[str(seed)] = one.judged({side: trained[side] for side in sides})
-    recipe, ppo = one.recipe, one.recipe.ppo
+    recipe = one.recipe()
+    ppo = recipe.ppo
     report = {
         "benchmark": "gold reward at equal samples and at equal wall time",
         **began,
@@ -212,16 +223,21 @@ def compare(
 def main() -> None:
     """The command line."""
     words = sys.argv[1:]
-    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    given = {n for n, word in enumerate(words) if n and words[n - 1] == "--variant"}
+    overrides = [
+        word for n, word in enumerate(words) if "=" in word and not word.startswith("-") and n not in given
+    ]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gold", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("recipe", nargs="?", help="an experiment, for example recipes/sentiment.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[*PEERS])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=None, help="none with --variant alone")
+    variant = "'ppo.KEY=VALUE ...': ours once more with it; may be given several times"
+    parser.add_argument("--variant", dest="variants", action="append", default=[], help=variant)
     parser.add_argument("--every", type=int, default=2, help="steps from mark to mark")
     parser.add_argument("--output", type=Path, default=None, help=f"folder, {RESULTS} unless --quick")
     parser.add_argument("--quick", action="store_true", help="a tiny random model, the first seed alone")
-    found = parser.parse_args([word for word in words if word not in overrides])
+    found = parser.parse_args([w for n, w in enumerate(words) if n in given or w not in overrides])
     if not found.quick and not found.recipe:
         raise UserError("no recipe given; write RECIPE, for example recipes/sentiment.yaml")
     if found.every < 1:
@@ -231,7 +247,8 @@ def main() -> None:
         recipe,
         [*small, *overrides],
         found.seeds[:1] if found.quick else found.seeds,
-        found.peers,
+        found.peers if found.peers is not None else [] if found.variants else PEERS,
+        variants=found.variants,
         every=found.every,
         output=found.output or (None if found.quick else RESULTS),
         words=words,

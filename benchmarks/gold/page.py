@@ -68,13 +68,13 @@ def markdown(report: Figures) -> str:
     """The report as a page."""
     work, sides = report["work"], report["sides"]
     rows = [
-        [LABELS[name], *(_number(side[m], _digits(m)) for m in MEANS),
+        [LABELS.get(name, name), *(_number(side[m], _digits(m)) for m in MEANS),
          ", ".join(map(_reached, side["seconds_to_gain"]["by_seed"]))]
         for name, side in sides.items()
     ]  # fmt: skip
     differences = [
         [
-            LABELS[peer],
+            LABELS.get(peer, peer),
             MEANS[m],
             *(_number(found[unit], _digits(m)) for unit in ("by_seed", "by_prompt")),
             found["verdict"],

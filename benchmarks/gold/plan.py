@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rlhf.errors import UserError
-from rlhf.recipe.load import Recipe
+from rlhf.recipe.load import Recipe, load
 
 PEERS = ("ppo", "rloo", "grpo")
 GENERATIONS = 4
@@ -56,3 +58,19 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"ppo.{name}: theirs has no {found!r}; set ppo.{name}={plain}")
     if ppo.batch_size % GENERATIONS:
         raise UserError(f"ppo.batch_size: {ppo.batch_size} is no multiple of {GENERATIONS}, their group")
+
+
+def check_variants(recipe_file: str, overrides: Sequence[str], variants: Sequence[str]) -> None:
+    """Our further sides may differ in PPO alone, since comparisons and reward model are the same.
+
+    Raises:
+        UserError: a variant overrides something else, or is none.
+    """
+    for variant in variants:
+        other = [word for word in variant.split() if not word.startswith("ppo.") or "=" not in word]
+        if other or not variant.split():
+            raise UserError(f"--variant {variant!r}: give options of PPO, for example 'ppo.kl_coef=0.1'")
+        load(recipe_file, [*overrides, *variant.split()])
+    for variant in variants:
+        if variants.count(variant) > 1:
+            raise UserError(f"--variant {variant!r} stands twice; give it once")
