@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import policy.ppo.__main__ as ppo
 import reward.training.__main__ as train
+from policy.ppo.trainer import PpoTrainer
 from reward.model.average import average, save_average
 from reward.model.ensemble import AVERAGE, own_folders
 from reward.model.model import CONFIG, TextRewardModel, load_config
@@ -23,6 +24,7 @@ from rlhf.recipe.schema import Ppo
 from rlhf.runs.artifacts import SETTINGS, WEIGHTS, read_json, write_json
 from rlhf.training.metrics import read_metrics
 
+GIVEN = ("reward.members=2", "ppo.ensemble=average", "reward.probe=true", "reward.head_init=probe")
 A, B, HEAD = "x.lora_A.weight", "x.lora_B.weight", "score.weight"
 
 
@@ -58,9 +60,8 @@ def averaged(road, tmp_path_factory):
         shutil.rmtree(folder / "runs/tiny" / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        given = ("reward.members=2", "ppo.ensemble=average", "reward.probe=true", "reward.head_init=probe")
-        stage(train.main, *given)
-        stage(ppo.main, *given)
+        stage(train.main, *GIVEN)
+        stage(ppo.main, *GIVEN)
     return folder / "runs/tiny"
 
 
@@ -108,6 +109,26 @@ def test_ppo_scores_by_one_adapter(at):
     assert len(own_folders(at / "reward", "mean")) == 2
     rank = read_json(at / "reward/model" / SETTINGS)["r"]
     assert read_json(at / "reward" / AVERAGE / SETTINGS)["r"] == 2 * rank
+
+
+def test_an_interrupted_ppo_goes_on_bit_for_bit(averaged, tmp_path, monkeypatch):
+    shutil.copytree(averaged.parent.parent, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "runs/tiny/ppo")
+    monkeypatch.chdir(tmp_path)
+
+    def two_steps(trainer):
+        yield from range(trainer.done, trainer.done + 2)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PpoTrainer, "remaining_steps", two_steps)
+        with pytest.raises(KeyboardInterrupt):
+            stage(ppo.main, *GIVEN, "ppo.checkpoint_every=1")
+    stage(ppo.main, *GIVEN, "ppo.checkpoint_every=1")
+    mine, whole = (load_file(folder / "runs/tiny/ppo/policy" / WEIGHTS)
+                   for folder in (tmp_path, averaged.parent.parent))  # fmt: skip
+    assert [row["step"] for row in read_metrics(tmp_path / "runs/tiny/ppo")] == [*range(1, 7)]
+    assert all(torch.equal(mine[name], tensor) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("what", ["pooling", "shapes"])
