@@ -120,6 +120,23 @@ def shorten(config: Any, layers: int, where: str) -> None:
     config.num_hidden_layers = layers  # by whatever name the family has for it
 
 
+def check_attention(model: Model) -> None:
+    """Refuse kernels for attention that the machine or the type of the weights cannot use.
+
+    Raises:
+        UserError: and what to use.
+    """
+    kind = model.attn_implementation
+    if not kind.startswith("flash"):
+        return
+    if not torch.cuda.is_available():
+        raise UserError(f"model.attn_implementation: {kind} needs a GPU, and there is none here; use auto")
+    if model.dtype == "float32":
+        raise UserError(
+            f"model.attn_implementation: {kind} computes in half types; set model.dtype=bfloat16 or use auto"
+        )
+
+
 def load_base(
     model: Model, kind: Any = AutoModelForCausalLM, *, layers: int | None = None, **options: Any
 ) -> PreTrainedModel:
@@ -135,10 +152,12 @@ def load_base(
 
     Raises:
         UserError: there is no model at the path, and which target makes it; or none of this kind; or the GPU
-            has no units for its type.
+            has no units for its type; or the model or the machine has not the attention that is asked for.
     """
     check_dtype(model.dtype)
+    check_attention(model)
     source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    named = model.attn_implementation != "auto"
     try:
         whole = AutoConfig.from_pretrained(model.path, **source)
         config = whole.get_text_config()
@@ -154,10 +173,13 @@ def load_base(
             quantization_config=quantization_config(model.quantization),
             dtype=getattr(torch, model.dtype),
             output_loading_info=True,
+            **({"attn_implementation": model.attn_implementation} if named else {}),
             **source,
         )
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
+    except (OSError, ValueError, ImportError) as error:
+        reason = first_line(error).rstrip(".")
+        if named and "attention" in reason.lower():
+            raise UserError(f"model.attn_implementation: {model.path}: {reason}; use auto") from None
         raise UserError(
             f"model.path: no model at {model.path} ({reason}); run `make model RECIPE=...` or check the path"
         ) from None

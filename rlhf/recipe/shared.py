@@ -43,6 +43,9 @@ class Model(Section):
     all others keep it."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Quantise the frozen base with bitsandbytes (QLoRA, Dettmers 2023)."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """What computes attention, by transformers' name. `auto`: its own choice, `sdpa` for most models.
+    `flash_attention_2` and `_3` need their packages, a GPU and a half type; sequences are then not packed."""
     gradient_checkpointing: bool = False
     """Keep only the input of each layer that trains and run it again in the backward pass, in every stage
     (Chen 2016): less memory for one more forward pass of those layers, equal results."""
