@@ -27,7 +27,7 @@ from rlhf.report.gather import gather
 from rlhf.report.page import write_page
 from rlhf.runs.artifacts import read_json, write_jsonl
 
-FEW = ("inside.prompts=4", "inside.top=3", "inside.random_sets=2")
+FEW = ("inside.prompts=4", "inside.top=3", "inside.random_sets=2", "inside.soft_prompts=0")
 
 
 @pytest.fixture
@@ -66,6 +66,38 @@ def test_the_stage_on_the_tiny_run(run, capsys):
     assert (run / "inside/manifest.json").is_file()
     stage(command.main, *FEW, f"inside.pairs=[{pairs}]")
     assert "done already" in capsys.readouterr().out
+
+
+def test_the_ways_between_soft_prompts_and_between_policies(run, capsys, monkeypatch):
+    from policy.inside.solutions import soft_prompts
+
+    monkeypatch.setattr(soft_prompts, "STEPS", 2)
+    others = [run.with_name(f"other-{n}") for n in (1, 2)]
+    for n, other in enumerate(others, 1):
+        shutil.copytree(run / "ppo", other / "ppo")
+        file = other / "ppo/policy/adapter_model.safetensors"
+        save_file({k: t.roll(n, 0) for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
+        noted_anew(other / "ppo")
+    named = ",".join(str(other / "ppo/policy") for other in others)
+    with pytest.raises(
+        UserError, match="others: an interval over pairs needs three policies; name two or more"
+    ):
+        stage(command.main, *FEW, f"inside.others=[{others[0] / 'ppo/policy'}]")
+    stage(command.main, *FEW, "inside.soft_prompts=3", f"inside.others=[{named}]")
+    found = read_json(run / "inside/inside.json")
+    assert len(found["prompts"]["ends"]) == len(found["policies"]["reward"]["ends"]) == 3
+    assert len(set(found["policies"]["log_prob"]["ends"])) == 3
+    page = capsys.readouterr().out
+    assert "## Soft prompts" in page
+    assert "### Score of sampled responses, with its sign turned" in page
+    assert f"**{found['prompts']['verdict']}**" in page
+    file = others[0] / "ppo/policy/adapter_model.safetensors"
+    save_file({k: t[:, :2].contiguous() for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    noted_anew(others[0] / "ppo")
+    shutil.rmtree(run / "inside")
+    with pytest.raises(UserError, match="made with other lora settings or another base"):
+        stage(command.main, *FEW, f"inside.others=[{named}]")
+    assert not (run / "inside/inside.json").exists()
 
 
 def test_the_run_s_report_shows_it_where_the_run_was_looked_into(run):

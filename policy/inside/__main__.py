@@ -9,7 +9,7 @@ from __future__ import annotations
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import from_command_line
 from rlhf.runs.artifacts import print_page
-from rlhf.runs.initial_adapter import check_same_start, start_files, start_parents
+from rlhf.runs.initial_adapter import check_same_start, policy_files, start_files, start_parents
 from rlhf.runs.stage import RUNS, open_stage
 
 
@@ -18,7 +18,8 @@ def main() -> None:
     recipe = from_command_line()
     own = ("reward",) if recipe.ppo.own_reward else ()
     parents = ("comparisons", *own, "ppo", *start_parents(recipe, "ppo"))
-    reads = [*recipe.ppo.named_models, *start_files(recipe, "ppo")]
+    others = policy_files(recipe, recipe.inside.others or (), "inside.others")
+    reads = [*recipe.ppo.named_models, *start_files(recipe, "ppo"), *others]
     run = open_stage(
         recipe, "inside", section="inside", parents=parents, inputs=recipe.inside.pairs, reads=reads
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 
+from policy.inside.solutions.page import policies_section, prompts_section
 from rlhf.markdown import number, percent, plain, share, table
 
 matplotlib.use("Agg")
@@ -32,6 +33,10 @@ def as_markdown(found: Figures) -> str:
         if key in found:
             lines += [f"## {title}\n", _ONE, *_change(found[key], key)]
     lines += ["## What the reward model reads\n", *_reads(found["reads"])]
+    if "prompts" in found:
+        lines += prompts_section(found["prompts"])
+    if "policies" in found:
+        lines += policies_section(found["policies"])
     return "\n".join(lines)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from policy.inside.questions import Inspection
 from policy.inside.report import as_markdown, draw
+from policy.inside.solutions.policies import BETWEEN, compare_policies, times_of
+from policy.inside.solutions.soft_prompts import compare_prompts
 from policy.ppo.setup import (
     EnsembleScore,
     check_rewards,
@@ -15,7 +17,7 @@ from policy.ppo.setup import (
     reward_folders,
     shapes_of,
 )
-from rlhf.data.stored import held_out_prompts
+from rlhf.data.stored import held_out_prompts, stored_prompts
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, in_float32, load_base
 from rlhf.recipe.load import Recipe
@@ -48,6 +50,14 @@ def look(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         found["reads"] = models.reads("reward", run.remember)
     else:
         found["reads"] = {"skipped": "no reward model is an adapter on the policy's base"}
+    options = recipe.inside
+    if options.soft_prompts:
+        training = stored_prompts(run, "prompts.jsonl")
+        found["prompts"] = run.remember(
+            "prompts", lambda: compare_prompts(models, training, "policy", before)
+        )
+    if others := options.others:
+        found["policies"] = run.remember("policies", lambda: compare_policies(models, others))
     found["cost"] = run.clock()
     write_json(run.folder / "inside.json", found)
     draw(found, run.folder)
@@ -61,12 +71,15 @@ def _inspection(recipe: Recipe, run: StageRun) -> Inspection:
     folders = reward_folders(recipe, run)
     rewards = () if recipe.ppo.retokenize else reward_adapters(len(folders))
     start = start_folder(recipe, run, "ppo")
+    others = recipe.inside.others
+    between = {BETWEEN: times_of(1 + len(others))} if others else {}
+    shapes = shapes_of(rewards, folders) if rewards else {}
     backbone = Backbone(
         in_float32(load_base(recipe.model)),  # the effect of one neuron is less than a half type's rounding
         recipe.lora,
-        adapters=["policy", *((START,) if start else ()), *rewards],
+        adapters=["policy", *((START,) if start else ()), *between, *rewards],
         heads=rewards,
-        **(shapes_of(rewards, folders) if rewards else {}),
+        **shapes | {"ranks": shapes.get("ranks", {}) | between},
     )
     backbone.load_adapter("policy", run.parent("ppo") / "policy")
     if start:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf.recipe.types import Files, Folder, JudgedOrReward, Natural, NonNegative, Positive, Rate, Section
+from rlhf.recipe.types import (
+    Files,
+    Folder,
+    JudgedOrReward,
+    Natural,
+    NonNegative,
+    Policies,
+    Positive,
+    Rate,
+    Section,
+)
 
 
 class Evaluate(Section):
@@ -78,8 +88,26 @@ class Inside(Section):
     """Sets of random components, of each size, that are patched beside the first ones."""
     pairs: Files = []
     """Files of your own pairs for the reward model: comparisons of two responses with equally many tokens."""
+    soft_prompts: Natural = 3
+    """Soft prompts that are trained to make the model before PPO respond like the policy, so that the loss
+    between and beyond them can be seen; 0 = none, else 3 or more."""
+    others: Policies | None = None
+    """Folders of policies of two or more other runs on the same base, to look between them and this run's;
+    null = none."""
     micro_batch_size: Positive = 8
     """Rows of one forward pass."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.soft_prompts in (1, 2):
+            raise ValueError(
+                f"soft_prompts {self.soft_prompts}: an interval over pairs needs three; give 3, or 0"
+            )
+        if self.others is not None and len(self.others) < 2:
+            raise ValueError(
+                "others: an interval over pairs needs three policies; name two or more beside this run's"
+            )
+        return self
 
 
 class Chat(Section):
