@@ -88,14 +88,14 @@ class Subject:
         depth: int | None = None,
     ) -> None:
         self.decoder, self.measure, self.activate = decoder, measure, activate
-        self.sites: dict[Site, nn.Module] = {EMBEDDINGS: _first(decoder, decoder, _EMBEDDINGS)}
+        self.sites: dict[Site, nn.Module] = {EMBEDDINGS: part_of(decoder, decoder, _EMBEDDINGS)}
         try:
             layers = getattr(decoder, stack_of(decoder))[:depth]
         except AttributeError as error:
             raise UserError(f"inside: {error}: layers of other names are not known here") from None
         for number, layer in enumerate(layers):
             for kind, names in zip(("heads", "neurons"), zip(*_WRITERS, strict=True), strict=True):
-                self.sites[Site(number, kind)] = _first(decoder, layer, names)
+                self.sites[Site(number, kind)] = part_of(decoder, layer, names)
             self.sites[Site(number, "state")] = layer
         self.layers = len(layers)
         self._heads = int(decoder.config.get_text_config().num_attention_heads)
@@ -166,7 +166,7 @@ def of_model(model: Any, *, activate: Callable[[], object] = lambda: None) -> Su
     return Subject(getattr(base, base.base_model_prefix), measure, activate=activate)
 
 
-def _first(decoder: Any, where: nn.Module, names: tuple[str, ...]) -> nn.Module:
+def part_of(decoder: Any, where: nn.Module, names: tuple[str, ...]) -> nn.Module:
     """The module that one of these names leads to.
 
     Raises:
