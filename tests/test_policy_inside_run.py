@@ -85,12 +85,18 @@ def test_the_ways_between_soft_prompts_and_between_policies(run, capsys, monkeyp
         stage(command.main, *FEW, f"inside.others=[{others[0] / 'ppo/policy'}]")
     stage(command.main, *FEW, "inside.soft_prompts=3", f"inside.others=[{named}]")
     found = read_json(run / "inside/inside.json")
-    assert len(found["prompts"]["ends"]) == len(found["policies"]["reward"]["ends"]) == 3
+    prompts = found["prompts"]
+    gained = prompts["before"] - prompts["after"]
+    whole = found["policy"]["into"]["change"]  # a response, measured by other code
+    assert gained * prompts["tokens"] / prompts["rows"] == pytest.approx(whole, rel=1e-3)
+    share = (prompts["before"] - sum(prompts["ends"]) / 3) / gained
+    assert prompts["recovered"]["mean"] == pytest.approx(share, rel=1e-3)
+    assert len(prompts["ends"]) == len(found["policies"]["reward"]["ends"]) == 3
     assert len(set(found["policies"]["log_prob"]["ends"])) == 3
     page = capsys.readouterr().out
     assert "## Soft prompts" in page
     assert "### Score of sampled responses, with its sign turned" in page
-    assert f"**{found['prompts']['verdict']}**" in page
+    assert f"**{prompts['verdict']}**" in page
     file = others[0] / "ppo/policy/adapter_model.safetensors"
     save_file({k: t[:, :2].contiguous() for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
     noted_anew(others[0] / "ppo")

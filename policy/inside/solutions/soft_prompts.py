@@ -114,8 +114,9 @@ def compare_prompts(
     """
     number, seed = looked.recipe.inside.soft_prompts, looked.recipe.seed
     old, new = of_role(looked.backbone, before), of_role(looked.backbone, after)
-    taught = dataclasses.replace(looked, prompts=training[:TRAINED_ON], reward_fn=None).write(after).batches
-    held_out = looked.write(after).batches
+    unscored = dataclasses.replace(looked, reward_fn=None)
+    taught = dataclasses.replace(unscored, prompts=training[:TRAINED_ON]).write(after).batches
+    held_out = unscored.write(after).batches
     tokens = sum(map(tokens_of, held_out))
 
     @torch.no_grad()
