@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import noted_anew, stage
-from lxml import html
+from lxml import etree, html
 from safetensors.torch import load_file, save_file
 from tiny_inside import batch, llama
 
 from policy.inside import __main__ as command
-from policy.inside import effects, minimal_pairs
+from policy.inside import effects, minimal_pairs, questions
+from policy.inside.circuit import question
+from policy.inside.circuit.page import section
 from policy.inside.effects import Change, examine, runs_of
-from policy.inside.minimal_pairs import KINDS, Pair, own_pairs, pairs_of
+from policy.inside.minimal_pairs import KINDS, Kind, Pair, own_pairs, pairs_of
 from policy.inside.patching import record
 from policy.inside.questions import Inspection
 from policy.inside.subject import Site, of_model
@@ -27,7 +29,13 @@ from rlhf.report.gather import gather
 from rlhf.report.page import write_page
 from rlhf.runs.artifacts import read_json, write_jsonl
 
-FEW = ("inside.prompts=4", "inside.top=3", "inside.random_sets=2", "inside.soft_prompts=0")
+FEW = (
+    "inside.prompts=4",
+    "inside.top=3",
+    "inside.random_sets=2",
+    "inside.soft_prompts=0",
+    "inside.edges=none",
+)
 
 
 @pytest.fixture
@@ -66,6 +74,38 @@ def test_the_stage_on_the_tiny_run(run, capsys):
     assert (run / "inside/manifest.json").is_file()
     stage(command.main, *FEW, f"inside.pairs=[{pairs}]")
     assert "done already" in capsys.readouterr().out
+
+
+def test_the_circuits_of_what_the_reward_model_reads(run, monkeypatch):
+    texts = [(" a joy.", " a bore")]  # short, and one pair is looked into as it is
+    asked = tuple(Kind(name, "a word", lambda: iter(texts)) for name in question.ASKED)
+    for module in (questions, question):
+        monkeypatch.setattr(module, "KINDS", asked)
+    stage(command.main, *FEW, "inside.prompts=1", "inside.edges=eap_ig")
+    found, page = read_json(run / "inside/inside.json"), (run / "inside/inside.md").read_text()
+    kinds = found["circuit"]["kinds"]
+    assert list(kinds) == ["sentiment", "order"]
+    for name, kind in kinds.items():
+        assert kind["change"] == pytest.approx(found["reads"]["kinds"][name]["difference"]["mean"], rel=1e-4)
+        assert kind["curves"]["first"][-1] == pytest.approx(1, abs=1e-3)
+        assert etree.parse(run / f"inside/circuit-{name}.svg").getroot().tag.endswith("svg")
+        assert (run / f"inside/circuit-{name}.png").is_file()
+        assert f"| {' -> '.join(kind['alone'][0]['edge'])} |" in page
+        assert f"CPR {kind['areas']['first'][0]:.3f} (random" in page
+
+
+def test_pairs_that_were_not_looked_into_have_no_circuit():
+    models: Any = SimpleNamespace(recipe=SimpleNamespace(inside=Inside()))
+    why = {"skipped": "the mean difference is not told apart from 0"}
+    found = question.circuits(models, "reward", {"kinds": {"sentiment": why, "order": why}}, None)
+    assert found["kinds"] == {"sentiment": why, "order": why}
+    lines = section(found)
+    assert lines[1:] == [
+        "### Circuit of sentiment\n", f"Not looked into: {why['skipped']}.\n",
+        "### Circuit of order\n", f"Not looked into: {why['skipped']}.\n",
+    ]  # fmt: skip
+    found = question.circuits(models, "reward", {"skipped": "there is none"}, None)
+    assert section(found) == ["Not looked into: there is none.\n"]
 
 
 def test_the_ways_between_soft_prompts_and_between_policies(run, capsys, monkeypatch):
@@ -127,8 +167,6 @@ def test_the_run_s_report_shows_it_where_the_run_was_looked_into(run):
 
 
 def test_it_goes_on_with_the_question_that_was_open(run, monkeypatch):
-    from policy.inside import questions
-
     def stop(*_):
         raise KeyboardInterrupt
 

@@ -91,7 +91,7 @@ def examine(
     effects = _exact(change, wanted, tick)
 
     def share(key: Any) -> dict[str, Any]:
-        return _share(effects[key], found.whole_N, change.groups_N)
+        return share_of(effects[key], found.whole_N, change.groups_N)
 
     return {
         "what": change.what,
@@ -185,7 +185,7 @@ def _chosen(units: Sequence[tuple[Site, int]]) -> dict[Site, Tensor]:
     return {site: torch.tensor(numbers) for site, numbers in found.items()}
 
 
-def _share(effect_N: Tensor, whole_N: Tensor, groups_N: Sequence[int]) -> dict[str, Any]:
+def share_of(effect_N: Tensor, whole_N: Tensor, groups_N: Sequence[int]) -> dict[str, Any]:
     """The effect as a share of the whole change, with its interval over groups."""
     groups = np.unique(np.asarray(groups_N), return_inverse=True)[1]
     sums = [np.bincount(groups, weights=x.double().numpy()) for x in (effect_N, whole_N)]

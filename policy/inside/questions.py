@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from policy.inside.effects import Change, examine, runs_of
-from policy.inside.minimal_pairs import FILLER, KINDS, OWN, Pair, own_pairs, pairs_of
+from policy.inside.minimal_pairs import FILLER, KINDS, OWN, Kind, Pair, own_pairs, pairs_of
 from policy.inside.subject import Batch, Subject, of_role
 from policy.ppo.rollout import Responses, RewardFn, close
 from rlhf.data.comparisons import Prompt
@@ -124,7 +124,7 @@ class Inspection:
         options, subject = self.recipe.inside, of_role(self.backbone, role)
         encode, longest, kinds = self.dialogue.encode_answer, self.dialogue.max_response_tokens, {}
         for kind in KINDS:
-            pairs, uneven = pairs_of(kind, self.prompts, encode, options.prompts, longest)
+            pairs, uneven = self.pairs(kind)
             compute = functools.partial(self._kind, subject, kind.name, pairs)
             kinds[kind.name] = keep(f"reads-{kind.name}", compute) | {"asks": kind.asks, "uneven": uneven}
         if options.pairs:
@@ -141,9 +141,7 @@ class Inspection:
         """Scores of the pairs of a kind, and what computes their difference."""
         if not pairs:
             return {"pairs": 0, "skipped": "no pair has equally many tokens, and few enough"}
-        size = self.recipe.inside.micro_batch_size
-        parts = [pairs[first : first + size] for first in range(0, len(pairs), size)]
-        batches = [(self._laid_out(part, "bad"), self._laid_out(part, "good")) for part in parts]
+        batches = self.batches(pairs)
         bad_N, good_N = (
             torch.cat([subject.measure_plainly(batch) for batch in side]).cpu().numpy()
             for side in zip(*batches, strict=True)
@@ -180,6 +178,17 @@ class Inspection:
             scores.append(subject.measure_plainly(self._laid_out(padded, "good")).cpu().numpy())
         added = [mean_interval(score - scores[0]).as_dict() for score in scores[1:]]
         return {"filler": FILLER, "tokens": len(self.dialogue.encode_answer(f" {FILLER}")), "added": added}
+
+    def pairs(self, kind: Kind) -> tuple[list[Pair], int]:
+        """The pairs of a kind, and how many were left out (:func:`pairs_of`)."""
+        encode, longest = self.dialogue.encode_answer, self.dialogue.max_response_tokens
+        return pairs_of(kind, self.prompts, encode, self.recipe.inside.prompts, longest)
+
+    def batches(self, pairs: Sequence[Pair]) -> list[tuple[Batch, Batch]]:
+        """The second and the first of the pairs, as many as are read at once."""
+        size = self.recipe.inside.micro_batch_size
+        parts = [pairs[first : first + size] for first in range(0, len(pairs), size)]
+        return [(self._laid_out(part, "bad"), self._laid_out(part, "good")) for part in parts]
 
     def _laid_out(self, pairs: Sequence[Pair], side: str) -> Batch:
         """Rows of prompts and one of their responses with its closing."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 
+from policy.inside.circuit import page as circuit_page
 from policy.inside.solutions.page import policies_section, prompts_section
 from rlhf.markdown import number, percent, plain, share, table
 
@@ -33,6 +34,11 @@ def as_markdown(found: Figures) -> str:
         if key in found:
             lines += [f"## {title}\n", _ONE, *_change(found[key], key)]
     lines += ["## What the reward model reads\n", *_reads(found["reads"])]
+    if "circuit" in found:
+        lines += [
+            "## Along which edges it computes the difference\n",
+            *circuit_page.section(found["circuit"]),
+        ]
     if "prompts" in found:
         lines += prompts_section(found["prompts"])
     if "policies" in found:
@@ -119,6 +125,7 @@ def draw(found: Figures, folder: Path) -> None:
     kinds = found["reads"].get("kinds", {})
     panels = {name: kind.get("parts", {"skipped": ""}) for name, kind in kinds.items()}
     _plot(panels, folder / "reads.png", f"{found['name']}: reward model, share of the difference by layer")
+    circuit_page.draw(found.get("circuit", {}), folder)
 
 
 def _plot(panels: dict[str, Figures], file: Path, title: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from policy.inside.circuit.question import circuits
 from policy.inside.questions import Inspection
 from policy.inside.report import as_markdown, draw
 from policy.inside.solutions.policies import BETWEEN, compare_policies, times_of
@@ -51,6 +52,8 @@ def look(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     else:
         found["reads"] = {"skipped": "no reward model is an adapter on the policy's base"}
     options = recipe.inside
+    if options.edges != "none":
+        found["circuit"] = circuits(models, "reward", found["reads"], run.remember)
     if options.soft_prompts:
         training = stored_prompts(run, "prompts.jsonl")
         found["prompts"] = run.remember(

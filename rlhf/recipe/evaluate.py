@@ -86,6 +86,9 @@ class Inside(Section):
     """Components whose effect is also measured exactly, by a run each."""
     random_sets: Positive = 3
     """Sets of random components, of each size, that are patched beside the first ones."""
+    edges: Literal["eap_ig", "relp", "none"] = "eap_ig"
+    """How the edges of the reward model's circuit are ranked: `eap_ig`, edge attribution with integrated
+    gradients (Hanna 2024), or `relp` (Jafari 2025); `none` = no circuit is looked for."""
     pairs: Files = []
     """Files of your own pairs for the reward model: comparisons of two responses with equally many tokens."""
     soft_prompts: Natural = 3
