@@ -84,6 +84,7 @@ def test_what_is_found_of_the_toy():
     assert {tuple(row["edge"]) for row in found["alone"][:4]} == KNOWN
     for row in found["alone"][:4]:  # one of two equal parts, behind a norm that divides by their length
         assert row["exact"]["mean"] == pytest.approx(2**-0.5, abs=0.02)
+    assert min(share for *_, share in found["drawn"]) < 0  # ranked by size, whatever the sign
     assert found["curves"]["first"][5] == pytest.approx(1, abs=0.05)
     assert found["curves"]["random"][5] < 0.5
     assert found["areas"]["first"] == pytest.approx(areas(found["curves"]["first"]))
