@@ -169,8 +169,6 @@ def test_files_of_other_places_are_shown_by_name(word, shown):
 def test_a_kept_page_is_what_its_report_makes(name, page):
     kept = ROOT / report.RESULTS / f"{name}.md"
     found = read_json(kept.with_suffix(".json"))
-    if name == "gold" and "seeds" not in found:
-        pytest.skip("the kept figures are of one seed, by an earlier form of the command")
     assert page.markdown(found) == kept.read_text()
 
 
