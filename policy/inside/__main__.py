@@ -20,9 +20,10 @@ def main() -> None:
     parents = ("comparisons", *own, "ppo", *start_parents(recipe, "ppo"))
     others = policy_files(recipe, recipe.inside.others or (), "inside.others")
     reads = [*recipe.ppo.named_models, *start_files(recipe, "ppo"), *others]
-    run = open_stage(
-        recipe, "inside", section="inside", parents=parents, inputs=recipe.inside.pairs, reads=reads
-    )
+    options = recipe.inside
+    texts = (options.texts or recipe.ppo.ptx_texts) if options.neurons else []
+    inputs = [*options.pairs, *texts]
+    run = open_stage(recipe, "inside", section="inside", parents=parents, inputs=inputs, reads=reads)
     if run is not None:
         check_same_start(run.recipe, run, "ppo")
         from policy.inside.run import look

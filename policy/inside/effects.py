@@ -81,9 +81,9 @@ def examine(
     states = np.unique(np.linspace(0, change.target.layers - 1, _STATES).round().astype(int)).tolist()
     alone = ranked[: options.top] if whole else []
     wanted: dict[Any, Chosen] = {
-        **{("alone", n): _chosen([unit]) for n, (unit, _) in enumerate(alone)},
-        **{("first", size): _chosen([unit for unit, _ in ranked[:size]]) for size in sizes},
-        **{("random", size, n): _chosen(units) for size in sizes for n, units in enumerate(nulls[size])},
+        **{("alone", n): chosen_of([unit]) for n, (unit, _) in enumerate(alone)},
+        **{("first", size): chosen_of([unit for unit, _ in ranked[:size]]) for size in sizes},
+        **{("random", size, n): chosen_of(units) for size in sizes for n, units in enumerate(nulls[size])},
         ("all", "heads"): dict.fromkeys(site for site in sites if site.kind == "heads"),
         ("all", "neurons"): dict.fromkeys(site for site in sites if site.kind == "neurons"),
         **{("state", layer): {Site(layer, "state"): None} for layer in (states if whole else ())},
@@ -178,7 +178,8 @@ def _random(
     return found
 
 
-def _chosen(units: Sequence[tuple[Site, int]]) -> dict[Site, Tensor]:
+def chosen_of(units: Sequence[tuple[Site, int]]) -> dict[Site, Tensor]:
+    """Numbers of some heads or neurons by their place."""
     found: dict[Site, list[int]] = {}
     for site, unit in units:
         found.setdefault(site, []).append(unit)

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 
 from policy.inside.circuit import page as circuit_page
+from policy.inside.neurons.page import neurons_section
 from policy.inside.solutions.page import policies_section, prompts_section
 from rlhf.markdown import number, percent, plain, share, table
 
@@ -39,6 +40,8 @@ def as_markdown(found: Figures) -> str:
             "## Along which edges it computes the difference\n",
             *circuit_page.section(found["circuit"]),
         ]
+    if "neurons" in found:
+        lines += neurons_section(found["neurons"])
     if "prompts" in found:
         lines += prompts_section(found["prompts"])
     if "policies" in found:

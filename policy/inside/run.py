@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from policy.inside.circuit.question import circuits
+from policy.inside.neurons.question import find_neurons, texts_of
 from policy.inside.questions import Inspection
 from policy.inside.report import as_markdown, draw
 from policy.inside.solutions.policies import BETWEEN, compare_policies, times_of
@@ -37,13 +38,14 @@ def look(recipe: Recipe, run: StageRun) -> dict[str, Any]:
 
     Raises:
         UserError: an adapter does not fit the base, the policy is its reference, or the recipe's own pairs
-            are none.
+            or texts are none.
     """
-    models = _inspection(recipe, run)
+    models, options = _inspection(recipe, run), recipe.inside
+    texts = texts_of(models) if options.neurons else None
     start = START if START in models.backbone.model.peft_config else None
     before = start or REFERENCE
     found: dict[str, Any] = {"name": recipe.name, "model": recipe.model.path, "seed": recipe.seed}
-    found["options"] = recipe.inside.model_dump()
+    found["options"] = options.model_dump()
     found["policy"] = run.remember("policy", lambda: models.change("PPO", "policy", before))
     if start:
         found["start"] = run.remember("start", lambda: models.change("start", start, REFERENCE))
@@ -51,9 +53,10 @@ def look(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         found["reads"] = models.reads("reward", run.remember)
     else:
         found["reads"] = {"skipped": "no reward model is an adapter on the policy's base"}
-    options = recipe.inside
     if options.edges != "none":
         found["circuit"] = circuits(models, "reward", found["reads"], run.remember)
+    if texts is not None:
+        found["neurons"] = run.remember("neurons", lambda: find_neurons(models, texts, "policy", before))
     if options.soft_prompts:
         training = stored_prompts(run, "prompts.jsonl")
         found["prompts"] = run.remember(

@@ -110,30 +110,31 @@ class Texts(NamedTuple):
     """Wanted tokens of all processes."""
 
 
-def read_texts(specs: Sequence[str], dialogue: Dialogue, max_tokens: int) -> list[list[int]]:
+def read_texts(
+    specs: Sequence[str], dialogue: Dialogue, max_tokens: int, *, key: str = "ppo.ptx_texts"
+) -> list[list[int]]:
     """Token ids of the pieces of plain texts.
 
     Args:
         specs: files or ``hub:`` names; a row is a line of a .txt file, or has a ``text`` field.
         dialogue: the tokenizer.
         max_tokens: longer texts are cut into pieces of this length.
+        key: of the recipe, for messages.
 
     Raises:
         UserError: a row without text (file and line), or nothing usable.
     """
     pieces: list[list[int]] = []
-    for origin in origins(specs, key="ppo.ptx_texts"):
+    for origin in origins(specs, key=key):
         for number, row in origin.rows:
             text = row.get("text") if isinstance(row, Mapping) else row
             if not isinstance(text, str):
-                raise UserError(
-                    f"{origin.where(number)}: no text; ppo.ptx_texts wants lines or a `text` field"
-                )
+                raise UserError(f"{origin.where(number)}: no text; {key} wants lines or a `text` field")
             ids = dialogue.tokenizer(text, add_special_tokens=False)["input_ids"]
             pieces += [ids[i : i + max_tokens] for i in range(0, len(ids), max_tokens)]
     pieces = [piece for piece in pieces if len(piece) > 1]  # the first token has nothing before it
     if not pieces:
-        raise UserError(f"ppo.ptx_texts: no text of two tokens or more in {', '.join(specs)}")
+        raise UserError(f"{key}: no text of two tokens or more in {', '.join(specs)}")
     return pieces
 
 

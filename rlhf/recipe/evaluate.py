@@ -91,6 +91,12 @@ class Inside(Section):
     gradients (Hanna 2024), or `relp` (Jafari 2025); `none` = no circuit is looked for."""
     pairs: Files = []
     """Files of your own pairs for the reward model: comparisons of two responses with equally many tokens."""
+    neurons: Natural = 10
+    """Neurons whose activation PPO changed most, of which top tokens and direct effects on the vocabulary are
+    shown; 0 = neither these nor the lens of the mean difference of states."""
+    texts: Files = []
+    """Files with plain texts that have nothing to do with the training, for top tokens and the lens: .txt, or
+    rows with a `text` field; [] = those of `ppo.ptx_texts`, else the held-out prompts."""
     soft_prompts: Natural = 3
     """Soft prompts that are trained to make the model before PPO respond like the policy, so that the loss
     between and beyond them can be seen; 0 = none, else 3 or more."""

@@ -303,6 +303,7 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "card.outliers": card.outliers,
         "collect.judge": own,
         "inside.pairs": recipe.inside.pairs,
+        "inside.texts": recipe.inside.texts,
         "evaluate.judge": function_files(recipe.evaluate.judge),
         "ppo.rewards": recipe.ppo.function_files,
         **{f"tax.tasks.{name}.files": task.files for name, task in (tax.tasks if tax else {}).items()},

@@ -29,6 +29,7 @@ def looked_into(runs: Sequence[Run]) -> list[Block]:
             if key in stage.page:
                 blocks += _carried(f"{STAGE}-{key}-{n}", f"{name}{what}", stage.page[key], sources)
         blocks += _read(f"{STAGE}-reads-{n}", name, stage.page["reads"], sources)
+        blocks += _neurons(name, stage.page.get("neurons", {}), sources)
     return blocks
 
 
@@ -71,6 +72,20 @@ def _read(key: str, name: str, found: dict[str, Any], sources: Sequence[Source])
     title = f"{name}what the reward model reads: differences of its scores, standard deviations"
     svg = figures.dots(key, title, lines, x="difference of scores")
     return [Block(title, sources, head, rows), Block(sources=sources, svg=svg)]
+
+
+def _neurons(name: str, found: dict[str, Any], sources: Sequence[Source]) -> list[Block]:
+    """The neurons that moved most, with a line each."""
+    if not found.get("top"):
+        return []
+    patched = found["patched"]
+    null = ", ".join(f"{100 * x:.1f}%" for x in patched["random"])
+    title = (
+        f"{name}the {len(found['top'])} neurons that PPO moved most; patched into the model before, they "
+        f"carry {percent(patched['first'])} of the change of the log-prob, as many random ones {null}"
+    )
+    rows = [[row["name"], f"{row['change']:.2f}", row["description"]] for row in found["top"]]
+    return [Block(title, sources, ["neuron", "change, deviations", "its tokens"], rows)]
 
 
 def _percents(ends: Sequence[float] | None) -> list[float] | None:

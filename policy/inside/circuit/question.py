@@ -1,4 +1,4 @@
-"""The third question of `make inside`: along which edges the reward model computes its difference."""
+"""The question of `make inside` along which edges the reward model computes its difference."""
 
 from __future__ import annotations
 
