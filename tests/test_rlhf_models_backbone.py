@@ -297,33 +297,6 @@ def test_a_base_that_is_not_there_names_the_target_that_makes_it(tmp_path):
         load_base(Model(path=str(tmp_path / "nothing")))
 
 
-def test_attention_is_computed_as_the_recipe_says_and_gives_the_same(tmp_path):
-    tiny_model(VOCABULARY).save_pretrained(tmp_path)
-    found = {}
-    for kind in ("auto", "eager"):
-        base = load_base(Model(path=str(tmp_path), attn_implementation=kind))
-        found[base.config._attn_implementation] = said(stirred(backbone(base=base)), "policy")
-    assert list(found) == ["sdpa", "eager"]
-    assert not torch.equal(found["sdpa"], found["eager"])  # other kernels
-    torch.testing.assert_close(*found.values(), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("gpu", "dtype", "message"),
-    [
-        (False, "bfloat16", "flash_attention_2 needs a GPU, and there is none here; use auto"),
-        (True, "float32", "flash_attention_2 computes in half types; set model.dtype=bfloat16 or use auto"),
-        (True, "bfloat16", r"model.attn_implementation: .*FlashAttention2.* installed; use auto"),
-    ],
-)
-def test_attention_that_cannot_be_is_told_before_loading(gpu, dtype, message, tmp_path, monkeypatch):
-    tiny_model(VOCABULARY).save_pretrained(tmp_path)
-    monkeypatch.setattr("rlhf.models.base.check_dtype", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    with pytest.raises(UserError, match=message):
-        load_base(Model(path=str(tmp_path), dtype=dtype, attn_implementation="flash_attention_2"))
-
-
 def test_the_check_passes_a_llama_and_keeps_its_trunk():
     model = stirred(backbone())
     assert model.check_architecture() is None

@@ -9,7 +9,7 @@ from conftest import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rlhf.models.backbone import Backbone
-from rlhf.models.onednn import use_onednn
+from rlhf.models.kernels.onednn import use_onednn
 from rlhf.plan import memory
 from rlhf.plan.memory import Setting
 from rlhf.plan.shapes import PUBLISHED, from_config
@@ -105,7 +105,7 @@ import resource, sys, torch
 torch.set_num_threads(1)
 from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf.models.backbone import Backbone
-from rlhf.models.onednn import use_onednn
+from rlhf.models.kernels.onednn import use_onednn
 from rlhf.recipe.schema import Lora
 from rlhf.generation.sampling import sample, uniforms
 def peak():

@@ -25,7 +25,7 @@ from benchmarks.ppo.task import PHASES, Clock, Method, Task, dialogue_of, figure
 from rlhf.data.comparisons import Message, Prompt
 from rlhf.data.prompts import read_prompts
 from rlhf.errors import UserError, exit_on_user_error
-from rlhf.models.onednn import linear
+from rlhf.models.kernels.onednn import linear
 from rlhf.runs.artifacts import read_json
 from rlhf.tokenization.dialogue import load_tokenizer
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from rlhf.models.kernels.onednn import linear
 from rlhf.models.log_probs import is_frozen_linear
-from rlhf.models.onednn import linear
 
 
 class TopKLogProbs(NamedTuple):

@@ -13,7 +13,7 @@ from rlhf.export.folder import check_reload, gap_of, probes, save, writing
 from rlhf.export.hub import push
 from rlhf.export.reload import LAST
 from rlhf.models.backbone import Backbone
-from rlhf.models.base import in_float32, load_base
+from rlhf.models.base import load_in_float32
 from rlhf.models.merging import with_adapters
 from rlhf.recipe.load import Recipe
 from rlhf.runs.stage import RUNS
@@ -28,7 +28,7 @@ def export(recipe: Recipe, stage: str, place: Path) -> None:
     rows = [dialogue.close(*pair) for pair in probes(recipe, dialogue)]
     trained = _trained(recipe, adapter, rows, dialogue.pad_id) if adapter else []
     section = recipe.model if adapter else recipe.model.model_copy(update={"path": str(whole)})
-    model: Any = in_float32(load_base(section))
+    model: Any = load_in_float32(section)
     if adapter:
         model = with_adapters(model, [(adapter, 1.0)])
     with writing(place) as made:
@@ -60,7 +60,7 @@ def generation_config(recipe: Recipe, dialogue: Dialogue) -> GenerationConfig:
 def _trained(recipe: Recipe, adapter: Path, rows: list[list[int]], pad_id: int) -> list[torch.Tensor]:
     """Log-probabilities of the last tokens of every row as the stages compute them, with the adapter beside
     the base, in float32."""
-    backbone = Backbone(in_float32(load_base(recipe.model)), recipe.lora, adapters=["policy"])
+    backbone = Backbone(load_in_float32(recipe.model), recipe.lora, adapters=["policy"])
     backbone.load_adapter("policy", adapter)
     found = []
     for row in rows:

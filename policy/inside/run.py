@@ -21,7 +21,7 @@ from policy.ppo.setup import (
 )
 from rlhf.data.stored import held_out_prompts, stored_prompts
 from rlhf.models.backbone import REFERENCE, Backbone
-from rlhf.models.base import best_device, in_float32, load_base
+from rlhf.models.base import best_device, load_in_float32
 from rlhf.recipe.load import Recipe
 from rlhf.runs.artifacts import write_atomically, write_json
 from rlhf.runs.initial_adapter import start_folder
@@ -81,7 +81,7 @@ def _inspection(recipe: Recipe, run: StageRun) -> Inspection:
     between = {BETWEEN: times_of(1 + len(others))} if others else {}
     shapes = shapes_of(rewards, folders) if rewards else {}
     backbone = Backbone(
-        in_float32(load_base(recipe.model)),  # the effect of one neuron is less than a half type's rounding
+        load_in_float32(recipe.model),  # the effect of one neuron is less than a half type's rounding
         recipe.lora,
         adapters=["policy", *((START,) if start else ()), *between, *rewards],
         heads=rewards,

@@ -98,7 +98,7 @@ def save(model: Any, dialogue: Dialogue, folder: Path, dtype: str) -> Any:
     """
     import torch
 
-    from rlhf.models.onednn import leave_onednn
+    from rlhf.models.kernels.onednn import leave_onednn
 
     known = (kind for kind in type(model).__mro__ if not kind.__module__.startswith(("rlhf.", "peft.")))
     kind = next(known)

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from rlhf.generation.kv_cache import Decoding, PrefixStates, TrunkRecord, distinct
 from rlhf.models.backbone import Backbone, layers_of
+from rlhf.models.kernels.onednn import packed_weights
 from rlhf.models.log_probs import logits_head
 from rlhf.models.masks import action_mask, ended, left_pad
-from rlhf.models.onednn import packed_weights
 
 
 class Sampled(NamedTuple):

@@ -20,8 +20,9 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging as hf_logging
 
 from rlhf.errors import UserError, first_line
+from rlhf.models.kernels.named import check_kernels, use_liger
+from rlhf.models.kernels.onednn import use_onednn, use_short_attention
 from rlhf.models.log_probs import logits_head
-from rlhf.models.onednn import use_onednn, use_short_attention
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Model
 from rlhf.runs.processes import processes
@@ -120,23 +121,6 @@ def shorten(config: Any, layers: int, where: str) -> None:
     config.num_hidden_layers = layers  # by whatever name the family has for it
 
 
-def check_attention(model: Model) -> None:
-    """Refuse kernels for attention that the machine or the type of the weights cannot use.
-
-    Raises:
-        UserError: and what to use.
-    """
-    kind = model.attn_implementation
-    if not kind.startswith("flash"):
-        return
-    if not torch.cuda.is_available():
-        raise UserError(f"model.attn_implementation: {kind} needs a GPU, and there is none here; use auto")
-    if model.dtype == "float32":
-        raise UserError(
-            f"model.attn_implementation: {kind} computes in half types; set model.dtype=bfloat16 or use auto"
-        )
-
-
 def load_base(
     model: Model, kind: Any = AutoModelForCausalLM, *, layers: int | None = None, **options: Any
 ) -> PreTrainedModel:
@@ -152,10 +136,10 @@ def load_base(
 
     Raises:
         UserError: there is no model at the path, and which target makes it; or none of this kind; or the GPU
-            has no units for its type; or the model or the machine has not the attention that is asked for.
+            has no units for its type; or the model or the machine has not the kernels that are asked for.
     """
     check_dtype(model.dtype)
-    check_attention(model)
+    check_kernels(model)
     source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     named = model.attn_implementation != "auto"
     try:
@@ -197,11 +181,18 @@ def load_base(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     base.requires_grad_(False)
+    if model.use_liger_kernel:
+        use_liger(base, model.path)
     use_onednn(base)
     use_short_attention()
     if model.gradient_checkpointing:
         checkpoint_layers(base.get_decoder())
     return base.eval()
+
+
+def load_in_float32(model: Model) -> PreTrainedModel:
+    """A recipe's base ``in_float32``, all of it computed by torch: on any machine, and open to hooks."""
+    return in_float32(load_base(model.model_copy(update={"use_liger_kernel": False})))
 
 
 def vocabulary_head(recipe: Recipe, base: PreTrainedModel) -> nn.Module:

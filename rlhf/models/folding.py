@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.models.onednn import Forward, Weights, linear
+from rlhf.models.kernels.onednn import Forward, Weights, linear
 
 
 class _Folded(torch.autograd.Function):

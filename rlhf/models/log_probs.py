@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
-from rlhf.models.onednn import linear
+from rlhf.models.kernels.onednn import linear
 
 _LOGITS_AT_ONCE = 2**24  # logits in memory at once, 64 MiB in float32
 _LOGITS_IN_CACHE = 2**18  # 1 MiB in float32

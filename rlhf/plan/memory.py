@@ -53,7 +53,7 @@ class Setting(NamedTuple):
 
     @property
     def packs(self) -> bool:
-        """Whether sampling runs from reordered copies of the weights (rlhf/models/onednn.py)."""
+        """Whether sampling runs from reordered copies of the weights (rlhf/models/kernels/onednn.py)."""
         return not self.gpu and self.dtype in ("float32", "bfloat16") and self.zero < 3
 
 

@@ -46,6 +46,9 @@ class Model(Section):
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
     """What computes attention, by transformers' name. `auto`: its own choice, `sdpa` for most models.
     `flash_attention_2` and `_3` need their packages, a GPU and a half type; sequences are then not packed."""
+    use_liger_kernel: bool = False
+    """Norms, rotations and gated MLPs by Liger's fused kernels, through transformers: less traffic of a GPU's
+    memory. Needs a GPU, `pip install liger-kernel`, and a type of model that Liger knows."""
     gradient_checkpointing: bool = False
     """Keep only the input of each layer that trains and run it again in the backward pass, in every stage
     (Chen 2016): less memory for one more forward pass of those layers, equal results."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf.errors import UserError
-from rlhf.models.onednn import linear
+from rlhf.models.kernels.onednn import linear
 
 _SECONDS = 0.25  # of a measurement
 _FASTER = 1.5  # times, in this product, before bfloat16 is worth its rounding: the rest of a pass gains less

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf.models import onednn as products
 from rlhf.models.backbone import Backbone
-from rlhf.models.onednn import attention, linear, packed_weights, use_onednn
+from rlhf.models.kernels import onednn as products
+from rlhf.models.kernels.onednn import attention, linear, packed_weights, use_onednn
 from rlhf.models.tiny import tiny_model
 from rlhf.recipe.schema import Lora
 
