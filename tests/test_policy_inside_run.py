@@ -66,6 +66,10 @@ def test_the_stage_on_the_tiny_run(run, capsys):
     assert [row["size"] for row in policy["back"]["together"]] == [1, 10, 100]
     assert "change" in policy["reward"] or policy["reward"]["skipped"]
     assert list(found["reads"]["kinds"]) == [*(kind.name for kind in KINDS), "your pairs"]
+    for kind in (one for one in found["reads"]["kinds"].values() if one["pairs"]):
+        low, high = kind["expected"]["ci95"]
+        assert 0 <= low <= kind["expected"]["mean"] <= high <= 1
+        assert low < high  # also where all are alike
     page = (run / "inside/inside.md").read_text()
     assert page in capsys.readouterr().out
     assert "## What the reward model reads" in page

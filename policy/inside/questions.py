@@ -28,7 +28,7 @@ from rlhf.generation import sampling
 from rlhf.models.backbone import Backbone
 from rlhf.models.masks import left_pad, right_pad
 from rlhf.recipe.load import Recipe
-from rlhf.stats.intervals import mean_interval, win_rate
+from rlhf.stats.intervals import mean_interval, wilson, win_rate
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.progress import progress
 
@@ -152,11 +152,11 @@ class Inspection:
                 f"inside.pairs: {pair.good[:40]!r} and {pair.bad[:40]!r} have the same score, so there is no "
                 "difference whose parts could be found; remove the pair"
             )
-        difference = mean_interval(good_N - bad_N)
+        difference, first = mean_interval(good_N - bad_N), win_rate(bad_N, good_N).mean
         found: dict[str, Any] = {
             "pairs": len(pairs),
             "difference": difference.as_dict(),
-            "expected": win_rate(bad_N, good_N).as_dict(),
+            "expected": wilson(first, len(pairs), len(pairs)).as_dict(),
             "example": [pairs[0].good, pairs[0].bad],
         }
         if difference.low <= 0 <= difference.high:
