@@ -1,6 +1,8 @@
 """Neurons that a training moved: planted ones, direct effects against logits, peaks by hand; the stage."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,17 +14,24 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from policy.inside import __main__ as command
+from policy.inside.neurons.an import as_text, main, study
 from policy.inside.neurons.change import highest, moved, peaks, read, relative_change, responses_of
 from policy.inside.neurons.page import neurons_section
-from policy.inside.neurons.question import describe, ranked_of, rows_of
+from policy.inside.neurons.question import Words, describe, ranked_of, rows_of
 from policy.inside.neurons.vocabulary import direct_effect, readout_of, relatedness
 from policy.inside.patching import record
-from policy.inside.subject import Site, of_model
+from policy.inside.subject import Batch, Site, of_model
 from rlhf.errors import UserError
 from rlhf.report.gather import gather
 from rlhf.report.page import write_page
 from rlhf.runs.artifacts import read_json
 
+
+def read_out(model):
+    return readout_of(model.model, model.lm_head)
+
+
+TEXTS = [torch.randint(2, 12, (6,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(9)]
 PLANTED = Site(1, "neurons")
 BATCHES = [batch(seed=n) for n in range(2)]
 
@@ -166,6 +175,82 @@ def test_a_model_that_cannot_be_read_as_tokens_is_told():
 def test_a_neuron_s_line_is_made_of_its_tokens():
     line = describe([" good", " fine"], [(" great", 1.0)], [])
     assert line == "active at ' good', ' fine'; promotes ' great'"
+
+
+def test_words_are_those_of_the_activations_in_both_models():
+    new, old = planted(), llama()
+    heads = {"get_output_embeddings": lambda: old.lm_head, "get_input_embeddings": old.get_input_embeddings}
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    models: Any = SimpleNamespace(
+        backbone=SimpleNamespace(decoder=old.model, base=SimpleNamespace(**heads)),
+        dialogue=SimpleNamespace(tokenizer=tokenizer, pad_id=0),
+        recipe=SimpleNamespace(inside=SimpleNamespace(micro_batch_size=2)),
+    )
+    neurons = [(PLANTED, 7), (Site(0, "neurons"), 3), (PLANTED, 2), (PLANTED, 11)]
+    words = Words(models, of_model(new), of_model(old), TEXTS, neurons, 2, int)
+    ids_N = [torch.tensor([text]) for text in TEXTS]
+    for n, (site, unit) in enumerate(neurons[:2]):
+        found = words.of(n)
+        one, other = (
+            [record(of_model(m), Batch(ids, ids > 0)).kept[site][0, :, unit] for ids in ids_N]
+            for m in (new, old)
+        )
+        peaks_ = highest(TEXTS, one, 10)
+        assert found["tokens"] == [str(TEXTS[p.row][p.column]) for p in peaks_]
+        first, shown = peaks_[0], found["contexts"][0]
+        assert shown["text"] == " ".join(map(str, TEXTS[first.row][: first.column + 1]))
+        assert shown["after"] == pytest.approx(first.activation, abs=1e-5)
+        assert shown["before"] == pytest.approx(float(other[first.row][first.column]), abs=1e-5)
+        sign = 1 if first.activation > 0 else -1
+        for key, model in (("after", new), ("before", old)):
+            down = model.model.layers[site.layer].mlp.down_proj.weight[:, unit]
+            effect_V = sign * (old.lm_head.weight @ (old.model.norm.weight * down))
+            assert [int(t) for t, _ in found[f"promoted_{key}"]] == effect_V.topk(5).indices.tolist()
+            assert [int(t) for t, _ in found[f"suppressed_{key}"]] == (-effect_V).topk(5).indices.tolist()
+        tokens = torch.tensor([int(token) for token in found["tokens"]])
+        assert words.related[n] == pytest.approx(relatedness(old.get_input_embeddings().weight[tokens]))
+        assert words.rank(n) == sum(words.related[m] < words.related[n] for m in (2, 3)) / 2
+
+
+def test_the_study_of_a_word_finds_a_planted_neuron():
+    """A neuron of the second layer that is active at token 3 alone and adds to the logit of token 5."""
+    model = llama(scale=0.02)
+    with torch.no_grad():
+        unit_DD, embeddings_VD = torch.eye(16), model.model.embed_tokens.weight
+        embeddings_VD[:], embeddings_VD[3] = 4 * unit_DD[1], 4 * unit_DD[2]
+        mlp = model.model.layers[1].mlp
+        mlp.gate_proj.weight[7] = mlp.up_proj.weight[7] = unit_DD[2]
+        model.lm_head.weight[5] = unit_DD[9]
+        mlp.down_proj.weight[9, 7] = 1
+    ids = {"clean": [4, 6, 3], "corrupt": [4, 6, 8], "first": [5], "second": [6], "long": [4, 4, 6, 8]}
+
+    def tokenizer(text, **_):
+        return {"input_ids": ids[text]}
+
+    tokenizer.decode = lambda tokens: f"<{tokens[0]}>"
+    found = study(model, tokenizer, "clean", "corrupt", ("first", "second"))
+    assert found["best"] == [1, 7]
+    assert found["neurons"][7] == pytest.approx(1, abs=0.05)
+    assert found["layers"][1] == pytest.approx(1, abs=0.05)
+    assert sorted(found["neurons"])[-2] < 0.05
+    assert found["rank"] == 1
+    assert found["next"][0][0][0] == "<5>"
+    whole = found["differences"][0] - found["differences"][1]
+    assert found["lens"][-1] == pytest.approx(found["differences"][0], rel=1e-3)
+    assert found["direct"] == pytest.approx(whole, rel=0.05)
+    text = as_text(found)
+    assert "L1.N7: activation" in text
+    assert "number 1 of 24 of its layer" in text
+    with pytest.raises(UserError, match="the texts have 3 and 4 tokens, and the words 1 and 1"):
+        study(model, tokenizer, "clean", "long", ("first", "second"))
+    with pytest.raises(UserError, match="nothing to explain"):
+        study(model, tokenizer, "clean", "clean", ("first", "second"))
+
+
+def test_the_study_asks_for_a_model(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["an"])
+    with pytest.raises(UserError, match="which model"):
+        main()
 
 
 def test_the_stage_shows_the_neurons(run, capsys):  # noqa: F811

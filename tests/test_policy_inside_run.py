@@ -126,7 +126,7 @@ def test_the_ways_between_soft_prompts_and_between_policies(run, capsys, monkeyp
     with pytest.raises(
         UserError, match="others: an interval over pairs needs three policies; name two or more"
     ):
-        stage(command.main, *FEW, f"inside.others=[{others[0] / 'ppo/policy'}]")
+        stage(command.main, *FEW, "inside.neurons=0", f"inside.others=[{others[0] / 'ppo/policy'}]")
     stage(command.main, *FEW, "inside.soft_prompts=3", f"inside.others=[{named}]")
     found = read_json(run / "inside/inside.json")
     prompts = found["prompts"]

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 
 from policy.inside.circuit import page as circuit_page
-from policy.inside.neurons.page import neurons_section
+from policy.inside.neurons.page import lens_section, neurons_section
 from policy.inside.solutions.page import policies_section, prompts_section
 from rlhf.markdown import number, percent, plain, share, table
 
@@ -41,7 +41,7 @@ def as_markdown(found: Figures) -> str:
             *circuit_page.section(found["circuit"]),
         ]
     if "neurons" in found:
-        lines += neurons_section(found["neurons"])
+        lines += neurons_section(found["neurons"]) + lens_section(found["lens"])
     if "prompts" in found:
         lines += prompts_section(found["prompts"])
     if "policies" in found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from policy.inside.circuit.question import circuits
+from policy.inside.neurons.lens import find_lens
 from policy.inside.neurons.question import find_neurons, texts_of
 from policy.inside.questions import Inspection
 from policy.inside.report import as_markdown, draw
@@ -57,12 +58,14 @@ def look(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         found["circuit"] = circuits(models, "reward", found["reads"], run.remember)
     if texts is not None:
         found["neurons"] = run.remember("neurons", lambda: find_neurons(models, texts, "policy", before))
+        named = options.others or []
+        found["lens"] = run.remember("lens", lambda: find_lens(models, texts, named, "policy", before))
     if options.soft_prompts:
         training = stored_prompts(run, "prompts.jsonl")
         found["prompts"] = run.remember(
             "prompts", lambda: compare_prompts(models, training, "policy", before)
         )
-    if others := options.others:
+    if (others := options.others) and len(others) > 1:
         found["policies"] = run.remember("policies", lambda: compare_policies(models, others))
     found["cost"] = run.clock()
     write_json(run.folder / "inside.json", found)

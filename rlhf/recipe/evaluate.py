@@ -101,8 +101,8 @@ class Inside(Section):
     """Soft prompts that are trained to make the model before PPO respond like the policy, so that the loss
     between and beyond them can be seen; 0 = none, else 3 or more."""
     others: Policies | None = None
-    """Folders of policies of two or more other runs on the same base, to look between them and this run's;
-    null = none."""
+    """Folders of policies of other runs on the same base: the lens of each and, of two or more, what lies
+    between them and this run's; null = none."""
     micro_batch_size: Positive = 8
     """Rows of one forward pass."""
 
@@ -112,9 +112,10 @@ class Inside(Section):
             raise ValueError(
                 f"soft_prompts {self.soft_prompts}: an interval over pairs needs three; give 3, or 0"
             )
-        if self.others is not None and len(self.others) < 2:
+        if self.others is not None and len(self.others) < 2 and not self.neurons:
             raise ValueError(
-                "others: an interval over pairs needs three policies; name two or more beside this run's"
+                "others: an interval over pairs needs three policies; name two or more beside this run's, or "
+                "set neurons above 0 for the lens of one"
             )
         return self
 

@@ -48,15 +48,22 @@ def read(subject: Subject, batch: Batch, sites: Sequence[Site], where_BT: Tensor
 
         return hook
 
-    subject.activate()
     with hooked({subject.sites[site]: keep(site) for site in sites}):
-        subject.decoder(
-            input_ids=batch.ids_BT,
-            attention_mask=batch.mask_BT.long(),
-            position_ids=positions_from_mask(batch.mask_BT),
-            use_cache=False,
-        )
+        last_states(subject, batch)
     return kept
+
+
+@torch.no_grad()
+def last_states(subject: Subject, batch: Batch) -> Tensor:
+    """What the decoder gives to the unembedding, [B, T, D]."""
+    subject.activate()
+    found: Tensor = subject.decoder(
+        input_ids=batch.ids_BT,
+        attention_mask=batch.mask_BT.long(),
+        position_ids=positions_from_mask(batch.mask_BT),
+        use_cache=False,
+    ).last_hidden_state
+    return found
 
 
 def relative_change(gap_U: Tensor, first_U: Tensor, second_U: Tensor, number: int) -> Tensor:

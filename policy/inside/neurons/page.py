@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.markdown import number, percent, plain, table
+from rlhf.markdown import number, percent, plain, points, table
 
 Figures = dict[str, Any]
 _WHAT = (
@@ -16,6 +16,17 @@ _WHAT = (
     "direct effect of such an activation on the logits, past all later layers, in either model. "
     "Relatedness: mean cosine similarity of the top tokens' embeddings, over all pairs; `above random`: "
     "share of random neurons whose top tokens are less related.\n"
+)
+_LENS = (
+    "The mean over texts and positions of the state after less before, read through the last norm and the "
+    "unembedding (Activation Difference Lens, Minder 2025). `gained`: what the policy's responses gained in "
+    "log-prob, in nats each. `strength`: norm of the mean difference, in median norms of a state before. "
+    "`share`: of the first 20 tokens of a layer, those among the 5% of the vocabulary that the training made "
+    "more probable by the largest factors in responses, the policy's and those of the model before; "
+    "`subject`: the same by the tokens that this run's training raised; `opposite`: the share of the "
+    "difference with its sign turned; `state`: of the mean "
+    "state before; `random`: of random directions. Means over the layers that differ; intervals (95%) are "
+    "over groups of texts, of `random` over directions.\n"
 )
 
 
@@ -39,7 +50,7 @@ def neurons_section(found: Figures) -> list[str]:
     contexts = [
         [row["name"], _quoted(one["text"]), f"{one['after']:+.2f}", f"{one['before']:+.2f}"]
         for row in top
-        for one in row["contexts"][:2]
+        for one in row["contexts"]
     ]
     return [
         title,
@@ -58,6 +69,47 @@ def neurons_section(found: Figures) -> list[str]:
         *[f"- {row['name']}: {row['description']}" for row in top],
         "",
     ]
+
+
+def lens_section(found: Figures) -> list[str]:
+    """Lines about the mean difference of states on plain texts.
+
+    found: as ``find_lens`` gives them.
+    """
+    title = "## What PPO left in other texts\n"
+    if "skipped" in found:
+        return [title, f"Not looked into: {found['skipped']}.\n"]
+    own = " They are the prompts of the run, so that this is no unrelated text." if found["own"] else ""
+    lines = [title, f"Read are the first tokens of {found['texts']} texts, {found['source']}.{own}\n", _LENS]
+    told = {name: one for name, one in found["policies"].items() if "share" in one}
+    keys = ("gained", "strength", "share", "subject", "opposite", "state", "random")
+    rows = [
+        [name, *(plain(one[k], ".2f") if k == "gained" else percent(one[k]) for k in keys)]
+        for name, one in told.items()
+    ]
+    if rows:
+        lines.append(table(["policy", *keys], rows))
+    for name, one in found["policies"].items():
+        lines.append(f"### Lens of {name}\n")
+        if name not in told:
+            lines.append("No change: the states do not differ.\n")
+            continue
+        lines.append(
+            f"Share less that of the opposite "
+            f"{points(one['less_opposite'])}, less that of the state before {points(one['less_state'])}."
+            + _beside(one.get("less_policy"))
+            + "\n"
+        )
+        layers = [[str(row["layer"]), f"{100 * row['strength']:.1f}%", f"{100 * row['share']:.0f}%",
+                   _words(row["tokens"])] for row in one["layers"]]  # fmt: skip
+        lines.append(table(["layer", "strength", "share", "first tokens"], layers))
+    return lines
+
+
+def _beside(less: Figures | None) -> str:
+    if not less:
+        return ""
+    return f" Less this run's policy: strength {points(less['strength'])}, subject {points(less['subject'])}."
 
 
 def _told(first: Figures, other: Figures) -> str:

@@ -23,9 +23,11 @@ from rlhf.training.progress import progress
 
 RANDOM = 100  # neurons of which the top tokens are compared
 TOKENS = 10  # of a neuron that are compared
-SHOWN = 5  # tokens and contexts on the page
+SHOWN = 5  # tokens on the page
+CONTEXTS = 2  # of a neuron on the page
 BEFORE = 8  # tokens of context in front of one
 LONGEST, TEXTS = 64, 256  # tokens of a piece of plain text, and pieces, at most
+READ = 64  # of these pieces are searched for top tokens
 WINDOW = 5  # first positions of a text that the lens reads
 
 Neuron = tuple[Site, int]
@@ -74,8 +76,9 @@ def find_neurons(models: Inspection, texts: Texts, after: str, before: str) -> d
     new, old = of_role(models.backbone, after), of_role(models.backbone, before)
     batches, size = models.write(after).batches, options.micro_batch_size
     said = [row for batch in (*batches, *models.write(before).batches) for row in rows_of(batch)]
-    read = [*said, *([] if texts.own else texts.pieces)]
-    passes = 2 * -(-len(read) // size)
+    plain = [] if texts.own else texts.pieces[:: -(-len(texts.pieces) // READ)]
+    read, shown = [*said, *plain], options.neurons * CONTEXTS
+    passes = -(-len(read) // size) + -(-min(len(read), shown) // size)
     with progress("inside: neurons", total=2 * len(batches) + passes, leave=True) as bar:
         tick: Callable[[], object] = bar.update
         change = moved(new, old, batches, tick)
@@ -87,12 +90,12 @@ def find_neurons(models: Inspection, texts: Texts, after: str, before: str) -> d
         sets = [_drawn(rest, len(top), generator) for _ in range(options.random_sets)]
         null = _drawn(rest, RANDOM, generator)
         shares = _patched_shares(new, old, batches, [top, *sets], tick)
-        words = Words(models, new, old, read, [unit for unit, _ in (*top, *null)], tick)
+        words = Words(models, new, old, read, [unit for unit, _ in (*top, *null)], len(top), tick)
     total = sum(value for _, value in ranked)
     related = [mean_interval(known(part)) for part in (words.related[: len(top)], words.related[len(top) :])]
     return {
         "tokens": change.tokens,
-        "texts": [len(said), 0 if texts.own else len(texts.pieces)],
+        "texts": [len(said), len(plain)],
         "source": texts.source,
         "neurons": len(ranked),
         "moved": {
@@ -102,7 +105,7 @@ def find_neurons(models: Inspection, texts: Texts, after: str, before: str) -> d
         "patched": {"first": shares[0], "random": [share["mean"] for share in shares[1:]]},
         "related": {key: x.as_dict() for key, x in zip(("first", "random"), related, strict=True)},
         "top": [
-            {"name": site.name(unit), "change": value, **words.of(n), "rank": words.rank(n, len(top))}
+            {"name": site.name(unit), "change": value, **words.of(n), "rank": words.rank(n)}
             for n, ((site, unit), value) in enumerate(top)
         ],
     }
@@ -127,6 +130,7 @@ class Words:
         old: the model that stands beside it.
         texts: token ids.
         neurons: which.
+        top: so many of them, from the first, are described; the others are what they are compared with.
         tick: called after each pass of either model.
     """
 
@@ -137,25 +141,27 @@ class Words:
         old: Subject,
         texts: Sequence[Sequence[int]],
         neurons: Sequence[Neuron],
+        top: int,
         tick: Callable[[], object],
     ) -> None:
-        self._texts, self._neurons, self._subjects = texts, neurons, {"after": new, "before": old}
+        self._texts, self._neurons, self._top = texts, neurons, top
+        self._subjects = {"after": new, "before": old}
         self._readout, self._tokenizer = readout(models), models.dialogue.tokenizer
         units, size, pad = chosen_of(neurons), models.recipe.inside.micro_batch_size, models.dialogue.pad_id
-        self._active = {
-            key: peaks(subject, texts, units, size, pad, tick) for key, subject in self._subjects.items()
-        }
         self._column = {
             (site, unit): n for site, numbers in units.items() for n, unit in enumerate(numbers.tolist())
         }
-        self._peaks = [highest(texts, self._activations("after", n), TOKENS) for n in range(len(neurons))]
+        active = peaks(new, texts, units, size, pad, tick)
+        self._peaks = [
+            highest(texts, [values[:, self._column[unit]] for values in active[unit[0]]], TOKENS)
+            for unit in neurons
+        ]
+        rows = sorted({peak.row for found in self._peaks[:top] for peak in found[:CONTEXTS]})
+        there = peaks(old, [texts[row] for row in rows], chosen_of(neurons[:top]), size, pad, tick)
+        self._before = {site: dict(zip(rows, values, strict=True)) for site, values in there.items()}
         embeddings: Any = models.backbone.base.get_input_embeddings()
         weight_VD = embeddings.weight.detach().float()
         self.related = [relatedness(weight_VD[self._tokens(found)]) for found in self._peaks]
-
-    def _activations(self, key: str, n: int) -> list[Tensor]:
-        site, column = self._neurons[n][0], self._column[self._neurons[n]]
-        return [values[:, column] for values in self._active[key][site]]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids)))
@@ -163,16 +169,16 @@ class Words:
     def _tokens(self, found: Sequence[Peak]) -> list[int]:
         return [self._texts[peak.row][peak.column] for peak in found]
 
-    def rank(self, n: int, top: int) -> float:
-        """Share of the neurons from ``top`` on whose tokens are less related than those of neuron ``n``."""
-        others = known(self.related[top:])
+    def rank(self, n: int) -> float:
+        """Share of the neurons that stand for comparison whose tokens are less related than those of one."""
+        others = known(self.related[self._top :])
         return sum(value < self.related[n] for value in others) / max(1, len(others))
 
     def of(self, n: int) -> dict[str, Any]:
         """What is written of a neuron; effects are those of an activation in the direction of its peaks."""
         (site, unit), found = self._neurons[n], self._peaks[n]
         sign = -1.0 if found and found[0].activation < 0 else 1.0
-        before = self._activations("before", n)
+        column = self._column[(site, unit)]  # those of the first neurons are the same in both
         effects = {}
         for key, subject in self._subjects.items():
             effect_V = sign * direct_effect(subject, site, torch.tensor([unit]), self._readout)[0]
@@ -189,9 +195,9 @@ class Words:
                 {
                     "text": self._decode(self._texts[p.row][max(0, p.column - BEFORE) : p.column + 1]),
                     "after": p.activation,
-                    "before": float(before[p.row][p.column]),
+                    "before": float(self._before[site][p.row][p.column, column]),
                 }
-                for p in found[:SHOWN]
+                for p in found[:CONTEXTS]
             ],
             "relatedness": None if math.isnan(self.related[n]) else self.related[n],
             **effects,
@@ -216,9 +222,8 @@ def describe(tokens: Sequence[str], promoted: Sequence[Any], suppressed: Sequenc
 
 def rows_of(batch: Batch) -> list[list[int]]:
     """Prompt and response tokens of each row, without padding and closing."""
-    shown_BT = batch.mask_BT.clone()
-    shown_BT[:, batch.start :] = False
-    shown_BT |= responses_of(batch)
+    shown_BT = responses_of(batch)
+    shown_BT[:, : batch.start] = batch.mask_BT[:, : batch.start]
     return [ids[mask].tolist() for ids, mask in zip(batch.ids_BT, shown_BT, strict=True)]
 
 

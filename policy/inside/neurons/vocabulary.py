@@ -30,10 +30,19 @@ class Readout(NamedTuple):
     def __call__(self, vectors_ND: Tensor) -> Tensor:
         """Logits [N, V] that these directions add where the stream has a root mean square of 1 before the
         last norm (logit lens, nostalgebraist 2020); what the norm divides by does not change their order."""
+        return (self._centered(vectors_ND) * self.gain_D) @ self.head_VD.T
+
+    def of_states(self, states_ND: Tensor) -> Tensor:
+        """Logits [N, V] of whole states, as the model would give them if they were its last, biases apart."""
+        return self(states_ND) / self.size_of(states_ND)
+
+    def size_of(self, states_ND: Tensor) -> Tensor:
+        """What the last norm divides states by, [N, 1], its epsilon apart."""
+        return self._centered(states_ND).square().mean(-1, keepdim=True).sqrt()
+
+    def _centered(self, vectors_ND: Tensor) -> Tensor:
         vectors_ND = vectors_ND.float()
-        if self.centered:
-            vectors_ND = vectors_ND - vectors_ND.mean(-1, keepdim=True)
-        return (vectors_ND * self.gain_D) @ self.head_VD.T
+        return vectors_ND - vectors_ND.mean(-1, keepdim=True) if self.centered else vectors_ND
 
 
 @torch.no_grad()
@@ -78,5 +87,5 @@ def relatedness(embeddings_KD: Tensor) -> float:
     number = len(embeddings_KD)
     if number < 2:
         return math.nan
-    unit_KD = nn.functional.normalize(embeddings_KD.double(), dim=-1)
+    unit_KD = nn.functional.normalize(embeddings_KD.detach().double(), dim=-1)
     return (float(unit_KD.sum(0).square().sum()) - number) / (number * (number - 1))
