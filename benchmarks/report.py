@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -148,7 +149,7 @@ def opening(module: str, words: Sequence[str], packages: Iterable[str], *, peer:
     """Date, command and machine of a report, without a path of this machine."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m", module, *map(relative_name, words)]),
+        "command": shlex.join(["python", "-m", module, *map(relative_name, words)]),
         "machine": machine(packages, peer=peer),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -163,8 +164,15 @@ def test_files_of_other_places_are_shown_by_name(word, shown):
     assert report.opening("m", [word, "x"], [])["command"] == f"python -m m {shown} x"
 
 
+def test_a_command_can_be_run_as_it_is_written_down():
+    words = ["--variant", "ppo.kl_coef=0.1 ppo.lam=1", "data/*.jsonl"]
+    written = report.opening("m", words, [])["command"]
+    assert shlex.split(written) == ["python", "-m", "m", *words]
+
+
 @pytest.mark.parametrize(
-    ("name", "page"), [("ppo", ppo), ("ppo_scaling", ppo), ("reward", reward), ("gold", gold)]
+    ("name", "page"),
+    [("ppo", ppo), ("ppo_scaling", ppo), ("reward", reward), ("gold", gold), ("gold_settings", gold)],
 )
 def test_a_kept_page_is_what_its_report_makes(name, page):
     kept = ROOT / report.RESULTS / f"{name}.md"
