@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import noted_anew, stage
+from lxml import html
 from safetensors.torch import load_file, save_file
 from test_policy_inside_neurons import TEXTS, planted, read_out
 from test_policy_inside_run import FEW, run  # noqa: F401
@@ -15,6 +16,9 @@ from policy.inside.neurons import lens as lens_module
 from policy.inside.neurons.lens import expected_use, lens, risen, states_of, summary
 from policy.inside.neurons.page import lens_section
 from policy.inside.subject import of_model
+from rlhf.markdown import percent
+from rlhf.report.gather import gather
+from rlhf.report.page import write_page
 from rlhf.runs.artifacts import read_json
 
 
@@ -126,3 +130,8 @@ def test_the_lens_of_another_run_s_policy(run, capsys):  # noqa: F811
     assert f"### Lens of {named}" in page
     assert "Less this run's policy: strength" in page
     assert "unrelated text" not in page
+    write_page([gather(run)], run / "report.html")
+    section = html.fromstring((run / "report.html").read_text()).xpath("//*[@id='inside']")[0]
+    cells = section.xpath(f".//tr[th='{named}']/td/text()")
+    assert cells[:2] == [percent(less["strength"]), percent(less["share"])]
+    assert cells[-1].split() == " ".join(less["layers"][-1]["tokens"]).split()

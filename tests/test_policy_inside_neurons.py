@@ -17,7 +17,7 @@ from policy.inside import __main__ as command
 from policy.inside.neurons.an import as_text, main, study
 from policy.inside.neurons.change import highest, moved, peaks, read, relative_change, responses_of
 from policy.inside.neurons.page import neurons_section
-from policy.inside.neurons.question import Words, describe, ranked_of, rows_of
+from policy.inside.neurons.question import Words, describe, patched_shares, ranked_of, rows_of
 from policy.inside.neurons.vocabulary import direct_effect, readout_of, relatedness
 from policy.inside.patching import record
 from policy.inside.subject import Batch, Site, of_model
@@ -52,6 +52,16 @@ def test_a_planted_neuron_comes_first_and_no_other_moves():
     assert [value for _, value in ranked[1:]] == [0] * 23  # of its layer; the layer below does not differ
     assert ranked_of(moved(of_model(llama()), of_model(llama()), BATCHES)) == []
     assert ranked == ranked_of(moved(of_model(planted()), of_model(llama()), BATCHES))
+
+
+def test_the_planted_neuron_carries_all_of_the_log_prob_s_change_and_others_nothing():
+    sets = [[((PLANTED, 7), 1.0)], [((PLANTED, 6), 0.0), ((Site(0, "neurons"), 7), 0.0)]]
+    ticks = []
+    model, other = of_model(llama()), of_model(planted())
+    found = patched_shares(other, model, BATCHES, sets, lambda: ticks.append(1))
+    assert [share["mean"] for share in found] == pytest.approx([1, 0], abs=1e-4)
+    assert found[0]["n"] == 6  # rows
+    assert len(ticks) == len(BATCHES)
 
 
 def test_the_change_is_in_deviations_of_the_response_tokens():
@@ -207,6 +217,8 @@ def test_words_are_those_of_the_activations_in_both_models():
             effect_V = sign * (old.lm_head.weight @ (old.model.norm.weight * down))
             assert [int(t) for t, _ in found[f"promoted_{key}"]] == effect_V.topk(5).indices.tolist()
             assert [int(t) for t, _ in found[f"suppressed_{key}"]] == (-effect_V).topk(5).indices.tolist()
+            for token, value in found[f"promoted_{key}"] + found[f"suppressed_{key}"]:
+                assert value == pytest.approx(float(effect_V[int(token)]), abs=1e-5)
         tokens = torch.tensor([int(token) for token in found["tokens"]])
         assert words.related[n] == pytest.approx(relatedness(old.get_input_embeddings().weight[tokens]))
         assert words.rank(n) == sum(words.related[m] < words.related[n] for m in (2, 3)) / 2

@@ -30,6 +30,7 @@ def looked_into(runs: Sequence[Run]) -> list[Block]:
                 blocks += _carried(f"{STAGE}-{key}-{n}", f"{name}{what}", stage.page[key], sources)
         blocks += _read(f"{STAGE}-reads-{n}", name, stage.page["reads"], sources)
         blocks += _neurons(name, stage.page.get("neurons", {}), sources)
+        blocks += _lens(name, stage.page.get("lens", {}), sources)
     return blocks
 
 
@@ -86,6 +87,25 @@ def _neurons(name: str, found: dict[str, Any], sources: Sequence[Source]) -> lis
     )
     rows = [[row["name"], f"{row['change']:.2f}", row["description"]] for row in found["top"]]
     return [Block(title, sources, ["neuron", "change, deviations", "its tokens"], rows)]
+
+
+def _lens(name: str, found: dict[str, Any], sources: Sequence[Source]) -> list[Block]:
+    """What the mean difference of the last layer's states on plain texts says, policy by policy."""
+    told = {policy: one for policy, one in found.get("policies", {}).items() if one["layers"]}
+    rows = [
+        [policy, percent(one["strength"]), percent(one["share"]), percent(one["random"]),
+         " ".join(one["layers"][-1]["tokens"])]
+        for policy, one in told.items()
+    ]  # fmt: skip
+    title = f"{name}what is left in plain texts: the mean difference of the states, read as tokens"
+    head = [
+        "policy",
+        "norm of a state",
+        "first tokens that training raised",
+        "random",
+        "last layer's first tokens",
+    ]
+    return [Block(title, sources, head, rows)] if rows else []
 
 
 def _percents(ends: Sequence[float] | None) -> list[float] | None:

@@ -89,7 +89,7 @@ def find_neurons(models: Inspection, texts: Texts, after: str, before: str) -> d
         top, rest = ranked[: options.neurons], ranked[options.neurons :]
         sets = [_drawn(rest, len(top), generator) for _ in range(options.random_sets)]
         null = _drawn(rest, RANDOM, generator)
-        shares = _patched_shares(new, old, batches, [top, *sets], tick)
+        shares = patched_shares(new, old, batches, [top, *sets], tick)
         words = Words(models, new, old, read, [unit for unit, _ in (*top, *null)], len(top), tick)
     total = sum(value for _, value in ranked)
     related = [mean_interval(known(part)) for part in (words.related[: len(top)], words.related[len(top) :])]
@@ -234,7 +234,7 @@ def _drawn(
     return [ranked[n] for n in chosen]
 
 
-def _patched_shares(
+def patched_shares(
     new: Subject,
     old: Subject,
     batches: Sequence[Batch],
