@@ -53,18 +53,24 @@ def edge_scores(
     change_WBTD -= here_WBTD
     del here_WBTD
     change_WBTD *= weights_B[:, None, None]
-    form = "rbtd,wbtd->rwt" if by_position else "rbtd,wbtd->rw"
     total: Tensor | float = 0.0
     for step in range(steps):
         embeddings_BTD = torch.lerp(here_BTD, there_BTD, step / steps)
         slopes = reader_slopes(wiring, target, embeddings_BTD, rule=rule)
         parts = [
-            torch.einsum(form, slope_RBTD, change_WBTD[: block.before]).flatten(0, 1)
+            _products(slope_RBTD, change_WBTD[: block.before], by_position).flatten(0, 1)
             for block, slope_RBTD in zip(wiring.blocks, slopes, strict=True)
         ]
         total = total + torch.cat(parts) / steps
     assert isinstance(total, Tensor), "at least one step"
     return total
+
+
+def _products(slope_RBTD: Tensor, change_WBTD: Tensor, by_position: bool) -> Tensor:
+    """Every reader's slope times every writer's change, [R, W] or [R, W, T]."""
+    if by_position:
+        return torch.einsum("rbtd,wbtd->rwt", slope_RBTD, change_WBTD)
+    return slope_RBTD.flatten(1) @ change_WBTD.flatten(1).T  # einsum would copy the changes, block by block
 
 
 def reader_slopes(wiring: Wiring, batch: Batch, embeddings_BTD: Tensor, *, rule: Rule) -> Iterator[Tensor]:
