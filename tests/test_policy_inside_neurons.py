@@ -214,7 +214,7 @@ def test_words_are_those_of_the_activations_in_both_models():
         sign = 1 if first.activation > 0 else -1
         for key, model in (("after", new), ("before", old)):
             down = model.model.layers[site.layer].mlp.down_proj.weight[:, unit]
-            effect_V = sign * (old.lm_head.weight @ (old.model.norm.weight * down))
+            effect_V = sign * (old.lm_head.weight @ (old.model.norm.weight * down)).detach()
             assert [int(t) for t, _ in found[f"promoted_{key}"]] == effect_V.topk(5).indices.tolist()
             assert [int(t) for t, _ in found[f"suppressed_{key}"]] == (-effect_V).topk(5).indices.tolist()
             for token, value in found[f"promoted_{key}"] + found[f"suppressed_{key}"]:
