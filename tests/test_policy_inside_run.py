@@ -116,17 +116,12 @@ def test_the_ways_between_soft_prompts_and_between_policies(run, capsys, monkeyp
     from policy.inside.solutions import soft_prompts
 
     monkeypatch.setattr(soft_prompts, "STEPS", 2)
-    others = [run.with_name(f"other-{n}") for n in (1, 2)]
-    for n, other in enumerate(others, 1):
-        shutil.copytree(run / "ppo", other / "ppo")
-        file = other / "ppo/policy/adapter_model.safetensors"
-        save_file({k: t.roll(n, 0) for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
-        noted_anew(other / "ppo")
-    named = ",".join(str(other / "ppo/policy") for other in others)
+    others = [another_policy(run, f"other-{n}", n) for n in (1, 2)]
+    named = ",".join(map(str, others))
     with pytest.raises(
         UserError, match="others: an interval over pairs needs three policies; name two or more"
     ):
-        stage(command.main, *FEW, "inside.neurons=0", f"inside.others=[{others[0] / 'ppo/policy'}]")
+        stage(command.main, *FEW, "inside.neurons=0", f"inside.others=[{others[0]}]")
     stage(command.main, *FEW, "inside.soft_prompts=3", f"inside.others=[{named}]")
     found = read_json(run / "inside/inside.json")
     prompts = found["prompts"]
@@ -141,13 +136,39 @@ def test_the_ways_between_soft_prompts_and_between_policies(run, capsys, monkeyp
     assert "## Soft prompts" in page
     assert "### Score of sampled responses, with its sign turned" in page
     assert f"**{prompts['verdict']}**" in page
-    file = others[0] / "ppo/policy/adapter_model.safetensors"
+    file = others[0] / "adapter_model.safetensors"
     save_file({k: t[:, :2].contiguous() for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
-    noted_anew(others[0] / "ppo")
+    noted_anew(others[0].parent)
     shutil.rmtree(run / "inside")
     with pytest.raises(UserError, match="made with other lora settings or another base"):
         stage(command.main, *FEW, f"inside.others=[{named}]")
     assert not (run / "inside/inside.json").exists()
+
+
+def another_policy(run, name, turn=1):
+    """A finished PPO stage beside the run's, with other weights; returns the policy's folder."""
+    folder = run.with_name(name) / "ppo/policy"
+    if not folder.exists():
+        shutil.copytree(run / "ppo", folder.parent)
+    tensors = load_file(run / "ppo/policy/adapter_model.safetensors")
+    file = folder / "adapter_model.safetensors"
+    save_file({k: t.roll(turn, 0) for k, t in tensors.items()}, file, metadata={"format": "pt"})
+    noted_anew(folder.parent)
+    return folder
+
+
+def test_another_policy_that_was_trained_anew_is_other_data(run, monkeypatch):
+    def look(_, opened):
+        (opened.folder / "inside.md").write_text("page")
+        return {}
+
+    monkeypatch.setattr("policy.inside.run.look", look)
+    other = another_policy(run, "other")
+    stage(command.main, *FEW, f"inside.others=[{other}]")
+    stage(command.main, *FEW, f"inside.others=[{other}]")
+    another_policy(run, "other", turn=2)
+    with pytest.raises(UserError, match=r"with another recipe or data \(data file adapter_model"):
+        stage(command.main, *FEW, f"inside.others=[{other}]")
 
 
 def test_the_run_s_report_shows_it_where_the_run_was_looked_into(run):

@@ -19,10 +19,10 @@ def main() -> None:
     own = ("reward",) if recipe.ppo.own_reward else ()
     parents = ("comparisons", *own, "ppo", *start_parents(recipe, "ppo"))
     others = policy_files(recipe, recipe.inside.others or (), "inside.others")
-    reads = [*recipe.ppo.named_models, *start_files(recipe, "ppo"), *others]
+    reads = [*recipe.ppo.named_models, *start_files(recipe, "ppo")]
     options = recipe.inside
     texts = (options.texts or recipe.ppo.ptx_texts) if options.neurons else []
-    inputs = [*options.pairs, *texts]
+    inputs = [*options.pairs, *texts, *others]
     run = open_stage(recipe, "inside", section="inside", parents=parents, inputs=inputs, reads=reads)
     if run is not None:
         check_same_start(run.recipe, run, "ppo")
