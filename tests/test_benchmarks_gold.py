@@ -230,16 +230,18 @@ def test_a_variant_is_ours_once_more_with_its_options_on_the_same_run(tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "child.py").write_text(STAND_IN)
     command = ["gold", str(TINY), *PROMPTS, "--seeds", "0", "--output", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [*command, "--variant", "ppo.kl_coef=0.5 ppo.steps=4"])
+    monkeypatch.setattr("sys.argv", [*command, "--variant", "ppo.kl_coef=0.5 ppo.lam=1"])
     monkeypatch.setattr(gold, "CHILD", [sys.executable, "-S", str(tmp_path / "child.py")])
     monkeypatch.setattr(gold.compare, "__kwdefaults__", gold.compare.__kwdefaults__ | {
         "child": gold.CHILD, "stage": lambda *_: None})  # fmt: skip
     gold.main()
     lines = Path("asked").read_text().splitlines()
-    assert lines == ["ours", "ours ppo.kl_coef=0.5 ppo.steps=4", "judge"]  # no peer, unless named
-    report = read_json(tmp_path / "gold.json")
-    assert list(report["differences"]) == ["ppo.kl_coef=0.5 ppo.steps=4"]
-    assert "ppo.kl_coef=0.5 ppo.steps=4" in (tmp_path / "gold.md").read_text()
+    assert lines == ["ours", "ours ppo.kl_coef=0.5 ppo.lam=1", "judge"]  # no peer, unless named
+    report = read_json(tmp_path / "gold_settings.json")
+    assert list(report["differences"]) == ["ppo.kl_coef=0.5 ppo.lam=1"]
+    assert "ppo.kl_coef=0.5 ppo.lam=1" in (page := (tmp_path / "gold_settings.md").read_text())
+    assert "trl" not in page.splitlines()[0]
+    assert "PPOTrainer" not in page
     gold.main()
     assert Path("asked").read_text().splitlines() == lines
 
@@ -251,7 +253,12 @@ def test_a_variant_is_ours_once_more_with_its_options_on_the_same_run(tmp_path, 
         (["ppo.kl_coef"], "give options of PPO"),
         ([" "], "give options of PPO"),
         (["ppo.kl_coeff=1"], "kl_coef"),
-        (["ppo.steps=2", "ppo.steps=2"], "stands twice"),
+        (["ppo.lam=1", "ppo.lam=1"], "stands twice"),
+        (["ppo.steps=2"], "ppo.steps is .* on all sides"),
+        (["ppo.kl_coef=1 ppo.batch_size=8"], "ppo.batch_size is .* on all sides"),
+        (["ppo.ensemble=minimum"], "ppo.ensemble is 'mean' on all sides"),
+        (["ppo.ema_decay=0.9"], "ppo.ema_decay does not go with marks"),
+        (["ppo.max_kl=0.1"], "ppo.max_kl does not go with marks"),
     ],
 )
 def test_a_variant_that_is_none_is_told(variants, message):
@@ -275,7 +282,15 @@ def test_what_theirs_does_not_have_is_told(override, message):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [((), "no recipe given"), (("x.yaml", "--every", "0"), "at least one step apart")]
+    ("words", "message"),
+    [
+        ((), "no recipe given"),
+        (("x.yaml", "--every", "0"), "at least one step apart"),
+        (("x.yaml", "--quick"), "--quick has a recipe of its own; leave out x.yaml"),
+        (("x.yaml", "--seeds", "1", "1"), "a seed stands twice"),
+        ((str(TINY), *PROMPTS, "--seeds", "-3"), "seed: Input should be"),
+        ((str(TINY), *PROMPTS, "--output", "/dev/null/nope"), "--output: /dev/null/nope cannot be made"),
+    ],
 )
 def test_a_command_that_asks_for_nothing_is_told(monkeypatch, words, message):
     monkeypatch.setattr("sys.argv", ["gold", *words])

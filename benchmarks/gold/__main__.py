@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gold.figures import compared
-from benchmarks.gold.page import NOTES, markdown
+from benchmarks.gold.page import markdown, notes_of
 from benchmarks.gold.plan import PEERS, check, check_variants
 from benchmarks.harness import PEER, Children, Figures, environment, peer_folder, usable_cores
 from benchmarks.report import RESULTS, opening, publish
@@ -181,8 +181,14 @@ def compare(
     Raises:
         UserError: a stage failed, or theirs has not what the recipe asks for.
     """
-    check(load(recipe_file, overrides))
+    for seed in seeds:
+        check(load(recipe_file, [*overrides, f"seed={seed}"]))
     check_variants(recipe_file, overrides, variants)
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output: {output} cannot be made ({error.strerror})") from None
     began = opening("benchmarks.gold", words, PACKAGES, peer="ppo" in peers)
     if "ppo" in peers:  # the newer release is that of the others
         began["machine"]["versions"] |= {
@@ -214,9 +220,9 @@ def compare(
             for seed, record in records.items()
         },
         "records": records,
-        "notes": NOTES,
+        "notes": notes_of(sides),
     }
-    publish("gold", report, markdown(report), output)
+    publish("gold" if peers else "gold_settings", report, markdown(report), output)
     return report
 
 
@@ -242,6 +248,10 @@ def main() -> None:
         raise UserError("no recipe given; write RECIPE, for example recipes/sentiment.yaml")
     if found.every < 1:
         raise UserError(f"--every {found.every}: marks are at least one step apart; give 1 or more")
+    if found.quick and found.recipe:
+        raise UserError(f"--quick has a recipe of its own; leave out {found.recipe}")
+    if len({*found.seeds}) < len(found.seeds):
+        raise UserError("--seeds: a seed stands twice; give it once")
     recipe, *small = QUICK if found.quick else (found.recipe,)
     compare(
         recipe,

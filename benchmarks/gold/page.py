@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from benchmarks.gold.figures import GAIN
 from benchmarks.gold.plan import GENERATIONS
 from benchmarks.harness import Figures
@@ -25,15 +27,14 @@ NOTES = [
     "The same on all sides: base, LoRA shape and layers, prompts, reward model, number of responses, "
     "optimizer steps and passes, length, temperature, learning rate of the policy and its schedule, epsilon "
     "of AdamW, price of KL, type of the base's weights (adapters and heads are float32), seed. The order of "
-    "the prompts and the random numbers of sampling in training are each side's own. PPOTrainer clips no "
-    "norm of gradients, the others do.",
+    "the prompts and the random numbers of sampling in training are each side's own.",
     f"Ours and PPOTrainer sample one response to a prompt, RLOO and GRPO {GENERATIONS}, whose mean is their "
     "baseline: as many responses, to a fourth of the prompts.",
     "KL is in the reward of ours and PPOTrainer token by token, in that of RLOO summed over the response, "
     "and in the loss of GRPO (k3). Loss, scaling of rewards and all else that the recipe has no word for are "
     "trl's defaults.",
-    "PPOTrainer has one learning rate for policy and value: the policy's. Its value is the merged reward "
-    "model with an adapter of the same shape.",
+    "PPOTrainer clips no norm of gradients, the others do, and has one learning rate for policy and value: "
+    "the policy's. Its value is the merged reward model with an adapter of the same shape.",
     "The reward model reads its score on EOS, so a response that was cut at the limit is scored with EOS "
     "behind it on all sides, and none is masked. RLOO and GRPO give it the response as text, ours and "
     "PPOTrainer as tokens. PPOTrainer reads it merged into the base in float32, and as an adapter else.",
@@ -64,9 +65,22 @@ def _reached(seconds: float | None) -> str:
     return "not reached" if seconds is None else f"{seconds:.0f} s"
 
 
+def notes_of(sides: Sequence[str]) -> list[str]:
+    """The notes of a page with these sides: without those on peers that are not there."""
+    variants = [side for side in sides if side != "ours" and side not in LABELS]
+    changed = [
+        "Sides that are named by options are ours with these options; the options named are not the same on "
+        "all sides."
+    ]
+    peers = any(side in LABELS and side != "ours" for side in sides)
+    return [*(changed if variants else []), *(NOTES if peers else [NOTES[0], *NOTES[-3:]])]
+
+
 def markdown(report: Figures) -> str:
     """The report as a page."""
     work, sides = report["work"], report["sides"]
+    peers = any(side in LABELS and side != "ours" for side in sides)
+    trl, other = (", against trl", "theirs") if peers else ("", "the other")
     rows = [
         [LABELS.get(name, name), *(_number(side[m], _digits(m)) for m in MEANS),
          ", ".join(map(_reached, side["seconds_to_gain"]["by_seed"]))]
@@ -85,14 +99,14 @@ def markdown(report: Figures) -> str:
     seeds = report["seeds"]
     return "\n".join(
         [
-            *heading("Gold reward at equal samples and at equal wall time, against trl", report),
+            *heading(f"Gold reward at equal samples and at equal wall time{trl}", report),
             f"{work['responses']} responses on each side ({work['steps']} steps of {work['batch']}), base in "
             f"{report['dtype']}, seeds {', '.join(map(str, seeds))}; {report['prompts']} held-out prompts, "
             f"judged by {report['judge']}. The reference has {_number(report['reference'])}.\n",
             "Means over seeds:\n",
             table(("policy", *MEANS.values(), f"to +{GAIN} gold, by seed"), rows),
-            "Ours less theirs, the same prompts:\n",
-            table(("theirs", "figure", "by seed", "by prompt", "ours is"), differences),
+            f"Ours less {other}, the same prompts:\n",
+            table((other, "figure", "by seed", "by prompt", "ours is"), differences),
             *(f"- {note}" for note in report["notes"]),
             "",
         ]

@@ -34,6 +34,10 @@ PLAIN = {
     "keep_best": False,
 }
 """What theirs can do, of the keys of ``ppo`` that it does not have, or that a mark would not bear."""
+SAME = ("steps", "batch_size", "start", "reward_model", "rewards", "test_reward_model", "ensemble")
+"""What no variant may change: equal samples, one start, one reward."""
+UNMARKED = ("target_kl", "max_kl", "ema_decay", "keep_best")
+"""What would end a training early, or make its policy another than the one at the last mark."""
 
 
 def schedule_of(recipe: Recipe) -> str:
@@ -64,13 +68,23 @@ def check_variants(recipe_file: str, overrides: Sequence[str], variants: Sequenc
     """Our further sides may differ in PPO alone, since comparisons and reward model are the same.
 
     Raises:
-        UserError: a variant overrides something else, or is none.
+        UserError: a variant overrides something else, or is none; names the option.
     """
+    given = load(recipe_file, overrides).ppo
     for variant in variants:
         other = [word for word in variant.split() if not word.startswith("ppo.") or "=" not in word]
         if other or not variant.split():
             raise UserError(f"--variant {variant!r}: give options of PPO, for example 'ppo.kl_coef=0.1'")
-        load(recipe_file, [*overrides, *variant.split()])
+        varied = load(recipe_file, [*overrides, *variant.split()]).ppo
+        for name in SAME:
+            if getattr(varied, name) != (same := getattr(given, name)):
+                raise UserError(
+                    f"--variant {variant!r}: ppo.{name} is {same!r} on all sides, which have one start, one "
+                    "reward and as many responses; leave it out"
+                )
+        for name in UNMARKED:
+            if getattr(varied, name) != PLAIN.get(name):
+                raise UserError(f"--variant {variant!r}: ppo.{name} does not go with marks; leave it out")
     for variant in variants:
         if variants.count(variant) > 1:
             raise UserError(f"--variant {variant!r} stands twice; give it once")

@@ -7,9 +7,9 @@ is imported. The sentence under a field is its documentation.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf.recipe.distill import Distill
 from rlhf.recipe.evaluate import Chat, Evaluate, Export, Inside
@@ -26,7 +26,7 @@ class Recipe(Section):
 
     name: str
     """The run's folder: runs/<name>."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     """The one seed of all randomness."""
     model: Model
     lora: Lora = Lora()
