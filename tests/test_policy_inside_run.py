@@ -192,17 +192,20 @@ def test_the_run_s_report_shows_it_where_the_run_was_looked_into(run):
 
 
 def test_it_goes_on_with_the_question_that_was_open(run, monkeypatch):
+    pairs = f"inside.pairs=[{run / 'pairs.jsonl'}]"
+    write_jsonl(run / "pairs.jsonl", [{"prompt": "It was", "chosen": " a joy.", "rejected": " a bore"}])
+
     def stop(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(questions.Inspection, "_length", stop)
         with pytest.raises(KeyboardInterrupt):
-            stage(command.main, *FEW)
+            stage(command.main, *FEW, pairs)
     assert not (run / "inside/inside.json").exists()
     for asked in ("change", "_kind"):  # not again
         monkeypatch.setattr(questions.Inspection, asked, stop)
-    stage(command.main, *FEW)
+    stage(command.main, *FEW, pairs)
     assert read_json(run / "inside/inside.json")["policy"]["into"]["rows"] == 4
 
 
@@ -233,6 +236,14 @@ def test_own_pairs_of_unequal_length_are_named_with_their_tokens(inside):
         own_pairs(["p.jsonl"], str.split, str, 8)
 
 
+def test_the_advice_about_a_bad_own_pair_is_one_that_helps(inside):
+    row = {"prompt": "It was", "responses": ["a", "b"]}
+    for bad, why in (({"ranks": [0, 0]}, "are tied, .*"), ({"responses": ["a", ""], "ranks": [0, 1]}, "")):
+        write_jsonl(inside / "p.jsonl", [row | bad])
+        with pytest.raises(UserError, match=rf"p\.jsonl:1: .*{why}; mend that row, or remove it$"):
+            own_pairs(["p.jsonl"], str.split, str, 8)
+
+
 def test_an_own_pair_without_a_difference_is_named(run):
     file = run / "reward/model/adapter_model.safetensors"
     save_file({n: torch.zeros_like(t) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
@@ -240,6 +251,21 @@ def test_an_own_pair_without_a_difference_is_named(run):
     write_jsonl(run / "pairs.jsonl", [{"prompt": "It was", "chosen": " a joy.", "rejected": " a bore"}])
     with pytest.raises(UserError, match=r"' a joy\.' and ' a bore' have the same score"):
         stage(command.main, *FEW, f"inside.pairs=[{run / 'pairs.jsonl'}]")
+    assert not (run / "inside/parts").exists()  # before the first question
+
+
+def test_wrong_pairs_are_told_before_the_first_question_and_the_mended_file_is_taken(run, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(questions.Inspection, "change", stop)
+    pairs, row = run / "pairs.jsonl", {"prompt": "It was", "chosen": " a joy.", "rejected": " a bore"}
+    write_jsonl(pairs, [row, row | {"rejected": " a long, long bore"}])
+    with pytest.raises(UserError, match="have unequally many tokens"):
+        stage(command.main, *FEW, f"inside.pairs=[{pairs}]")
+    write_jsonl(pairs, [row])
+    with pytest.raises(KeyboardInterrupt):
+        stage(command.main, *FEW, f"inside.pairs=[{pairs}]")
 
 
 def test_pairs_of_the_templates_differ_as_they_say():

@@ -12,7 +12,8 @@ from functools import partial
 from typing import NamedTuple
 
 from rlhf.data.comparisons import Prompt
-from rlhf.data.readers import read_comparisons
+from rlhf.data.readers import Refuses, no_refusal, read_comparisons
+from rlhf.data.readers.sieve import SKIP
 from rlhf.errors import UserError
 
 OWN = "your pairs"
@@ -104,16 +105,24 @@ def pairs_of(
 
 
 def own_pairs(
-    specs: Sequence[str], encode: Callable[[str], list[int]], show: Callable[[int], str], longest: int
+    specs: Sequence[str],
+    encode: Callable[[str], list[int]],
+    show: Callable[[int], str],
+    longest: int,
+    refuses: Refuses = no_refusal,
 ) -> list[Pair]:
     """The pairs of the recipe's files: comparisons of two responses.
 
-    encode: text to tokens. show: a token in writing. longest: tokens of a response, at most.
+    encode: text to tokens. show: a token in writing. longest: tokens of a response, at most. refuses: why a
+    prompt cannot be rendered.
 
     Raises:
         UserError: one has more responses, or responses of unequal length in tokens, or too long ones.
     """
-    rows, _ = read_comparisons(specs, on_bad_rows="stop", key="inside.pairs")
+    try:
+        rows, _ = read_comparisons(specs, on_bad_rows="stop", key="inside.pairs", refuses=refuses)
+    except UserError as error:  # bad rows are never skipped here
+        raise UserError(str(error).replace(SKIP, "mend that row, or remove it")) from None
     found = []
     for row in rows:
         if len(row.responses) != 2:

@@ -115,43 +115,58 @@ class Inspection:
         rise = mean_interval((written.scores_N - others.scores_N).cpu().numpy())
         return {**found, "rise": rise.as_dict()}
 
-    def reads(self, role: str, keep: Callable[[str, Callable[[], Any]], Any]) -> dict[str, Any]:
-        """Question two about a role with a head; ``keep`` gives what is there of a kind, or computes it.
+    def own_pairs(self, role: str) -> list[Pair]:
+        """The pairs of ``inside.pairs``, checked, also that their scores by a role with a head differ.
 
         Raises:
-            UserError: a pair of the recipe's own is not one, or its scores do not differ.
+            UserError: a pair is not one, or its scores do not differ.
         """
-        options, subject = self.recipe.inside, of_role(self.backbone, role)
-        encode, longest, kinds = self.dialogue.encode_answer, self.dialogue.max_response_tokens, {}
+        files, dialogue = self.recipe.inside.pairs, self.dialogue
+        if not files:
+            return []
+        pairs = own_pairs(
+            files,
+            dialogue.encode_answer,
+            lambda token: repr(dialogue.decode([token])),
+            dialogue.max_response_tokens,
+            dialogue.refusal,
+        )
+        if role in self.backbone.heads:
+            bad_N, good_N = _scores(of_role(self.backbone, role), self.batches(pairs))
+            if (equal := np.flatnonzero(np.abs(good_N - bad_N) < 1e-6)).size:
+                pair = pairs[equal[0]]
+                raise UserError(
+                    f"inside.pairs: {pair.good[:40]!r} and {pair.bad[:40]!r} have the same score, so there "
+                    "is no difference whose parts could be found; remove the pair"
+                )
+        return pairs
+
+    def reads(
+        self, role: str, own: Sequence[Pair], keep: Callable[[str, Callable[[], Any]], Any]
+    ) -> dict[str, Any]:
+        """Question two about a role with a head.
+
+        Args:
+            role: that is asked.
+            own: pairs of the recipe's own (:meth:`own_pairs`).
+            keep: gives what is there of a kind, or computes it.
+        """
+        subject, kinds = of_role(self.backbone, role), {}
         for kind in KINDS:
             pairs, uneven = self.pairs(kind)
             compute = functools.partial(self._kind, subject, kind.name, pairs)
             kinds[kind.name] = keep(f"reads-{kind.name}", compute) | {"asks": kind.asks, "uneven": uneven}
-        if options.pairs:
-            pairs = own_pairs(options.pairs, encode, lambda i: repr(self.dialogue.decode([i])), longest)
-            kinds[OWN] = self._kind(subject, OWN, pairs, own=True) | {
-                "asks": "as you ordered them",
-                "uneven": 0,
-            }
+        if own:
+            found = keep("reads-own", functools.partial(self._kind, subject, OWN, own))
+            kinds[OWN] = found | {"asks": "as you ordered them", "uneven": 0}
         return {"kinds": kinds, "length": self._length(subject)}
 
-    def _kind(
-        self, subject: Subject, name: str, pairs: Sequence[Pair], *, own: bool = False
-    ) -> dict[str, Any]:
+    def _kind(self, subject: Subject, name: str, pairs: Sequence[Pair]) -> dict[str, Any]:
         """Scores of the pairs of a kind, and what computes their difference."""
         if not pairs:
             return {"pairs": 0, "skipped": "no pair has equally many tokens, and few enough"}
         batches = self.batches(pairs)
-        bad_N, good_N = (
-            torch.cat([subject.measure_plainly(batch) for batch in side]).cpu().numpy()
-            for side in zip(*batches, strict=True)
-        )
-        if own and (equal := np.flatnonzero(np.abs(good_N - bad_N) < 1e-6)).size:
-            pair = pairs[equal[0]]
-            raise UserError(
-                f"inside.pairs: {pair.good[:40]!r} and {pair.bad[:40]!r} have the same score, so there is no "
-                "difference whose parts could be found; remove the pair"
-            )
+        bad_N, good_N = _scores(subject, batches)
         difference, first = mean_interval(good_N - bad_N), win_rate(bad_N, good_N).mean
         found: dict[str, Any] = {
             "pairs": len(pairs),
@@ -206,3 +221,9 @@ class Inspection:
         ) as bar:
             tick: Callable[[], object] = bar.update
             return examine(change, options, self.recipe.seed, whole=whole, tick=tick)
+
+
+def _scores(subject: Subject, batches: Sequence[tuple[Batch, Batch]]) -> list[Any]:
+    """Scores of the second and of the first of all pairs, each [N]."""
+    sides = zip(*batches, strict=True)
+    return [torch.cat([subject.measure_plainly(batch) for batch in side]).cpu().numpy() for side in sides]

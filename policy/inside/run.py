@@ -43,6 +43,7 @@ def look(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     """
     models, options = _inspection(recipe, run), recipe.inside
     texts = texts_of(models) if options.neurons else None
+    own = models.own_pairs("reward")
     start = START if START in models.backbone.model.peft_config else None
     before = start or REFERENCE
     found: dict[str, Any] = {"name": recipe.name, "model": recipe.model.path, "seed": recipe.seed}
@@ -51,7 +52,7 @@ def look(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     if start:
         found["start"] = run.remember("start", lambda: models.change("start", start, REFERENCE))
     if "reward" in models.backbone.heads:
-        found["reads"] = models.reads("reward", run.remember)
+        found["reads"] = models.reads("reward", own, run.remember)
     else:
         found["reads"] = {"skipped": "no reward model is an adapter on the policy's base"}
     if options.edges != "none":

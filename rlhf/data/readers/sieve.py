@@ -13,6 +13,8 @@ from rlhf.data.readers.rows import BadRow, LeftOut, Origin, Reader, Row
 from rlhf.errors import UserError
 
 T = TypeVar("T")
+SKIP = "set data.on_bad_rows=skip to leave such rows out and count them"
+"""What to do about a bad row; who never skips them replaces it."""
 
 
 def sift(
@@ -116,9 +118,7 @@ def _numbered(origin: Origin) -> Iterator[tuple[int, object]]:
 
 def _refuse(reason: str, message: str, where: str, on_bad_rows: OnBadRows, counts: Counts) -> None:
     if on_bad_rows == "stop":
-        raise UserError(
-            f"{where}: {message}; set data.on_bad_rows=skip to leave such rows out and count them"
-        )
+        raise UserError(f"{where}: {message}; {SKIP}")
     counts.drop(reason)
 
 
