@@ -280,6 +280,7 @@ def test_the_stage_shows_the_neurons(run, capsys):  # noqa: F811
     assert found["related"]["random"]["n"] <= 100
     page = (run / "inside/inside.md").read_text()
     assert page in capsys.readouterr().out
+    assert all(letter.isprintable() or letter == "\n" for letter in page)
     for row in found["top"]:
         assert f"- {row['name']}: {row['description']}" in page
         assert len(row["promoted_before"]) == len(row["suppressed_after"]) == 5
@@ -289,6 +290,13 @@ def test_the_stage_shows_the_neurons(run, capsys):  # noqa: F811
     section = html.fromstring((run / "report.html").read_text()).xpath("//*[@id='inside']")[0]
     cells = section.xpath(f".//tr[th='{found['top'][0]['name']}']/td/text()")
     assert cells == [f"{changes[0]:.2f}", " ".join(found["top"][0]["description"].split())]
+
+
+def test_random_neurons_are_left_beside_the_most(run):  # noqa: F811
+    stage(command.main, *FEW, "inside.neurons=500")
+    found = read_json(run / "inside/inside.json")["neurons"]
+    assert len(found["top"]) == 64  # half of them
+    assert min(found["moved"]["random"]) > 0
 
 
 def test_zero_neurons_leave_the_question_out(run):  # noqa: F811

@@ -93,7 +93,7 @@ class Inside(Section):
     """Files of your own pairs for the reward model: comparisons of two responses with equally many tokens."""
     neurons: Natural = 10
     """Neurons whose activation PPO changed most, of which top tokens and direct effects on the vocabulary are
-    shown; 0 = neither these nor the lens of the mean difference of states."""
+    shown, at most half of all; 0 = neither these nor the lens of the mean difference of states."""
     texts: Files = []
     """Files with plain texts that have nothing to do with the training, for top tokens and the lens: .txt, or
     rows with a `text` field; [] = those of `ppo.ptx_texts`, else the held-out prompts."""

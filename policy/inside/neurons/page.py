@@ -134,5 +134,6 @@ def _words(tokens: Sequence[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A token as code, whose spaces and line breaks can be seen."""
-    return f"`{text.replace('`', chr(39)).replace(chr(10), chr(9166))}`"
+    """A token as code, whose spaces and line breaks can be seen; other unprintable characters are escapes."""
+    seen = text.replace("`", chr(39)).replace(chr(10), chr(9166))
+    return f"`{''.join(c if c.isprintable() else repr(c)[1:-1] for c in seen)}`"

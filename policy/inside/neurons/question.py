@@ -86,7 +86,8 @@ def find_neurons(models: Inspection, texts: Texts, after: str, before: str) -> d
         if not ranked:
             return {"skipped": "no neuron's activation differs"}
         generator = np.random.default_rng(seed)
-        top, rest = ranked[: options.neurons], ranked[options.neurons :]
+        number = min(options.neurons, max(1, len(ranked) // 2))  # as many random ones are left
+        top, rest = ranked[:number], ranked[number:]
         sets = [_drawn(rest, len(top), generator) for _ in range(options.random_sets)]
         null = _drawn(rest, RANDOM, generator)
         shares = patched_shares(new, old, batches, [top, *sets], tick)
