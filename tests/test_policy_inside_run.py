@@ -21,6 +21,7 @@ from policy.inside.effects import Change, examine, runs_of
 from policy.inside.minimal_pairs import KINDS, Kind, Pair, own_pairs, pairs_of
 from policy.inside.patching import record
 from policy.inside.questions import Inspection
+from policy.inside.solutions.others import check_others
 from policy.inside.subject import Site, of_model
 from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
@@ -140,7 +141,7 @@ def test_the_ways_between_soft_prompts_and_between_policies(run, capsys, monkeyp
     save_file({k: t[:, :2].contiguous() for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
     noted_anew(others[0].parent)
     shutil.rmtree(run / "inside")
-    with pytest.raises(UserError, match="made with other lora settings or another base"):
+    with pytest.raises(UserError, match=r"inside\.others: .* made with other lora settings or another base"):
         stage(command.main, *FEW, f"inside.others=[{named}]")
     assert not (run / "inside/inside.json").exists()
 
@@ -169,6 +170,41 @@ def test_another_policy_that_was_trained_anew_is_other_data(run, monkeypatch):
     another_policy(run, "other", turn=2)
     with pytest.raises(UserError, match=r"with another recipe or data \(data file adapter_model"):
         stage(command.main, *FEW, f"inside.others=[{other}]")
+
+
+def test_other_policies_are_compared_with_the_run_s_own_before_the_first_question(run, monkeypatch):
+    monkeypatch.setattr("policy.inside.run.look", None)  # nothing is asked
+    other = another_policy(run, "other")
+
+    def by_stage(_, others):
+        stage(command.main, *FEW, f"inside.others=[{','.join(others)}]")
+
+    def refused(*named, act=by_stage):
+        with pytest.raises(UserError) as caught:
+            act(run / "ppo/policy", list(map(str, named)))
+        return str(caught.value)
+
+    assert "inside.others: runs/none/adapter_model.safetensors is not there" in refused("runs/none")
+    assert "inside.others: `base` is no policy of another run" in refused("base", other)
+    settings = other / "adapter_config.json"
+    text = settings.read_text()
+    settings.write_text(text.replace("models/tiny", "models/another"))
+    noted_anew(other.parent)
+    assert "was made on the base models/another, and model.path is models/tiny" in refused(other)
+    settings.write_text(text)
+    noted_anew(other.parent)
+    assert f"{run}/ppo/policy has the weights of this run's own policy" in refused(other, run / "ppo/policy")
+    assert f"{other} has the weights of {other}, and nothing" in refused(other, other, act=check_others)
+    shutil.copytree(other.parent, run / "copy")
+    assert f"copy/policy has the weights of {other}" in refused(other, run / "copy/policy", act=check_others)
+    file = other / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({k: t for k, t in tensors.items() if k != name}, file)  # of fewer layers or targets
+    said = refused(other, act=check_others)
+    assert said.startswith(f"inside.others: {other} does not fit this run's policy ({name} is not there")
+    file.write_bytes(b"cut")
+    assert "is no safetensors file" in refused(other, act=check_others)
 
 
 def test_the_run_s_report_shows_it_where_the_run_was_looked_into(run):

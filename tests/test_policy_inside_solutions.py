@@ -11,6 +11,7 @@ from tiny_inside import batch, llama
 from torch import nn
 
 from policy.inside.solutions.barriers import Point, compare, needed, over_pairs, points_of, verdict
+from policy.inside.solutions.page import _compared
 from policy.inside.solutions.policies import (
     BETWEEN,
     random_direction,
@@ -48,10 +49,20 @@ def test_barriers_of_a_square_are_known():
     assert found["outside"]["mean"] == pytest.approx(0.75 * 2)
     assert found["random"]["mean"] == pytest.approx(0.25 * 2)
     assert found["centroid"] == pytest.approx(1 / 3 - 1)
-    assert found["verdict"] == "SUPPORTED"
-    assert compare(3, lambda point: -square(point))["verdict"] == "CONTRADICTED"
+    assert found["verdict"] == "UNDECIDED"  # pairs that do not differ have no interval
+    corners = CORNERS * torch.tensor([1, 1.2, 1.4])
+    assert compare(3, lambda point: square(point, corners))["verdict"] == "SUPPORTED"
+    assert compare(3, lambda point: -square(point, corners))["verdict"] == "CONTRADICTED"
     noise = itertools.cycle([0.0, 3.0, -4.0, 5.0, 1.0, -2.0, 7.0])
     assert compare(3, lambda _: next(noise))["verdict"] == "UNDECIDED"
+
+
+def test_rounding_is_no_verdict_and_the_page_says_why():
+    calls = itertools.count()
+    found = compare(3, lambda _: 2.0 + 1e-9 * (next(calls) % 7) ** 2)
+    assert found["verdict"] == "UNDECIDED"
+    found = compare(3, square)
+    assert "pairs of solutions do not differ in this" in "".join(_compared(found, "+.4f"))
 
 
 def test_intervals_over_pairs_and_how_many_solutions_it_takes():

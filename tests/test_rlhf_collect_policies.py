@@ -13,7 +13,8 @@ from rlhf.collect import responses, simulated
 from rlhf.collect.__main__ import main
 from rlhf.collect.responses import deal
 from rlhf.errors import UserError
-from rlhf.runs.artifacts import WEIGHTS, read_jsonl
+from rlhf.runs.artifacts import WEIGHTS, read_jsonl, write_json
+from rlhf.runs.initial_adapter import _same_base
 
 PPO = "runs/tiny/ppo/policy"
 SMALL = ("name=several", "collect.prompts=16", "collect.prompts_per_batch=4", "data.held_out=0.3")
@@ -137,6 +138,19 @@ def test_other_lora_settings_and_another_base_are_refused(desk):
     noted_anew(Path("models/other"))
     said = refusal(f"collect.policies={PPO}", "model.path=models/other")
     assert said.endswith(f"{PPO} was made on the base models/tiny, and model.path is models/other")
+
+
+def test_bases_without_a_manifest_are_compared_by_name(inside):
+    assert _same_base("owner/Model-1", "models/model-1")
+    assert not _same_base("owner/Model-2", "models/model-1")
+    for place, identity in (("models/one", 1), ("models/two", 2)):
+        Path(place).mkdir(parents=True)
+        write_json(
+            Path(place) / "manifest.json", {"identity": identity, "files": {}, "source": "owner/Model-1"}
+        )
+    assert _same_base("owner/Model-1", "models/one")
+    assert not _same_base("owner/Model-2", "models/one")
+    assert not _same_base("models/two", "models/one")
 
 
 def test_another_policy_in_the_same_place_is_a_change(desk):

@@ -6,10 +6,17 @@
 
 from __future__ import annotations
 
+from policy.inside.solutions.others import check_others
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import from_command_line
 from rlhf.runs.artifacts import print_page
-from rlhf.runs.initial_adapter import check_same_start, policy_files, start_files, start_parents
+from rlhf.runs.initial_adapter import (
+    ADAPTER,
+    check_same_start,
+    policy_files,
+    start_files,
+    start_parents,
+)
 from rlhf.runs.stage import RUNS, open_stage
 
 
@@ -26,6 +33,7 @@ def main() -> None:
     run = open_stage(recipe, "inside", section="inside", parents=parents, inputs=inputs, reads=reads)
     if run is not None:
         check_same_start(run.recipe, run, "ppo")
+        check_others(run.parent("ppo") / ADAPTER, options.others or ())
         from policy.inside.run import look
 
         run.finish(look(run.recipe, run))

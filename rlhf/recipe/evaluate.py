@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rlhf.recipe.types import (
+    BASE,
     Files,
     Folder,
     JudgedOrReward,
@@ -105,6 +106,13 @@ class Inside(Section):
     between them and this run's; null = none."""
     micro_batch_size: Positive = 8
     """Rows of one forward pass."""
+
+    @field_validator("others")
+    @classmethod
+    def _trained(cls, value: list[str] | None) -> list[str] | None:
+        if BASE in (value or ()):
+            raise ValueError(f"`{BASE}` is no policy of another run; name folders of saved adapters")
+        return value
 
     @model_validator(mode="after")
     def _enough(self) -> Self:

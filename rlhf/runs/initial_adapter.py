@@ -110,13 +110,25 @@ def policy_files(recipe: Recipe, policies: Sequence[str], key: str) -> list[str]
     for folder in (Path(policy) for policy in policies if policy != BASE):
         files += adapter_files(folder, recipe, key)
         check_place(folder)
-        base = str(read_json(folder / SETTINGS).get("base_model_name_or_path"))
-        known = [read_manifest(Path(place)) for place in (base, recipe.model.path)]
-        if all(known) and len({str(noted["identity"]) for noted in known if noted}) > 1:
+        base = read_json(folder / SETTINGS).get("base_model_name_or_path")
+        if base and not _same_base(str(base), recipe.model.path):
             raise UserError(
                 f"{key}: {folder} was made on the base {base}, and model.path is {recipe.model.path}"
             )
     return files
+
+
+def _same_base(*places: str) -> bool:
+    """Whether two folders or hub ids are one base: by their manifests' identity, or by their last names, or
+    those of what they were made from, where one has no manifest."""
+    one, other = (read_manifest(Path(place)) or {} for place in places)
+    if one and other:
+        return bool(one["identity"] == other["identity"])
+    names = [
+        {Path(str(name)).name.casefold() for name in (place, noted.get("source", place))}
+        for place, noted in zip(places, (one, other), strict=True)
+    ]
+    return not names[0].isdisjoint(names[1])
 
 
 def check_same_start(recipe: Recipe, run: StageRun, stage: str) -> None:

@@ -20,6 +20,7 @@ from scipy.special import stdtrit
 from rlhf.stats.intervals import Estimate
 
 INSIDE, OUTSIDE, RANDOM = (0.25, 0.5, 0.75), (-0.5, -0.25, 1.25, 1.5), (0.25, 0.5)
+_ROUNDING = 1e-6  # of a loss, relative: what pairs differ by no more than is no spread
 _MOST = 100  # solutions that a reader is advised to train
 
 
@@ -78,7 +79,7 @@ def compare(
         "outside": over_pairs(outside, number).as_dict(),
         "random": over_pairs(random, number).as_dict(),
         "less": {name: estimate.as_dict() for name, estimate in estimates.items()},
-        "verdict": verdict(list(estimates.values())),
+        "verdict": verdict(list(estimates.values()), _ROUNDING * max(map(abs, ends))),
         "solutions_needed": max(needed(values, number) for values in differences.values()),
     }
 
@@ -98,9 +99,12 @@ def over_pairs(values: Sequence[float], number: int) -> Estimate:
     return Estimate(mean, mean - half, mean + half, len(values))
 
 
-def verdict(differences: Sequence[Estimate]) -> str:
+def verdict(differences: Sequence[Estimate], noise: float = 0.0) -> str:
     """On `the hull is better than what is outside it, and than random directions`, by the 95% intervals of
-    barrier inside less each: SUPPORTED where all are below 0, CONTRADICTED where one is above 0."""
+    barrier inside less each: SUPPORTED where all are below 0, CONTRADICTED where one is above 0. An interval
+    no wider than ``noise`` says nothing: the pairs do not differ."""
+    if any(difference.high - difference.low <= noise for difference in differences):
+        return "UNDECIDED"
     if any(difference.low > 0 for difference in differences):
         return "CONTRADICTED"
     return "SUPPORTED" if all(difference.high < 0 for difference in differences) else "UNDECIDED"

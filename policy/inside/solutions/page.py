@@ -71,5 +71,9 @@ def _compared(found: Figures, form: str) -> list[str]:
     )
     if found["verdict"] == "UNDECIDED":
         more = found["solutions_needed"]
-        said += f"; at this spread it would take {more if more < 100 else '100 or more'} solutions to tell"
+        said += (
+            f"; at this spread it would take {more if more < 100 else '100 or more'} solutions to tell"
+            if more > len(found["ends"])
+            else "; pairs of solutions do not differ in this, so that their spread says nothing"
+        )
     return [table(["a", "above the line"], rows), f"{said}.\n", _BARRIER]
