@@ -29,7 +29,8 @@ from rlhf.models.backbone import Backbone
 from rlhf.models.masks import left_pad, right_pad
 from rlhf.recipe.load import Recipe
 from rlhf.stats.intervals import mean_interval, wilson, win_rate
-from rlhf.tokenization.dialogue import Dialogue
+from rlhf.tokenization.dialogue import Dialogue, PromptTooLongError
+from rlhf.tokenization.template import RefusedTurnsError
 from rlhf.training.progress import progress
 
 _PADDINGS = 2  # sentences of filler behind a response, at most
@@ -129,7 +130,7 @@ class Inspection:
             dialogue.encode_answer,
             lambda token: repr(dialogue.decode([token])),
             dialogue.max_response_tokens,
-            dialogue.refusal,
+            self._refusal,
         )
         if role in self.backbone.heads:
             bad_N, good_N = _scores(of_role(self.backbone, role), self.batches(pairs))
@@ -140,6 +141,14 @@ class Inspection:
                     "is no difference whose parts could be found; remove the pair"
                 )
         return pairs
+
+    def _refusal(self, prompt: Prompt) -> str | None:
+        """Why the model cannot be asked behind a prompt, or None."""
+        try:
+            self.dialogue.encode_prompt(prompt)
+        except (PromptTooLongError, RefusedTurnsError) as error:
+            return str(error)
+        return None
 
     def reads(
         self, role: str, own: Sequence[Pair], keep: Callable[[str, Callable[[], Any]], Any]
@@ -185,14 +194,18 @@ class Inspection:
         return found
 
     def _length(self, subject: Subject) -> dict[str, Any]:
-        """What a neutral sentence behind a response does to its score, by how many there are."""
+        """What a neutral sentence behind a response does to its score, by how many there are; numbers of them
+        are left out with which a response would be longer than the policy's may be."""
         texts = [(self.prompts[n % len(self.prompts)], good) for n, (good, _) in enumerate(KINDS[0].texts())]
-        scores = []
+        encode, longest, scores = self.dialogue.encode_answer, self.dialogue.max_response_tokens, []
         for number in range(_PADDINGS + 1):
             padded = [Pair(prompt, f"{text}{f' {FILLER}' * number}", "") for prompt, text in texts]
+            if max(len(encode(pair.good)) for pair in padded) > longest:
+                break
             scores.append(subject.measure_plainly(self._laid_out(padded, "good")).cpu().numpy())
         added = [mean_interval(score - scores[0]).as_dict() for score in scores[1:]]
-        return {"filler": FILLER, "tokens": len(self.dialogue.encode_answer(f" {FILLER}")), "added": added}
+        left_out = list(range(len(added) + 1, _PADDINGS + 1))
+        return {"filler": FILLER, "tokens": len(encode(f" {FILLER}")), "added": added, "left_out": left_out}
 
     def pairs(self, kind: Kind) -> tuple[list[Pair], int]:
         """The pairs of a kind, and how many were left out (:func:`pairs_of`)."""

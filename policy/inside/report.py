@@ -108,15 +108,23 @@ def _reads(found: Figures) -> list[str]:
         else:
             parts += [f"### {name}\n", f"Not looked into: {kind['skipped']}.\n"]
     head = ["kind", "what differs", "first / second", "pairs", "difference of scores", "first preferred"]
-    length = found["length"]
-    added = "; ".join(f"{n} of them {plain(x, '+.3f')}" for n, x in enumerate(length["added"], 1))
     return [
-        table(head, rows),
-        f"Length: the neutral sentence `{length['filler']}` ({length['tokens']} tokens) behind a response "
-        f"changes its score: {added}.\n",
+        table(head, rows) if rows else "No pair has equally many tokens, and few enough.\n",
+        _length(found["length"]),
         *(["![by layer](reads.png)\n"] if any("parts" in kind for kind in found["kinds"].values()) else []),
         *parts,
     ]
+
+
+def _length(found: Figures) -> str:
+    """What a neutral sentence does to the score, and what was left out."""
+    filler = f"the neutral sentence `{found['filler']}` ({found['tokens']} tokens) behind a response"
+    added = "; ".join(f"{n} of them {plain(x, '+.3f')}" for n, x in enumerate(found["added"], 1))
+    why = "a response would be longer than `dialogue.max_response_tokens`"
+    if not added:
+        return f"Length: what {filler} does was not asked: with one {why}.\n"
+    without = f" Left out: with {found['left_out'][0]} of them {why}." if found["left_out"] else ""
+    return f"Length: {filler} changes its score: {added}.{without}\n"
 
 
 def draw(found: Figures, folder: Path) -> None:

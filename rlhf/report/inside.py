@@ -70,9 +70,12 @@ def _read(key: str, name: str, found: dict[str, Any], sources: Sequence[Source])
         Dot(f"{times} neutral sentence{'s' if times > 1 else ''} behind", added["mean"], added["ci95"], 1)
         for times, added in enumerate(found["length"]["added"], 1)
     ]
+    if not lines:
+        return [Block(text=f"{name}no pair of responses for the reward model has equally many tokens")]
     title = f"{name}what the reward model reads: differences of its scores, standard deviations"
     svg = figures.dots(key, title, lines, x="difference of scores")
-    return [Block(title, sources, head, rows), Block(sources=sources, svg=svg)]
+    table = [Block(title, sources, head, rows)] if rows else []
+    return [*table, Block(sources=sources, svg=svg)]
 
 
 def _neurons(name: str, found: dict[str, Any], sources: Sequence[Source]) -> list[Block]:
