@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_inside import batch, llama
 
 from policy.inside import __main__ as command
-from policy.inside import effects, minimal_pairs, questions
+from policy.inside import effects, minimal_pairs, questions, report
 from policy.inside.circuit import question
 from policy.inside.circuit.page import section
 from policy.inside.effects import Change, examine, runs_of
@@ -73,6 +73,13 @@ def test_the_stage_on_the_tiny_run(run, capsys):
         assert low < high  # also where all are alike
     page = (run / "inside/inside.md").read_text()
     assert page in capsys.readouterr().out
+    assert policy["gain"]["mean"] == pytest.approx(policy["into"]["change"], rel=1e-4)
+    for change in (policy["gain"], policy["rise"]):
+        change["ci95"] = [-0.5, 0.5]
+    assert report.as_markdown(found).count("not told apart from 0, so that shares") == 2
+    for change in (policy["gain"], policy["rise"]):
+        change["ci95"] = [0.5, 0.6]
+    assert "not told apart from 0, so that shares" not in report.as_markdown(found)
     assert "## What the reward model reads" in page
     assert (run / "inside/policy.png").is_file()
     assert (run / "inside/reads.png").is_file()

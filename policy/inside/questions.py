@@ -99,7 +99,11 @@ class Inspection:
         own = [(batch, batch) for batch in written.batches]
         number = len(self.prompts)
         ones, groups = torch.ones(number) / number, [*range(number)]
+        gain_N = torch.cat(
+            [new.measure_plainly(batch) - old.measure_plainly(batch) for batch in written.batches]
+        )
         found = {
+            "gain": mean_interval(gain_N.cpu().numpy()).as_dict(),
             "into": self._examine(Change(old, new, own, ones, groups, f"{name}: log-prob")),
             "back": self._examine(Change(new, old, own, ones, groups, f"{name}: back"), whole=False),
         }

@@ -52,8 +52,8 @@ def as_markdown(found: Figures) -> str:
 def _change(found: Figures, key: str) -> list[str]:
     into, back, reward = found["into"], found["back"], found["reward"]
     lines = [
-        f"### The log-prob of its responses\n\nThey gained {into['change']:.2f} nats each on {into['rows']} "
-        f"prompts. {_in_words(into)}\n",
+        f"### The log-prob of its responses\n\nThey gained {plain(found['gain'], '+.2f')} nats each on "
+        f"{into['rows']} prompts{_unsure(found['gain'])}. {_in_words(into)}\n",
         _together(into, "before, patched towards after"),
         _together(back, "after, patched back to before"),
         f"![by layer]({key}.png)\n",
@@ -61,11 +61,20 @@ def _change(found: Figures, key: str) -> list[str]:
         "### The reward\n",
     ]
     if "rise" in found:
-        lines.append(f"The mean score of a response rose by {plain(found['rise'], '+.3f')}.\n")
+        rise = found["rise"]
+        lines.append(f"The mean score of a response rose by {plain(rise, '+.3f')}{_unsure(rise)}.\n")
     if "skipped" in reward:
         return [*lines, f"Not looked into: {reward['skipped']}.\n"]
     first_order = f"To first order the change of log-probs makes {reward['change']:+.3f} of it."
     return [*lines, f"{first_order} {_in_words(reward)}\n", _together(reward, "before"), _alone(reward)]
+
+
+def _unsure(change: Figures) -> str:
+    """What is to be said of shares of a change that may be none."""
+    ends = change["ci95"]
+    return (
+        ", not told apart from 0, so that shares of it say little" if ends and ends[0] <= 0 <= ends[1] else ""
+    )
 
 
 def _in_words(found: Figures) -> str:
