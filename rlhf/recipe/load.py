@@ -261,10 +261,17 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
         message = f"{key} is missing; add it to the recipe"
     else:
         value = first.get("input")
-        shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | list) else ""
+        shown = f" (got {_shown(value)})" if isinstance(value, str | int | float | bool | list) else ""
         message = f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{shown}"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"{where}: {message}{more}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes out no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
 
 
 def files_of(spec: str) -> list[str]:
