@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from benchmarks.gold.figures import GAIN
-from benchmarks.gold.plan import GENERATIONS
+from benchmarks.gold.plan import GENERATIONS, PEERS
 from benchmarks.harness import Figures
 from benchmarks.report import heading
 from rlhf.markdown import table
@@ -67,20 +67,22 @@ def _reached(seconds: float | None) -> str:
 
 def notes_of(sides: Sequence[str]) -> list[str]:
     """The notes of a page with these sides: without those on peers that are not there."""
-    variants = [side for side in sides if side != "ours" and side not in LABELS]
     changed = [
         "Sides that are named by options are ours with these options; the options named are not the same on "
         "all sides."
     ]
-    peers = any(side in LABELS and side != "ours" for side in sides)
-    return [*(changed if variants else []), *(NOTES if peers else [NOTES[0], *NOTES[-3:]])]
+    variants = any(side not in LABELS for side in sides)
+    return [*(changed if variants else []), *(NOTES if _has_peers(sides) else [NOTES[0], *NOTES[-3:]])]
+
+
+def _has_peers(sides: Iterable[str]) -> bool:
+    return not {*PEERS}.isdisjoint(sides)
 
 
 def markdown(report: Figures) -> str:
     """The report as a page."""
     work, sides = report["work"], report["sides"]
-    peers = any(side in LABELS and side != "ours" for side in sides)
-    trl, other = (", against trl", "theirs") if peers else ("", "the other")
+    trl, other = (", against trl", "theirs") if _has_peers(sides) else ("", "the other")
     rows = [
         [LABELS.get(name, name), *(_number(side[m], _digits(m)) for m in MEANS),
          ", ".join(map(_reached, side["seconds_to_gain"]["by_seed"]))]

@@ -83,7 +83,7 @@ def check_variants(recipe_file: str, overrides: Sequence[str], variants: Sequenc
                     "reward and as many responses; leave it out"
                 )
         for name in UNMARKED:
-            if getattr(varied, name) != PLAIN.get(name):
+            if getattr(varied, name) != PLAIN[name]:
                 raise UserError(f"--variant {variant!r}: ppo.{name} does not go with marks; leave it out")
     for variant in variants:
         if variants.count(variant) > 1:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from policy.inside.neurons.vocabulary import direct_effect, readout_of
 from policy.inside.patching import patched, record
 from policy.inside.subject import Batch, Site, Subject, of_model
 from rlhf.errors import UserError, exit_on_user_error
+from rlhf.models.base import load_in_float32
 from rlhf.models.masks import positions_from_mask
+from rlhf.recipe.schema import Model
 from rlhf.tokenization.dialogue import load_tokenizer
 
 CLEAN = "I climbed up the pear tree and picked a pear. I climbed up the apple tree and picked"
@@ -145,8 +146,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise UserError("which model? python -m policy.inside.neurons.an FOLDER")
     tokenizer = load_tokenizer(sys.argv[1])
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-    print(as_text(study(model, tokenizer)))
+    print(as_text(study(load_in_float32(Model(path=sys.argv[1])), tokenizer)))
 
 
 if __name__ == "__main__":
