@@ -12,6 +12,7 @@ from reward.model.model import RewardModelConfig, TextRewardModel, new_reward_mo
 from reward.model.reward_func import as_reward_func
 from rlhf.data.comparisons import Comparison, Counts, Message, prompt_key, write_native
 from rlhf.data.readers.native import read_native
+from rlhf.errors import UserError
 from rlhf.models import prepare
 from rlhf.recipe.load import load
 from rlhf.runs.artifacts import WEIGHTS, write_jsonl
@@ -19,7 +20,7 @@ from rlhf.tokenization.dialogue import load_dialogue
 from studies.engine.results import Results
 from studies.engine.units import with_needs
 from studies.people import __main__, report, trl_arms, units
-from studies.people.plan import ARMS, Plan, units_of
+from studies.people.plan import ARMS, Plan, check_variants, units_of
 
 
 def settings(**more):
@@ -48,6 +49,38 @@ def test_a_study_of_some_arms_keeps_what_others_have_done(given, arms):
     recipe = load(TINY, PROMPTS)
     every = units_of(Plan(plan.recipe), recipe)
     assert {u.key for u in units_of(plan, recipe)} == {u.key for u in every if u.settings["arm"] in arms}
+
+
+def test_a_variant_is_an_arm_of_its_own(inside, monkeypatch):
+    recipe, variant = load(TINY, PROMPTS), "ppo.kl_coef=0.1 ppo.steps=3"
+    plain = Plan(str(TINY), tuple(PROMPTS), arms=("ppo",))
+    both = Plan(str(TINY), tuple(PROMPTS), arms=("ppo",), variants=(variant,))
+    check_variants(both)
+    kept = {u.key for u in units_of(plain, recipe)}
+    assert kept < {u.key for u in units_of(both, recipe)}  # what is done without variants stays done
+    asked = []
+    monkeypatch.setattr(units, "stages", lambda s, modules, overrides: asked.append(overrides))
+    for unit in units_of(both, recipe)[:2]:
+        with pytest.raises(FileNotFoundError):
+            units.policy(unit.settings)
+    names = [next(word for word in words if word.startswith("name=")) for words in asked]
+    assert len(set(names)) == 2
+    assert ["ppo.kl_coef=0.1" in words for words in asked] == ["-ppo-" not in name for name in names]
+
+
+@pytest.mark.parametrize(
+    ("variants", "line"),
+    [
+        (["reward.epochs=2"], "give options of PPO"),
+        ([""], "give options of PPO"),
+        (["ppo.reward_model=elsewhere"], "one reward model"),
+        (["ppo.lam=0.9", "ppo.lam=0.9"], "twice"),
+        (["ppo.kl_coeff=0.1"], "did you mean"),
+    ],
+)
+def test_a_wrong_variant_is_told_before_anything_is_done(variants, line):
+    with pytest.raises(UserError, match=line):
+        check_variants(Plan(str(TINY), tuple(PROMPTS), variants=tuple(variants)))
 
 
 def test_no_group_and_no_prompt_is_in_both_halves(tmp_path, monkeypatch):
@@ -184,14 +217,14 @@ def summary(gain):
         "judge_length_controlled": controlled, "kl": figure(3.0),
         "response_length": paired | {"before": 20.0},
         "best_of_n": {"rows": [row, row | {"n": 2, "kl_bound": 0.193}]},
-        "samples": [{"prompt": "p", "before": "b", "after": "a"}],
+        "samples": [{"prompt": "p", "before": "b", "after": "a"}], "train_seconds": 100 + gain,
     }  # fmt: skip
 
 
 def test_the_page_has_a_row_an_arm_with_its_figures():
-    plan = Plan(str(TINY), tuple(PROMPTS), seeds=(0, 1))
+    plan = Plan(str(TINY), tuple(PROMPTS), seeds=(0, 1), variants=("ppo.lam=0.9",))
     done = units_of(plan, load(TINY, PROMPTS))
-    gains = {"ppo": 1.0, "rloo": 0.8}
+    gains = {"ppo": 1.0, "rloo": 0.8, "ppo.lam=0.9": 1.2}
     results = Results(
         done, [{"result": summary(gains.get(u.settings["arm"], 0.0) + u.settings["seed"])} for u in done]
     )
@@ -199,12 +232,14 @@ def test_the_page_has_a_row_an_arm_with_its_figures():
         "command": "c", "plan": {"seeds": [0, 1]}, "halves": {"train": 3, "test": 4},
         "reward_models": {"train": figure(0.6), "test": figure(0.7)},
         "arms": report.arms(results), "base_length": report.base_length(results),
+        "against": report.against_ppo(results, plan.variants),
         "samples": summary(0.0)["samples"], "machine": {"cpu": "x", "cores": 2},
         "time": {"units": 2, "unit_seconds": 60, "jobs": 2},
     }  # fmt: skip
     page = report.page(json.loads(json.dumps(content)))
     rows = {cells[1].strip(): cells for cells in (x.split("|") for x in page.splitlines()) if len(cells) > 5}
-    assert list(rows)[2:] == ["best of 2", *ARMS.values()]
+    assert list(rows)[2:] == ["best of 2", *ARMS.values(), "PPO, `ppo.lam=0.9`"]
+    assert "| PPO, `ppo.lam=0.9` | +0.200 [+0.200, +0.200] | +0.100 [+0.100, +0.100] | +0.00 " in page
     assert rows["PPO"][3].strip().startswith("+1.500 [")
     assert rows["PPO"][4].strip().startswith("+0.750 [")
     assert rows["RLOO"][3].strip().startswith("+1.300 [")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.recipe.load import Recipe
+from rlhf.errors import UserError
+from rlhf.recipe.load import Recipe, load
 from rlhf.runs.artifacts import hash_of
 from studies.engine.units import Settings, Unit
 
@@ -30,6 +31,8 @@ class Plan:
     arms: tuple[str, ...] = tuple(ARMS)
     best_of: int = 16
     """Responses of the base a prompt, for best of n."""
+    variants: tuple[str, ...] = ()
+    """Further arms of PPO, by what they override, such as ``ppo.kl_coef=0.1``."""
 
 
 def units_of(plan: Plan, recipe: Recipe) -> list[Unit]:
@@ -44,8 +47,30 @@ def units_of(plan: Plan, recipe: Recipe) -> list[Unit]:
     return [
         Unit("policy", own | {"arm": arm, "seed": seed, "best_of": plan.best_of}, judges, 20.0)
         for seed in plan.seeds
-        for arm in plan.arms
+        for arm in (*plan.arms, *plan.variants)
     ]
+
+
+def check_variants(plan: Plan) -> None:
+    """A variant may differ in PPO alone, since reward models and judge are the same.
+
+    Raises:
+        UserError: a variant overrides something else, its reward, or nothing, stands twice, or is no recipe.
+    """
+    for variant in plan.variants:
+        words = variant.split()
+        if not words or any(not word.startswith("ppo.") or "=" not in word for word in words):
+            raise UserError(f"--variant {variant!r}: give options of PPO, for example 'ppo.kl_coef=0.1'")
+        if any(word.startswith(("ppo.rewards", "ppo.reward_model")) for word in words):
+            raise UserError(f"--variant {variant!r}: all arms learn from one reward model; leave it out")
+        if plan.variants.count(variant) > 1:
+            raise UserError(f"--variant {variant!r} stands twice; give it once")
+        load(plan.recipe, [*plan.overrides, *words])
+
+
+def label_of(arm: str) -> str:
+    """What an arm is called on the page."""
+    return ARMS.get(arm) or f"PPO, `{arm}`"
 
 
 def samples(recipe: Recipe) -> int:

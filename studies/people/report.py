@@ -11,7 +11,7 @@ import numpy as np
 from rlhf.markdown import plain, table
 from studies.engine.results import Results
 from studies.engine.seeds import student95
-from studies.people.plan import ARMS
+from studies.people.plan import ARMS, label_of
 
 Figure = dict[str, Any]
 COLUMNS = (  # of the summary: path, label, format
@@ -24,6 +24,8 @@ COLUMNS = (  # of the summary: path, label, format
     ("kl", "KL, nats", ".2f"),
     ("response_length.diff", "length, tokens more", "+.1f"),
 )
+AGAINST = ("judge.diff", "judge_length_controlled.gain_at_equal_length", "kl")
+"""What is told of a variant less PPO, by their paths in ``COLUMNS``."""
 
 _KL = [path for path, *_ in COLUMNS].index("kl")
 
@@ -66,17 +68,42 @@ def arms(results: Results) -> list[dict[str, Any]]:
     for index in range(1, len(best[0]["rows"]) if best else 0):
         rows = [b["rows"][index] for b in best]
         found.append({"label": f"best of {rows[0]['n']}", "figures": _best_of(rows)})
-    for arm in (a for a in ARMS if a in results.values("policy", "arm")):
+    made = results.values("policy", "arm")
+    for arm in (*(a for a in ARMS if a in made), *(a for a in made if a not in ARMS)):
         of_arm = results.by_seed("policy", arm=arm)
         figures = {path: over_seeds([figure_at(s, path) for s in of_arm]) for path, *_ in COLUMNS}
-        found.append({"label": ARMS[arm], "figures": figures})
+        found.append({"label": label_of(arm), "figures": figures})
     return found
+
+
+def against_ppo(results: Results, variants: Sequence[str]) -> list[dict[str, Any]]:
+    """Every variant less PPO as the recipe has it, paired by seed: label and figures, seconds of PPO too."""
+    plain_ppo = results.by_seed("policy", arm="ppo")
+    found = []
+    for variant in variants:
+        varied = results.by_seed("policy", arm=variant)
+        pairs = list(zip(varied, plain_ppo, strict=True))
+        figures = {path: over_seeds([_less(v, p, path) for v, p in pairs]) for path in AGAINST}
+        figures["time"] = over_seeds([_exact(v["train_seconds"] / p["train_seconds"]) for v, p in pairs])
+        found.append({"label": label_of(variant), "figures": figures})
+    return found
+
+
+def _less(one: dict[str, Any], other: dict[str, Any], path: str) -> Figure:
+    """The difference of a figure in two summaries; unknown where one of them is."""
+    means = [figure_at(summary, path)["mean"] for summary in (one, other)]
+    return _exact(None if None in means else means[0] - means[1])
+
+
+def _exact(value: float | None) -> Figure:
+    """A seed's own figure."""
+    return {"mean": value, "ci95": None, "n": 1}
 
 
 def base_length(results: Results) -> Figure:
     """Tokens of the base's responses, over the seeds."""
     found = [s["response_length"]["before"] for s in results.by_seed("policy", arm="ppo")]
-    return over_seeds([{"mean": x, "ci95": None, "n": 1} for x in found])
+    return over_seeds([_exact(x) for x in found])
 
 
 def _best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
@@ -119,6 +146,7 @@ def page(content: dict[str, Any]) -> str:
         f"Intervals: 95%, the wider of Student's t over {len(seeds)} seed{'s' * (len(seeds) > 1)} of the "
         "policy and of the mean interval over prompts. Data and reward models are the same in all seeds.",
         table(["", *(label for _, label, _ in COLUMNS)], rows),
+        *_against(content["against"]),
         "## Samples",
         f"PPO, seed {seeds[0]}.",
         table(["prompt", "before", "after"], samples),
@@ -127,3 +155,19 @@ def page(content: dict[str, Any]) -> str:
         f"{time['jobs']} at a time, on {machine['cpu']} with {machine['cores']} cores.",
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _against(variants: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of the variants; nothing without any."""
+    if not variants:
+        return []
+    columns = [
+        (path, f"{label}, more", f"+{form.strip('+')}") for path, label, form in COLUMNS if path in AGAINST
+    ]
+    columns.append(("time", "seconds of training, ratio", ".2f"))
+    rows = [[v["label"], *(plain(v["figures"][path], form) for path, _, form in columns)] for v in variants]
+    return [
+        "## Settings of PPO",
+        "Each less PPO as the recipe has it, paired by seed; Student's t over the seeds.",
+        table(["", *(label for _, label, _ in columns)], rows),
+    ]

@@ -12,12 +12,12 @@ from rlhf.data.comparisons import Counts, prompt_key, write_native
 from rlhf.data.readers.native import read_native
 from rlhf.data.split import split_by_hash
 from rlhf.recipe.load import Recipe, load
-from rlhf.runs.artifacts import MANIFEST, read_json
+from rlhf.runs.artifacts import MANIFEST, hash_of, read_json
 from rlhf.runs.dtype import settled
 from rlhf.runs.stage import RUNS
 from studies.engine.stages import run_stage
 from studies.engine.units import Settings, Unit
-from studies.people.plan import samples
+from studies.people.plan import ARMS, samples
 
 BEFORE = ("rlhf.collect", "policy.sft", "policy.distillation")  # the last two where the recipe has them
 KEPT = (
@@ -94,9 +94,12 @@ def reward(s: Settings) -> dict[str, Any]:
 
 def policy(s: Settings) -> dict[str, Any]:
     """One policy against the reward model of the training half, and what both reward models say of it."""
-    arm, name = s["arm"], run_name(s, f"{s['arm']}-{s['seed']}")
+    arm, given = s["arm"], ()
+    if arm not in ARMS:  # a variant
+        arm, given = "ppo", s["arm"].split()
+    name = run_name(s, f"{arm}{hash_of(given)[:8] if given else ''}-{s['seed']}")
     train, test = (str(RUNS / run_name(s, half) / "reward" / "model") for half in ("train", "test"))
-    own = [f"name={name}", f"seed={s['seed']}", *of_half(s, "train"), f"ppo.reward_model={train}"]
+    own = [f"name={name}", f"seed={s['seed']}", *of_half(s, "train"), f"ppo.reward_model={train}", *given]
     own += ["ppo.retokenize=true"] if recipe_of(s).ppo.retokenize else []
     if arm == "rloo":
         own += [f"ppo.samples_per_prompt={samples(recipe_of(s))}", "ppo.algorithm=rloo"]
@@ -119,7 +122,9 @@ def policy(s: Settings) -> dict[str, Any]:
     stages(s, ("policy.evaluate",), [*own, *judged])
     done = RUNS / name / ("evaluate_dpo" if arm == "dpo" else "evaluate") / "summary.json"
     summary = json.loads(done.read_text(encoding="utf-8"))
-    return {key: summary[key] for key in KEPT if key in summary}
+    file = RUNS / name / where / MANIFEST
+    seconds = {"train_seconds": read_json(file)["seconds"]} if file.is_file() else {}  # trl's arms tell none
+    return {key: summary[key] for key in KEPT if key in summary} | seconds
 
 
 KINDS = {"halves": halves, "reward": reward, "policy": policy}
