@@ -14,6 +14,8 @@ Conversations (Chatbot Arena) that differ before the last answer share no prompt
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -195,13 +197,15 @@ def _turns(value: Any) -> list[str]:
 
 def columns_of_sides(row: Row) -> tuple[str, str, tuple[str, str]] | None:
     """The columns of two responses and their ends, None where the row has no such two."""
-    for stem in _STEMS:
-        for ends in _ENDS:
-            for between in ("_", "-", " ", ""):
-                one, other = (f"{stem}{between}{end}" for end in ends)
-                if named(row, one, other):
-                    return one, other, ends
-    return None
+    return next((found for found in _sides_among(frozenset(row)) if named(row, *found[:2])), None)
+
+
+@functools.lru_cache(maxsize=256)
+def _sides_among(columns: frozenset[str]) -> list[tuple[str, str, tuple[str, str]]]:
+    """The pairs of columns that may be two responses, in the order in which they are looked for."""
+    names = itertools.product(_STEMS, _ENDS, ("_", "-", " ", ""))
+    every = ((f"{stem}{mid}{ends[0]}", f"{stem}{mid}{ends[1]}", ends) for stem, ends, mid in names)
+    return [found for found in every if {*found[:2]} <= columns]
 
 
 def meaning_of(one: str, other: str, ends: tuple[str, str]) -> dict[str, int]:
