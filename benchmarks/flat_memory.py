@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
+from rlhf.errors import CommandLine, exit_on_user_error
+
 ROOT = Path(__file__).parents[1]
 MEBIBYTE = 1 << 20
 ANSWERS_A_QUESTION = 3
@@ -74,7 +76,7 @@ def read_posts(path: Path) -> dict[str, object]:
 
 def main() -> None:
     """Measure each size in its own process."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = CommandLine(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100], help="sizes of the dumps")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)  # what the process of its own does
     options = parser.parse_args()
@@ -90,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

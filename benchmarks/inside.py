@@ -8,7 +8,6 @@ first. Prints a table: seconds, and the peak of the process's memory until then 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 
@@ -20,7 +19,7 @@ from policy.inside.circuit.edges import edge_scores
 from policy.inside.circuit.wiring import Wiring
 from policy.inside.patching import record
 from policy.inside.subject import Batch, of_model
-from rlhf.errors import UserError, exit_on_user_error
+from rlhf.errors import CommandLine, UserError, exit_on_user_error
 from rlhf.markdown import table
 from rlhf.models.base import load_in_float32
 from rlhf.recipe.schema import Model
@@ -41,7 +40,7 @@ def pairs_of(vocabulary: int, pairs: int, tokens: int) -> tuple[Batch, Batch]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = CommandLine(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", help="a folder or a hub's name")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)

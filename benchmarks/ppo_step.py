@@ -8,7 +8,6 @@ thread leave out what other programs on the machine take.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import tempfile
 import time
@@ -25,6 +24,7 @@ from policy.ppo.setup import new_backbone
 from policy.ppo.trainer import PpoTrainer
 from policy.ppo.update import Updater
 from rlhf.data.prompts import read_prompts
+from rlhf.errors import CommandLine, exit_on_user_error
 from rlhf.models.base import load_base
 from rlhf.recipe.load import load
 from rlhf.runs.dtype import settled
@@ -54,7 +54,7 @@ def timed(function: Callable[..., Any], seconds: dict[str, float], name: str) ->
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandLine(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", action="store_true", help="print torch.profiler's table of operators")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
@@ -93,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

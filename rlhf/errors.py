@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import contextvars
 import errno
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FIRST_SPEAKS = 4.0  # seconds that the other processes wait before they say what is wrong
@@ -61,6 +63,18 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class CommandLine(argparse.ArgumentParser):
+    """Options of a command, whose mistakes are one line too, without a usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """A mistake that argparse has found.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message}; --help lists the options")
 
 
 def first_line(error: BaseException, limit: int | None = None) -> str:

@@ -9,7 +9,6 @@ on the same held-out comparisons; every trained model is one unit, so an interru
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.errors import exit_on_user_error
+from rlhf.errors import CommandLine, exit_on_user_error
 from rlhf.markdown import table
 from rlhf.recipe.load import Recipe, load
 from rlhf.runs.artifacts import hash_of, read_json, sha256_of, write_atomically
@@ -148,7 +147,7 @@ def _pretrained(recipe: Recipe, arm: str) -> Path:
 
 def main() -> None:
     """Run the study, or what is left of it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = CommandLine(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--recipe", default="recipes/pmp.yaml")
     parser.add_argument("--set", nargs="*", default=[], dest="overrides")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))

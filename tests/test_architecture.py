@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT
 from setuptools import find_packages
 
+from rlhf.errors import CommandLine, UserError
+
 PACKAGES = ("rlhf", "reward", "policy")
 BESIDE = ("studies", "benchmarks")  # they use the packages, nobody uses them
 
@@ -262,6 +264,20 @@ def test_a_mistake_is_told_before_torch_is_loaded(file):
 def test_torch_is_seen_where_it_is_loaded():
     assert "torch" in loaded_with("policy/ppo/run.py")
     assert {"torch", "peft"} <= loaded_with("rlhf/collect/simulated.py")  # through rlhf/models/backbone.py
+
+
+def test_every_command_tells_a_mistaken_option_in_one_line():
+    made = [
+        file
+        for file in python_files((*PACKAGES, *BESIDE))
+        if any(
+            isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser")
+            for node in ast.walk(tree(file))
+        )
+    ]
+    assert made == []  # but CommandLine
+    with pytest.raises(UserError, match=r"^unrecognized arguments: --x; --help lists the options$"):
+        CommandLine().parse_args(["--x"])
 
 
 def test_each_library_is_known_to_few():

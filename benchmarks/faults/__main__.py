@@ -6,7 +6,6 @@ drawn.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import math
 import random
@@ -30,6 +29,7 @@ from benchmarks.faults.killed_process import (
     outcome,
     prepare,
 )
+from rlhf.errors import CommandLine, exit_on_user_error
 from rlhf.runs.artifacts import write_atomically
 
 
@@ -129,7 +129,7 @@ def campaign(source: Path, scratch: Path, kills: int, seed: int) -> Campaign:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=faults.__doc__)
+    parser = CommandLine(prog="python -m benchmarks.faults", description=faults.__doc__)
     parser.add_argument("--kills", type=int, default=100, help="how many at least (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     parser.add_argument("--write", type=Path, help="a page with two `<!-- kills -->` marks around the table")
@@ -147,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

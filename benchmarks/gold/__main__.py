@@ -27,7 +27,7 @@ from benchmarks.gold.page import markdown, notes_of
 from benchmarks.gold.plan import PEERS, check, check_variants
 from benchmarks.harness import PEER, Children, Figures, environment, peer_folder, usable_cores
 from benchmarks.report import RESULTS, opening, publish
-from rlhf.errors import UserError, exit_on_user_error
+from rlhf.errors import CommandLine, UserError, exit_on_user_error
 from rlhf.recipe.load import Recipe, load
 from rlhf.runs.artifacts import WEIGHTS, hash_of, read_json, sha256_of, write_json
 from rlhf.runs.dtype import settled
@@ -233,7 +233,7 @@ def main() -> None:
     overrides = [
         word for n, word in enumerate(words) if "=" in word and not word.startswith("-") and n not in given
     ]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gold", description=__doc__,
+    parser = CommandLine(prog="python -m benchmarks.gold", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("recipe", nargs="?", help="an experiment, for example recipes/sentiment.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -18,14 +18,14 @@ from benchmarks.gpu_check import report
 from benchmarks.gpu_check.parts import PARTS, Machine, Part, run
 from benchmarks.gpu_check.roads import Deadline
 from benchmarks.harness import Figures
-from rlhf.errors import UserError, exit_on_user_error
+from rlhf.errors import CommandLine, UserError, exit_on_user_error
 from rlhf.runs.artifacts import write_atomically, write_json
 from rlhf.training.launch import visible_gpus
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m benchmarks.gpu_check", description=(__doc__ or "").partition("\n")[0]
     )
     names = [part.name for part in PARTS]

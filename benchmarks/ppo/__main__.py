@@ -39,7 +39,7 @@ from benchmarks.report import (
     raw,
     settings_of,
 )
-from rlhf.errors import UserError, exit_on_user_error
+from rlhf.errors import CommandLine, UserError, exit_on_user_error
 from rlhf.markdown import table
 from rlhf.recipe.load import files_of
 from rlhf.runs.artifacts import hash_of, write_json
@@ -171,9 +171,7 @@ def _seconds(figures: Figures) -> str:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ppo", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = CommandLine(prog="python -m benchmarks.ppo", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--prompts", default=PROMPTS, metavar="FILE", help="texts that prompts are joined of")
     add("--batch", type=int, default=16, help="responses a step")

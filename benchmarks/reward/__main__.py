@@ -35,7 +35,7 @@ from benchmarks.report import (
     ratio_table,
     settings_of,
 )
-from rlhf.errors import UserError, exit_on_user_error
+from rlhf.errors import CommandLine, UserError, exit_on_user_error
 from rlhf.markdown import table
 from rlhf.recipe.load import files_of
 from rlhf.runs.artifacts import hash_of, write_json
@@ -133,9 +133,7 @@ def markdown(report: Figures) -> str:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reward", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = CommandLine(prog="python -m benchmarks.reward", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--comparisons", nargs="+", default=[], metavar="FILE", help="pairs; none = made with HH's lengths")
     add("--rankings", nargs="+", default=[], metavar="FILE", help="rankings of four or more; none = made")

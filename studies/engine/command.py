@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.errors import CommandLine, UserError
 from rlhf.runs.artifacts import write_atomically
 from studies.engine.units import Compute, Unit, run
 from studies.engine.verdicts import Claim
@@ -22,7 +22,7 @@ from studies.engine.verdicts import Claim
 
 def arguments(study: str, about: str | None) -> argparse.ArgumentParser:
     """The options that all studies have."""
-    parser = argparse.ArgumentParser(prog=f"python -m studies.{study}", description=about)
+    parser = CommandLine(prog=f"python -m studies.{study}", description=about)
     parser.add_argument("--quick", action="store_true", help="small sizes: minutes, no verdict to cite")
     reports, work = Path(f"docs/studies/{study}"), Path(f"runs/studies/{study}")
     parser.add_argument("--output", "--out", type=Path, default=reports, help="the report's folder")
