@@ -159,7 +159,7 @@ check: setup ## ruff, mypy: lint, formatting and types
 # Two files at a time, one thread each: most tests wait for one core, and figures do not depend on the load.
 # In alphabetical order: the longest files have few tests, and last they would leave one core idle.
 test: setup ## pytest: all tests
-	@$(TOOLS) OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@$(TOOLS) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 smoke: setup ## make rlhf: the two tiny recipes from end to end, in scratch folders
 	@rm -rf runs/smoke runs/smoke-assistant

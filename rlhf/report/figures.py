@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -78,7 +78,7 @@ def over_seeds(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[floa
         y = np.array([run[x] for run in by_x])
         mean, half = float(y.mean()), math.nan
         if len(y) > 1:
-            half = float(student.ppf(0.975, len(y) - 1) * y.std(ddof=1) / math.sqrt(len(y)))
+            half = float(stdtrit(len(y) - 1, 0.975) * y.std(ddof=1) / math.sqrt(len(y)))
         found.append((x, mean, mean - half, mean + half))
     return found
 

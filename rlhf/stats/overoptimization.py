@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import nnls
-from scipy.stats import norm, theilslopes
+from scipy.special import ndtri
 
 from rlhf.stats.intervals import Z95, Estimate, mean_interval
 
@@ -141,7 +140,7 @@ def exploited(gap: Series, test: Series, end: int, segments: int) -> bool:
     if end < WINDOW:
         return False
     slope, error = slopes(gap, end)
-    bound = float(norm.ppf(1 - _ALARM / max(segments, 1)))
+    bound = float(ndtri(1 - _ALARM / max(segments, 1)))
     rises = slope > bound * np.maximum(error, 1e-12)
     return bool((rises & (slopes(test, end)[0] <= 0)).any())
 
@@ -149,6 +148,8 @@ def exploited(gap: Series, test: Series, end: int, segments: int) -> bool:
 def turning_point(test: Series) -> int:
     """The window from which the test score no longer rises: the corner of the broken line that rises or is
     level before it, falls or is level behind it, and fits best."""
+    from scipy.optimize import nnls  # it and scipy.stats take a second, and PPO starts with this module
+
     x, y = test.step_N, test.value_N
     errors = []
     for corner in x[:-1]:
@@ -160,6 +161,8 @@ def turning_point(test: Series) -> int:
 
 def trend(rows: Sequence[Row], name: str) -> dict[str, Any] | None:
     """Mean of the first and last rollouts, and the Theil-Sen slope a step with its interval (Sen 1968)."""
+    from scipy.stats import theilslopes
+
     found = [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
     if len(found) < WINDOW:
         return None
