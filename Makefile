@@ -42,7 +42,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan model rank comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf rounds report watch chat inside export export-policy export-reward verify check test smoke clean \
+.PHONY: help setup plan model rank comparisons sft distill pmp reward card ppo dpo evaluate tax rlhf rounds report watch chat inside export export-policy export-reward verify check test test-slow smoke clean \
         study-preference study-people study-scaling study-online study-ppo bench-reward bench-ppo gpu-check
 .NOTPARALLEL:
 
@@ -158,8 +158,14 @@ check: setup ## ruff, mypy: lint, formatting and types
 
 # Two files at a time, one thread each: most tests wait for one core, and figures do not depend on the load.
 # In alphabetical order: the longest files have few tests, and last they would leave one core idle.
-test: setup ## pytest: all tests
-	@$(TOOLS) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST = $(TOOLS) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest --numprocesses 2 --dist loadfile \
+	--no-loadscope-reorder
+
+test: setup ## pytest: the tests, but for those that take many processes, all families or every moment of a kill
+	@$(PYTEST) -m "not slow"
+
+test-slow: setup ## pytest: those tests
+	@$(PYTEST) -m slow
 
 smoke: setup ## make rlhf: the two tiny recipes from end to end, in scratch folders
 	@rm -rf runs/smoke runs/smoke-assistant

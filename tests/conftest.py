@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -35,6 +36,12 @@ PROMPTS = [
     f"data.prompts={ROOT}/recipes/prompts/sentiment_train.jsonl",
     f"data.held_out_prompts={ROOT}/recipes/prompts/sentiment_held_out.jsonl",
 ]
+
+
+def slow_but(kept, values):
+    """The parameters of a test, of which only some run in ``make test``, the others in ``make test-slow``."""
+    rows = [(value in kept, value if isinstance(value, tuple) else (value,)) for value in values]
+    return [pytest.param(*row, marks=[] if quick else pytest.mark.slow) for quick, row in rows]
 
 
 def stage(main, *overrides, recipe=TINY):
@@ -123,6 +130,20 @@ def alone(road, tmp_path_factory):
     start = Start(link_stages(road, tmp_path_factory.mktemp("alone") / "run"))
     start.finish()
     return start
+
+
+@pytest.fixture
+def reloaded_here(monkeypatch):
+    """What was exported is loaded again in this process: a tenth of the time of test_export.py's own."""
+
+    def run(command, **_):
+        monkeypatch.setattr(sys, "argv", command[2:])
+        reload.main()
+        return SimpleNamespace(returncode=0, stderr="")
+
+    from rlhf.export import folder, reload
+
+    monkeypatch.setattr(folder, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture

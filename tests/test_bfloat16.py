@@ -145,6 +145,7 @@ def test_every_stage_of_the_road_runs_and_leaves_float32(inside, monkeypatch):
     assert read_json(folder / "evaluate" / "summary.json")
 
 
+@pytest.mark.slow
 def test_ppo_killed_in_bfloat16_ends_bit_for_bit_where_a_run_left_alone_does(tmp_path):
     options = ("model.dtype=bfloat16", "ppo.steps=4", "ppo.checkpoint_every=1", "ppo.epochs=1")
     lab = tmp_path / "lab"

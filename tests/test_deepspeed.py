@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import ranks
-from conftest import ROOT, stage
+from conftest import ROOT, slow_but, stage
 from ranks import finish
 from safetensors.torch import load_file
 
@@ -106,7 +106,7 @@ def test_the_clip_is_at_work(alone):
     assert min(row["policy/grad_norm"] for row in curve(alone, "ppo")) > 0.3
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", slow_but([0], [0, 3]))
 def test_two_processes_and_a_kill_learn_what_one_process_learns(zero, road, alone, tmp_path):
     here = copy_of(road, tmp_path / "here", "comparisons", "reward")
     interrupt(here, *PPO, f"distributed.zero_stage={zero}")
@@ -116,6 +116,7 @@ def test_two_processes_and_a_kill_learn_what_one_process_learns(zero, road, alon
 
 
 # each process's states, and with ZeRO-3 its weights, lie on the CPU by DeepSpeed's own ways of offloading
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero", "options"),
     [
@@ -136,6 +137,7 @@ def test_offloaded_and_checkpointed_processes_learn_the_same(zero, options, road
 
 
 # from ZeRO 2 to ZeRO 2 and, because a checkpoint holds whole tensors, to ZeRO 3
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_run_of_zero_2_goes_on_with_any_zero_stage(zero, stopped, alone, tmp_path):
     here = Path(shutil.copytree(stopped, tmp_path / "here"))
@@ -147,6 +149,7 @@ def test_a_run_of_zero_2_goes_on_with_any_zero_stage(zero, stopped, alone, tmp_p
     assert (results["processes"], results["zero"]) == (2, zero)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_with_one(stopped, alone, tmp_path, capfd):
     from policy.ppo import __main__ as train
 
@@ -178,7 +181,7 @@ def single(road, tmp_path_factory):
     return folder, parts
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", slow_but([0], [0, 2, 3]))
 def test_two_processes_train_the_reward_model_of_one(zero, single, road, tmp_path, monkeypatch):
     from reward.model.model import TextRewardModel
     from rlhf.data.comparisons import Message
@@ -206,6 +209,7 @@ def test_two_processes_train_the_reward_model_of_one(zero, single, road, tmp_pat
     assert scores[1].std() > 0.01
 
 
+@pytest.mark.slow
 def test_offloaded_processes_train_the_reward_model_of_one(single, road, tmp_path):
     here = copy_of(road, tmp_path / "here", "comparisons")
     options = [f"distributed.offload_{name}=cpu" for name in ("optimizer", "param")]
@@ -217,6 +221,7 @@ def test_offloaded_processes_train_the_reward_model_of_one(single, road, tmp_pat
 SHORT = ("reward.layers=2", "reward.pooling=mean")
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one_on_a_reward_model_of_fewer_layers(road, tmp_path):
     """ZeRO-3 takes the layers apart, and a role goes through some of them only."""
     from policy.ppo import __main__ as ppo
@@ -236,6 +241,7 @@ def test_two_processes_agree_with_one_on_a_reward_model_of_fewer_layers(road, tm
     assert json.loads((here / "runs/tiny/reward/model/reward_model.json").read_text())["layers"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero", "base", "name", "more"),
     [(3, "quantization=nf4", "reward", ()), (2, "dtype=bfloat16", "ppo", ()),
@@ -260,6 +266,7 @@ def test_two_processes_train_over_any_base(zero, base, name, more, inside):
     assert (inside / "runs" / "tiny" / name / MANIFEST).is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_keep_the_policy_that_one_keeps_by_a_test_model(road, tmp_path):
     """And train two reward models one after the other, each with an engine of its own."""
     from policy.ppo import __main__ as ppo

@@ -141,6 +141,7 @@ def packed(road, tmp_path_factory):
     return folder / "runs/packed"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_was_trained_over_a_packed_base_is_unpacked(packed, monkeypatch):
     monkeypatch.chdir(packed.parents[1])
@@ -177,7 +178,7 @@ def test_the_lines_of_the_card_give_the_score(at):
 
 
 @torch.no_grad()
-def test_a_policy_of_which_all_weights_were_trained_is_copied(run):
+def test_a_policy_of_which_all_weights_were_trained_is_copied(run, reloaded_here):
     recipe = tiny_recipe()
     made = finished(recipe, "distill")
     write_tiny_model(made.folder / "model", seed=7)
@@ -253,7 +254,7 @@ def test_the_card_has_the_figures_of_the_run(at):
     assert read_json(EXPORT / "reward/config.json")["reward_offset"] == offset
 
 
-def test_a_half_type_and_a_license_are_written_as_asked(run):
+def test_a_half_type_and_a_license_are_written_as_asked(run, reloaded_here):
     settings = ("export.dtype=bfloat16", "export.license=apache-2.0", "export.folder=elsewhere")
     stage(policy.main, *settings, "export.models=[policy]")
     stage(reward.main, *settings, "export.models=[policy]")
@@ -311,7 +312,7 @@ def test_a_stage_that_has_not_finished_is_named(run):
         stage(reward.main, "export.models=[reward]")
 
 
-def test_nothing_is_pushed_unless_asked(run, monkeypatch):
+def test_nothing_is_pushed_unless_asked(run, reloaded_here, monkeypatch):
     calls = []
 
     class Api:

@@ -31,7 +31,7 @@ POLICIES = {"gpt2": "GPT2LMHeadModel", "gemma3_vision": "Gemma3ForCausalLM"}
 
 
 @pytest.fixture(params=KINDS)
-def family(request, inside):
+def family(request, inside, reloaded_here):
     """A run of a family, made by hand, in the current folder."""
     write_family(request.param, Path("models/family"))
     recipe = tiny_recipe("model.path=models/family", "model.source=hub")

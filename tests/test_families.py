@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, stage
+from conftest import ROOT, slow_but, stage
 from families import FAMILIES, REFUSED, TEXT_PART, page, write_family
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
@@ -24,6 +24,7 @@ from rlhf.models.masks import left_pad
 from rlhf.recipe.schema import Lora, Model
 
 WORK = [name for name in FAMILIES if name not in REFUSED]
+USUAL = ("llama", "qwen3", "gpt2", "gemma3")
 SHORT = (
     *("collect.prompts=12", "collect.responses=2", "reward.reference_responses=8", "lora.layers=top_2"),
     *("ppo.steps=1", "ppo.batch_size=8", "ppo.minibatches=1", "ppo.epochs=1", "ppo.rollout_batch_size=8"),
@@ -59,7 +60,7 @@ def expected(model, prompt, response):
     return logits[len(prompt) - 1 : -1].log_softmax(-1)[torch.arange(len(response)), response]
 
 
-@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize("name", slow_but(USUAL, WORK))
 def test_every_role_of_a_family_says_what_the_plain_model_says(name, models, tmp_path):
     base = load_base(Model(path=str(models / name)))
     torch.manual_seed(0)
@@ -92,7 +93,7 @@ def test_every_role_of_a_family_says_what_the_plain_model_says(name, models, tmp
         assert score.isfinite().all()
 
 
-@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize("name", slow_but(USUAL, WORK))
 def test_a_family_is_decoded_greedily_as_by_itself(name, models):
     base = load_base(Model(path=str(models / name)))
     uniforms = torch.zeros(2, 12)
@@ -107,7 +108,7 @@ def test_a_family_is_decoded_greedily_as_by_itself(name, models):
         assert ids[:length].tolist() == row[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize("name", slow_but(USUAL, WORK))
 def test_a_family_goes_the_whole_road(name, models, inside, capsys):
     for main in (collect.main, reward.main, ppo.main, evaluate.main):
         stage(main, f"model.path={models / name}", "model.source=hub", *SHORT)
@@ -177,7 +178,7 @@ def gradients(folder, layers, *, checkpointing):
     return [p.grad for p in backbone.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize("name", slow_but(USUAL, WORK))
 def test_a_family_has_the_same_gradients_under_checkpointing(name, models):
     for layers in ("all", "top_2"):
         plain, less = (gradients(models / name, layers, checkpointing=on) for on in (False, True))

@@ -8,6 +8,7 @@ moving average, a schedule.
 import signal
 
 import pytest
+from conftest import slow_but
 
 from benchmarks.faults.__main__ import Campaign, campaign
 from benchmarks.faults.killed_process import LAST, PHASES, STATEFUL, STEPS, Plan, Start, link_stages, outcome
@@ -25,6 +26,7 @@ def assert_same(folder, alone):
     assert found["left"] == []
 
 
+@pytest.mark.slow
 def test_more_than_20_kills_at_random_points_change_nothing(road, tmp_path):
     found = campaign(road, tmp_path, kills=22, seed=1)
     assert found.faults == []
@@ -33,6 +35,7 @@ def test_more_than_20_kills_at_random_points_change_nothing(road, tmp_path):
     assert f"| {found.kills['update']} |" in found.table()
 
 
+@pytest.mark.slow
 def test_a_campaign_reports_what_differs(road, alone, tmp_path):
     found = Campaign(alone, seed=0)
     found.wanted["steps"][-1]["objective/score"] += 1e-12
@@ -40,7 +43,9 @@ def test_a_campaign_reports_what_differs(road, alone, tmp_path):
     assert found.faults == ["run 1: steps differ"]
 
 
-@pytest.mark.parametrize(("phase", "visit"), [("rollout", 2), ("update", 1), ("log", 1)])
+@pytest.mark.parametrize(
+    ("phase", "visit"), slow_but([("update", 1)], [("rollout", 2), ("update", 1), ("log", 1)])
+)
 def test_a_polite_stop_saves_and_ends_well(phase, visit, road, alone, tmp_path):
     here = link_stages(road, tmp_path / "here")
     delay = 0.0 if phase == "log" else Campaign(alone, 0).known[phase][1] / 2

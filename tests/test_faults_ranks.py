@@ -48,8 +48,10 @@ def assert_ends_with_one_line(survivor, within, reason):
     ("zero", "plans"),
     [
         (2, {1: Plan("update", 1, 0.01)}),
-        (0, {0: Plan("rollout", 1, 0.01)}),
-        (3, {1: Plan("scoring", 2)}),  # 8 responses of a process in two calls: the first of the second step
+        pytest.param(0, {0: Plan("rollout", 1, 0.01)}, marks=pytest.mark.slow),
+        pytest.param(
+            3, {1: Plan("scoring", 2)}, marks=pytest.mark.slow
+        ),  # 8 responses of a process in two calls: the first of the second step
     ],
 )
 def test_a_process_whose_partner_is_killed_ends_with_one_line(zero, plans, road, tmp_path):

@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from conftest import slow_but
 
 from benchmarks.faults.killed_process import FULL_DISK, STATEFUL, STEPS, Plan, Start, link_stages, outcome
 from rlhf.runs.artifacts import write_manifest
@@ -64,6 +65,7 @@ def assert_full(start):
 # ---- a full disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "visit", "step"),
     [
@@ -92,6 +94,7 @@ def test_a_line_of_metrics_is_on_the_disk_before_its_checkpoint(tmp_path, monkey
     assert (metrics.file.stat().st_ino, '{"step": 1, "x": 0.5}\n') in synced
 
 
+@pytest.mark.slow
 def test_a_disk_that_really_fills_up(road, alone, tmp_path, small_disk):
     here = link_stages(road, tmp_path / "here")
     disk = small_disk(tmp_path / "here" / HERE)
@@ -125,7 +128,7 @@ def truncate(file):
     os.truncate(file, file.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+@pytest.mark.parametrize("damage", slow_but([flip], [flip, truncate, Path.unlink]))
 @pytest.mark.parametrize("name", ["policy/adapter_model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(damage, name, stopped, alone, tmp_path):
     here = Path(shutil.copytree(stopped, tmp_path / "here", symlinks=True))
@@ -180,6 +183,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_score_function_that_fails_ends_the_run_and_mended_it_goes_on(fault, road, alone, tmp_path):
     here = link_stages(road, tmp_path / "here")

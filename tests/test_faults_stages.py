@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny_tax
-from conftest import ROOT
+from conftest import ROOT, slow_but
 
 from benchmarks.faults.killed_process import Start, link_stages
 from rlhf.runs.artifacts import MANIFEST
@@ -95,7 +95,7 @@ def begun(name, road, lab, folder):
     return link_stages(road, folder, "evaluate" if done else name)
 
 
-@pytest.mark.parametrize("name", ["tax", "card", "evaluate", "comparisons", "pmp"])
+@pytest.mark.parametrize("name", slow_but(["evaluate"], ["tax", "card", "evaluate", "comparisons", "pmp"]))
 def test_a_stage_stopped_at_several_moments_ends_as_if_it_had_been_left_alone(name, road, lab, tmp_path):
     alone, here = (begun(name, road, lab, tmp_path / which) for which in ("alone", "here"))
     whole = Start(alone, OPTIONS[name], name=name)
@@ -138,6 +138,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(name, size, road, tmp_p
     assert not list((here / "runs/tiny" / name).rglob(".staging-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [60, 180])
 @pytest.mark.parametrize("name", ["sft", "reward", "distill"])
 def test_a_real_file_system_that_fills_up_is_one_line(name, kilobytes, road, tmp_path, small_disk):

@@ -70,6 +70,7 @@ def wholes(tmp_path_factory):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "where", "name", "number"),
     [
@@ -182,6 +183,7 @@ def alone(tmp_path_factory):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero", "method", "layers"),
     [(0, "lora", "top_2"), (2, "full", "all"), (3, "lora", "top_2")],

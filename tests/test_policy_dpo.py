@@ -345,6 +345,7 @@ def together(road, tmp_path_factory):
     return alone_in(folder, dpo.main, *options), options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_processes_learn_what_one_process_learns(zero, together, road, tmp_path):
     alone, options = together

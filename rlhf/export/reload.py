@@ -28,7 +28,8 @@ def logits_of(model: Any, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _main() -> None:
+def main() -> None:
+    """Write the logits of what the words on the command line name."""
     folder, kind, rows, out, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     model = getattr(transformers, kind).from_pretrained(folder).eval()
@@ -37,4 +38,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    main()
