@@ -164,6 +164,12 @@ def test_an_update_needs_what_torch_counts(adapters):
     assert found["update"] == counted(update)
     twice = step_flops(sizes, replace(method, epochs=2), rows=2, prompt_tokens=10, response_tokens=8)
     assert twice["update"] == 2 * found["update"]
+    alone = step_flops(sizes, replace(method, value=False), rows=2, prompt_tokens=10, response_tokens=8)
+
+    def policy():
+        head(decoder(IDS).last_hidden_state[:, -RESPONSE:].contiguous()).sum().backward()
+
+    assert alone["update"] == counted(policy)
 
 
 def test_an_update_over_a_cached_trunk_needs_what_torch_counts():

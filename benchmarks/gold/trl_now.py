@@ -73,7 +73,7 @@ def arguments(recipe: Recipe, scratch: Path) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "bf16": False,  # the weights have the recipe's type, there is no autocast
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,

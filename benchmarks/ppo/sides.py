@@ -118,8 +118,9 @@ def ours(task: Task, rows: list[dict[str, Any]], scratch: Path, base: Any = None
 
     number, recipe = len(rows), task.recipe(len(rows))
     dialogue = dialogue_of(task.base, task.response_tokens)
-    prompts: list[Prompt] = [(Message("user", row["text"]),) for row in rows]
-    if [dialogue.encode_prompt(prompt) for prompt in prompts] != [row["ids"] for row in rows]:
+    different = rows[:: task.samples]
+    prompts: list[Prompt] = [(Message("user", row["text"]),) for row in different]
+    if [dialogue.encode_prompt(prompt) for prompt in prompts] != [row["ids"] for row in different]:
         raise RuntimeError("ours: the prompts are not the token ids that theirs gets")
     torch.manual_seed(recipe.seed)
     base = load_base(recipe.model) if base is None else base
@@ -127,7 +128,8 @@ def ours(task: Task, rows: list[dict[str, Any]], scratch: Path, base: Any = None
     backbone = new_backbone(base, recipe.lora, recipe.ppo, rewards=("reward",))
     head: Any = backbone.heads["reward"]
     head.reset_parameters()
-    backbone.heads["value"].load_state_dict(head.state_dict())
+    if valued := recipe.ppo.has_value:
+        backbone.heads["value"].load_state_dict(head.state_dict())
     warning = backbone.check_architecture()
     if warning:
         raise RuntimeError(warning)
@@ -158,8 +160,8 @@ def ours(task: Task, rows: list[dict[str, Any]], scratch: Path, base: Any = None
         trainer.train()
     cached = bool(backbone.frozen_layers)
     method = Method(
-        task.epochs, recipe.lora.rank, recipe.lora.top_k or sizes.layers, passes=4, heads=2, adapters=3,
-        cached=cached,
+        task.epochs, recipe.lora.rank, recipe.lora.top_k or sizes.layers, passes=3 + valued, heads=2,
+        adapters=2 + valued, cached=cached, value=valued,
     )  # fmt: skip
     tokens = sum(len(row["ids"]) for row in rows)
     return {

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from benchmarks.harness import Figures, peak_bytes, weights_dtype
 from rlhf.recipe.load import Recipe
@@ -39,6 +41,8 @@ class Task:
     dtype: str = "float32"
     """Of the base: a type of torch's, or of theirs ``autocast``: float32 weights, products in bfloat16."""
     seed: int = 0
+    samples: int = 1
+    """Responses to a prompt, whose rows stand together; with more than one it is RLOO, without a value."""
 
     def recipe(self, rows: int) -> Recipe:
         """The recipe that does this with so many responses a step."""
@@ -63,6 +67,7 @@ class Task:
                     "missing_eos": "subtract",
                     "missing_eos_penalty": 1.0,
                     "checkpoint_every": 1_000_000,
+                    **({"algorithm": "rloo", "samples_per_prompt": self.samples} if self.samples > 1 else {}),
                 },
             }
         )
@@ -75,7 +80,21 @@ def dialogue_of(base: str, response_tokens: int = 48) -> Dialogue:
     )
 
 
+def classifier_of(path: str, dialogue: Dialogue, dtype: str = "float32") -> Any:
+    """The base with a fresh scalar head."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=getattr(torch, dtype), pad_token_id=dialogue.pad_id
+    )
+
+
 # ---------------------------------------------------------------- time
+
+
+def now() -> float:
+    """Seconds of a clock, read when a GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Step(NamedTuple):
@@ -86,7 +105,7 @@ class Step(NamedTuple):
     cpu: float
     """Processor seconds of all threads."""
     phases: dict[str, float]
-    """By name, those of :data:`PHASES`."""
+    """By name, those of :data:`PHASES` that can be told apart."""
     response_tokens: float
     """Of all responses, EOS included."""
 
@@ -103,7 +122,7 @@ class Clock:
 
     def start(self) -> None:
         """The next step begins now."""
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        self.wall, self.cpu = now(), time.process_time()
 
     def end_step(self, phases: dict[str, float], response_tokens: float) -> None:
         """A step ends, the next begins."""
@@ -163,6 +182,8 @@ class Method:
     """The layers below the first adapter are computed once a rollout."""
     full_value: bool = False
     """The value learns with all its weights, and has no adapter."""
+    value: bool = True
+    """There is one."""
 
 
 def step_flops(
@@ -209,7 +230,7 @@ def step_flops(
     return {
         "generate": 2.0 * (layers * weights + k * adapter) * (tokens - rows) + head,
         "score": 2.0 * tokens * scored + method.heads * head,
-        "update": method.epochs * (learner + 2.0 * head + value),
+        "update": method.epochs * (learner + 2.0 * head + value * method.value),
     }
 
 
@@ -225,7 +246,8 @@ def figures(steps: Sequence[Step], sizes: Sizes, method: Method, *, rows: int, p
 
     Returns:
         Means a step: seconds in all and by phase, processor seconds, response tokens; tokens (prompt and
-        response, without padding) a second, peak memory, and the operations needed.
+        response, without padding) a second, and those sampled and, over all epochs, trained on; peak memory
+        of the process and of its GPU (the most that tensors held), bytes; the operations needed.
     """
     measured = steps[1:]
     seconds = statistics.fmean(s.seconds for s in measured)
@@ -236,15 +258,18 @@ def figures(steps: Sequence[Step], sizes: Sizes, method: Method, *, rows: int, p
         "measured_steps": len(measured),
         "s_per_step": seconds,
         "cpu_s_per_step": statistics.fmean(s.cpu for s in measured),
-        **{f"{name}_s": statistics.fmean(s.phases[name] for s in measured) for name in PHASES},
+        **{f"{name}_s": statistics.fmean(s.phases[name] for s in measured) for name in steps[0].phases},
         "rows": rows,
         "prompt_tokens": prompt_tokens,
         "response_tokens": response,
         "mean_response_tokens": response / rows,
         "tokens_per_s": (prompt_tokens + response) / seconds,
+        "sampled_per_s": response / seconds,
+        "trained_per_s": method.epochs * (prompt_tokens + response) / seconds,
         "s_per_token": seconds / (prompt_tokens + response),
         "flops_per_step": sum(flops.values()),
         "flops_by_phase": flops,
         "flops_per_s": sum(flops.values()) / seconds,
         "peak_bytes": peak_bytes(),
+        "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }

@@ -6,7 +6,6 @@ Only its clock is ours: two functions of its module are wrapped to see where a p
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,11 +15,11 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import torch
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from benchmarks.harness import Figures, weights_dtype
-from benchmarks.ppo.task import Clock, Method, Task, dialogue_of, figures, sizes_of
+from benchmarks.ppo.task import Clock, Method, Task, classifier_of, dialogue_of, figures, now, sizes_of
 from rlhf.errors import UserError
 from rlhf.models.lora import lora_config
 from rlhf.models.masks import action_mask
@@ -42,14 +41,14 @@ class Watch(TrainerCallback):
     def batch_generation(self, model: Any, queries: Any, *rest: Any, **options: Any) -> Any:
         """Samples; a phase ends behind it."""
         whole, logits = self._generate(model, queries, *rest, **options)
-        self.generated = time.perf_counter()
+        self.generated = now()
         self.tokens = int(action_mask(whole[:, queries.shape[1] :], self.eos_id).sum())
         return whole, logits
 
     def forward(self, *rest: Any, **options: Any) -> Any:
         """Runs the model; the first one with gradients begins the update."""
         if self.updating is None and torch.is_grad_enabled():  # scoring runs without gradients
-            self.updating = time.perf_counter()
+            self.updating = now()
         return self._forward(*rest, **options)
 
     def on_train_begin(self, *rest: Any, **options: Any) -> None:
@@ -60,11 +59,11 @@ class Watch(TrainerCallback):
         """A step ends."""
         if self.generated is None or self.updating is None:
             raise RuntimeError("theirs: a step has ended without generating or without updating")
-        began, now = self.clock.wall, time.perf_counter()
+        began, ended = self.clock.wall, now()
         phases = {
             "generate": self.generated - began,
             "score": self.updating - self.generated,
-            "update": now - self.updating,
+            "update": ended - self.updating,
         }
         self.clock.end_step(phases, self.tokens)
         self.generated = self.updating = None
@@ -75,13 +74,6 @@ def policy_of(path: str, dialogue: Dialogue, dtype: str = "float32") -> Any:
     policy = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     policy.generation_config.pad_token_id = dialogue.pad_id
     return policy
-
-
-def classifier_of(path: str, dialogue: Dialogue, dtype: str = "float32") -> Any:
-    """The base with a fresh scalar head."""
-    return AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, dtype=getattr(torch, dtype), pad_token_id=dialogue.pad_id
-    )
 
 
 def train(
@@ -143,7 +135,7 @@ def train(
             adam_epsilon=ppo.adam_epsilon,
             seed=recipe.seed,
             stop_token="eos",
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             bf16=autocast,
             gradient_checkpointing=False,
             num_sample_generations=0,
