@@ -90,9 +90,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def peer_path(peer: Path) -> str:
+    """This process's ``PYTHONPATH`` with a peer's folder first."""
+    return os.pathsep.join([str(peer), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def environment(threads: int, peer: Path | None = None) -> dict[str, str]:
     """Variables of a child: threads, no GPU, no network, no telemetry; a peer's folder first on its path."""
-    path = [str(peer), *filter(None, [os.environ.get("PYTHONPATH")])] if peer else []
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -100,35 +104,43 @@ def environment(threads: int, peer: Path | None = None) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        **({"PYTHONPATH": os.pathsep.join(path)} if path else {}),
+        **({"PYTHONPATH": peer_path(peer)} if peer else {}),
     }
 
 
-def peer_folder(root: Path = Path(".stamps")) -> Path:
+def peer_folder(root: Path = Path(".stamps"), seconds: float | None = None) -> Path:
     """The folder of the peer's release, installed without its dependencies if it is not there yet.
 
     Args:
         root: where such folders are kept.
+        seconds: that the installation may take; 0 = there is none.
 
     Returns:
         Its absolute path, to stand first on the ``PYTHONPATH`` of the peer's process alone.
 
     Raises:
-        UserError: it cannot be installed, as without a network.
+        UserError: it cannot be installed, as without a network, or not in that time.
     """
     package, version = PEER
     folder = root.absolute() / f"{package}-{version}"
     if (folder / f"{package}-{version}.dist-info").is_dir():
         return folder
+    if seconds == 0:
+        raise UserError(f"{package}=={version}: run `make bench-ppo BENCH=--quick` once with a network")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         words = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", scratch]
         command = [sys.executable, "-m", "pip", *words, f"{package}=={version}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+            said = (
+                "" if not done.returncode else (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            )
+        except subprocess.TimeoutExpired:
+            said = f"pip took more than {seconds:.0f} s"
+        if said:
             raise UserError(
-                f"{package}=={version}, which this benchmark compares with, cannot be installed ({last}); "
+                f"{package}=={version}, which this benchmark compares with, cannot be installed ({said}); "
                 "run it once with a network, later runs need none"
             )
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,9 +6,12 @@ import time
 
 import pytest
 
+from benchmarks import harness
 from benchmarks.gpu_check import __main__, child, parts, report
 from benchmarks.gpu_check.parts import PARTS, Machine, Part
 from benchmarks.gpu_check.roads import Deadline, Failure, Road, call, largest_difference
+from benchmarks.ppo import task
+from rlhf.errors import UserError
 
 CPU = Machine(0, quick=True)
 
@@ -118,6 +121,72 @@ def test_steps_over_a_known_shape_are_measured():
     assert 0.3e9 < found["planned_bytes"] < 3e9  # libraries, and a model of a few megabytes
     assert "process" in report.line(found)
     assert "GB" in report.line(found)
+
+
+def test_ours_and_the_installed_trl_do_the_same_work(tmp_path):
+    found = child.sides(str(tmp_path), ["ours", "rloo"], samples=4, quick=True)
+    compared = parts.compared(found, "rloo")
+    for side in found.values():
+        assert (side["rows"], side["measured_steps"]) == (4, 1)
+        assert 4 <= side["response_tokens"] <= 4 * 4
+        assert side["sampled_per_s"] * side["s_per_step"] == pytest.approx(side["response_tokens"])
+        tokens = side["prompt_tokens"] + side["response_tokens"]
+        assert side["trained_per_s"] * side["s_per_step"] == pytest.approx(2 * tokens)  # epochs
+        assert side["gpu_bytes"] is None
+    assert compared["their_time_a_step_over_ours"] > 0
+    assert "their_gpu_memory_over_ours" not in compared
+    (rows,) = report.beside([{"name": "t", "figures": compared}, {"name": "failed"}])
+    assert [line.split("|")[1].strip() for line in rows.splitlines()[2:]] == ["t: ours", "t: rloo"]
+
+
+@pytest.mark.parametrize(("side", "quick"), [("theirs", False), ("rloo", False), ("rloo", True)])
+def test_sides_have_the_first_card_and_processes_of_their_own(monkeypatch, tmp_path, side, quick):
+    asked = []
+    figures = dict.fromkeys(("s_per_step", "s_per_token", "sampled_per_s", "trained_per_s"), 2.0)
+    figures |= {"rows": 4, "prompt_tokens": 9, "response_tokens": 16.0, "gpu_bytes": 6e9, "peak_bytes": 1e9}
+
+    def measure(kind, values, deadline, told):
+        asked.append((values["names"], told))
+        return {name: figures | {"gpu_bytes": 3e9 if name == "ours" else 6e9} for name in values["names"]}
+
+    monkeypatch.setattr(parts, "child", measure)
+    monkeypatch.setattr(parts, "peer_folder", lambda seconds: tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    found = parts.beside(side, 4)(Machine(2, quick), Deadline(9))
+    assert [names for names, _ in asked] == ([["ours", side]] if quick else [[], ["ours"], [side]])
+    told = {told["CUDA_VISIBLE_DEVICES"] + told.get("PYTHONPATH", "").split(":")[0] for _, told in asked}
+    assert told == {f"3{tmp_path}" if side == "theirs" else "3"}
+    assert found["their_gpu_memory_over_ours"] == 2
+    assert "6.00" in report.beside([{"name": "t", "figures": found}])[0]
+    with pytest.raises(Failure, match="other prompts"):
+        parts.compared({"ours": figures, side: figures | {"prompt_tokens": 8}}, side)
+
+
+def test_a_release_that_is_not_in_place_leaves_its_part_out(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(harness.subprocess, "run", lambda *words, **options: 1 / 0)  # nothing is installed
+    found = parts.run(Part("p", "w", parts.beside("theirs", 1), 5), CPU, 100.0)
+    assert found["state"] == "skipped"
+    assert "not in place: trl==1.12.0: run `make bench-ppo BENCH=--quick` once" in found["why"]
+
+    def late(command, timeout, **options):
+        raise harness.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(harness.subprocess, "run", late)
+    with pytest.raises(UserError, match=r"cannot be installed \(pip took more than 20 s\)"):
+        harness.peer_folder(tmp_path / "kept", 20)
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_step_ends_when_the_gpu_has_done_its_work(monkeypatch):
+    waits = []
+    clock = task.Clock()
+    monkeypatch.setattr(task.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(task.torch.cuda, "synchronize", lambda: waits.append(time.sleep(0.05)))
+    clock.end_step({}, 0.0)
+    assert len(waits) == 1
+    assert clock.steps[0].seconds >= 0.05
 
 
 @pytest.mark.parametrize(("name", "billions"), [("0.6b", 0.596), ("8b", 8.03)])

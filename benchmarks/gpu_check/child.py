@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from benchmarks.gpu_check import beside
 from benchmarks.harness import Figures, machine, peak_bytes, serve
 from benchmarks.ppo.sides import ours, prepare
 from benchmarks.ppo.task import Task
@@ -19,6 +20,7 @@ from rlhf.models.tiny import write_tiny_model
 from rlhf.plan.lengths import Lengths
 from rlhf.plan.shapes import PUBLISHED, Shape, from_config
 from rlhf.plan.stages import plan
+from rlhf.runs.artifacts import write_json
 from rlhf.training.matrix_units import product_rate
 
 PROMPTS = "recipes/prompts/sentiment_train.jsonl"
@@ -67,18 +69,24 @@ def device(size: int) -> Figures:
     }
 
 
+def random_base(shape: str, quick: bool) -> Any:
+    """A random model of a known shape in bfloat16 on the best device; ``quick``: of a few megabytes."""
+    kind, values = SHAPES[shape]
+    config = kind(**{**values, **(_SMALL if quick else {})}, eos_token_id=1, pad_token_id=0)
+    torch.manual_seed(0)
+    with torch.device(best_device()):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
 def ppo(shape: str, quick: bool) -> Figures:
     """Steps of ``make ppo`` over a random model of a known shape; ``quick``: small in every respect.
 
     Returns:
         Seconds a step and by phase, tokens a second, the share of the bfloat16 peak, memory in bytes: of the
-        GPU (``gpu_bytes``, the most that tensors held) and of the process, and what ``make plan`` says of it.
+        GPU (``gpu_bytes``, the most that tensors held) and of the process, what ``make plan`` says of it, and
+        what was measured over that.
     """
-    kind, values = SHAPES[shape]
-    config = kind(**{**values, **(_SMALL if quick else {})}, eos_token_id=1, pad_token_id=0)
-    torch.manual_seed(0)
-    with torch.device(best_device()):
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    base = random_base(shape, quick)
     number, response = (4, 8) if quick else (16, 64)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "tokenizer"
@@ -87,24 +95,37 @@ def ppo(shape: str, quick: bool) -> Figures:
         steps = 2 if quick else 3
         task = Task(str(folder), "", "all", response, epochs=2, steps=steps, micro_batch=min(8, number))
         found = ours(task, rows, Path(scratch), base)
-    gpu = torch.cuda.is_available()
     asked = task.recipe(number)
     recipe = asked.model_copy(update={"model": asked.model.model_copy(update={"dtype": "bfloat16"})})
     lengths = Lengths(max(len(row["ids"]) for row in rows), 2, None, True)
-    moments = plan(recipe, from_config(config.to_dict(), shape), lengths, gpu=gpu, world=1).moments
+    moments = plan(
+        recipe, from_config(base.config.to_dict(), shape), lengths, gpu=torch.cuda.is_available(), world=1
+    ).moments
     peak = products_a_second(512 if quick else 8192, torch.bfloat16)
-    kept = ("s_per_step", "generate_s", "score_s", "update_s", "tokens_per_s", "flops_per_s")
+    planned = max(m.parts.total for m in moments if m.stage == "ppo")
+    kept = ("s_per_step", "generate_s", "score_s", "update_s", "tokens_per_s", "flops_per_s", "gpu_bytes")
     return {
         **{name: found[name] for name in kept},
         "share_of_bfloat16_peak": found["flops_per_s"] / peak,
         "parameters": sum(p.numel() for p in base.parameters()),
-        "gpu_bytes": torch.cuda.max_memory_allocated() if gpu else None,
         "process_bytes": peak_bytes(),
-        "planned_bytes": max(m.parts.total for m in moments if m.stage == "ppo"),
+        "planned_bytes": planned,
+        "measured_over_planned": (found["gpu_bytes"] or peak_bytes()) / planned,
     }
 
 
-KINDS: dict[str, Callable[..., Figures]] = {"device": device, "ppo": ppo}
+def sides(folder: str, names: list[str], samples: int, quick: bool) -> Figures:
+    """Sides of :mod:`benchmarks.gpu_check.beside` at the shape of 0.6B; the first call writes the model."""
+    place = Path(folder)
+    if not (place / "rows.json").is_file():
+        write_tiny_model(place)  # for its tokenizer
+        random_base("0.6b", quick).save_pretrained(folder)
+        rows = prepare(folder, PROMPTS, (4 if quick else 16) // samples, 16, 64, 0)
+        write_json(place / "rows.json", {"rows": [row for row in rows for _ in range(samples)]})
+    return beside.run(place, names, samples, quick=quick)
+
+
+KINDS: dict[str, Callable[..., Figures]] = {"device": device, "ppo": ppo, "sides": sides}
 
 if __name__ == "__main__":
     exit_on_user_error(lambda: serve(KINDS))

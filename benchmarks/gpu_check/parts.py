@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +15,22 @@ from benchmarks.gpu_check.roads import (
     PREPARE,
     Deadline,
     Failure,
+    Missing,
     Road,
     call,
     largest_difference,
     weights,
 )
-from benchmarks.harness import Figures
+from benchmarks.harness import Figures, peer_folder, peer_path
+from rlhf.errors import UserError
 from rlhf.runs.artifacts import read_json, write_json
+from rlhf.training.launch import visible_gpus
 
 TOLERANCE = 1e-4
 """Between the losses of two devices in float32, relative to the largest of them."""
 _REWARD, _PPO, _SFT = "reward.training", "policy.ppo", "policy.sft"
 _FRESH = ("reward.start=null", "ppo.start=null")  # of the assistant's recipe: no stage of it before
-_LOSSES = {"sft": "sft/loss", "reward": "reward/loss"}
+_LOSSES = {"sft": "sft/loss", "reward": "reward/loss", "ppo": "policy/loss"}
 
 
 @dataclass(frozen=True)
@@ -51,34 +55,36 @@ class Part:
     """Also part of the quick form."""
 
 
-def child(kind: str, values: Figures, deadline: Deadline) -> Figures:
+def child(kind: str, values: Figures, deadline: Deadline, told: Mapping[str, str] | None = None) -> Figures:
     """Have :mod:`benchmarks.gpu_check.child` measure something in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         task, result = Path(scratch) / "task.json", Path(scratch) / "result.json"
         write_json(task, values)
-        call([sys.executable, "-m", "benchmarks.gpu_check.child", kind, str(task), str(result)], deadline)
+        words = ["benchmarks.gpu_check.child", kind, str(task), str(result)]
+        call([sys.executable, "-m", *words], deadline, told)
         return dict(read_json(result))
 
 
 def device(machine: Machine, deadline: Deadline) -> Figures:
-    """Card, driver, memory, and the matrix products a second that it reaches."""
+    """Card, version of CUDA, memory, and the matrix products a second that it reaches."""
     return child("device", {"size": 512 if machine.quick or not machine.gpus else 8192}, deadline)
 
 
 def parity(machine: Machine, deadline: Deadline) -> Figures:
-    """Losses of fine-tuning and of the reward model in float32, on the GPU and on the CPU."""
+    """Losses of fine-tuning, the reward model and (not quick) PPO in float32, on the GPU and on the CPU."""
+    stages = {_SFT: "sft", _REWARD: "reward", **({} if machine.quick else {_PPO: "ppo"})}
     found: list[dict[str, list[float]]] = []
     for environment in (HIDDEN, {}):
         with Road("parity", deadline, _FRESH, recipe=ASSISTANT, environment=environment) as road:
-            road.run(*PREPARE, _SFT, _REWARD)
-            found.append({stage: road.column(stage, name) for stage, name in _LOSSES.items()})
+            road.run(*PREPARE, *stages)
+            found.append({stage: road.column(stage, _LOSSES[stage]) for stage in stages.values()})
     figures: Figures = {
-        f"{stage}_difference": largest_difference(found[0][stage], found[1][stage]) for stage in _LOSSES
+        f"{stage}_difference": largest_difference(found[0][stage], found[1][stage]) for stage in found[0]
     }
     worst = max(figures.values())
     if worst > TOLERANCE:
         raise Failure(f"losses on the GPU and on the CPU are {worst:.1e} apart, allowed {TOLERANCE:.0e}")
-    return figures | {"steps": len(found[0]["sft"]) + len(found[0]["reward"])}
+    return figures | {"steps": sum(map(len, found[0].values()))}
 
 
 def road(*overrides: str, processes: Callable[[Machine], int] = lambda machine: 1) -> Callable[..., Figures]:
@@ -142,6 +148,47 @@ def size(name: str) -> Callable[..., Figures]:
     return do
 
 
+def beside(side: str, samples: int) -> Callable[..., Figures]:
+    """Seconds, tokens a second and memory of our steps and of a trainer of trl's, on one device.
+
+    Args:
+        side: of :data:`benchmarks.gpu_check.beside.SIDES`, other than ours.
+        samples: responses to a prompt; 1 = PPO, more = RLOO.
+    """
+
+    def do(machine: Machine, deadline: Deadline) -> Figures:
+        quick = machine.quick or not machine.gpus
+        told = {"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus(os.environ)[:1])}
+        if side == "theirs":
+            try:
+                folder = peer_folder(seconds=0 if machine.quick else min(20, deadline.left / 2))
+            except UserError as error:
+                raise Missing(f"not in place: {error}") from None
+            told["PYTHONPATH"] = peer_path(folder)
+        found: Figures = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            # the model is written by a process of its own, so that each side's memory is its own too
+            for names in [["ours", side]] if quick else [[], ["ours"], [side]]:
+                values = {"folder": scratch, "names": names, "samples": samples, "quick": quick}
+                found |= child("sides", values, deadline, told)
+        return compared(found, side)
+
+    return do
+
+
+def compared(found: Mapping[str, Figures], side: str) -> Figures:
+    """The figures of both sides, with the costs of theirs over those of ours."""
+    a, b = found["ours"], found[side]
+    if (a["rows"], a["prompt_tokens"]) != (b["rows"], b["prompt_tokens"]):
+        raise Failure("the two sides had other prompts")
+    kept = ("s_per_step", "sampled_per_s", "trained_per_s", "response_tokens", "gpu_bytes", "peak_bytes")
+    costs = {"time_a_step": "s_per_step", "time_a_token": "s_per_token", "gpu_memory": "gpu_bytes"}
+    return {
+        **{f"their_{name}_over_ours": b[key] / a[key] for name, key in costs.items() if a[key]},
+        "sides": {name: {key: values[key] for key in kept} for name, values in found.items()},
+    }
+
+
 def everyone(machine: Machine) -> int:
     """A process a GPU; two on the CPU."""
     return machine.gpus or 2
@@ -149,8 +196,14 @@ def everyone(machine: Machine) -> int:
 
 PARTS: Sequence[Part] = (
     Part("device", "what there is, and its matrix products a second", device, 60),
-    Part("float32", "losses on the GPU as on the CPU", parity, 150),
+    Part("float32", "losses on the GPU as on the CPU", parity, 180),
     Part("bfloat16", "reward model and PPO in bfloat16", road("model.dtype=bfloat16"), 90),
+    Part("0.6b", "PPO steps at the shape of Qwen3-0.6B, bfloat16", size("0.6b"), 120, quick=False),
+    Part("trl-ppo", "our PPO beside PPOTrainer of trl 1.12, shape of 0.6B", beside("theirs", 1), 150,
+         quick=False),
+    Part("trl-rloo", "our RLOO beside RLOOTrainer of the installed trl", beside("rloo", 4), 120),
+    Part("8b", "PPO steps at the shape of Llama-3.1-8B, bfloat16", size("8b"), 240, gpu_only=True,
+         quick=False),
     Part("rloo", "RLOO in bfloat16", road("model.dtype=bfloat16", "ppo.algorithm=rloo",
          "ppo.samples_per_prompt=2", "ppo.value=adapter", "ppo.value_warmup=0"), 90, quick=False),
     Part("int8", "reward model and PPO over an int8 base", road("model.quantization=int8"), 90, quick=False),
@@ -165,9 +218,6 @@ PARTS: Sequence[Part] = (
          road("distributed.zero_stage=3", "distributed.offload_optimizer=cpu",
               "distributed.offload_param=cpu", processes=everyone), 120, gpu_only=True, quick=False),
     Part("resume", "PPO killed and resumed", killed, 150),
-    Part("0.6b", "PPO steps at the shape of Qwen3-0.6B, bfloat16", size("0.6b"), 120, quick=False),
-    Part("8b", "PPO steps at the shape of Llama-3.1-8B, bfloat16", size("8b"), 240, gpu_only=True,
-         quick=False),
 )  # fmt: skip
 
 
@@ -186,6 +236,8 @@ def run(part: Part, machine: Machine, left: float) -> Figures:
     deadline = Deadline(min(part.seconds * (1 if machine.gpus else 3), left))
     try:
         figures = part.do(machine, deadline)
+    except Missing as missing:
+        return {"state": "skipped", "why": str(missing)}
     except Failure as failure:
         return {"state": "failed", "why": str(failure)}
     except Exception as error:  # a fault of the check itself: the other parts still run

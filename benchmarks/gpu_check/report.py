@@ -7,6 +7,8 @@ from typing import Any
 from benchmarks.harness import Figures
 from rlhf.markdown import table
 
+_SIDES = ("side", "seconds a step", "sampled tokens/s", "trained tokens/s", "response tokens a step",
+          "GPU memory, GB", "process, GB")  # fmt: skip
 _MARK = {"passed": "passed", "failed": "**FAILED**", "skipped": "skipped"}
 
 
@@ -32,6 +34,17 @@ def line(figures: Figures) -> str:
     return ", ".join(words)
 
 
+def beside(parts: list[Figures]) -> list[str]:
+    """A table of the sides that were timed beside each other, where there are any."""
+    rows = [
+        [f"{part['name']}: {side}", plain(found["s_per_step"]), plain(found["sampled_per_s"]),
+         plain(found["trained_per_s"]), plain(found["response_tokens"]),
+         *("" if found[key] is None else f"{found[key] / 1e9:.2f}" for key in ("gpu_bytes", "peak_bytes"))]
+        for part in parts for side, found in part.get("figures", {}).get("sides", {}).items()
+    ]  # fmt: skip
+    return [table(_SIDES, rows)] if rows else []
+
+
 def page(content: Figures) -> str:
     """The check as one Markdown page, from gpu-check.json."""
     rows = [
@@ -50,6 +63,7 @@ def page(content: Figures) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items()),
         ", ".join(f"{number} {state}" for state, number in counts.items()) + ".",
         table(["part", "what", "", "figures or reason", "seconds"], rows),
+        *beside(content["parts"]),
         "Tiny random models but where a shape is named; losses are compared relative to the largest of them.",
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"

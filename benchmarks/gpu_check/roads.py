@@ -30,6 +30,10 @@ class Failure(Exception):
     """A part that did not do what it should; the text says what happened."""
 
 
+class Missing(Exception):
+    """What a part needs is not in place, so that it is left out; the text says what, and what to run."""
+
+
 class Deadline:
     """The time that a part has.
 
