@@ -72,6 +72,7 @@ def test_there_are_as_many_cases_as_the_documents_say():
     assert counts == [str(recipes), str(files)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ending", "content"), CASES)
 def test_a_hostile_input_is_one_line(kind, ending, content, tmp_path):
     (tmp_path / "here").mkdir()

@@ -103,6 +103,7 @@ def test_a_score_and_a_text_are_those_that_each_model_gives_alone(road, monkeypa
     assert len(pieces) > 4  # token by token
 
 
+@pytest.mark.slow
 def test_without_a_reward_model_there_are_no_scores(road, tmp_path):
     process = start(road, tmp_path, "chat.models=[base]")
     (tmp_path / "runs/tiny/reward").unlink()
@@ -172,6 +173,7 @@ def test_an_adapter_of_other_settings_or_a_damaged_one_is_refused(road, tmp_path
     assert "is damaged" in err
 
 
+@pytest.mark.slow
 def test_an_answer_longer_than_the_window_is_refused(road, tmp_path):
     process = start(road, tmp_path, "chat.max_tokens=100000")
     _, err = process.communicate("", timeout=60)

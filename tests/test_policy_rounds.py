@@ -140,6 +140,7 @@ def test_the_next_rounds_go_on_from_the_finished_ones(lab, monkeypatch):
     assert asked[-1] == ("rlhf.collect", 'name="r-round-3-new"')
 
 
+@pytest.mark.slow
 def test_rounds_that_were_stopped_anywhere_end_as_if_they_had_not_been(road, lab, inside):
     shutil.copytree(road / "models", inside / "models")
     for at in (2, 9):

@@ -195,6 +195,7 @@ def alone(road, tmp_path_factory):
     return alone_in(folder, sft.main, *SFT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_processes_learn_what_one_process_learns(zero, alone, road, tmp_path):
     assert min(row["sft/grad_norm"] for row in curve(alone, "sft")) > 0.3  # the clip is at work

@@ -73,6 +73,7 @@ def assert_same(folder, whole, name):
     assert mine["left"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["comparisons", "reward"])  # PPO: test_faults_kill.py
 def test_a_stage_killed_at_random_moments_ends_as_if_it_had_never_been_killed(name, whole, tmp_path):
     here = link_stages(whole, tmp_path / "here", name)
@@ -91,6 +92,7 @@ def test_a_stage_killed_at_random_moments_ends_as_if_it_had_never_been_killed(na
     assert_same(here, whole, name)
 
 
+@pytest.mark.slow
 def test_an_ensemble_killed_in_every_member_ends_as_if_it_had_never_been_killed(whole, tmp_path):
     """With a language-model term: the second member begins anew where the first has not been finished."""
     alone = link_stages(whole, tmp_path / "alone", "reward")

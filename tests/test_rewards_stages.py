@@ -157,6 +157,7 @@ def test_a_mix_goes_with_the_other_options_of_ppo(functions, options):
     assert row["objective/score"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])  # which shards the weights, so all score together
 def test_two_processes_do_what_one_does(functions, tmp_path_factory, zero):
     mix = (

@@ -183,6 +183,7 @@ def problems():
     return humaneval.read([str(HUMANEVAL)])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shut_in")
 def test_the_164_solutions_pass_and_164_wrong_ones_fail(problems):
     assert len(problems) == 164

@@ -13,6 +13,7 @@ def ever_exploited(rows, steps):
     return any(exploited(gap, test, end, segments) for end in range(steps + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truth", [0 * TIME, RISE], ids=["level", "both rise and end"])
 @pytest.mark.parametrize("batch", [8, 32])
 def test_a_false_alarm_at_any_look_is_as_rare_as_it_says(truth, batch):
