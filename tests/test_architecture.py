@@ -70,6 +70,7 @@ LIGHT = (
             "collect/functions",
             "collect/judges",
             "models/configuration",
+            "models/kernels/named",
             "models/prepare",
             "training/metrics",
             "watch/state",

@@ -28,6 +28,7 @@ def test_attention_is_computed_as_the_recipe_says_and_gives_the_same(tmp_path):
     [
         (False, "bfloat16", "flash_attention_2 needs a GPU, and there is none here; use auto"),
         (True, "float32", "flash_attention_2 computes in half types; set model.dtype=bfloat16 or use auto"),
+        (True, "bfloat16", "flash_attention_2 needs flash_attn, which is not installed; use auto"),
         (True, "bfloat16", r"model.attn_implementation: .*FlashAttention2.* installed; use auto"),
     ],
 )
@@ -35,6 +36,8 @@ def test_attention_that_cannot_be_is_told_before_loading(gpu, dtype, message, tm
     tiny_model(VOCABULARY).save_pretrained(tmp_path)
     monkeypatch.setattr("rlhf.models.base.check_dtype", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    if "FlashAttention2" in message:  # in the words of transformers
+        monkeypatch.setattr("rlhf.models.kernels.named.find_spec", lambda _: "there")
     with pytest.raises(UserError, match=message):
         load_base(Model(path=str(tmp_path), dtype=dtype, attn_implementation="flash_attention_2"))
 
@@ -44,9 +47,11 @@ def liger(monkeypatch, tmp_path):
     """A stand-in for Liger on a stand-in for a GPU: what it was called with, and a base that asks for it."""
     calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("rlhf.models.kernels.named.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("rlhf.models.kernels.named.find_spec", lambda _: "there")
     monkeypatch.setattr("rlhf.models.kernels.named._kinds_of_liger", lambda: {"llama": None})
-    monkeypatch.setattr("rlhf.models.kernels.named.apply_liger_kernel", lambda *given: calls.append(given))
+    monkeypatch.setattr(
+        "transformers.integrations.liger.apply_liger_kernel", lambda *given: calls.append(given)
+    )
     tiny_model(VOCABULARY).save_pretrained(tmp_path)
     return calls, Model(path=str(tmp_path), use_liger_kernel=True)
 
@@ -65,13 +70,13 @@ def test_liger_that_cannot_be_is_told_in_one_line(liger, monkeypatch):
         raise TypeError("unexpected argument")
 
     _, model = liger
-    monkeypatch.setattr("rlhf.models.kernels.named.apply_liger_kernel", old)
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", old)
     with pytest.raises(UserError, match=r"use_liger_kernel: .*: unexpected argument; leave it out"):
         load_base(model)
     monkeypatch.setattr("rlhf.models.kernels.named._kinds_of_liger", dict)
     with pytest.raises(UserError, match=r"Liger has no kernels for .*, which is llama"):
         load_base(model)
-    monkeypatch.setattr("rlhf.models.kernels.named.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("rlhf.models.kernels.named.find_spec", lambda _: None)
     with pytest.raises(UserError, match="needs liger-kernel: pip install liger-kernel"):
         load_base(Model(path="nowhere", use_liger_kernel=True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

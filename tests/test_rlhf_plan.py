@@ -1,7 +1,7 @@
 """`make plan`: what is read before anything is loaded, what is said, what is refused."""
 
+import contextlib
 import json
-import os
 import subprocess
 
 import pytest
@@ -182,27 +182,37 @@ def test_within_its_own_error_a_plan_refuses_nothing(tmp_path, monkeypatch, caps
     assert "does not fit" in capsys.readouterr().out
 
 
+FLASH, LIGER = "model.attn_implementation=flash_attention_2", "model.use_liger_kernel=true"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "refused"),
+    [
+        ("none", [FLASH, "model.dtype=bfloat16"], "flash_attention_2 needs a GPU"),
+        ("none", [LIGER], "use_liger_kernel needs a GPU"),
+        ("24GB", [FLASH], "computes in half types"),
+        ("24GB", [FLASH, LIGER, "model.dtype=auto"], None),
+        ("here", [FLASH, "model.dtype=auto"], "flash_attention_2 needs flash_attn"),
+        ("here", [LIGER], "pip install liger-kernel"),
+    ],
+)
+def test_kernels_are_refused_as_the_first_stage_would(gpu, options, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPU", gpu.removeprefix("here"))
+    monkeypatch.setattr("rlhf.plan.machine.gpu_bytes", lambda: [24 << 30])  # asked for where none is named
+    for told in (check.show, check.before_a_run):
+        with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+            told(tiny_recipe(*options))
+
+
 def test_yaml_reads_off_as_false():
     assert load(TINY, ["plan=off"]).plan == "off"
 
 
 def test_the_command_ends_with_2_where_it_does_not_fit(tmp_path):
-    command = [
-        "make",
-        "--no-print-directory",
-        "plan",
-        "RECIPE=recipes/tiny.yaml",
-        f"SET=name={tmp_path.name[:20]}",
-    ]
+    command = f"make --no-print-directory plan RECIPE=recipes/tiny.yaml SET=name={tmp_path.name[:20]}".split()
     for gpu, status in (("1GB", 0), ("1kB", 2)):
-        done = subprocess.run(
-            [*command, f"GPU={gpu}"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ},
-        )
+        done = subprocess.run([*command, f"GPU={gpu}"], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stdout + done.stderr
 
 

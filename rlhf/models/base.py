@@ -139,7 +139,7 @@ def load_base(
             has no units for its type; or the model or the machine has not the kernels that are asked for.
     """
     check_dtype(model.dtype)
-    check_kernels(model)
+    check_kernels(model, gpu=torch.cuda.is_available())
     source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     named = model.attn_implementation != "auto"
     try:

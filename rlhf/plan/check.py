@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rlhf.errors import UserError
+from rlhf.models.kernels.named import check_kernels
 from rlhf.plan.lengths import Lengths, lengths_of
 from rlhf.plan.machine import Machine, machine
 from rlhf.plan.remedies import remedies, together
@@ -37,13 +38,24 @@ class Planned(NamedTuple):
         ]
 
 
-def planned(recipe: Recipe, here: Machine | None = None) -> Planned:
-    """The plan of a recipe on a machine, None = what the environment says and what is here.
+def machine_for(recipe: Recipe) -> Machine:
+    """What the environment says and what is here.
 
     Raises:
-        UserError: nothing is known of the base, or the environment names no such machine.
+        UserError: the environment names no such machine, or it cannot run the kernels that are asked for.
     """
-    here = here or machine()
+    here = machine()
+    model = as_it_will_run(recipe, gpu=here.gpu).model
+    check_kernels(model, gpu=here.gpu, elsewhere=here.elsewhere)
+    return here
+
+
+def planned(recipe: Recipe, here: Machine) -> Planned:
+    """The plan of a recipe on a machine.
+
+    Raises:
+        UserError: nothing is known of the base.
+    """
     recipe = as_it_will_run(recipe, gpu=here.gpu)
     known, lengths = shape_of(recipe.model), lengths_of(recipe)
     return Planned(plan(recipe, known.shape, lengths, gpu=here.gpu, world=here.world), here, known, lengths)
@@ -63,9 +75,9 @@ def show(recipe: Recipe) -> None:
     """Print the plan of a recipe.
 
     Raises:
-        UserError: it does not fit; what would help has been printed.
+        UserError: it does not fit, and what would help has been printed; or the machine has not the kernels.
     """
-    found = planned(recipe)
+    found = planned(recipe, machine_for(recipe))
     print(page(found.plan, found.machine, found.notes), flush=True)
     largest = found.plan.largest()
     if not fits(largest, found.machine):
@@ -77,25 +89,24 @@ def before_a_run(recipe: Recipe) -> None:
     """Say in a line what a run will need, as ``plan`` of the recipe asks for.
 
     Raises:
-        UserError: with ``refuse``, where it cannot fit.
+        UserError: the machine has not the kernels; with ``refuse``, where it cannot fit.
     """
     if recipe.plan == "off":
         return
+    here = machine_for(recipe)
     try:
-        found = planned(recipe)
+        found = planned(recipe, here)
     except UserError as error:
         print(f"plan: {error}", flush=True)
         return
     largest = found.plan.largest()
-    if fits(largest, found.machine):
-        print(f"plan: {verdict(largest, found.machine)}", flush=True)
+    told = f"plan: {verdict(largest, here)}"
+    if fits(largest, here):
+        print(told, flush=True)
         return
-    print(page(found.plan, found.machine, found.notes), _help(recipe, found), sep="\n", flush=True)
-    if recipe.plan == "refuse" and cannot_fit(largest, found.machine):
-        raise UserError(
-            f"plan: {verdict(largest, found.machine)}; change one of the above, or set plan=warn to "
-            "start all the same"
-        )
+    print(page(found.plan, here, found.notes), _help(recipe, found), sep="\n", flush=True)
+    if recipe.plan == "refuse" and cannot_fit(largest, here):
+        raise UserError(f"{told}; change one of the above, or set plan=warn to start all the same")
 
 
 def _help(recipe: Recipe, found: Planned) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf.data.comparisons import Comparison, Prompt
+from rlhf.data.comparisons import Comparison
 from rlhf.data.prompts import read_prompts
 from rlhf.data.readers import read_comparisons
 from rlhf.errors import UserError
@@ -37,7 +37,6 @@ class Lengths(NamedTuple):
 def lengths_of(recipe: Recipe) -> Lengths:
     """The lengths of a recipe's comparisons and prompts."""
     data, limit = recipe.data, recipe.dialogue.max_prompt_tokens
-    prompts: list[Prompt] = []
     count, most = data.limit, 2
     if data.sampled:
         count, most = recipe.collect.prompts, recipe.collect.responses
@@ -45,7 +44,7 @@ def lengths_of(recipe: Recipe) -> Lengths:
     found = _comparisons(given, recipe) if given else []
     if found:
         most, count = max(len(c.responses) for c in found), min(len(found), data.limit or len(found))
-        prompts = [c.prompt for c in found]
+    prompts = [c.prompt for c in found]
     if data.rankings:
         most = data.rankings
     if _small(data.prompts):

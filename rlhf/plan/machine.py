@@ -13,7 +13,7 @@ from rlhf.errors import UserError
 from rlhf.training.hosts import read_hosts
 
 _CARD = 2**30 / 1e9  # a card sold as 24 GB has 24 GiB; CUDA's context and gaps take the difference
-_UNITS = {"": 1.0, "B": 1.0, "MB": 1e6, "MIB": 2**20, "GB": 1e9, "GIB": 2**30, "TB": 1e12, "TIB": 2**40}
+_UNITS = {"": 1.0, "M": 1e6, "MI": 2**20, "G": 1e9, "GI": 2**30, "T": 1e12, "TI": 2**40}
 
 
 class Machine(NamedTuple):
@@ -27,6 +27,8 @@ class Machine(NamedTuple):
     nodes: int
     words: str
     """For the report."""
+    elsewhere: bool = False
+    """A GPU that ``GPU`` speaks of, whatever is here."""
 
     @property
     def world(self) -> int:
@@ -55,7 +57,7 @@ def machine(environment: Mapping[str, str] = os.environ) -> Machine:
     each = f"{processes} process{'es' if processes > 1 else ''}"
     each += f" on each of {nodes} machines" if nodes > 1 else ""
     if given and given.lower() not in ("none", "cpu"):
-        return Machine(True, size_of(given, "GPU"), processes, nodes, f"a GPU of {given}, {each}")
+        return Machine(True, size_of(given, "GPU"), processes, nodes, f"a GPU of {given}, {each}", True)
     if cards:
         free = min(cards) / _CARD
         return Machine(True, free, processes, nodes, f"a GPU here of {min(cards) / 2**30:.0f} GiB, {each}")
@@ -70,12 +72,11 @@ def size_of(text: str, name: str) -> float:
     Raises:
         UserError: it is none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", text.strip(), re.IGNORECASE)
-    unit = found[2].upper() if found else ""
-    unit = unit if unit.endswith("B") or not unit else f"{unit}B"
-    if found is None or unit not in _UNITS or float(found[1]) * _UNITS[unit] < 1e6:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?)B?", text.strip(), re.IGNORECASE)
+    size = float(found[1]) * _UNITS.get(found[2].upper(), 0.0) if found else 0.0
+    if size < 1e6:
         raise UserError(f"{name}={text[:40]}: write a size of memory, such as {name}=24GB")
-    return float(found[1]) * _UNITS[unit]
+    return size
 
 
 def ram() -> float:

@@ -63,15 +63,12 @@ def page(plan: Plan, machine: Machine, notes: Sequence[str]) -> str:
 
 def help_page(remedies: Sequence[Remedy], combined: Remedy | None, machine: Machine) -> str:
     """What would help, each remedy with its figure."""
+    several = [combined] if combined is not None and len(combined.overrides) > 1 else []
     rows = [
         [" ".join(r.overrides), gigabytes(r.largest.parts.total), f"{r.largest.stage} ({r.largest.name})",
          "yes" if fits(r.largest, machine) else "no"]
-        for r in remedies[:_SHOWN]
+        for r in [*remedies[:_SHOWN], *several]
     ]  # fmt: skip
-    if combined is not None and len(combined.overrides) > 1:
-        largest = combined.largest
-        where = f"{largest.stage} ({largest.name})"
-        rows.append([" ".join(combined.overrides), gigabytes(largest.parts.total), where, "yes"])
     if not rows:
         return "Nothing in the recipe would lower it: use a smaller model, or a machine with more memory."
     return "\n".join(["", table(["with SET=", "GB", "largest then", "fits"], rows)])

@@ -114,10 +114,8 @@ def shape_of(model: Model) -> Known:
     Raises:
         UserError: nothing is known of it.
     """
-    for folder, where in (
-        (Path(model.path).expanduser(), "in place"),
-        (_cached(model), "in the hub's cache"),
-    ):
+    places = (Path(model.path).expanduser(), "in place"), (_cached(model), "in the hub's cache")
+    for folder, where in places:
         config = None if folder is None else read_config(folder)
         if folder is not None and config is not None:
             stored, kind = stored_weights(folder)

@@ -41,15 +41,13 @@ class Plan(NamedTuple):
 
     def largest(self) -> Moment:
         """The moment that needs most."""
-        return max(self.moments, key=lambda moment: moment.parts.total)
+        return max(self.moments, key=_need)
 
     def by_stage(self) -> list[Moment]:
         """The largest moment of each stage, in their order."""
         largest: dict[str, Moment] = {}
         for moment in self.moments:
-            known = largest.get(moment.stage)
-            if known is None or moment.parts.total > known.parts.total:
-                largest[moment.stage] = moment
+            largest[moment.stage] = max(largest.get(moment.stage, moment), moment, key=_need)
         return list(largest.values())
 
 
@@ -234,11 +232,8 @@ class Stages:
         own = -(-section.batch_size // self.setting.world)
         sequences = own * (2 if isinstance(section, Dpo) else 1)
         tokens = max(width, min(section.tokens_per_micro_batch // width, sequences) * width)
-        positions = (
-            tokens
-            if getattr(section, "loss_on", "response") != "response"
-            else tokens * self.response // width
-        )
+        responses = getattr(section, "loss_on", "response") == "response"
+        positions = tokens * self.response // width if responses else tokens
         yield self._learning(stage, tokens, width, positions, "trainer")
 
     def _distillation(self, section: Distill) -> Iterator[Moment]:
@@ -286,6 +281,10 @@ class Stages:
 
     def _fixed(self, libraries: str) -> float:
         return 0.0 if self.setting.gpu else FIXED[libraries]
+
+
+def _need(moment: Moment) -> float:
+    return moment.parts.total
 
 
 def _with(moment: Moment, **more: float) -> Moment:
