@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from rlhf.errors import UserError
 from rlhf.plan import check, memory
-from rlhf.plan.lengths import Lengths
+from rlhf.plan.lengths import Lengths, lengths_of
 from rlhf.plan.machine import Machine, machine, size_of
 from rlhf.plan.remedies import remedies, together
 from rlhf.plan.report import fits
@@ -131,6 +131,41 @@ def test_each_way_to_save_memory_saves_it():
     update = [m for m in plan(big(distributed={"zero_stage": 3}), QWEN, LENGTHS, gpu=True, world=8).moments
               if (m.stage, m.name) == ("ppo", "update")]  # fmt: skip
     assert update[0].parts.weights == pytest.approx(8190735360 * 2 / 8)
+
+
+def rows_of(stage, lengths=LENGTHS, **sections):
+    moments = plan(big(**sections), QWEN, lengths, gpu=True, world=1).moments
+    return {m.name: m.parts for m in moments if m.stage == stage}
+
+
+def test_card_and_tax_have_rows_where_the_recipe_runs_them():
+    """Against figures worked out by hand."""
+    token, head = 147456, 2 * 151936 * 4096  # bytes of a token's keys and values, and of a vocabulary head
+    whole = 2 * 8190735360
+    card = rows_of("card", reward={"layers": 18}, card={"outliers": ["x"]})
+    assert [*card] == ["scoring", "outliers"]
+    half = (whole - 2 * head - 2 * 4096) / 2 + head + 2 * 4096  # of the layers, with an embedding and a norm
+    assert card["scoring"].weights == half
+    assert card["outliers"].states == 4096 * 18 * 4096 * 2
+    assert rows_of("card", ppo={"rewards": [{"judge": "vader"}]}) == rows_of("tax") == {}
+    tax = {"score": True, "reward_model_hhh": True, "tasks": {"hhh": "x"}, "interpolate": []}
+    found = rows_of("tax", LENGTHS._replace(context=1000), tax=tax, reward={"members": 3})
+    assert [*found] == ["reading items", written := "reading prompts", "judging"]
+    rows, room = 9, 1000 + 512 + 128 + 1  # 8 times 2048 tokens hold nine such rows
+    assert (found[written].kv_cache, found[written].states) == (rows * room * token, 1000 * token)
+    assert found["judging"].weights == 3 * (whole - head)
+    few = rows_of("tax", tax=tax, evaluate={"prompts": 5})
+    assert few[written].kv_cache == 5 * 641 * token
+
+
+def test_the_prompt_counts_where_a_variant_of_the_tax_table_runs_behind_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompt.txt").write_text("a" * 77)
+    tax = "tax={score: true, variants: %s}"
+    for variants, tokens in (("null", 77), ("[base, policy_prompted]", 77), ("[base, policy]", 0)):
+        recipe = tiny_recipe("hhh_prompt=prompt.txt", tax % variants)
+        assert lengths_of(recipe).context == tokens, variants
+    assert lengths_of(tiny_recipe("hhh_prompt=prompt.txt")).context == 0
 
 
 def test_the_remedies_are_valid_fit_and_begin_with_what_changes_no_result():

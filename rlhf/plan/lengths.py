@@ -14,6 +14,7 @@ from rlhf.data.prompts import read_prompts
 from rlhf.data.readers import read_comparisons
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe, files_of
+from rlhf.recipe.tax import DEFAULT_VARIANTS
 
 _BYTES = 400_000  # of files that are read; larger ones would take longer than the answer is worth
 _TURN, _SYSTEM = 6, 32  # tokens that a chat template adds to a turn, and before the first one
@@ -32,6 +33,8 @@ class Lengths(NamedTuple):
     """Read from the files; else these are the recipe's limits."""
     tokens: int | None = None
     """Of all comparisons together at most, by the size of local files; None = not known."""
+    context: int = 0
+    """Of the text of `hhh_prompt`, where a variant of the tax table runs behind it."""
 
 
 def lengths_of(recipe: Recipe) -> Lengths:
@@ -52,14 +55,23 @@ def lengths_of(recipe: Recipe) -> Lengths:
             prompts += read_prompts(data.prompts, on_bad_rows="skip")[0]
         except UserError:
             prompts = []  # the stage that reads them tells it better
+    size = tokens_of(recipe.model.path, random=recipe.model.source == "random")
+    context = size(text) if (text := _context(recipe)) else 0
     known = bool(prompts) and (data.sampled or bool(found)) and (_small(data.prompts) or not data.prompts)
     if not known:
-        return Lengths(limit, most, count, measured=False, tokens=_tokens(given))
-    size = tokens_of(recipe.model.path, random=recipe.model.source == "random")
+        return Lengths(limit, most, count, measured=False, tokens=_tokens(given), context=context)
     chat = recipe.dialogue.template == "chat"
     sized = sorted(prompts, key=lambda p: -sum(len(m.content) for m in p))[:40]
     longest = max(sum(size(m.content) + _TURN * chat for m in p) + _SYSTEM * chat for p in sized)
-    return Lengths(min(limit, longest), most, count, measured=True)
+    return Lengths(min(limit, longest), most, count, measured=True, context=context)
+
+
+def _context(recipe: Recipe) -> str:
+    """The text before all that a prompted variant of the tax table reads; empty where there is none."""
+    file, variants = Path(recipe.hhh_prompt).expanduser(), recipe.tax and recipe.tax.variants
+    if recipe.tax is None or not {"prompted", "policy_prompted"} & set(variants or DEFAULT_VARIANTS):
+        return ""
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def tokens_of(path: str, *, random: bool) -> Callable[[str], int]:

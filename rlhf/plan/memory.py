@@ -166,10 +166,10 @@ def activations(
     return needed * heap(tokens * shape.intermediate * setting.size, setting)
 
 
-def passing(shape: Shape, tokens: int, setting: Setting) -> float:
-    """Peak of a pass without gradients: one layer's tensors."""
+def passing(shape: Shape, tokens: int, setting: Setting, *, folds: bool = True) -> float:
+    """Peak of a pass without gradients: one layer's tensors. folds: inside ``Backbone.folded``."""
     wide = setting.size * (4 * shape.intermediate + 2 * shape.hidden)
-    if setting.path == "peft" and setting.size < 4:
+    if (setting.path == "peft" or not folds) and setting.size < 4:
         wide += 4 * shape.intermediate
     return tokens * wide * heap(tokens * shape.intermediate * setting.size, setting)
 

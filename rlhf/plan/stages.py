@@ -21,6 +21,9 @@ AT_ONCE = 4096  # tokens of a scoring batch (reward/model/forward.py, policy/sft
 _ROW = 512  # tokens of a row with several responses (reward/model/batch.py)
 # Bytes of interpreter and libraries on a CPU: after the imports and the first passes, without the weights.
 FIXED = {"trainer": 0.66e9, "plain": 0.54e9}
+_GENERATED = 8  # cached tokens while the tax table's texts are written, a scored one (rlhf/evals/model.py)
+_TEXTS = 100  # that a task of the tax table has written without a limit, at most (rlhf/evals/registry.py)
+_TREE = 256  # nodes of a tree of items (rlhf/evals/scoring.py)
 FEATURES = 10  # layers that a probe looks at (reward/training/features.py)
 
 
@@ -70,7 +73,8 @@ def plan(recipe: Recipe, shape: Shape, lengths: Lengths, *, gpu: bool, world: in
     """Every moment of every stage that a recipe has."""
     stages = Stages(recipe, shape, lengths, setting_of(recipe, gpu=gpu, world=world))
     alone = Stages(recipe, shape, lengths, setting_of(recipe, gpu=gpu, world=1))
-    moments = [*alone.collect(), *stages.trainings(), *stages.ppo(), *alone.evaluate()]
+    moments = [*alone.collect(), *stages.trainings(), *stages.ppo(), *alone.card()]
+    moments += [*alone.evaluate(), *alone.tax()]
     host = 0.0
     if gpu and recipe.model.quantization == "none":
         host = memory.weights(shape, stages.setting._replace(zero=0))[0]
@@ -140,6 +144,17 @@ class Stages:
         yield Moment("ppo", "update", common._replace(gradients=gradients, activations=self._training(
             tokens, width)))  # fmt: skip
 
+    def card(self) -> Iterator[Moment]:
+        """A reward model as large as this run's over comparisons; its training where a curve asks for it."""
+        recipe = self.recipe
+        if recipe.card.model or recipe.ppo.own_reward:
+            yield self._scoring("card", "scoring", models=1)
+            if recipe.card.outliers:  # states of every layer
+                states = float(AT_ONCE * self._scorer().layers * self.shape.hidden * self.setting.size)
+                yield _with(self._scoring("card", "outliers", models=1), states=states)
+            if recipe.card.curve and recipe.card.curve_of == "reward":
+                yield from (m._replace(stage="card") for m in self._preference("reward", recipe.reward))
+
     def evaluate(self) -> Iterator[Moment]:
         """Responses of policy and reference to held-out prompts."""
         section = self.recipe.evaluate
@@ -147,11 +162,59 @@ class Stages:
         rewards = self.recipe.reward.scorers
         yield self._sampling("evaluate", section.batch_size, prompts, adapters=1 + rewards, folds=True)
 
+    def tax(self) -> Iterator[Moment]:
+        """One variant at a time, behind the prompt where one has it: items read, texts written; the judge."""
+        section, judged, before = self.recipe.tax, self.recipe.evaluate, self.lengths.context
+        if section is None:
+            return
+        shape, setting = self.shape, self.setting
+        apart = 0 if setting.path == "folded" else 1 + bool(section.interpolate)  # else they are merged
+        common = Parts(
+            fixed=self._fixed("trainer"),
+            weights=self.base,
+            adapters=4.0 * apart * self.adapter,
+            states=memory.kv_cache(shape, 1, before, setting),
+        )
+        tokens = section.tokens_per_batch
+        width = min(tokens, max(_TREE, before // 2))
+        seen = tokens // width * (before + width)  # of all rows together, with their copies of the prompt
+        looks = memory.kv_cache(shape.first(1), 1, seen, setting) + setting.size * width * seen
+        looks += memory.repeated_heads(shape, 1, seen, setting)
+        yield Moment("tax", "reading items", common._replace(
+            activations=memory.passing(shape, max(tokens, before), setting, folds=not apart) + looks,
+            logits=memory.training_logits(shape, tokens, setting)))  # fmt: skip
+        texts = [
+            (task.limit or _TEXTS) * getattr(section, name).samples_per_prompt
+            for name, task in section.tasks.items()
+            if name in ("toxicity", "humaneval")
+        ] + [judged.prompts * judged.samples_per_prompt] * section.score
+        if texts:
+            room = before + self.lengths.prompt + self.response + 1
+            rows = max(1, min(max(texts), _GENERATED * tokens // room))
+            yield self._sampling("tax", rows, rows, adapters=apart, folds=False, before=before)
+        if section.reward_model_hhh or (section.score and judged.judge == "reward"):
+            average = self.recipe.ppo.ensemble == "average"
+            yield self._scoring("tax", "judging", models=1 if average else self.recipe.reward.members)
+
     # ---------------------------------------------------------------- moments
 
-    def _sampling(self, stage: str, rows: int, prompts: int, *, adapters: int, folds: bool) -> Moment:
+    def _scorer(self) -> Shape:
+        layers = self.recipe.reward.layers
+        return self.shape.first(layers if isinstance(layers, int) else self.shape.layers)._replace(tied=True)
+
+    def _scoring(self, stage: str, name: str, *, models: int) -> Moment:
+        """Texts read by reward models, each with a base of its own, without a vocabulary head."""
+        base = memory.weights(self._scorer(), self.setting)[0]
+        read = memory.passing(self.shape, AT_ONCE, self.setting, folds=False)
+        held = {"weights": models * base, "adapters": 4.0 * models * self.adapter}
+        return Moment(stage, name, Parts(self._fixed("trainer"), **held, activations=read))
+
+    def _sampling(
+        self, stage: str, rows: int, prompts: int, *, adapters: int, folds: bool, before: int = 0
+    ) -> Moment:
+        """before: tokens of a text that stands before every prompt."""
         shape, setting = self.shape, self.setting
-        room = self.lengths.prompt + self.response + 1
+        room = before + self.lengths.prompt + self.response + 1
         folded = memory.folded_copies(shape, self.adapted, setting) if folds else 0.0
         common = Parts(
             fixed=self._fixed("plain"),
@@ -159,6 +222,7 @@ class Stages:
             copies=folded,
             adapters=4.0 * adapters * self.adapter,
             kv_cache=memory.kv_cache(shape, rows, room, setting),
+            states=memory.kv_cache(shape, 1, before, setting),
         )
         reading = common._replace(
             activations=memory.passing(shape, min(prompts, rows) * self.lengths.prompt, setting)
