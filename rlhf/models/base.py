@@ -20,6 +20,8 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging as hf_logging
 
 from rlhf.errors import UserError, first_line
+from rlhf.models.backbone import stack_of
+from rlhf.models.kernels.compiled import compile_blocks
 from rlhf.models.kernels.named import check_kernels, use_liger
 from rlhf.models.kernels.onednn import use_onednn, use_short_attention
 from rlhf.models.log_probs import logits_head
@@ -185,14 +187,17 @@ def load_base(
         use_liger(base, model.path)
     use_onednn(base)
     use_short_attention()
+    decoder: Any = base.get_decoder()
+    if model.compile:
+        compile_blocks(getattr(decoder, stack_of(decoder)))
     if model.gradient_checkpointing:
-        checkpoint_layers(base.get_decoder())
+        checkpoint_layers(decoder)
     return base.eval()
 
 
 def load_in_float32(model: Model) -> PreTrainedModel:
     """A recipe's base ``in_float32``, all of it computed by torch: on any machine, and open to hooks."""
-    return in_float32(load_base(model.model_copy(update={"use_liger_kernel": False})))
+    return in_float32(load_base(model.model_copy(update={"use_liger_kernel": False, "compile": False})))
 
 
 def vocabulary_head(recipe: Recipe, base: PreTrainedModel) -> nn.Module:

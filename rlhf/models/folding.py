@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from rlhf.models.kernels.compiled import is_compiled
 from rlhf.models.kernels.onednn import Forward, Weights, linear
 
 
@@ -98,11 +99,13 @@ class Folding:
     """Folds adapters of a module into buffers that all adapters share, one adapter at a time.
 
     Args:
-        module: holds peft's LoRA layers; which of them can be folded is looked up at each use.
+        module: holds peft's LoRA layers; which of them can be folded is looked up at each use, none in
+            compiled blocks.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._layers = [m for m in module.modules() if isinstance(m, LoraLinear)]
+        layers = () if is_compiled(module) else module.modules()
+        self._layers = [m for m in layers if isinstance(m, LoraLinear)]
         self._buffers: dict[LoraLinear, Tensor] = {}
         self._inside: str | None = None
 

@@ -80,6 +80,10 @@ class Recipe(Section):
                 "data.comparisons=sampled makes rankings and a held-out part of its own: remove "
                 "data.held_out_comparisons and data.rankings"
             )
+        if self.model.compile and self.distributed.zero_stage == 3:
+            raise ValueError(
+                "model.compile needs whole weights: set distributed.zero_stage=2, or model.compile=false"
+            )
         if self.evaluate.judge != "reward" and self.evaluate.reward_model:
             raise ValueError("evaluate.reward_model is only used with evaluate.judge=reward; remove one")
         own_test = self.ppo.own_reward and self.reward.test_share

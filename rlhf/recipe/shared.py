@@ -49,6 +49,9 @@ class Model(Section):
     use_liger_kernel: bool = False
     """Norms, rotations and gated MLPs by Liger's fused kernels, through transformers: less traffic of a GPU's
     memory. Needs a GPU, `pip install liger-kernel`, and a type of model that Liger knows."""
+    compile: bool = False
+    """Decoder blocks by torch.compile in passes without a key-value cache: fused norms, rotations and
+    activations, for a minute or more of compiling a stage. For a base in float32 that is not quantized."""
     gradient_checkpointing: bool = False
     """Keep only the input of each layer that trains and run it again in the backward pass, in every stage
     (Chen 2016): less memory for one more forward pass of those layers, equal results."""
@@ -57,6 +60,15 @@ class Model(Section):
     default suits LoRA, which wants rates about ten times those of full training."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _compiled(self) -> Model:
+        if self.compile and (self.dtype != "float32" or self.quantization != "none"):
+            raise ValueError(
+                "compile has been held to equal figures in whole float32 weights only: set "
+                "model.dtype=float32 model.quantization=none, or model.compile=false"
+            )
+        return self
 
 
 class Lora(Section):

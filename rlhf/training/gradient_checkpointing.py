@@ -25,10 +25,11 @@ class _Checkpointed:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
+        self.compiled: Any = layer.__dict__.get("forward")  # rlhf.models.kernels.compiled
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """The layer's output; with its activations kept where nothing would be saved by leaving them."""
-        plain = functools.partial(type(self.layer).forward, self.layer)
+        plain = self.compiled or functools.partial(type(self.layer).forward, self.layer)
         if not self._trains(args) or options.get("past_key_values") is not None:  # a second run would add
             return plain(*args, **options)
         switches = Switches(self.layer)

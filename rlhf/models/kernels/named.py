@@ -6,6 +6,8 @@ there, so that what cannot be is told at once.
 
 from __future__ import annotations
 
+import os
+import shutil
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,14 @@ def check_kernels(model: Model, *, gpu: bool, elsewhere: bool = False) -> None:
             raise UserError("model.use_liger_kernel needs a GPU, and there is none here; leave it out")
         if lacks("liger_kernel"):
             raise UserError("model.use_liger_kernel needs liger-kernel: pip install liger-kernel")
+    if model.compile:
+        compiler = os.environ.get("CXX", "g++")  # as torch has it
+        if not gpu and not shutil.which(compiler):
+            raise UserError(
+                f"model.compile needs {compiler}, a C++ compiler: install it, or leave compile out"
+            )
+        if gpu and lacks("triton"):
+            raise UserError("model.compile needs triton on a GPU: pip install triton, or leave compile out")
 
 
 def use_liger(base: PreTrainedModel, path: str) -> None:
