@@ -1,6 +1,7 @@
 """Compiled blocks against plain ones; ``aot_eager`` traces as inductor does, without making kernels."""
 
 import contextlib
+import shutil
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ def passes(model, rows, width):
     return [old, new.detach(), reference], torch.cat([g.flatten() for g in grads])
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_what_plain_ones_give(folder, monkeypatch):
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     plain, fast = backbone(folder), backbone(folder, compile=True)
@@ -71,6 +73,8 @@ def test_compiled_blocks_give_what_plain_ones_give(folder, monkeypatch):
         assert torch.equal(same, own)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @torch.no_grad()
 def test_real_kernels_give_the_same_and_passes_with_a_cache_run_as_ever(folder):
     base = load_base(Model(path=str(folder)), layers=1)
