@@ -324,6 +324,7 @@ def test_the_whole_road_with_a_test_model_of_its_own(road, before_ppo, capsys):
         stage(ppo.main, *words)
 
 
+@pytest.mark.slow
 def test_a_test_model_on_another_base_reads_the_text_and_one_that_is_not_there_is_told(before_ppo, capsys):
     with pytest.raises(UserError, match=r"ppo\.test_reward_model: .*nowhere"):
         stage(ppo.main, "ppo.test_reward_model=nowhere")

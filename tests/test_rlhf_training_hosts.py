@@ -317,6 +317,7 @@ def test_a_host_that_hangs_is_named_and_its_processes_are_killed(machines, monke
 # ---- a stage on them
 
 
+@pytest.mark.slow
 def test_a_stage_survives_the_death_of_a_host(machines, road):
     """Killed behind its first checkpoint, named in time, and the same command goes on and finishes."""
     link_stages(road, machines.folder, "reward")
