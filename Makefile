@@ -164,7 +164,7 @@ PYTEST = $(TOOLS) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest --n
 test: setup ## pytest: the tests, but for those that take many processes, all families or every moment of a kill
 	@$(PYTEST) -m "not slow"
 
-test-slow: setup ## pytest: those tests
+test-slow: setup ## pytest: what make test leaves out
 	@$(PYTEST) -m slow
 
 smoke: setup ## make rlhf: the two tiny recipes from end to end, in scratch folders

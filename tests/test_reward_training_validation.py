@@ -110,7 +110,8 @@ def test_killed_in_the_test_model_both_models_are_as_if_trained_alone(prepared, 
     alone = outcome()[0]
     assert set(alone) == set(proxy)
     for name, weight in proxy.items():  # the batches of the trunk are others: what is rounding may be a step
-        assert float((alone[name] - weight).abs().mean()) < 2e-4, name
+        far = 2e-4 if "score" in name else 2e-5  # the head starts from a probe, fitted to such states
+        assert float((alone[name] - weight).abs().mean()) < far, name
 
     prepared("killed")
     step, taken = PreferenceTrainer.training_step, []

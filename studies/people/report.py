@@ -168,6 +168,7 @@ def _against(variants: Sequence[dict[str, Any]]) -> list[str]:
     rows = [[v["label"], *(plain(v["figures"][path], form) for path, _, form in columns)] for v in variants]
     return [
         "## Settings of PPO",
-        "Each less PPO as the recipe has it, paired by seed; Student's t over the seeds.",
+        "Each less PPO as the recipe has it, different in what it names alone, paired by seed; Student's t "
+        "over the seeds.",
         table(["", *(label for _, label, _ in columns)], rows),
     ]
