@@ -158,6 +158,28 @@ def test_card_and_tax_have_rows_where_the_recipe_runs_them():
     assert few[written].kv_cache == 5 * 641 * token
 
 
+def test_what_a_task_of_lm_eval_has_written_is_in_the_plan():
+    token = 147456
+    tax = {"tasks": {"gsm8k": {"limit": 9}, "ifeval": {}, "arc_easy": {}}, "interpolate": []}
+    found = rows_of("tax", tax=tax)
+    assert {name: parts.kv_cache for name, parts in found.items()} == {
+        "reading items": 0,
+        "reading prompts of gsm8k": 9 * (512 + 256 + 1) * token,  # its file says nothing of the length
+        "reading prompts of ifeval": 9 * (512 + 1280 + 1) * token,  # 8 times 2048 tokens hold nine
+    }
+
+
+def test_nothing_is_folded_or_reordered_in_compiled_blocks():
+    maps = QWEN.layers * QWEN.layer_weights()  # every layer has an adapter
+    for compiled, folded in ((False, 4 * maps), (True, 0)):
+        model = {"path": "x", "dtype": "float32", "compile": compiled}
+        moments = plan(big(model=model), QWEN, LENGTHS, gpu=False, world=1).moments
+        copies = {m.name: m.parts.copies for m in moments if m.stage == "ppo"}
+        head = 4 * QWEN.vocabulary * QWEN.hidden
+        sampling = {"reading prompts": 0} if compiled else {"sampling": 2 * folded + head}
+        assert copies == sampling | {"update": folded}, compiled
+
+
 def test_the_prompt_counts_where_a_variant_of_the_tax_table_runs_behind_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompt.txt").write_text("a" * 77)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
 from rlhf.evals.items import Item
+from rlhf.evals.tasks.stock import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from rlhf.evals.model import LanguageModel
@@ -234,7 +235,7 @@ def _bridge_class() -> Any:
                 sampled = options.get("do_sample", False)
                 said = self._lm.generate(
                     [self._lm.encode(requests[i].args[0]) for i in group],
-                    max_new_tokens=int(options.get("max_gen_toks", 256)),
+                    max_new_tokens=int(options.get("max_gen_toks", MAX_NEW_TOKENS)),
                     temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
                     top_p=float(options.get("top_p", 1.0)),
                     stop=[until] if isinstance(until, str) else [stop for stop in until if stop],

@@ -35,6 +35,8 @@ class Setting(NamedTuple):
     """Only the inputs of layers are kept for the backward pass."""
     offload_optimizer: bool = False
     offload_param: bool = False
+    compiled: bool = False
+    """Decoder blocks run through torch.compile, which leaves adapters and matrix products to peft and torch."""
 
     @property
     def size(self) -> int:
@@ -45,7 +47,7 @@ class Setting(NamedTuple):
     def path(self) -> str:
         """How an adapter is computed: ``folded`` into float32 weights, ``beside`` bfloat16 ones on a CPU, or
         by ``peft`` (rlhf/models/folding.py)."""
-        if self.quantization != "none":
+        if self.quantization != "none" or self.compiled:
             return "peft"
         if self.dtype == "float32":
             return "folded" if self.zero < 3 else "peft"
@@ -54,7 +56,8 @@ class Setting(NamedTuple):
     @property
     def packs(self) -> bool:
         """Whether sampling runs from reordered copies of the weights (rlhf/models/kernels/onednn.py)."""
-        return not self.gpu and self.dtype in ("float32", "bfloat16") and self.zero < 3
+        whole = self.zero < 3 and not self.compiled
+        return not self.gpu and self.dtype in ("float32", "bfloat16") and whole
 
 
 class Parts(NamedTuple):

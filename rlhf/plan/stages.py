@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from rlhf.evals.registry import TASKS
+from rlhf.evals.tasks.stock import longest_text
 from rlhf.plan import memory
 from rlhf.plan.lengths import Lengths
 from rlhf.plan.memory import Parts, Setting
@@ -23,6 +25,8 @@ _ROW = 512  # tokens of a row with several responses (reward/model/batch.py)
 FIXED = {"trainer": 0.66e9, "plain": 0.54e9}
 _GENERATED = 8  # cached tokens while the tax table's texts are written, a scored one (rlhf/evals/model.py)
 _TEXTS = 100  # that a task of the tax table has written without a limit, at most (rlhf/evals/registry.py)
+_CONTEXT = 512  # tokens that a text of lm-eval's is taken to begin from: only the tokenizer would know
+_ALL = 1000  # texts of a task of lm-eval without a limit, which has all of its rows written
 _TREE = 256  # nodes of a tree of items (rlhf/evals/scoring.py)
 FEATURES = 10  # layers that a probe looks at (reward/training/features.py)
 
@@ -66,6 +70,7 @@ def setting_of(recipe: Recipe, *, gpu: bool, world: int) -> Setting:
         checkpointing=model.gradient_checkpointing,
         offload_optimizer=world > 1 and distributed.offload_optimizer != "none",
         offload_param=world > 1 and distributed.offload_param != "none",
+        compiled=model.compile,
     )
 
 
@@ -168,7 +173,8 @@ class Stages:
         if section is None:
             return
         shape, setting = self.shape, self.setting
-        apart = 0 if setting.path == "folded" else 1 + bool(section.interpolate)  # else they are merged
+        merged = setting.dtype == "float32" and setting.quantization == "none"
+        apart = 0 if merged else 1 + bool(section.interpolate)
         common = Parts(
             fixed=self._fixed("trainer"),
             weights=self.base,
@@ -188,10 +194,16 @@ class Stages:
             for name, task in section.tasks.items()
             if name in ("toxicity", "humaneval")
         ] + [judged.prompts * judged.samples_per_prompt] * section.score
-        if texts:
-            room = before + self.lengths.prompt + self.response + 1
-            rows = max(1, min(max(texts), _GENERATED * tokens // room))
-            yield self._sampling("tax", rows, rows, adapters=apart, folds=False, before=before)
+        written = [(max(texts), self.lengths.prompt, self.response, "")] if texts else []
+        for name, task in section.tasks.items():
+            if name not in TASKS and (new := longest_text(name)):
+                written.append((task.limit or _ALL, _CONTEXT, new, f" of {name}"))
+        for count, prompt, new, whose in written:
+            rows = max(1, min(count, _GENERATED * tokens // (before + prompt + new + 1)))
+            moment = self._sampling(
+                "tax", rows, rows, adapters=apart, folds=False, before=before, prompt=prompt, response=new
+            )
+            yield moment._replace(name=moment.name + whose)
         if section.reward_model_hhh or (section.score and judged.judge == "reward"):
             average = self.recipe.ppo.ensemble == "average"
             yield self._scoring("tax", "judging", models=1 if average else self.recipe.reward.members)
@@ -210,11 +222,22 @@ class Stages:
         return Moment(stage, name, Parts(self._fixed("trainer"), **held, activations=read))
 
     def _sampling(
-        self, stage: str, rows: int, prompts: int, *, adapters: int, folds: bool, before: int = 0
+        self,
+        stage: str,
+        rows: int,
+        prompts: int,
+        *,
+        adapters: int,
+        folds: bool,
+        before: int = 0,
+        prompt: int | None = None,
+        response: int | None = None,
     ) -> Moment:
-        """before: tokens of a text that stands before every prompt."""
+        """before: tokens of a text that stands before every prompt. prompt, response: lengths in tokens, where
+        they are not the recipe's own."""
         shape, setting = self.shape, self.setting
-        room = before + self.lengths.prompt + self.response + 1
+        prompt, response = prompt or self.lengths.prompt, response or self.response
+        room = before + prompt + response + 1
         folded = memory.folded_copies(shape, self.adapted, setting) if folds else 0.0
         common = Parts(
             fixed=self._fixed("plain"),
@@ -225,7 +248,7 @@ class Stages:
             states=memory.kv_cache(shape, 1, before, setting),
         )
         reading = common._replace(
-            activations=memory.passing(shape, min(prompts, rows) * self.lengths.prompt, setting)
+            activations=memory.passing(shape, min(prompts, rows) * prompt, setting)
         )
         sampling = common._replace(
             copies=folded + memory.packed_copies(shape, setting),

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 _ENTRY = re.compile(r"""^["']?(task|group)["']?[ \t]*:[ \t]*["']?([\w./+-]+)""", re.MULTILINE)
 _INCLUDE = re.compile(r"""^["']?include["']?[ \t]*:[ \t]*["']?([\w./+-]+)""", re.MULTILINE)
+_KIND = re.compile(r"""^["']?output_type["']?[ \t]*:[ \t]*["']?(\w+)""", re.MULTILINE)
+_LONGEST = re.compile(r"""max_gen_toks["']?[ \t]*:[ \t]*(\d+)""")
+MAX_NEW_TOKENS = 256
+"""Longest text where a task's file says nothing, as in lm-eval's own models."""
 _TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
 
@@ -88,6 +92,18 @@ def _text(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     included = (path.parent / name for name in _INCLUDE.findall(text))
     return text + "".join(_text(file) for file in included if file.is_file())
+
+
+def longest_text(name: str) -> int | None:
+    """Tokens of the longest text that a task of lm-eval has a model write; None where it has none written,
+    or there is no such task. By its file alone, without an import of lm-eval."""
+    kind, path = index().get(name, ("", Path()))
+    text = _text(path) if kind == "task" else ""
+    kinds = _KIND.findall(text)  # its own before those of what it includes
+    if not kinds or kinds[0] != "generate_until":
+        return None
+    given = _LONGEST.search(text)
+    return int(given[1]) if given else MAX_NEW_TOKENS
 
 
 @dataclass(frozen=True)
