@@ -252,6 +252,16 @@ def test_sampled_comparisons_need_prompts_and_a_judge_needs_no_second_one(recipe
     assert "evaluate.reward_model is only used with evaluate.judge=reward" in message
 
 
+def test_an_ensemble_of_one_reward_model_is_refused(recipe):
+    one = refusal(recipe(), "ppo.ensemble=minimum")
+    assert "ppo.ensemble=minimum is of several reward models, and there is one: set reward.members=2" in one
+    assert "there is none" in refusal(recipe(), "ppo.ensemble=pessimistic", "ppo.rewards=[{judge: vader}]")
+    for name in ("a", "b"):
+        Path(name).mkdir()
+    for several in ("reward.members=2", "ppo.reward_model=[a, b]"):
+        load(recipe(), ["ppo.ensemble=minimum", several])
+
+
 def test_a_loaded_recipe_does_not_change_and_survives_being_written(recipe, inside):
     loaded = load(recipe(), ["ppo.value_clip_range=null", "data.limit=5"])
     with pytest.raises(ValueError, match="frozen"):

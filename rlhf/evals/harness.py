@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
 from rlhf.evals.items import Item
-from rlhf.evals.tasks.stock import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from rlhf.evals.model import LanguageModel
 
 Answers = list[tuple[float, bool]]
 """Of each request of an item (each choice): summed log-probability, and whether it is greedy."""
+MAX_NEW_TOKENS = 256
+"""Longest text where a task's file says nothing, as in lm-eval's own models."""
 _ROWS = "rows"  # name of the split that holds our rows
 
 

@@ -36,7 +36,7 @@ class Setting(NamedTuple):
     offload_optimizer: bool = False
     offload_param: bool = False
     compiled: bool = False
-    """Decoder blocks run through torch.compile, which leaves adapters and matrix products to peft and torch."""
+    """Blocks run through torch.compile, which leaves adapters to peft and matrix products to torch."""
 
     @property
     def size(self) -> int:

@@ -233,8 +233,8 @@ class Stages:
         prompt: int | None = None,
         response: int | None = None,
     ) -> Moment:
-        """before: tokens of a text that stands before every prompt. prompt, response: lengths in tokens, where
-        they are not the recipe's own."""
+        """before: tokens of a text before every prompt. prompt, response: lengths in tokens, where they are
+        not the recipe's own."""
         shape, setting = self.shape, self.setting
         prompt, response = prompt or self.lengths.prompt, response or self.response
         room = before + prompt + response + 1
@@ -247,9 +247,7 @@ class Stages:
             kv_cache=memory.kv_cache(shape, rows, room, setting),
             states=memory.kv_cache(shape, 1, before, setting),
         )
-        reading = common._replace(
-            activations=memory.passing(shape, min(prompts, rows) * prompt, setting)
-        )
+        reading = common._replace(activations=memory.passing(shape, min(prompts, rows) * prompt, setting))
         sampling = common._replace(
             copies=folded + memory.packed_copies(shape, setting),
             activations=memory.repeated_heads(shape, rows, room, setting),

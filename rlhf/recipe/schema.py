@@ -86,6 +86,12 @@ class Recipe(Section):
             )
         if self.evaluate.judge != "reward" and self.evaluate.reward_model:
             raise ValueError("evaluate.reward_model is only used with evaluate.judge=reward; remove one")
+        models = self.reward.members if self.ppo.own_reward else len(self.ppo.named_models)
+        if self.ppo.ensemble != "mean" and models < 2:
+            raise ValueError(
+                f"ppo.ensemble={self.ppo.ensemble} is of several reward models, and there "
+                f"{'is one' if models else 'is none'}: set reward.members=2 or more, or remove it"
+            )
         own_test = self.ppo.own_reward and self.reward.test_share
         if self.ppo.keep_best and not (own_test or self.ppo.test_reward_model):
             raise ValueError(

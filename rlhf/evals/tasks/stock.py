@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.data.readers.rows import Row
 from rlhf.errors import UserError
+from rlhf.evals.harness import MAX_NEW_TOKENS
 from rlhf.evals.items import Place, missing, read_items
 from rlhf.evals.outcome import Outcome
 
@@ -29,8 +30,6 @@ _ENTRY = re.compile(r"""^["']?(task|group)["']?[ \t]*:[ \t]*["']?([\w./+-]+)""",
 _INCLUDE = re.compile(r"""^["']?include["']?[ \t]*:[ \t]*["']?([\w./+-]+)""", re.MULTILINE)
 _KIND = re.compile(r"""^["']?output_type["']?[ \t]*:[ \t]*["']?(\w+)""", re.MULTILINE)
 _LONGEST = re.compile(r"""max_gen_toks["']?[ \t]*:[ \t]*(\d+)""")
-MAX_NEW_TOKENS = 256
-"""Longest text where a task's file says nothing, as in lm-eval's own models."""
 _TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
 
