@@ -1,5 +1,6 @@
 """What the tests share: a tiny model, the tiny recipe, and one finished run of the whole road."""
 
+import gc
 import os
 import shutil
 import signal
@@ -68,6 +69,13 @@ def noted_anew(folder):
 def tiny_recipe(*overrides):
     """The tiny recipe with prompts by absolute path, so that it loads from any folder."""
     return load(TINY, [*PROMPTS, *overrides])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_loaded_stays():
+    """The libraries are not looked through at every ``gc.collect()``: accelerate has one a training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

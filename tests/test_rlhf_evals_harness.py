@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA, ROOT
+from conftest import DATA, ROOT, slow_but
 from tiny_evaluate import TOKENIZER, language_model, random_model, write_rows
 
 from rlhf.errors import UserError
@@ -126,7 +126,7 @@ def smollm():
 
 
 @pytest.mark.skipif(not (REAL.is_dir() and DATA.is_dir()), reason=f"{REAL} or {DATA} is not there")
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", slow_but([name for name in TASKS if name != "truthfulqa"], TASKS))
 def test_it_equals_the_stock_task_on_a_real_model(smollm, name):
     items = task_spec(name).read([str(DATA / PUBLISHED[name])], key="k")
     if name == "truthfulqa" and ITEMS < 10:

@@ -166,6 +166,7 @@ def test_training_takes_what_the_plan_says(monkeypatch):
     assert after - before == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.slow
 def test_sampling_takes_what_the_plan_says(monkeypatch):
     monkeypatch.setattr(memory, "HEAP", 0.0)
     rows, width, setting = 128, 64, Setting("float32", "none", gpu=False)

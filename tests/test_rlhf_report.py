@@ -18,6 +18,7 @@ from tiny_tax import again
 
 from rlhf.errors import UserError
 from rlhf.report import __main__ as report
+from rlhf.report import figures
 from rlhf.report.figures import over_seeds, thinned
 from rlhf.report.gather import gather
 from rlhf.report.page import MAX_BYTES, samples_of, shown, write_page
@@ -25,7 +26,23 @@ from rlhf.report.sections import seed_groups
 from rlhf.runs.artifacts import read_json, read_jsonl, write_json, write_jsonl
 
 RUN = Path("runs/tiny")
+DRAWN = {}  # figures by what they show: most pages here have the same ones, and drawing takes the time
 _EMPTY = {"meta", "link", "input", "br", "img", "hr"}  # elements without an end
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch):
+    def remembered(draw):
+        def show(*what, **more):
+            key = repr((draw.__name__, what, sorted(more.items())))
+            if key not in DRAWN:
+                DRAWN[key] = draw(*what, **more)
+            return DRAWN[key]
+
+        return show
+
+    for name in ("bands", "bars", "curves", "dots", "reliability", "scatter"):
+        monkeypatch.setattr(figures, name, remembered(getattr(figures, name)))
 
 
 class Strict(HTMLParser):

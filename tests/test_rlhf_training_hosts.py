@@ -268,6 +268,7 @@ def test_a_stop_reaches_the_processes_of_all_hosts(waiting, machines):
     assert "error" not in machines.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_no_process_on_any_host(waiting, machines):
     waiting.kill()
     deadline = time.monotonic() + WITHIN
@@ -276,6 +277,7 @@ def test_a_killed_launcher_leaves_no_process_on_any_host(waiting, machines):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_host_that_is_lost_is_named_and_stops_the_others(waiting, machines):
     machines.kill(SECOND)
     assert waiting.wait(WITHIN) == 2
