@@ -2,12 +2,14 @@
 
 import re
 
+import pytest
 from conftest import PROMPTS, TINY, stage
 
 from benchmarks import ppo_step
 from rlhf.models import prepare
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_told_within_the_whole(inside, capsys, monkeypatch):
     for holder, name in ppo_step._PARTS.values():
         monkeypatch.setattr(holder, name, getattr(holder, name))  # put back behind the test

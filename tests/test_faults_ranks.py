@@ -64,6 +64,7 @@ def test_a_process_whose_partner_is_killed_ends_with_one_line(zero, plans, road,
     assert "ppo: going on after step 1 of 3" in alone.finish()
 
 
+@pytest.mark.slow
 def test_a_process_whose_partner_hangs_ends_after_the_time_limit(road, tmp_path):
     here = link_stages(road, tmp_path / "here")
     starts = launch(here, SHORT, {1: Plan("update", 1, 0.0, signal.SIGSTOP)})

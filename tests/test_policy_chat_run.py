@@ -114,6 +114,7 @@ def test_without_a_reward_model_there_are_no_scores(road, tmp_path):
     assert "score " not in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(road, tmp_path):
     process = start(road, tmp_path, "chat.models=[base]", "chat.max_tokens=400", "chat.temperature=3")
     assert process.stdin

@@ -120,6 +120,7 @@ def test_pairs_that_were_not_looked_into_have_no_circuit():
     assert section(found) == ["Not looked into: there is none.\n"]
 
 
+@pytest.mark.slow
 def test_the_ways_between_soft_prompts_and_between_policies(run, capsys, monkeypatch):
     from policy.inside.solutions import soft_prompts
 

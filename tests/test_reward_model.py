@@ -271,6 +271,7 @@ def test_a_start_that_lacks_its_head_or_has_something_else_is_refused(tmp_path):
 # --- as others load it -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fresh_process_without_this_project_gets_the_same_scores(road, monkeypatch):
     monkeypatch.chdir(road)
     recipe = tiny_recipe()

@@ -155,6 +155,7 @@ def measured(*arguments):
     return map(int, done.stdout.split())
 
 
+@pytest.mark.slow
 def test_training_takes_what_the_plan_says(monkeypatch):
     monkeypatch.setattr(memory, "HEAP", 0.0)
     rows, width, setting = 8, 256, Setting("float32", "none", gpu=False)

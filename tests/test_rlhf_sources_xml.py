@@ -23,6 +23,7 @@ def refusal(text):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_memory_of_reading_posts_does_not_depend_on_their_number():
     command = [sys.executable, ROOT / "benchmarks" / "flat_memory.py", "--megabytes", "4", "12"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()

@@ -50,6 +50,7 @@ def test_what_cannot_be_compared_is_refused():
         of("evaluate.judge=reward")
 
 
+@pytest.mark.slow
 def test_the_first_round_is_a_part_of_the_static_comparisons(road, inside):
     shutil.copytree(road / "models", inside / "models")
     _, found = of(seeds=(0,), comparisons=24, rounds=2, fresh=8, noise=0.1)
