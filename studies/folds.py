@@ -209,9 +209,8 @@ def page(content: dict[str, Any]) -> str:
         f"    {content['command']}\n",
         f"{unseen} 95% intervals over {every['clusters']:,} {every['unit']}; differences are paired.\n",
         table(["", "accuracy", "95% interval", "pairs", "the reward model adds"], rows),
-        "\nFold by fold:\n",
+        "Fold by fold:\n",
         table(["fold", "accuracy", "95% interval", "pairs", every["unit"], "longer is better"], folds),
-        "",
     ])  # fmt: skip
 
 

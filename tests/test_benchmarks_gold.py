@@ -266,6 +266,11 @@ def test_a_variant_that_is_none_is_told(variants, message):
         plan.check_variants(str(TINY), PROMPTS, variants)
 
 
+def test_a_variant_combines_the_reward_models_as_all_sides_do():
+    with pytest.raises(UserError, match=r"ppo.ensemble is 'mean' on all sides"):
+        plan.check_variants(str(TINY), [*PROMPTS, "reward.members=2"], ["ppo.ensemble=minimum"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
