@@ -49,6 +49,22 @@ def read_config(folder: str | Path) -> dict[str, Any] | None:
     return {**found, **text, "architectures": found.get("architectures")} if isinstance(text, dict) else found
 
 
+def safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors (``dtype``, ``shape``, ``data_offsets``) by name, and the
+    place that the offsets count from.
+
+    Raises:
+        ValueError: it has no such header.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        tensors = json.loads(opened.read(min(length, 100 << 20)))
+    if not isinstance(tensors, dict):
+        raise ValueError("the header is no JSON object")
+    tensors.pop("__metadata__", None)
+    return tensors, 8 + length
+
+
 def fault_of_config(config: dict[str, Any]) -> str | None:
     """Why a model cannot be trained here, and what to do; None where nothing speaks against it."""
     kind, named = str(config.get("model_type")), config.get("architectures")

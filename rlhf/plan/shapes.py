@@ -7,15 +7,13 @@ MLP); of another family the sizes are right and the activations an approximation
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.errors import UserError
-from rlhf.models.configuration import read_config
+from rlhf.models.configuration import read_config, safetensors_header
 from rlhf.recipe.schema import Model
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -180,15 +178,12 @@ def stored_weights(folder: Path) -> tuple[int, str]:
     sizes: Counter[str] = Counter()
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with file.open("rb") as opened:
-                (length,) = struct.unpack("<Q", opened.read(8))
-                header = json.loads(opened.read(min(length, 100 << 20)))
-        except (OSError, struct.error, ValueError):
+            tensors, _ = safetensors_header(file)
+        except (OSError, ValueError):
             raise UserError(f"{file} is damaged: no safetensors header; get the model anew") from None
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                sizes[tensor["dtype"]] += end - begin
+        for tensor in tensors.values():
+            begin, end = tensor["data_offsets"]
+            sizes[tensor["dtype"]] += end - begin
     if not sizes:
         return 0, ""
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

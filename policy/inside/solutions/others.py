@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.models.configuration import safetensors_header
 from rlhf.runs.artifacts import WEIGHTS
 
 
@@ -42,16 +42,13 @@ def check_others(own: Path, others: Sequence[str]) -> None:
 
 def _tensors(file: Path) -> tuple[dict[str, Any], str]:
     """Shapes of a safetensors file's tensors by name, and one digest of their names, types and contents."""
-    content = file.read_bytes()
     try:
-        (length,) = struct.unpack_from("<Q", content)
-        header = json.loads(content[8 : 8 + length])
-        header.pop("__metadata__", None)
-        digest = hashlib.sha256()
-        for name, tensor in sorted(header.items()):
-            begin, end = (8 + length + place for place in tensor["data_offsets"])
+        tensors, start = safetensors_header(file)
+        content, digest = memoryview(file.read_bytes())[start:], hashlib.sha256()
+        for name, tensor in sorted(tensors.items()):
+            begin, end = tensor["data_offsets"]
             digest.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
-            digest.update(memoryview(content)[begin:end])
-        return {name: tensor["shape"] for name, tensor in header.items()}, digest.hexdigest()
-    except (struct.error, ValueError, LookupError, AttributeError, TypeError):
+            digest.update(content[begin:end])
+        return {name: tensor["shape"] for name, tensor in tensors.items()}, digest.hexdigest()
+    except (ValueError, LookupError, TypeError):
         raise UserError(f"inside.others: {file} is no safetensors file; copy the adapter anew") from None
