@@ -6,10 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.stats.intervals import Estimate
+from rlhf.stats.intervals import Estimate, student95
 from studies.engine.report import content
 from studies.engine.results import Results
-from studies.engine.seeds import student95
 from studies.engine.units import run, with_needs
 from studies.ppo import __main__, claims, fits, plots, report
 from studies.ppo.curves import Curves

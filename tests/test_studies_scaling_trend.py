@@ -4,7 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from studies.engine.seeds import SeedMean, student95
+from rlhf.stats.intervals import student95
+from studies.engine.seeds import SeedMean
 from studies.scaling.trend import RESIDUALS, SEEDS, fit
 
 SIZES = (196_608.0, 1_572_864.0, 5_308_416.0)

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from benchmarks.harness import Figures
-from rlhf.stats.intervals import Z95, mean_interval
+from rlhf.stats.intervals import Z95, mean_interval, student95
 
 GAIN = 0.4
 """Gold above the reference's, of which the seconds are told."""
@@ -71,7 +70,7 @@ def over_seeds(values: Sequence[float | None]) -> Figures:
         return {"mean": None, "ci95": None, "n": len(known), "by_seed": [*values]}
     found = mean_interval(known).as_dict()
     if found["ci95"] is not None:
-        wider = float(stdtrit(len(known) - 1, 0.975)) / Z95
+        wider = student95(len(known) - 1) / Z95
         found["ci95"] = [found["mean"] + wider * (end - found["mean"]) for end in found["ci95"]]
     return {**found, "by_seed": [*values]}
 

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from scipy.special import stdtrit
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+
+from rlhf.stats.intervals import student_interval
 
 SERIES = 8  # colors of the page
 _INK, _GRID = "#010203", "#040506"
@@ -75,11 +76,8 @@ def over_seeds(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[floa
     shared = sorted(set.intersection(*map(set, by_x))) if by_x else []
     found = []
     for x in shared:
-        y = np.array([run[x] for run in by_x])
-        mean, half = float(y.mean()), math.nan
-        if len(y) > 1:
-            half = float(stdtrit(len(y) - 1, 0.975) * y.std(ddof=1) / math.sqrt(len(y)))
-        found.append((x, mean, mean - half, mean + half))
+        y = student_interval([run[x] for run in by_x])
+        found.append((x, y.mean, y.low, y.high))
     return found
 
 

@@ -44,6 +44,26 @@ def mean_interval(x: ArrayLike) -> Estimate:
     return _around(mean, float(values.std(ddof=1)) / math.sqrt(values.size), int(values.size))
 
 
+def student95(freedom: int) -> float:
+    """97.5% quantile of Student's t distribution."""
+    from scipy.special import stdtrit  # here, since it takes a while to load and few ask for it
+
+    return float(stdtrit(freedom, 0.975))
+
+
+def student_interval(x: ArrayLike, freedom: int | None = None) -> Estimate:
+    """As :func:`mean_interval`, but mean +- t s / sqrt(n): for the few observations that seeds are.
+
+    freedom: degrees of freedom of t; None = n - 1.
+    """
+    values, normal = _floats(x), mean_interval(x)
+    if values.size < 2:
+        return normal
+    half = student95(values.size - 1 if freedom is None else freedom) * float(values.std(ddof=1))
+    half /= math.sqrt(values.size)
+    return Estimate(normal.mean, normal.mean - half, normal.mean + half, normal.n)
+
+
 def cluster_mean_interval(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     """Ratio of sums over clusters, with a standard error that holds when a cluster's items are dependent.
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
 
-from rlhf.stats.intervals import Z95, Estimate
+from rlhf.stats.intervals import Z95, Estimate, student95
 
 Floats = NDArray[np.float64]
 
@@ -35,11 +34,6 @@ class SeedMean:
         """Mean of independent items."""
         values = np.asarray(items_N, dtype=np.float64)
         return SeedMean(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(values.size), values)
-
-
-def student95(freedom: int) -> float:
-    """97.5% quantile of Student's t distribution."""
-    return float(stdtrit(freedom, 0.975))
 
 
 def over_seeds(seeds: Sequence[SeedMean]) -> Estimate:

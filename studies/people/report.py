@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from rlhf.markdown import plain, table
+from rlhf.stats.intervals import student95
 from studies.engine.results import Results
-from studies.engine.seeds import student95
 from studies.people.plan import ARMS, label_of
 
 Figure = dict[str, Any]

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf.stats.intervals import Estimate
-from studies.engine.seeds import student95
+from rlhf.stats.intervals import Estimate, student95
 
 Floats = NDArray[np.float64]
 MOST_SEEDS = 200

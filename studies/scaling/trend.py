@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.stats.intervals import Estimate
-from studies.engine.seeds import SeedMean, combine, over_seeds, slope_weights, student95
+from rlhf.stats.intervals import Estimate, student95
+from studies.engine.seeds import SeedMean, combine, over_seeds, slope_weights
 
 LEAST_RUNGS = 3
 SEEDS, RESIDUALS = "seeds", "residuals"

@@ -15,9 +15,8 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
-from rlhf.stats.intervals import Estimate
+from rlhf.stats.intervals import Estimate, student95, student_interval
 
 INSIDE, OUTSIDE, RANDOM = (0.25, 0.5, 0.75), (-0.5, -0.25, 1.25, 1.5), (0.25, 0.5)
 _ROUNDING = 1e-6  # of a loss, relative: what pairs differ by no more than is no spread
@@ -92,11 +91,7 @@ def points_of(number: int) -> int:
 def over_pairs(values: Sequence[float], number: int) -> Estimate:
     """Mean over the pairs of ``number`` solutions: mean +- t s / sqrt(pairs), t with number - 1 degrees of
     freedom, since pairs share solutions and are not as many independent ones."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Estimate(mean, math.nan, math.nan, len(values))
-    half = float(stdtrit(number - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Estimate(mean, mean - half, mean + half, len(values))
+    return student_interval(values, number - 1)
 
 
 def verdict(differences: Sequence[Estimate], noise: float = 0.0) -> str:
@@ -114,6 +109,6 @@ def needed(values: Sequence[float], number: int) -> int:
     """How many solutions would tell this mean from 0 at this spread between pairs; at most 100 is said."""
     spread, mean = float(np.std(values, ddof=1)) if len(values) > 1 else math.inf, abs(float(np.mean(values)))
     for more in range(number, _MOST):
-        if float(stdtrit(more - 1, 0.975)) * spread / math.sqrt(math.comb(more, 2)) < mean:
+        if student95(more - 1) * spread / math.sqrt(math.comb(more, 2)) < mean:
             return more
     return _MOST
