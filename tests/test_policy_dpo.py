@@ -14,7 +14,7 @@ from test_deepspeed import alone_in, assert_close, copy_of
 from policy.dpo import __main__ as dpo
 from policy.dpo.data import encode, ordered_pairs
 from policy.dpo.forward import Reading, distinct, micro_batches, reading
-from policy.dpo.run import fit, judged, margins, new_backbone
+from policy.dpo.run import fit, judged, margins
 from policy.dpo.trainer import DpoTrainer, new_trainer
 from policy.evaluate import __main__ as evaluate
 from rlhf.collect import __main__ as collect
@@ -25,7 +25,7 @@ from rlhf.models import prepare
 from rlhf.models.backbone import REFERENCE
 from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import load_dialogue
-from rlhf.training.hf_trainer import ADAPTER
+from rlhf.training.hf_trainer import ADAPTER, adapted_base
 
 FAST = (
     f"data.comparisons={ROOT}/recipes/tiny/comparisons.jsonl",
@@ -67,7 +67,7 @@ def inside_lab(lab, monkeypatch):
 
 def awake(recipe, seed=0):
     """A backbone whose adapter says something: in a fresh one B is 0."""
-    backbone = new_backbone(recipe)
+    backbone = adapted_base(recipe, "dpo")
     stir(backbone, seed)
     return backbone
 
@@ -152,7 +152,7 @@ def test_a_response_that_many_pairs_hold_is_read_once():
 @pytest.mark.parametrize("tokens", [60, 4000])
 def test_loss_and_gradient_are_those_of_equation_7(inside_lab, tmp_path, tokens):
     recipe = tiny_recipe(*FAST, f"dpo.tokens_per_micro_batch={tokens}")
-    dialogue, backbone = load_dialogue(recipe), new_backbone(recipe)
+    dialogue, backbone = load_dialogue(recipe), adapted_base(recipe, "dpo")
     rows, _ = encode(RANKED, dialogue, "all")
     trainer = new_trainer(recipe, recipe.dpo, dialogue, backbone, rows, folder=tmp_path)
     reference = trainer.log_probs(rows)
@@ -188,7 +188,7 @@ def test_loss_and_gradient_are_those_of_equation_7(inside_lab, tmp_path, tokens)
 )
 def test_loss_gradient_and_reference_are_those_of_trl_on_whole_sequences(inside_lab, tmp_path, options):
     recipe = tiny_recipe(*FAST, "dpo.tokens_per_micro_batch=100", *options)
-    dialogue, backbone = load_dialogue(recipe), new_backbone(recipe)
+    dialogue, backbone = load_dialogue(recipe), adapted_base(recipe, "dpo")
     rows, _ = encode(RANKED, dialogue, "all")
     trainer = new_trainer(recipe, recipe.dpo, dialogue, backbone, rows, folder=tmp_path)
     assert (trainer._forward.trunk is not None) == (not options)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 
 from policy.dpo.data import encode
@@ -18,18 +15,14 @@ from rlhf.data.comparisons import Counts, drawn
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.markdown import percent, plain
-from rlhf.models.backbone import Backbone
-from rlhf.models.base import best_device, load_base
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Dpo
-from rlhf.runs.initial_adapter import ADAPTER as SAVED
 from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.processes import check_rows, processes
 from rlhf.runs.stage import StageRun
 from rlhf.stats import clustered
 from rlhf.tokenization.dialogue import load_dialogue
-from rlhf.training.hf_trainer import ADAPTER
-from rlhf.training.runtime import clear_zero3_init, gathered
+from rlhf.training.hf_trainer import adapted_base, save_policy
 
 
 def fit(recipe: Recipe, section: Dpo, run: StageRun) -> dict[str, Any]:
@@ -57,7 +50,7 @@ def fit(recipe: Recipe, section: Dpo, run: StageRun) -> dict[str, Any]:
             "dialogue.max_response_tokens, or give other comparisons"
         )
     check_rows("dpo", len(pairs))
-    backbone = new_backbone(recipe, start_folder(recipe, run, "dpo"), run.say)
+    backbone = adapted_base(recipe, "dpo", start_folder(recipe, run, "dpo"), run.say)
     trainer = new_trainer(
         recipe, section, dialogue, backbone, pairs, others, folder=run.folder, on_checkpoint=run.note_clock
     )
@@ -65,12 +58,7 @@ def fit(recipe: Recipe, section: Dpo, run: StageRun) -> dict[str, Any]:
     before = run.remember("held_out", lambda: trainer.log_probs(others))
     trainer.fit()
     figures = judged(before, trainer.log_probs(others), [pair["index"] for pair in others], section.beta)
-    with gathered(list(backbone.parameters_of(ADAPTER).values())):
-        if run.is_main:
-            backbone.save_adapter(ADAPTER, run.folder / SAVED)
-            dialogue.tokenizer.save_pretrained(str(run.folder / SAVED))
-    if processes() > 1:
-        dist.barrier()
+    save_policy(backbone, dialogue, run)
     run.say(
         f"dpo: held-out pairs in the right order {percent(figures['held_out_accuracy'])}, margin "
         f"{plain(figures['held_out_margin'], '.3f')}, loss {plain(figures['held_out_loss'], '.3f')} (0.693 "
@@ -84,22 +72,6 @@ def fit(recipe: Recipe, section: Dpo, run: StageRun) -> dict[str, Any]:
         "processes": processes(),
         "counts": counts.as_dict(),
     }
-
-
-def new_backbone(recipe: Recipe, start: Path | None = None, say: Callable[[str], None] = print) -> Backbone:
-    """The base with the one adapter that will learn, as it starts.
-
-    start: folder of the adapter that it starts from; None = the base. say: gets a line that the user reads.
-    """
-    clear_zero3_init()
-    torch.manual_seed(recipe.seed)
-    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=[ADAPTER], trainable=[ADAPTER])
-    if start:
-        say(f"dpo: starts from {start} ({backbone.load_adapter(ADAPTER, start)} tensors)")
-    backbone.check_architecture()
-    backbone.activate(ADAPTER)
-    backbone.to(best_device())
-    return backbone
 
 
 def margins(policy: Sequence[ArrayLike], reference: Sequence[ArrayLike], beta: float) -> NDArray[np.float64]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from policy.sft.data import encode
@@ -22,19 +21,17 @@ from rlhf.data.stored import within_prompt_limit
 from rlhf.errors import UserError
 from rlhf.markdown import plain
 from rlhf.models.backbone import Backbone
-from rlhf.models.base import best_device, load_base, vocabulary_head
+from rlhf.models.base import vocabulary_head
 from rlhf.models.packing import with_hidden_states
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Sft
-from rlhf.runs.initial_adapter import ADAPTER as SAVED
 from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.processes import check_rows, processes
 from rlhf.runs.stage import StageRun
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.contract import describe
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
-from rlhf.training.hf_trainer import ADAPTER
-from rlhf.training.runtime import clear_zero3_init, gathered
+from rlhf.training.hf_trainer import adapted_base, save_policy
 
 
 def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
@@ -62,12 +59,7 @@ def fit(recipe: Recipe, section: Sft, run: StageRun) -> dict[str, Any]:
     model.eval()
     after_B, tokens_B = losses(*measured, packing=packing)
     figures = judged(before_B, after_B, tokens_B)
-    with gathered(list(backbone.parameters_of(ADAPTER).values())):
-        if run.is_main:
-            backbone.save_adapter(ADAPTER, run.folder / SAVED)
-            dialogue.tokenizer.save_pretrained(str(run.folder / SAVED))
-    if processes() > 1:
-        dist.barrier()
+    save_policy(backbone, dialogue, run)
     run.say(summary(figures))
     return figures | {
         "train": len(train),
@@ -110,20 +102,9 @@ def demonstrations(
 
 
 def new_backbone(recipe: Recipe, start: Path | None = None, say: Callable[[str], None] = print) -> Backbone:
-    """The base with the one adapter that will learn, as it starts.
-
-    start: folder of the adapter that it starts from; None = the base. say: gets a line that the user reads.
-    """
-    clear_zero3_init()
-    torch.manual_seed(recipe.seed)
-    base = with_hidden_states(load_base(recipe.model))
-    backbone = Backbone(base, recipe.lora, adapters=[ADAPTER], trainable=[ADAPTER])
-    if start:
-        count = backbone.load_adapter(ADAPTER, start)
-        say(f"sft: starts from {start} ({count} tensors)")
-    backbone.check_architecture()
-    backbone.activate(ADAPTER)
-    backbone.to(best_device())
+    """The base, which gives its hidden states, with its adapter (:func:`adapted_base`)."""
+    backbone = adapted_base(recipe, "sft", start, say)
+    with_hidden_states(backbone.base)
     return backbone
 
 

@@ -24,14 +24,19 @@ from transformers import (
 )
 
 from rlhf.errors import UserError
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import best_device, load_base
 from rlhf.models.folding import Folding
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.shared import Training
 from rlhf.runs.artifacts import Checkpoints, step_of
+from rlhf.runs.initial_adapter import ADAPTER as POLICY
 from rlhf.runs.processes import processes, rank
+from rlhf.runs.stage import StageRun
+from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.metrics import Metrics
 from rlhf.training.optimizer import deepspeed_config
-from rlhf.training.runtime import all_max, join_cpu_processes
+from rlhf.training.runtime import all_max, clear_zero3_init, gathered, join_cpu_processes
 from rlhf.training.signals import StopRequest
 
 Sums = dict[str, float]
@@ -298,6 +303,36 @@ class StopCallback(TrainerCallback):
         """The trainer's call after each optimizer step."""
         if all_max(int(self.stop.asked), args.device) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+
+
+def adapted_base(
+    recipe: Recipe, stage: str, start: Path | None = None, say: Callable[[str], None] = print
+) -> Backbone:
+    """The base with the one adapter that will learn, as it starts.
+
+    start: folder of the adapter that it starts from; None = the base. say: gets a line that the user reads,
+    with the name of the stage.
+    """
+    clear_zero3_init()
+    torch.manual_seed(recipe.seed)
+    backbone = Backbone(load_base(recipe.model), recipe.lora, adapters=[ADAPTER], trainable=[ADAPTER])
+    if start:
+        say(f"{stage}: starts from {start} ({backbone.load_adapter(ADAPTER, start)} tensors)")
+    backbone.check_architecture()
+    backbone.activate(ADAPTER)
+    backbone.to(best_device())
+    return backbone
+
+
+def save_policy(backbone: Backbone, dialogue: Dialogue, run: StageRun) -> None:
+    """Save the adapter that has learned, and the tokenizer, as a stage's policy; all processes must call
+    it."""
+    with gathered(list(backbone.parameters_of(ADAPTER).values())):
+        if run.is_main:
+            backbone.save_adapter(ADAPTER, run.folder / POLICY)
+            dialogue.tokenizer.save_pretrained(str(run.folder / POLICY))
+    if processes() > 1:
+        dist.barrier()
 
 
 def resumable(folder: Path) -> str:

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from policy.dpo.run import new_backbone
 from reward.model.reward_func import RewardFunc, Turns, as_reward_func
 from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
@@ -20,7 +19,7 @@ from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Ppo
 from rlhf.runs.artifacts import WEIGHTS, read_jsonl
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
-from rlhf.training.hf_trainer import ADAPTER
+from rlhf.training.hf_trainer import ADAPTER, adapted_base
 from studies.people.plan import samples
 
 TRAINERS: dict[str, tuple[Any, Any]] = {
@@ -48,7 +47,7 @@ def train(recipe: Recipe, arm: str, reward_model: Path, run: Path) -> Path:
     if section.start in ("sft", "distill"):
         raise UserError(f"ppo.start={section.start}: the study needs the folder of that stage's adapter")
     dialogue = load_dialogue(recipe)
-    backbone = new_backbone(recipe, Path(section.start) if section.start else None)
+    backbone = adapted_base(recipe, "dpo", Path(section.start) if section.start else None)
     generation: Any = backbone.base.generation_config
     generation.eos_token_id = list(dialogue.end_ids)
     rows = [{"prompt": row["messages"]} for row in read_jsonl(run / "comparisons" / "prompts.jsonl")]

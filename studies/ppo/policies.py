@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from policy.dpo.data import encode
-from policy.dpo.run import new_backbone as new_dpo_backbone
 from policy.dpo.trainer import new_trainer
 from policy.evaluate.before_after import sample_and_score
 from policy.evaluate.best_of_n import best_of_n, draw, kl_bound, powers_of_two
@@ -23,7 +22,7 @@ from rlhf.evals.model import LanguageModel
 from rlhf.evals.tasks import lm_loss
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.recipe.schema import Lora, Ppo
-from rlhf.training.hf_trainer import ADAPTER
+from rlhf.training.hf_trainer import ADAPTER, adapted_base
 from rlhf.training.metrics import read_metrics
 from studies.engine.units import Unit, read_result
 from studies.ppo.models import (
@@ -89,7 +88,7 @@ def prefer(unit: Unit, folder: Path) -> dict[str, Any]:
     with as_folder(base, folder) as path, quiet_folder(scratch):
         recipe = recipe_of(path, s, rank=s["lora_rank"], dpo=s["dpo"] | {"checkpoint_every": 10**6})
         dialogue = dialogue_of(load_rung(base, folder)[1], s)
-        backbone = new_dpo_backbone(recipe)
+        backbone = adapted_base(recipe, "dpo")
         pairs = encode(
             comparisons(found["result"]["pairs"][: proxy.settings["comparisons"]]), dialogue, "all"
         )[0]
