@@ -42,6 +42,14 @@ def test_a_part_is_told_whatever_it_does(found, state, why):
     assert (result["state"], result.get("why")) == (state, why)
 
 
+def test_zero_and_offload_need_more_than_one_process_and_are_never_passed_with_one():
+    for name in ("zero-0", "zero-3", "offload"):
+        (found,) = (p for p in PARTS if p.name == name)
+        result = parts.run(found, Machine(1, quick=False), 100.0)
+        assert result == {"state": "skipped", "why": "needs two GPUs: one process runs without DeepSpeed"}
+        assert not found.gpu_only, "two processes of the CPU do it too"
+
+
 def test_what_would_end_too_late_is_left_out():
     assert parts.run(part(breaks), CPU, 1.0)["state"] == "skipped"
 

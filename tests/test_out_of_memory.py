@@ -3,14 +3,22 @@
 import gc
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import stage
 from safetensors.torch import load_file
 
+from policy.ppo.checks import GuardedScore
 from reward.training import __main__ as reward
 from rlhf.errors import LESS_MEMORY, exit_on_user_error, out_of_memory
+from rlhf.evals.scoring import Scorer
+from rlhf.models.backbone import Backbone
+from rlhf.models.base import load_base
+from rlhf.models.packing import compare_packing
+from rlhf.models.tiny import tiny_model
+from rlhf.recipe.schema import Lora, Model
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 12.31 "
@@ -42,6 +50,37 @@ def test_a_cpu_without_room_says_so_in_these_words():
 def test_other_errors_are_not_about_memory():
     assert out_of_memory(RuntimeError("Tried to allocate nothing")) is None
     assert out_of_memory(ValueError("out of memory")) is None
+
+
+def full(*_, **__):
+    raise torch.OutOfMemoryError(CUDA)
+
+
+@torch.no_grad()
+def test_it_is_never_taken_for_a_fault_of_the_model_or_of_the_reward_function(tmp_path, monkeypatch):
+    """What is tried on a few rows first, and what calls the user's own function, lets it through."""
+    folder = tmp_path / "tiny"
+    tiny_model(259).save_pretrained(folder)
+    base = load_base(Model(path=str(folder)))
+    backbone = Backbone(base, Lora(rank=2, alpha=4, layers="top_1"), adapters=["policy"])
+    scoring = Scorer(base, 512)
+    decode, calls = backbone._decode, []
+
+    def full_later(*args, **options):
+        calls.append(1)
+        return decode(*args, **options) if len(calls) == 1 else full()
+
+    monkeypatch.setattr(backbone, "_decode", full_later)
+    monkeypatch.setattr(scoring, "_score", full)
+    responses = SimpleNamespace(texts=["a"], ids_BT=torch.zeros(1, 1))
+    for what in (
+        lambda: GuardedScore(full, 1)(responses),
+        lambda: compare_packing(full, base),
+        backbone.check_architecture,
+        scoring._probe,
+    ):
+        with pytest.raises(torch.OutOfMemoryError):
+            what()
 
 
 def test_a_stage_goes_on_where_it_was(road, inside, monkeypatch, capsys):

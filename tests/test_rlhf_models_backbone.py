@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BioGptConfig, BioGptForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.models.backbone import Backbone
-from rlhf.models.base import load_base
+from rlhf.models.base import load_base, quantization_config
 from rlhf.models.lora import HEAD
 from rlhf.models.tiny import tiny_model, write_tiny_model
 from rlhf.recipe.schema import Lora, Model
@@ -348,3 +348,20 @@ def test_a_quantised_base_learns_through_float32_adapters(kind, tmp_path):
     # int8 rounds the activations too
     torch.testing.assert_close(*log_probs, rtol=0, atol=1e-3 if kind == "nf4" else 0.5)
     assert float(torch.cosine_similarity(*gradients, dim=0)) > (0.999 if kind == "nf4" else 0.95)
+
+
+def test_a_process_loads_onto_its_own_gpu(tmp_path, monkeypatch):
+    """bitsandbytes puts a base onto the current GPU; a stand-in, as there is none here."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="no model at"):
+        load_base(Model(path=str(tmp_path)))
+    assert current == [torch.device("cuda", 1)]
+
+
+def test_nf4_is_multiplied_in_the_type_of_the_base():
+    for dtype in ("float32", "bfloat16"):
+        assert quantization_config("nf4", dtype).bnb_4bit_compute_dtype == getattr(torch, dtype)

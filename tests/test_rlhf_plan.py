@@ -71,7 +71,15 @@ def test_a_host_file_says_how_many_machines_and_processes(tmp_path):
     found = machine({"GPU": "80GB", "HOSTFILE": str(file), "PROCS": ""})
     assert (found.processes, found.nodes, found.world) == (4, 3, 12)
     file.write_text("a slots=4\nb slots=1\n")
-    assert machine({"GPU": "80GB", "HOSTFILE": str(file)}).world == 4, "never more than there are"
+    found = machine({"GPU": "none", "HOSTFILE": str(file)})
+    assert (found.world, found.processes) == (5, 4), "the fullest machine has least for each"
+    assert found.words.endswith("4 processes on each of 2 machines at most, 5 in all, "
+                                f"{found.bytes / 1e9:.1f} GB a process")  # fmt: skip
+    for name in ("PROCS", "NODES"):
+        with pytest.raises(
+            UserError, match=f"^{name}: the hosts and slots of HOSTFILE say it; leave {name} out"
+        ):
+            machine({"HOSTFILE": str(file), name: "2"})
 
 
 def test_a_shape_comes_from_the_folder_the_cache_or_what_is_published(tmp_path, monkeypatch):
@@ -222,7 +230,8 @@ def test_a_plan_that_fits_ends_well_and_one_that_does_not_says_what_would_help(t
 @pytest.mark.parametrize(("policy", "refused"), [("refuse", True), ("warn", False), ("off", False)])
 def test_a_run_that_cannot_fit_is_refused_as_the_recipe_says(tmp_path, capsys, monkeypatch, policy, refused):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GPU", "24GB")
+    monkeypatch.setenv("GPU", "80GB")  # which speaks of another machine
+    monkeypatch.setattr("rlhf.plan.machine.gpu_bytes", lambda: [24 << 30])
     if refused:
         with pytest.raises(UserError, match=r"does not fit .* set plan=warn to start all the same"):
             check.before_a_run(big(plan=policy))
@@ -234,7 +243,8 @@ def test_a_run_that_cannot_fit_is_refused_as_the_recipe_says(tmp_path, capsys, m
 def test_within_its_own_error_a_plan_refuses_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     need = check.planned(big(), Machine(True, 1.0, 1, 1, "x")).plan.largest().parts.total
-    monkeypatch.setenv("GPU", str(int(need * 0.9)))
+    card = int(need * 0.9 * 2**30 / 1e9)
+    monkeypatch.setattr("rlhf.plan.machine.gpu_bytes", lambda: [card])
     check.before_a_run(big())
     assert "does not fit" in capsys.readouterr().out
 
@@ -256,10 +266,42 @@ FLASH, LIGER = "model.attn_implementation=flash_attention_2", "model.use_liger_k
 def test_kernels_are_refused_as_the_first_stage_would(gpu, options, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPU", gpu.removeprefix("here"))
-    monkeypatch.setattr("rlhf.plan.machine.gpu_bytes", lambda: [24 << 30])  # asked for where none is named
+    cards = [] if gpu == "none" else [24 << 30]
+    monkeypatch.setattr("rlhf.plan.machine.gpu_bytes", lambda: cards)  # asked for where none is named
+    for told in (check.show, check.before_a_run)[: 1 if gpu == "24GB" else 2]:
+        with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+            told(tiny_recipe(*options))
+
+
+PAGED = "ppo.optimizer=paged_adamw_8bit"
+
+
+@pytest.mark.parametrize(
+    ("cards", "processes", "options", "refused"),
+    [
+        (1, "8", [PAGED, "distributed.zero_stage=2"], "does not go with ZeRO 2; use zero_stage 0"),
+        (1, "1", [PAGED, "distributed.zero_stage=2"], None),
+        (1, "8", [PAGED, "distributed.zero_stage=0"], None),
+        (0, "1", [PAGED], "needs a CUDA GPU"),
+    ],
+)
+def test_an_optimizer_is_refused_before_hours_of_other_stages(
+    cards, processes, options, refused, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROCS", processes)
+    monkeypatch.setattr("rlhf.plan.machine.gpu_bytes", lambda: [24 << 30] * cards)
     for told in (check.show, check.before_a_run):
         with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
             told(tiny_recipe(*options))
+
+
+def test_files_of_another_type_are_in_memory_while_they_are_read():
+    recipe, shape = tiny_recipe("model.dtype=bfloat16"), PUBLISHED["smollm2-135m"]
+    lengths = Lengths(16, 2, 8, True)
+    made = [plan(recipe, shape, lengths, gpu=False, world=1, converted=size) for size in (0.0, 538e6)]
+    again = [next(m for m in p.moments if m.name == "loading again").parts.total for p in made]
+    assert again[1] - again[0] == 538e6
 
 
 def test_yaml_reads_off_as_false():

@@ -9,7 +9,7 @@ import torch
 
 from policy.ppo.setup import new_backbone
 from reward.model.model import new_reward_model
-from rlhf.errors import UserError, first_line
+from rlhf.errors import UserError, first_line, out_of_memory
 from rlhf.generation.sampling import sample
 from rlhf.models.base import best_device, load_base
 from rlhf.models.masks import last_true_index, left_pad, positions_from_mask
@@ -73,6 +73,8 @@ def probe(recipe: Recipe) -> str:
             _, scores_B = classifier(ids_BT, part="all", **inputs, **places)
             _check_finite(scores_B)
     except _FAULTS as error:
+        if out_of_memory(error):
+            raise
         reason = first_line(error, 200)
         raise UserError(
             f"model.path: {recipe.model.path} cannot be trained here: {where} fails on a few tokens "

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from policy.ppo.rollout import Responses, RewardFn
-from rlhf.errors import USER_ERROR_STATUS, UserError, lost_process
+from rlhf.errors import USER_ERROR_STATUS, UserError, lost_process, out_of_memory
 from rlhf.models.masks import last_true_index
 from rlhf.runs.processes import print_once
 
@@ -109,8 +109,8 @@ class GuardedScore:
             except UserError:
                 raise
             except Exception as error:
-                if lost_process(error) is not None:  # a sharded model scores on all processes together
-                    raise
+                if lost_process(error) or out_of_memory(error):  # a model of our own scores on this device,
+                    raise  # and a sharded one on all processes together
                 reason = (str(error).splitlines() or [""])[0]
                 raise UserError(
                     f"ppo: the reward function failed on {len(responses.texts)} responses "

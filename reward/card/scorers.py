@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from reward.card.ood import activations
 from reward.model.model import TextRewardModel, config_file, load_config
 from rlhf.data.comparisons import Prompt
-from rlhf.errors import UserError, first_line
+from rlhf.errors import UserError, first_line, out_of_memory
 from rlhf.models.base import best_device, check_kind
 from rlhf.models.masks import right_pad
 from rlhf.models.token_batches import token_batches
@@ -347,6 +347,8 @@ def _as_user_error(message: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        if out_of_memory(error):
+            raise
         reason = first_line(error, 200)
         raise UserError(message.replace("{}", reason)) from None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from rlhf.errors import out_of_memory
 from rlhf.evals.prefix_tree import Tree, common_start, fold, lay_out, target_log_probs
 from rlhf.generation.kv_cache import PrefixStates, prefix_cache
 from rlhf.models.log_probs import chunk_of, logits_head
@@ -161,7 +162,9 @@ class Scorer:
         rows = torch.tensor(self._score(text, jobs, trees=False)[0])
         try:
             trees = torch.tensor(self._score(text, jobs, trees=True)[0])
-        except (AttributeError, TypeError, RuntimeError, ValueError, IndexError):
+        except (AttributeError, TypeError, RuntimeError, ValueError, IndexError) as error:
+            if out_of_memory(error):
+                raise
             return False
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
         return bool(((trees - rows).abs() <= tolerance * rows.abs().clamp(min=1)).all())

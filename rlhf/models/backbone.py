@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.errors import out_of_memory
 from rlhf.models.folding import Folding
 from rlhf.models.log_probs import check_head, chunk_of, logits_head, token_log_probs
 from rlhf.models.lora import HEAD, lora_config, read_adapter, write_adapter
@@ -344,12 +345,8 @@ class Backbone(nn.Module):
             {"input_ids": ids_BT} if hidden_BTD is None else {"inputs_embeds": hidden_BTD}
         )
         with layers_of(self.decoder, part, self.frozen_layers, depth):
-            return self.decoder(
-                **inputs,
-                attention_mask=mask_BT.long(),
-                position_ids=positions_from_mask(mask_BT),
-                use_cache=False,
-            ).last_hidden_state
+            inputs |= {"attention_mask": mask_BT.long(), "position_ids": positions_from_mask(mask_BT)}
+            return self.decoder(**inputs, use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def check_architecture(self) -> str | None:
@@ -377,6 +374,8 @@ class Backbone(nn.Module):
             if torch.allclose(self._decode(ids, mask, part="top", hidden_BTD=trunk), hidden, atol=1e-4):
                 return None
         except (AttributeError, TypeError, RuntimeError, ValueError, LookupError) as error:
+            if out_of_memory(error):
+                raise
             reason = str(error)
         self.drop_trunk("this architecture cannot be split at the first adapted layer")
         return f"{self.no_trunk} ({reason}): no trunk cache"

@@ -53,8 +53,11 @@ def precision_of(base: nn.Module) -> str:
     return str(max((k for k in kinds if k.is_floating_point), key=lambda k: torch.finfo(k).eps))[6:]
 
 
-def quantization_config(kind: str) -> Any:
-    """The bitsandbytes configuration of ``model.quantization`` (QLoRA, Dettmers 2023), None for ``none``."""
+def quantization_config(kind: str, dtype: str) -> Any:
+    """The bitsandbytes configuration of ``model.quantization`` (QLoRA, Dettmers 2023), None for ``none``.
+
+    dtype: of ``model.dtype``, in which nf4 is unpacked and multiplied.
+    """
     if kind == "none":
         return None
     from transformers import BitsAndBytesConfig
@@ -62,7 +65,7 @@ def quantization_config(kind: str) -> Any:
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
     )
 
 
@@ -142,6 +145,8 @@ def load_base(
     """
     check_dtype(model.dtype)
     check_kernels(model, gpu=torch.cuda.is_available())
+    if processes() > 1 and torch.cuda.is_available():  # a quantized base loads onto the current GPU: its own
+        torch.cuda.set_device(best_device())
     source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     named = model.attn_implementation != "auto"
     try:
@@ -156,7 +161,7 @@ def load_base(
             model.path,
             config=config,
             key_mapping=None if config is whole else _TEXT_PART,
-            quantization_config=quantization_config(model.quantization),
+            quantization_config=quantization_config(model.quantization, model.dtype),
             dtype=getattr(torch, model.dtype),
             output_loading_info=True,
             **({"attn_implementation": model.attn_implementation} if named else {}),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.errors import first_line
+from rlhf.errors import first_line, out_of_memory
 from rlhf.models.backbone import layers_of
 from rlhf.models.log_probs import chunk_of, token_log_probs
 from rlhf.models.masks import attention_masks, masked_mean
@@ -254,6 +254,8 @@ def compare_packing(states: Callable[[bool], Tensor], model: Any) -> str | None:
     try:
         packed, separate = states(True), states(False)
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        if out_of_memory(error):
+            raise
         reason = first_line(error, 100)
         return f"this architecture does not take packed rows ({reason}): nothing shares a row"
     gap = difference(packed, separate)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rlhf.errors import out_of_memory
 from rlhf.models.backbone import ALL_ADAPTED
 from rlhf.models.packing import SHARED, PackedBatch, difference, inputs_of, tolerance
 from rlhf.recipe.load import Recipe
@@ -185,6 +186,8 @@ def response_states(
             )
             gap = max(gap, difference(split, whole))
     except (AttributeError, TypeError, RuntimeError, ValueError, LookupError) as error:
+        if out_of_memory(error):
+            raise
         print(f"warning: this architecture cannot be split at layer {cut} ({error}): no trunk cache")
         return None
     if not gap <= tolerance(model):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from rlhf.errors import exit_on_user_error
+from rlhf.errors import UserError, exit_on_user_error
 from rlhf.plan.check import show
 from rlhf.recipe.load import from_command_line
 
@@ -17,6 +18,10 @@ def main() -> None:
     recipe = from_command_line([word for word in words if word not in TIME])
     show(recipe)
     if [word for word in words if word in TIME][-1:] == [TIME[0]]:
+        if os.environ.get("GPU", "").strip().lower() not in ("", "none", "cpu"):
+            raise UserError(
+                "time=true measures this machine, and GPU speaks of another; leave one of them out"
+            )
         from rlhf.plan.timing import timed
 
         print(timed(recipe), flush=True)

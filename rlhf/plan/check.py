@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from rlhf.errors import UserError
@@ -38,15 +40,21 @@ class Planned(NamedTuple):
         ]
 
 
-def machine_for(recipe: Recipe) -> Machine:
+def machine_for(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> Machine:
     """What the environment says and what is here.
 
     Raises:
-        UserError: the environment names no such machine, or it cannot run the kernels that are asked for.
+        UserError: the environment names no such machine, or it cannot run the kernels or the optimizer
+            that are asked for.
     """
-    here = machine()
+    here = machine(environment)
     model = as_it_will_run(recipe, gpu=here.gpu).model
     check_kernels(model, gpu=here.gpu, elsewhere=here.elsewhere)
+    kind, stage = recipe.ppo.optimizer, recipe.distributed.zero_stage
+    if kind != "adamw" and not here.gpu:
+        raise UserError(f"ppo.optimizer: {kind} needs a CUDA GPU, and there is none; use adamw")
+    if kind != "adamw" and here.world > 1 and stage > 0:  # as rlhf.training.runtime, after hours of training
+        raise UserError(f"ppo.optimizer: {kind} does not go with ZeRO {stage}; use zero_stage 0")
     return here
 
 
@@ -58,7 +66,14 @@ def planned(recipe: Recipe, here: Machine) -> Planned:
     """
     recipe = as_it_will_run(recipe, gpu=here.gpu)
     known, lengths = shape_of(recipe.model), lengths_of(recipe)
-    return Planned(plan(recipe, known.shape, lengths, gpu=here.gpu, world=here.world), here, known, lengths)
+    made = plan(
+        recipe, known.shape, lengths, gpu=here.gpu, world=here.world, converted=_converted(recipe, known)
+    )
+    return Planned(made, here, known, lengths)
+
+
+def _converted(recipe: Recipe, known: Known) -> float:
+    return float(known.stored) if known.stored_dtype not in ("", recipe.model.dtype) else 0.0
 
 
 def as_it_will_run(recipe: Recipe, *, gpu: bool) -> Recipe:
@@ -86,14 +101,17 @@ def show(recipe: Recipe) -> None:
 
 
 def before_a_run(recipe: Recipe) -> None:
-    """Say in a line what a run will need, as ``plan`` of the recipe asks for.
+    """Say in a line what a run will need of this machine, as ``plan`` of the recipe asks for.
+
+    ``GPU`` and ``NODES`` are for `make plan`, which speaks of other machines: they are not looked at.
 
     Raises:
-        UserError: the machine has not the kernels; with ``refuse``, where it cannot fit.
+        UserError: the machine has not the kernels; with ``refuse``, where it cannot fit; or the
+            optimizer does not go with so many processes.
     """
     if recipe.plan == "off":
         return
-    here = machine_for(recipe)
+    here = machine_for(recipe, {k: v for k, v in os.environ.items() if k not in ("GPU", "NODES")})
     try:
         found = planned(recipe, here)
     except UserError as error:
@@ -117,7 +135,9 @@ def _help(recipe: Recipe, found: Planned) -> str:
         lengths = found.lengths
         if changed.dialogue.max_prompt_tokens < lengths.prompt:
             lengths = lengths._replace(prompt=changed.dialogue.max_prompt_tokens)
-        return plan(changed, found.known.shape, lengths, gpu=here.gpu, world=here.world).largest()
+        converted = _converted(changed, found.known)
+        made = plan(changed, found.known.shape, lengths, gpu=here.gpu, world=here.world, converted=converted)
+        return made.largest()
 
     single = remedies(recipe, need, world=here.world)
     return help_page(single, together(recipe, need, world=here.world, limit=here.bytes), here)

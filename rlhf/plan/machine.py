@@ -29,11 +29,13 @@ class Machine(NamedTuple):
     """For the report."""
     elsewhere: bool = False
     """A GPU that ``GPU`` speaks of, whatever is here."""
+    all: int | None = None
+    """Processes of the run, where machines have unequal numbers: ``processes`` is the largest of them."""
 
     @property
     def world(self) -> int:
         """Processes of the run."""
-        return self.processes * self.nodes
+        return self.all or self.processes * self.nodes
 
 
 def machine(environment: Mapping[str, str] = os.environ) -> Machine:
@@ -41,29 +43,37 @@ def machine(environment: Mapping[str, str] = os.environ) -> Machine:
 
     ``GPU`` is the memory of one card, such as ``24GB`` (10^9 bytes; of a card's 24 GiB the rest is left for
     CUDA's context), or ``none`` for the CPU. ``PROCS`` is the number of processes on a machine. ``HOSTFILE``
-    says both numbers; of unequal machines an average one counts.
+    says both numbers; of unequal machines the one with most processes counts.
 
     Raises:
-        UserError: one of them is no such value.
+        UserError: one of them is no such value, or says again what the hostfile says.
     """
     given = environment.get("GPU", "").strip()
     cards = [] if given else gpu_bytes()
     if environment.get("HOSTFILE"):
+        again = [name for name in ("PROCS", "NODES") if environment.get(name, "").strip()]
+        if again:
+            raise UserError(f"{again[0]}: the hosts and slots of HOSTFILE say it; leave {again[0]} out")
         slots = [host.slots for host in read_hosts(environment["HOSTFILE"])]
-        nodes, processes = len(slots), sum(slots) // len(slots)
+        nodes, processes, total = len(slots), max(slots), sum(slots)
     else:
+        total = None
         nodes = _number(environment, "NODES") or 1
         processes = _number(environment, "PROCS") or len(cards) or 1
     each = f"{processes} process{'es' if processes > 1 else ''}"
     each += f" on each of {nodes} machines" if nodes > 1 else ""
+    each += f" at most, {total} in all" if total and total != nodes * processes else ""
     if given and given.lower() not in ("none", "cpu"):
-        return Machine(True, size_of(given, "GPU"), processes, nodes, f"a GPU of {given}, {each}", True)
+        return Machine(
+            True, size_of(given, "GPU"), processes, nodes, f"a GPU of {given}, {each}", True, total
+        )
     if cards:
-        free = min(cards) / _CARD
-        return Machine(True, free, processes, nodes, f"a GPU here of {min(cards) / 2**30:.0f} GiB, {each}")
+        words = f"a GPU here of {min(cards) / 2**30:.0f} GiB, {each}"
+        return Machine(True, min(cards) / _CARD, processes, nodes, words, all=total)
     here = ram()
     share = "" if processes == 1 else f", {here / processes / 1e9:.1f} GB a process"
-    return Machine(False, here / processes, processes, nodes, f"{here / 1e9:.1f} GB of memory, {each}{share}")
+    words = f"{here / 1e9:.1f} GB of memory, {each}{share}"
+    return Machine(False, here / processes, processes, nodes, words, all=total)
 
 
 def size_of(text: str, name: str) -> float:

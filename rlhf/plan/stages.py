@@ -74,9 +74,15 @@ def setting_of(recipe: Recipe, *, gpu: bool, world: int) -> Setting:
     )
 
 
-def plan(recipe: Recipe, shape: Shape, lengths: Lengths, *, gpu: bool, world: int) -> Plan:
-    """Every moment of every stage that a recipe has."""
-    stages = Stages(recipe, shape, lengths, setting_of(recipe, gpu=gpu, world=world))
+def plan(
+    recipe: Recipe, shape: Shape, lengths: Lengths, *, gpu: bool, world: int, converted: float = 0.0
+) -> Plan:
+    """Every moment of every stage that a recipe has.
+
+    converted: bytes of the base's files where they hold another type than the recipe's, which are all in
+    memory while they are read.
+    """
+    stages = Stages(recipe, shape, lengths, setting_of(recipe, gpu=gpu, world=world), converted)
     alone = Stages(recipe, shape, lengths, setting_of(recipe, gpu=gpu, world=1))
     moments = [*alone.collect(), *stages.trainings(), *stages.ppo(), *alone.card()]
     moments += [*alone.evaluate(), *alone.tax()]
@@ -89,8 +95,11 @@ def plan(recipe: Recipe, shape: Shape, lengths: Lengths, *, gpu: bool, world: in
 class Stages:
     """The stages of one recipe in one setting."""
 
-    def __init__(self, recipe: Recipe, shape: Shape, lengths: Lengths, setting: Setting) -> None:
+    def __init__(
+        self, recipe: Recipe, shape: Shape, lengths: Lengths, setting: Setting, converted: float = 0.0
+    ) -> None:
         self.recipe, self.shape, self.lengths, self.setting = recipe, shape, lengths, setting
+        self.converted = converted
         top = recipe.lora.top_k
         self.adapted = shape.layers if top is None else min(top, shape.layers)
         self.adapter = memory.adapter_weights(shape, recipe.lora.rank, self.adapted)
@@ -304,7 +313,8 @@ class Stages:
         if stage == "reward" and not setting.gpu:
             # what was saved is loaded beside what was trained, and the heap keeps what training took
             left = acts if memory.heap(tokens * shape.intermediate * setting.size, setting) > 1 else 0.0
-            again = {"weights": 2 * base, "adapters": 8.0 * learns, "copies": copies, "activations": left}
+            weights = 2 * base + self.converted * shape.layers / self.shape.layers
+            again = {"weights": weights, "adapters": 8.0 * learns, "copies": copies, "activations": left}
             yield Moment(stage, "loading again", common._replace(**again))
         logits = memory.training_logits(shape, at_once * long, setting) if language else 0.0
         yield Moment(stage, "training", common._replace(

@@ -19,9 +19,12 @@ OWNED = {  # keys of DeepSpeed's configuration, and what sets them
     "zero_optimization.stage": "distributed.zero_stage",
     "zero_optimization.offload_optimizer.device": "distributed.offload_optimizer",
     "zero_optimization.offload_param.device": "distributed.offload_param",
+    "zero_optimization.cpu_offload": "distributed.offload_optimizer",  # DeepSpeed's older names of the two
+    "zero_optimization.cpu_offload_param": "distributed.offload_param",
     "zero_allow_untested_optimizer": "ppo.optimizer",
     "zero_force_ds_cpu_optimizer": "ppo.optimizer",
     **dict.fromkeys(("bf16", "bfloat16", "fp16", "amp", "torch_autocast"), "model.dtype"),
+    "data_types": "model.dtype",  # gradients are summed in float32, as the adapters are
     "activation_checkpointing": "model.gradient_checkpointing",
 }
 SAMPLED = "sampled"  # the value of data.comparisons that asks for the lab: sample responses, let a judge rank
