@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DATA, ROOT, slow_but
-from tiny_evaluate import TOKENIZER, language_model, random_model, write_rows
+from tiny_evaluate import TOKENIZER, bos_tokenizer, language_model, random_model, write_rows
 
 from rlhf.errors import UserError
 from rlhf.evals.harness import _bridge_class, stock_answers, stock_config, stock_task
@@ -266,7 +266,9 @@ def test_a_row_with_wrong_fields_is_named_with_the_fields_expected(tmp_path):
     [
         ("gsm8kk", "unknown evaluation 'gsm8kk'; did you mean gsm8k"),
         ("lambda", "did you mean lambada"),
-        ("mmlu", "mmlu is a group of lm-eval: name its tasks one by one"),
+        ("IFEval", "did you mean ifeval or"),
+        ("mmlu", r"mmlu is a group of lm-eval: name its tasks one by one \(mmlu_abstract_algebra, "),
+        ("openllm", r"one by one \(arc_challenge, hellaswag, truthfulqa_gen, \.\.\.\)"),
         ("mbpp", "runs generated code without a sandbox; use humaneval"),
     ],
 )
@@ -275,9 +277,22 @@ def test_a_name_that_cannot_be_run_is_refused_in_one_line(name, message):
         canonical(name)
 
 
-def test_rolling_log_likelihood_is_that_of_the_whole_text():
-    lm = language_model()
-    bridge = _bridge_class()(lm, ["x"])
-    request = SimpleNamespace(doc_id=0, args=("some plain text",))
-    (whole,) = lm.score([([], lm.encode("some plain text"))])
-    assert bridge.loglikelihood_rolling([request]) == [pytest.approx(whole.log_prob)]
+@pytest.mark.parametrize("start", ["", "<|start|>", "Be kind"])
+@pytest.mark.parametrize("text", ["", "short", "a text of twenty-five to."])
+def test_rolling_log_likelihood_is_that_of_lm_evals_own_windows(start, text):
+    from lm_eval.models.huggingface import HFLM
+
+    lm = language_model(window=10)
+    if start == "<|start|>":
+        lm = LanguageModel(lm.model, bos_tokenizer())
+    if start == "Be kind":  # 3 tokens at a time; the last ones have as much before them as fits
+        lm = language_model(window=10, prefix_ids=lm.encode(start))
+        parts = [
+            (text[max(min(i - 1, len(text) - 4), 0) : i], text[i : i + 3]) for i in range(0, len(text), 3)
+        ]
+        wanted = sum(s.log_prob for s in lm.score([(lm.encode(a), lm.encode(b)) for a, b in parts]))
+    else:
+        theirs = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, max_length=10, add_bos_token=False)
+        (wanted,) = theirs.loglikelihood_rolling([SimpleNamespace(args=(text,))], disable_tqdm=True)
+    request = SimpleNamespace(doc_id=0, args=(text,))
+    assert _bridge_class()(lm, ["x"]).loglikelihood_rolling([request]) == [pytest.approx(wanted, abs=1e-4)]

@@ -5,14 +5,13 @@ import torch
 from tiny_evaluate import (
     ARCHITECTURES,
     TOKENIZER,
-    ascii_tokenizer,
+    bos_tokenizer,
     ids_of,
     language_model,
     log_prob,
     random_model,
 )
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.evals.model import LanguageModel
@@ -135,19 +134,6 @@ def test_other_architectures_are_scored_rightly_with_trees_or_without(name, pref
 
 
 # --- tokens ----------------------------------------------------------------------------------------------
-
-
-def bos_tokenizer():
-    made = ascii_tokenizer()
-    made.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|start|> $A", special_tokens=[("<|start|>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made.backend_tokenizer,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        bos_token="<|start|>",
-    )
 
 
 def test_what_the_tokenizer_puts_before_every_text_begins_the_prefix_once():

@@ -4,6 +4,7 @@ import json
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -29,6 +30,20 @@ def ascii_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, additional_special_tokens=[START]
+    )
+
+
+def bos_tokenizer():
+    """The same, with a BOS before every text."""
+    made = ascii_tokenizer()
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made.backend_tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        bos_token="<|start|>",
     )
 
 

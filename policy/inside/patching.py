@@ -34,10 +34,6 @@ class Recording(NamedTuple):
     maps: dict[Site, Tensor]
     """The subject's output maps, [I, D]."""
 
-    def contribution(self, site: Site) -> Tensor:
-        """What a place with an output map adds to the stream, its bias apart, [B, T, D]."""
-        return self.kept[site] @ self.maps[site]
-
     def resampled(self, rows_B: Tensor) -> Recording:
         """The run with the activations of other rows, for resample ablation."""
         return self._replace(kept={site: kept[rows_B] for site, kept in self.kept.items()})

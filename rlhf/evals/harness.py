@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
 from rlhf.evals.items import Item
+from rlhf.tokenization.special_tokens import special_start
 
 if TYPE_CHECKING:
     from rlhf.evals.model import LanguageModel
@@ -216,13 +217,20 @@ def _bridge_class() -> Any:
             return [(s.log_prob, s.greedy) for s in self._lm.score(pairs, names=self._asked)]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            found = []
+            from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+            lm, found = self._lm, []
+            fixed = len(lm.prefix_ids)
+            prompted = fixed > len(special_start(lm.tokenizer))
+            taken = fixed if prompted else max(fixed - 1, 0)  # a prompt stands before every window
             for request in requests:
-                name = self._names[request.doc_id]
-                ids = self._lm.encode(request.args[0])
-                size = len(ids) if self._lm.window is None else self._lm.window - len(self._lm.prefix_ids) - 1
-                pieces = [(ids[max(s - 1, 0) : s], ids[s : s + size]) for s in range(0, len(ids), size)]
-                found.append(sum(s.log_prob for s in self._lm.score(pieces, names=[name] * len(pieces))))
+                name, ids = self._names[request.doc_id], lm.encode(request.args[0])
+                size = max(len(ids), 1) if lm.window is None else lm.window - taken
+                windows = [*map(make_disjoint_window, get_rolling_token_windows(ids, 0, size, context_len=1))]
+                # the fixed text, or what stands in its place, takes the place of the 0 before the first
+                scored = lm.score([([], continuation) for _, continuation in windows[:1]], names=[name])
+                scored += lm.score(windows[1:], names=[name] * len(windows), bare=not prompted)
+                found.append(sum(s.log_prob for s in scored))
             return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:

@@ -104,38 +104,42 @@ class LanguageModel:
     # ---------------------------------------------------------------- scoring
 
     def score(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, names: Sequence[str] | None = None
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        names: Sequence[str] | None = None,
+        bare: bool = False,
     ) -> list[Scored]:
         """Log-probability of every continuation behind the fixed text and its context.
 
         pairs: (context ids, continuation ids). A context may be empty: where there is no fixed text either,
         BOS stands before the continuation, or EOS where the tokenizer has no BOS, as in lm-eval. names: of
-        the pairs, for messages.
+        the pairs, for messages. bare: without the fixed text, behind contexts that are not empty.
 
         Raises:
             UserError: a pair is longer than the model's window, or its continuation is empty.
         """
-        jobs = [self._job(pair, _name(names, i)) for i, pair in enumerate(pairs)]
-        log_probs, greedy = self._scorer.score(self.prefix_ids, jobs)
+        prefix = [] if bare else self.prefix_ids
+        jobs = [self._job(pair, _name(names, i), len(prefix)) for i, pair in enumerate(pairs)]
+        log_probs, greedy = self._scorer.score(prefix, jobs)
         return [
             Scored(log_prob, len(job.targets), best)
             for log_prob, job, best in zip(log_probs, jobs, greedy, strict=True)
         ]
 
-    def _job(self, pair: tuple[Sequence[int], Sequence[int]], name: str) -> Job:
+    def _job(self, pair: tuple[Sequence[int], Sequence[int]], name: str, before: int) -> Job:
         context, continuation = list(pair[0]), list(pair[1])
         if not continuation:
             raise UserError(f"{name}: the text to be scored has no token of its own; mend or remove the item")
-        if not context and not self.prefix_ids:
+        if not context and not before:
             context = [self._first_token()]
         job = Job([*context, *continuation[:-1]], len(context) - 1, continuation)
-        self._fits(len(job.inputs), name, "remove the item")
+        self._fits(before + len(job.inputs), before, name, "remove the item")
         return job
 
-    def _fits(self, tokens: int, name: str, remedy: str) -> None:
-        length = len(self.prefix_ids) + tokens
+    def _fits(self, length: int, before: int, name: str, remedy: str) -> None:
         if self.window is not None and length > self.window:
-            prompt = f" ({len(self.prefix_ids)} of them the prompt's)" if self.prefix_ids else ""
+            prompt = f" ({before} of them the prompt's)" if before else ""
             raise UserError(
                 f"{name}: {length} tokens{prompt}, and the model's window has {self.window}; {remedy}, or "
                 "use a model with a longer window"
@@ -179,8 +183,10 @@ class LanguageModel:
         Raises:
             UserError: a context and the longest continuation do not fit in the model's window.
         """
+        before = len(self.prefix_ids)
         for i, context in enumerate(contexts):
-            self._fits(len(context) + max_new_tokens, _name(names, i), "allow fewer new tokens")
+            longest = before + len(context) + max_new_tokens
+            self._fits(longest, before, _name(names, i), "allow fewer new tokens")
         trees = self._scorer.takes_trees()
         # the last token of the fixed text begins every row, because its state predicts
         kept = self.prefix_ids[:-1] if trees else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, TemplateError, meta
@@ -20,8 +20,6 @@ _OURS = {"messages", "add_generation_prompt", "continue_final_message", "tokeniz
 _OURS |= {"conversation", "chat_template", "return_dict", "return_tensors", "padding", "truncation"}
 _ASKED = (Message("user", PROBE.lower()),)
 _ANSWERED = (*_ASKED, Message("assistant", PROBE))
-
-Render = Callable[[Sequence[Message], bool], str]
 
 
 class RefusedTurnsError(UserError):

@@ -10,12 +10,15 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
+import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
 
 from rlhf.data.readers.rows import Row
 from rlhf.errors import UserError
@@ -71,19 +74,54 @@ def check_name(name: str, own: Sequence[str]) -> None:
         UserError: there is no such task, it is a group, or it runs generated code outside the sandbox.
     """
     if name not in index():
-        near = difflib.get_close_matches(name, [*own, *index()], n=3, cutoff=0.6)
+        lowered: dict[str, str] = {}
+        for known in (*own, *index()):
+            lowered.setdefault(known.lower(), known)
+        close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)
+        near = [lowered[known] for known in close]
         remedy = (
             f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(own)}, or any of lm-eval"
         )
         raise UserError(f"unknown evaluation {name!r}; {remedy}")
     kind, path = index()[name]
     if kind == "group":
-        near = [task for task, (k, _) in index().items() if k == "task" and task.startswith(f"{name}_")][:3]
-        raise UserError(f"{name} is a group of lm-eval: name its tasks one by one ({', '.join(near)}, ...)")
+        tasks = list(itertools.islice(_tasks_of(_loaded(path).get("task"), {name}), 4))
+        some = f" ({', '.join(tasks[:3])}{', ...' * (len(tasks) > 3)})" if tasks else ""
+        raise UserError(f"{name} is a group of lm-eval: name its tasks one by one{some}")
     if "unsafe_code: true" in _text(path):
         raise UserError(
             f"{name} of lm-eval runs generated code without a sandbox; use humaneval, which has one"
         )
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads lm-eval's files without the functions that they name."""
+
+
+_Loader.add_multi_constructor("!", lambda *_: None)
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    return dict(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader))
+
+
+def _tasks_of(members: Any, seen: set[str]) -> Iterator[str]:
+    """Names of the tasks in a group's ``task`` field: itself, of groups in it, and those with a tag in it.
+
+    seen: groups that are being read.
+    """
+    for member in members if isinstance(members, list) else [members]:
+        if isinstance(member, dict):
+            yield from _tasks_of(member.get("task"), seen)
+        elif (kind := index().get(member, ("tag",))[0]) == "task":
+            yield member
+        elif kind == "group" and member not in seen:
+            yield from _tasks_of(_loaded(index()[member][1]).get("task"), {*seen, member})
+        elif isinstance(member, str) and kind == "tag":
+            for task, (_, path) in index().items():
+                tags = _loaded(path).get("tag") if member in path.read_text(encoding="utf-8") else ()
+                if member in ([tags] if isinstance(tags, str) else tags or ()):
+                    yield task
 
 
 def _text(path: Path) -> str:
