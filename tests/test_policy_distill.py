@@ -20,7 +20,7 @@ import policy.distillation.run
 from policy.distillation import __main__ as distill
 from policy.distillation.data import Frame, questions, texts
 from policy.distillation.loss import distil_kl
-from policy.distillation.student import Student, collate
+from policy.distillation.student import Student, collate, trunk_of
 from policy.distillation.teacher import PromptedModel
 from policy.distillation.teacher_cache import TeacherCache, shard_records
 from policy.distillation.trainer import DistillTrainer
@@ -89,6 +89,16 @@ def test_a_second_round_tells_its_share_of_the_whole_prompt(method, layers, dist
         assert two["prompt_gain"]["mean"] == pytest.approx(one["prompt_gain"]["mean"], abs=1e-4)
     assert second["full_kl_before"]["mean"] == pytest.approx(first["full_kl_before"]["mean"], rel=1e-4)
     assert " at the start (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("method", "why"), [("full", "distill.method is full"), ("lora", "ZeRO 3 gathers")])
+def test_a_limit_of_the_trunk_without_effect_is_told(method, why, distill_lab, capsys):
+    recipe = tiny_recipe(*overrides(method=method, trunk_gigabytes=3, lora__layers="top_2"))
+    student = Student(recipe, recipe.distill, None)
+    if method == "lora":
+        student.before_sharding()
+    assert trunk_of(student, [], recipe.distill) is None
+    assert f"distill.trunk_gigabytes has no effect: {why}" in capsys.readouterr().out
 
 
 # ---- exactly nothing to learn

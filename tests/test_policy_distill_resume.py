@@ -190,12 +190,15 @@ def alone(tmp_path_factory):
 )
 def test_two_processes_learn_what_one_process_learns(zero, method, layers, alone, tmp_path):
     here, whole = lab_in(tmp_path / "here"), alone(method, layers)
-    options = changed(here, method=method, lora__layers=layers, distributed__zero_stage=zero)
+    options = changed(
+        here, method=method, trunk_gigabytes=3, lora__layers=layers, distributed__zero_stage=zero
+    )
     done = here / "runs" / "tiny" / "distill"
     # every curve holds a resume
     interrupt(here, "distill", lambda: list(done.glob("checkpoints/step-*")), done / MANIFEST, *options)
     said = finish(here, "distill", *options)
     assert said.count("distill: held out: KL(teacher || student)") == 1
+    assert said.count("distill.trunk_gigabytes has no effect: ZeRO 3") == (zero == 3)
     assert_close(here, whole, "distill", *(() if method == "full" else ("policy",)))
     mine, expected = (results(folder / "runs/tiny/distill") for folder in (here, whole))
     assert (mine["processes"], expected["processes"]) == (2, 1)

@@ -21,6 +21,7 @@ from reward.model.forward import forward_packed, score_examples
 from reward.model.model import new_reward_model
 from reward.model.trunk_cache import build_trunk
 from reward.training.probe import features
+from rlhf.runs.processes import print_once
 
 SHARED = pytest.mark.parametrize("share", [True, False])
 MIXED = [*cases(6, 21), *cases(1, 22, responses=(5, 5), first=6)]
@@ -172,9 +173,10 @@ def test_there_is_no_trunk_where_all_layers_are_adapted(capsys):
     assert capsys.readouterr().out == ""  # it was not set
 
 
-def test_there_is_no_trunk_where_weights_are_sharded(model, monkeypatch):
+def test_there_is_no_trunk_where_weights_are_sharded(model, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert trunk_of(model, MIXED, "distributed.zero_stage=3") is None
+    assert capsys.readouterr().out.startswith("reward.trunk_gigabytes has no effect: ZeRO 3 gathers all")
     assert trunk_of(model, MIXED, "distributed.zero_stage=2") is not None
 
 
@@ -197,6 +199,11 @@ def test_an_architecture_that_cannot_be_split_has_no_trunk_and_is_told(model, mo
         return forward(self, *args, **options)
 
     monkeypatch.setattr(decoder, "forward", of_a_fixed_depth)
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")
+        assert trunk_of(model) is None
+    assert capsys.readouterr().out == ""
+    print_once.cache_clear()
     assert trunk_of(model) is None
     assert "cannot be split at layer 1 (three layers, please)" in capsys.readouterr().out
     assert len(model.base_model.model.model.layers) == 3

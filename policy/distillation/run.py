@@ -76,7 +76,7 @@ def _fit(recipe: Recipe, section: Distill, run: StageRun, stop: StopRequest) -> 
     _fill(cache, teacher, student, rows, runtime, section.tokens_per_micro_batch, run, stop)
     if runtime.shards_weights:
         student.before_sharding()
-    trunk = None if runtime.shards_weights else trunk_of(student, rows, section)
+    trunk = trunk_of(student, rows, section)
     evaluation = HeldOut(
         cache=cache,
         passages=rows,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from policy.distillation.data import Passage
 from policy.distillation.loss import TopKLogProbs
 from policy.distillation.teacher_cache import TeacherCache
-from rlhf.models.backbone import REFERENCE, Backbone, layers_of
+from rlhf.models.backbone import REFERENCE, WEIGHTS_SHARDED, Backbone, layers_of
 from rlhf.models.base import load_base
 from rlhf.models.log_probs import check_head, logits_head
 from rlhf.models.masks import positions_from_mask, right_pad
@@ -168,7 +168,7 @@ class Student:
         """
         assert self.backbone, "refused before"
         self.head = copy.deepcopy(self.head).requires_grad_(False)
-        self.backbone.drop_trunk("ZeRO 3 gathers all layers in every pass")
+        self.backbone.drop_trunk(WEIGHTS_SHARDED)
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
@@ -247,7 +247,8 @@ def trunk_of(student: Student, passages: Sequence[Passage], section: Distill) ->
     backbone, rows = student.backbone, [p.student_ids for p in passages]
     widths = list(map(len, rows))
     needed = trunk_bytes(student.base, sum(widths))
-    if not backbone or not keeps_trunk(section, backbone.frozen_layers, needed, no_trunk=backbone.no_trunk):
+    frozen, why = (backbone.frozen_layers, backbone.no_trunk) if backbone else (0, "distill.method is full")
+    if not keeps_trunk(section, frozen, needed, no_trunk=why) or not backbone:
         return None
     trunk = TrunkCache(backbone.frozen_layers)
     for some in progress("trunk", token_batches(widths, _TRUNK_TOKENS)):

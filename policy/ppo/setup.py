@@ -33,7 +33,7 @@ from rlhf.collect.functions import RewardFunction
 from rlhf.collect.judges import judge_name, judge_of
 from rlhf.data.stored import stored_columns
 from rlhf.errors import UserError
-from rlhf.models.backbone import REFERENCE, Backbone
+from rlhf.models.backbone import REFERENCE, WEIGHTS_SHARDED, Backbone
 from rlhf.models.base import best_device, load_base
 from rlhf.models.masks import append_token
 from rlhf.recipe.load import Recipe
@@ -231,7 +231,7 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weight
         origins[f"{_LOGGED}{reward.label}"] = f"{reward.weight:g} x {place}"
     warning = backbone.check_architecture()
     if shards_weights:
-        backbone.drop_trunk("ZeRO 3 gathers all layers in every pass")
+        backbone.drop_trunk(WEIGHTS_SHARDED)
     if run.is_main:
         if warning:
             print(f"warning: {warning}", flush=True)

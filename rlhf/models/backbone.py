@@ -35,6 +35,7 @@ from rlhf.recipe.schema import Lora
 
 REFERENCE = "reference"  # the role of the base without adapters
 ALL_ADAPTED = "no layers are frozen (lora.layers adapts all of them)"
+WEIGHTS_SHARDED = "ZeRO 3 gathers all layers in every pass"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import out_of_memory
-from rlhf.models.backbone import ALL_ADAPTED
+from rlhf.models.backbone import ALL_ADAPTED, WEIGHTS_SHARDED
 from rlhf.models.packing import SHARED, PackedBatch, difference, inputs_of, tolerance
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.reward import PreferenceTraining
@@ -165,10 +165,10 @@ def response_states(
     """
     top_k = recipe.lora.top_k
     base = model.base_model.model
-    if top_k is not None and processes() > 1 and recipe.distributed.zero_stage == 3:
-        return None
     cut = 0 if top_k is None else max(0, base.config.get_text_config().num_hidden_layers - top_k)
-    if not keeps_trunk(section, cut, trunk_bytes(base, tokens)):
+    sharded = cut > 0 and processes() > 1 and recipe.distributed.zero_stage == 3
+    cut, why = (0, WEIGHTS_SHARDED) if sharded else (cut, ALL_ADAPTED)
+    if not keeps_trunk(section, cut, trunk_bytes(base, tokens), no_trunk=why):
         return None
     trunk, device = ResponseStates(cut), next(model.parameters()).device
 
@@ -188,10 +188,10 @@ def response_states(
     except (AttributeError, TypeError, RuntimeError, ValueError, LookupError) as error:
         if out_of_memory(error):
             raise
-        print(f"warning: this architecture cannot be split at layer {cut} ({error}): no trunk cache")
+        print_once(f"warning: this architecture cannot be split at layer {cut} ({error}): no trunk cache")
         return None
     if not gap <= tolerance(model):
-        print(f"warning: trunk and top differ from the whole (by {gap:.2g}): no trunk cache", flush=True)
+        print_once(f"warning: trunk and top differ from the whole (by {gap:.2g}): no trunk cache")
         return None
     for batch in progress("trunk", batches):
         read(batch)
