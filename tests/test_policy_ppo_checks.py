@@ -1,4 +1,4 @@
-"""What stops a run: invariants that do not hold, scores that are none, updates that are not finite."""
+"""What stops a run: invariants that do not hold, scores that are none, updates that are not finite, a KL."""
 
 import json
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_ppo import trainer, weights
+from tiny_ppo import SMALL, trainer, weights
 
 import policy.ppo.trainer
 import policy.ppo.update
@@ -239,3 +239,21 @@ def test_only_a_call_that_takes_too_long_is_ended(monkeypatch):
     with time_limit(0.1, "late"):
         time.sleep(0.3)
     assert ended == ["late"]
+
+
+# ---- the figures of a step
+
+
+def test_nothing_is_decided_by_the_log(tmp_path):
+    ends = []
+    for name, log in (("logged", None), ("not", lambda *_: None)):
+        warm = {"steps": 4, "value_warmup": 2, "value_warmup_until": -1e9, "max_kl": 1e-9}
+        built = trainer(tmp_path / name, trackers=["tensorboard"], **SMALL | warm)
+        built.log = log or built.log
+        built.train()
+        ends.append((built.done, built.ended_early, built.weights.value_warmup.steps, weights(built)))
+        assert (tmp_path / name / "tensorboard").is_dir()
+    (*one, at_end), (*other, at_other_end) = ends
+    assert one == other
+    assert one[0] == 3  # the second step taught the policy, and the third was its KL
+    assert all(torch.equal(tensor, at_other_end[n]) for n, tensor in at_end.items())

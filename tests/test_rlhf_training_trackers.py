@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import pytest
 import yaml
@@ -40,6 +41,7 @@ def test_tensorboard_is_written_where_the_recipe_asks_for_it(tmp_path):
 def test_others_get_the_run_and_every_step(name, tmp_path, monkeypatch):
     seen = []
     module = types.ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
     run = types.SimpleNamespace(
         log=lambda values, step=None, **_: seen.append((step, values)), finish=lambda: seen.append("end")
     )
@@ -48,10 +50,13 @@ def test_others_get_the_run_and_every_step(name, tmp_path, monkeypatch):
     folder = tmp_path / "mine" / "ppo"
     folder.mkdir(parents=True)
     log(folder, trackers=[name])
-    assert seen == [("rlhf", "mine-ppo"), (1, {"loss": 1.0}), (2, {"loss": 0.5}), "end"]
+    assert seen == [("pairwright", "mine-ppo"), (1, {"loss": 1.0}), (2, {"loss": 0.5}), "end"]
 
 
-def test_a_tracker_that_is_not_installed_is_told_with_the_command():
+def test_a_tracker_that_is_not_installed_is_told_with_the_command(tmp_path):
+    for name, message in (("trackio", "trackio is not installed; run"), ("weights", "'weights' is none of")):
+        with pytest.raises(UserError, match=f"trackers: {message}"):
+            log(tmp_path, trackers=[name])
     assert tiny_recipe().trackers == []
     assert tiny_recipe("trackers=[tensorboard]").trackers == ["tensorboard"]
     with pytest.raises(UserError, match=r"trackers: trackio is not installed; run `pip install trackio`"):

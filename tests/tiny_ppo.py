@@ -56,6 +56,7 @@ def trainer(
     width=64,
     limit=LIMIT,
     dtype=torch.float32,
+    trackers=None,
     **section,
 ):
     """A trainer in a folder.
@@ -70,7 +71,7 @@ def trainer(
     backbone = backbone_of(ppo, stir=stir, start=start, width=width, dtype=dtype)
     if not trunk:
         backbone.frozen_layers = 0
-    options = {}
+    options = {"trackers": trackers}
     if test_fn is not None:
         reward_fn = AuditedScore(reward_fn, test_fn, ppo.micro_batch_size)
         options["reward_metrics"] = lambda: reward_fn.figures(lambda sums: sums, torch.device("cpu"))

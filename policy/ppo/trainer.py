@@ -1,9 +1,9 @@
 """PPO on one base with adapters: the loop; every formula is a pure function elsewhere.
 
 Shaping of rewards: :mod:`policy.ppo.reward_shaping`; advantages: :mod:`policy.ppo.advantages`; losses:
-:mod:`policy.ppo.update` and :mod:`policy.ppo.loss`. RLOO and REINFORCE are the same loop without a value.
-Huang 2024 ("The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031) is followed where the recipe
-does not choose otherwise.
+:mod:`policy.ppo.update` and :mod:`policy.ppo.loss`. RLOO, GRPO, Dr. GRPO and REINFORCE are the same loop
+without a value. Huang 2024 ("The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031) is followed
+where the recipe does not choose otherwise.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class PpoTrainer:
         runtime: the processes; its ``model`` and optimizer are made here. None = one process.
         reward_metrics: further metrics of a step from the reward function; every process calls it.
         on_checkpoint: called behind every checkpoint, on the main process.
+        trackers: ``tensorboard``, ``wandb`` or ``trackio``, beside ``metrics.jsonl``; None = those of the
+            recipe in the folder, where there is one.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class PpoTrainer:
         runtime: Runtime | None = None,
         reward_metrics: Callable[[], dict[str, float]] = dict,
         on_checkpoint: Callable[[], None] = lambda: None,
+        trackers: Sequence[str] | None = None,
     ) -> None:
         self.runtime = runtime or Runtime(
             Distributed(),
@@ -85,7 +88,7 @@ class PpoTrainer:
         self.section, self.seed, self.folder = section, seed, Path(folder)
         learning = [p for p in backbone.parameters() if p.requires_grad and not self.runtime.shards_weights]
         self.reward_fn = GuardedScore(reward_fn, section.score_timeout_minutes, learning)
-        self.reward_metrics, self.on_checkpoint = reward_metrics, on_checkpoint
+        self.reward_metrics, self.on_checkpoint, self.trackers = reward_metrics, on_checkpoint, trackers
         self.is_main = self.runtime.rank == 0
         self.ended_early: str | None = None
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
@@ -122,10 +125,12 @@ class PpoTrainer:
             for step in self.remaining_steps():
                 rollout = self.collect_rollout(step)  # sample, score, log-probs, values
                 rewards = self.reward_shaper(rollout, self.kl_controller.coef)  # score - KL penalty
-                advantages, returns = self.estimate_advantages(rollout, rewards)  # GAE, RLOO, GRPO
+                advantages, returns = self.estimate_advantages(rollout, rewards)  # GAE, GRPO, ...
                 stats = self.update(step, rollout, advantages, returns, self.kl_controller.coef)  # PPO clip
                 self.kl_controller.update(rollout)
-                self.log(step, rollout, rewards, returns, stats)
+                figures = self.figures_of(step, rollout, rewards, returns, stats)
+                self.note_figures(step, figures)  # end of the value's warm-up, best policy, KL for max_kl
+                self.log(figures)
                 if self.save_or_stop():
                     break
 
@@ -172,18 +177,30 @@ class PpoTrainer:
             all_reduce=self.runtime.all_sum,
         )
 
-    def log(
+    def figures_of(
         self, step: int, rollout: Rollout, rewards_BR: Tensor, returns_BR: Tensor, stats: dict[str, float]
-    ) -> None:
-        """Write the metrics of a step; every process must call it."""
+    ) -> dict[str, float]:
+        """The metrics of a step, over all processes; every process must call it."""
         found = rollout_metrics(self.runtime, rollout, rewards_BR, returns_BR, self.section.batch_size)
         found |= stats | self.gaps | self.reward_metrics() | dict(rollout.seconds)
         found["progress/episodes"] = float((step + 1) * self.section.batch_size)
         found["time/update"] = time.monotonic() - self.collected_at
-        self.weights.note_figures(step, found)
-        self.kl, self.done = found["objective/kl"], step + 1
+        return found
+
+    def note_figures(self, step: int, figures: dict[str, float]) -> None:
+        """The step is done: let its figures decide when the value's warm-up ends and which policy is best,
+        and keep its KL for ``max_kl``.
+
+        Raises:
+            UserError: the warm-up missed its goal, or ``keep_best`` has no test model.
+        """
+        self.weights.note_figures(step, figures)
+        self.kl, self.done = figures["objective/kl"], step + 1
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Write the metrics of the last step that is done."""
         assert self.metrics is not None, "there is a log while the loop runs"
-        self.metrics.log(self.done, found)
+        self.metrics.log(self.done, figures)
 
     def save_or_stop(self) -> bool:
         """Checkpoint where it is time; True at the last step, also one that ``max_kl`` makes the last."""
@@ -259,6 +276,7 @@ class PpoTrainer:
             shown=SHOWN,
             description="ppo",
             active=self.is_main,
+            trackers=self.trackers,
         )
         with self.stop.listening(), contextlib.closing(metrics):
             try:
