@@ -66,11 +66,7 @@ OPTIONS = {
         "sft": [f"{name}.start=sft" for name in ("distill", "reward", "ppo")],
         "distill": ["distill.start=sft", "reward.start=distill", "ppo.start=distill"],
     },
-    "pmp": {
-        "none": [],
-        "binarized": [PMP % ""],
-        "imitation": [PMP % ", form: ranked, objective: imitation"],
-    },
+    "pmp": {"none": [], "binarized": [PMP % ""], "imitation": [PMP % ", form: ranked, objective: imitation"]},
     "distill.method": {value: [f"distill.method={value}"] for value in ("lora", "full")},
     "sft.packing": {value: [f"sft.packing={value}"] for value in ("true", "false")},
     "sft.loss_on": {value: [f"sft.loss_on={value}"] for value in ("response", "all")},
@@ -86,15 +82,8 @@ OPTIONS = {
         "2": ["reward.members=2", "ppo.ensemble=pessimistic"],
         "2, averaged": ["reward.members=2", "ppo.ensemble=average"],
     },
-    "trunk_gigabytes": {
-        "4": [],
-        "0": [f"{name}.trunk_gigabytes=0" for name in ("distill", "reward", "ppo")],
-    },
-    "ppo.algorithm": {
-        "ppo": [],
-        "ppo, value shared": ["ppo.value=shared"],
-        "rloo": ["ppo.algorithm=rloo"],
-    },
+    "trunk_gigabytes": {"4": [], "0": [f"{name}.trunk_gigabytes=0" for name in ("distill", "reward", "ppo")]},
+    "ppo.algorithm": {"ppo": [], "ppo, value shared": ["ppo.value=shared"], "rloo": ["ppo.algorithm=rloo"]},
     "ppo.kl_in": {
         "reward": [],
         "loss, k2": ["ppo.kl_in=loss", "ppo.kl_estimator=k2"],

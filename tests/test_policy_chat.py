@@ -64,12 +64,7 @@ def test_both_answer_and_a_digit_saves_which_is_better_and_goes_on_with_it(talk)
     assert kept.responses == ("base to hello (0, 0)", "ppo to hello (0, 0)")
     assert (kept.ranks, kept.source) == ((0, 1), "chat")
     tell("and now?")
-    assert conversation.models.asked[-1][1:] == (
-        ["hello", "base to hello (0, 0)", "and now?"],
-        0,
-        1,
-        0,
-    )
+    assert conversation.models.asked[-1][1:] == (["hello", "base to hello (0, 0)", "and now?"], 0, 1, 0)
     assert "have been judged" not in tell("2")
 
 

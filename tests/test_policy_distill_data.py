@@ -76,11 +76,7 @@ def test_a_question_and_its_best_answer_are_read_alike_with_and_without_the_prom
 
 
 def test_the_runs_own_comparisons_are_the_default(distill_lab):
-    options = {
-        "questions": ...,
-        "data__comparisons": "more.jsonl",
-        "dialogue__max_prompt_tokens": 200,
-    }
+    options = {"questions": ..., "data__comparisons": "more.jsonl", "dialogue__max_prompt_tokens": 200}
     with pytest.raises(UserError, match="distill needs the comparisons stage"):
         run(**options)
     stage(collect.main, *overrides(**options))

@@ -24,11 +24,7 @@ EOS, PAD = 1, 0
 TOKENS = st.lists(st.integers(0, 4), min_size=3, max_size=3)
 
 
-@given(
-    responses=st.lists(TOKENS, min_size=1, max_size=5),
-    more=st.integers(0, 3),
-    data=st.data(),
-)
+@given(responses=st.lists(TOKENS, min_size=1, max_size=5), more=st.integers(0, 3), data=st.data())
 def test_every_closed_sequence_ends_in_one_eos_and_every_sampled_token_is_an_action(responses, more, data):
     prompts = data.draw(
         st.lists(

@@ -8,14 +8,7 @@ import pytest
 
 from policy.alignment_tax.plot import draw
 from policy.alignment_tax.report import as_markdown
-from policy.alignment_tax.table import (
-    difference,
-    item_rows,
-    task_figures,
-    variant_figures,
-    verdict,
-    verdicts,
-)
+from policy.alignment_tax.table import difference, item_rows, task_figures, variant_figures, verdict, verdicts
 from rlhf.evals.outcome import Outcome
 
 Z = statistics.NormalDist().inv_cdf(0.975)

@@ -19,11 +19,7 @@ from rlhf.runs.artifacts import MANIFEST, write_manifest
 
 BATCHES = ("collect.prompts_per_batch=4",)
 REWARD = (*BATCHES, "reward.epochs=2", "reward.checkpoint_every=1")
-LONGER = {
-    "comparisons": BATCHES,
-    "reward": REWARD,
-    "ppo": (*REWARD, "ppo.steps=4", "ppo.checkpoint_every=1"),
-}
+LONGER = {"comparisons": BATCHES, "reward": REWARD, "ppo": (*REWARD, "ppo.steps=4", "ppo.checkpoint_every=1")}
 ENSEMBLE = (*BATCHES, "reward.checkpoint_every=1", "reward.members=2", "reward.lm_coef=0.5")
 
 

@@ -9,11 +9,7 @@ from rlhf.errors import UserError
 from rlhf.models.tiny import END, PAD, START, tiny_tokenizer
 from rlhf.tokenization.dialogue import Dialogue, PromptTooLongError, load_tokenizer
 
-TALK = (
-    Message("user", "Hello there"),
-    Message("assistant", "Good day."),
-    Message("user", "How are you?"),
-)
+TALK = (Message("user", "Hello there"), Message("assistant", "Good day."), Message("user", "How are you?"))
 EOS, PAD_ID, START_ID = 1, 0, 2
 IDS = st.lists(st.integers(0, 258), max_size=12)
 

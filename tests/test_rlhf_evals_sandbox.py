@@ -51,12 +51,7 @@ def processes_with(word):
 
 # ---------------------------------------------------------------------------------- how programs end
 
-SMALL = {
-    "memory_bytes": 96 << 20,
-    "file_bytes": 100_000,
-    "folder_bytes": 300_000,
-    "output_bytes": 60_000,
-}
+SMALL = {"memory_bytes": 96 << 20, "file_bytes": 100_000, "folder_bytes": 300_000, "output_bytes": 60_000}
 EARLY = "failed: exit with status {} before its end"
 ENDS = {
     "assert 1 == 2": "failed: AssertionError",

@@ -92,12 +92,7 @@ def test_when_no_position_counts_the_log_probs_are_zero_and_backward_still_works
     hidden_BTD, weight_VD, targets_BT, mask_BT, _ = _log_prob_case()
     hidden_BTD.requires_grad_()
     logp_BT, _ = token_log_probs(
-        hidden_BTD,
-        lambda h: h @ weight_VD.T,
-        targets_BT,
-        torch.zeros_like(mask_BT),
-        temperature=1.0,
-        chunk=4,
+        hidden_BTD, lambda h: h @ weight_VD.T, targets_BT, torch.zeros_like(mask_BT), temperature=1.0, chunk=4
     )
     logp_BT.sum().backward()
     assert (logp_BT == 0).all()

@@ -70,11 +70,7 @@ SUCCESSORS = [  # of each stage, whoever reads it
     ("reward", "ppo", ()),
     ("reward", "card", ()),
     ("reward", "evaluate", ()),
-    (
-        "reward",
-        "tax",
-        (*TAX, "tax.reward_model_hhh=true", HHH),
-    ),
+    ("reward", "tax", (*TAX, "tax.reward_model_hhh=true", HHH)),
     ("comparisons", "dpo", DPO),
     ("sft", "dpo", (*SFT, "dpo.start=sft")),
     ("ppo", "evaluate", ()),

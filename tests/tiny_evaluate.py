@@ -5,13 +5,7 @@ import json
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from rlhf.evals.model import LanguageModel
 from rlhf.models.backbone import Backbone
