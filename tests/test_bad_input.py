@@ -369,6 +369,7 @@ def test_a_token_behind_eos_that_the_tokenizer_does_not_have_is_refused(fresh, r
 # --- a full disk -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_ppo_saves_costs_nothing_but_the_steps_since(
     lab, road, refused, monkeypatch, capsys
 ):

@@ -72,6 +72,7 @@ def trained(road, tmp_path_factory):
     return folder, sides
 
 
+@pytest.mark.slow
 def test_every_side_leaves_an_adapter_that_has_learned_at_every_mark(trained, road):
     folder, sides = trained
     for side, found in sides.items():
@@ -84,6 +85,7 @@ def test_every_side_leaves_an_adapter_that_has_learned_at_every_mark(trained, ro
     assert not (road / "runs" / "tiny" / "gold_ppo").exists()
 
 
+@pytest.mark.slow
 def test_all_are_judged_on_the_same_prompts_and_the_distance_is_from_the_reference(
     trained, road, tmp_path, monkeypatch
 ):

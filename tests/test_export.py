@@ -100,6 +100,7 @@ def test_the_policy_is_the_trained_one(at):
         assert (logits - base(input_ids=ids).logits).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_score_in_a_fresh_process_without_this_project_is_the_trained_one(at):
     prompt, own = (Message("user", "The ferry was"),), TextRewardModel(Path("runs/tiny/reward/model"))

@@ -128,6 +128,7 @@ def truncate(file):
     os.truncate(file, file.stat().st_size // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", slow_but([flip], [flip, truncate, Path.unlink]))
 @pytest.mark.parametrize("name", ["policy/adapter_model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(damage, name, stopped, alone, tmp_path):
@@ -140,6 +141,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(damage, name,
     assert f"using step-{STEPS - 1:07d} instead" in said
 
 
+@pytest.mark.slow
 def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(stopped, tmp_path):
     here = Path(shutil.copytree(stopped, tmp_path / "here", symlinks=True))
     for checkpoint in checkpoints(here):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, slow_but, stage
+from conftest import ROOT, stage
 
 from rlhf.data.comparisons import Counts
 from rlhf.data.readers.native import read_native
@@ -228,7 +228,8 @@ def scores(recipe, folder):
     return found
 
 
-@pytest.mark.parametrize("number", slow_but([0], range(len(ROWS))))
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(ROWS)))
 def test_the_whole_road_works_under_options_in_pairs(number, inside, no_picture, monkeypatch):
     from policy.ppo import update
 

@@ -88,6 +88,7 @@ def test_a_proxy_that_is_exploited_is_found_within_some_steps_and_the_best_polic
     )
 
 
+@pytest.mark.slow
 def test_a_proxy_that_is_right_is_not_blamed(tmp_path):
     built = trainer(tmp_path, reward_fn=proxy, test_fn=honest, **LAB)
     built.train()
@@ -288,6 +289,7 @@ def test_a_run_without_one_says_what_its_verdict_is_worth(road):
     assert "kept_step" not in results
 
 
+@pytest.mark.slow
 def test_the_whole_road_with_a_test_model_of_its_own(road, before_ppo, capsys):
     words = ("reward.test_share=0.5", "ppo.keep_best=true", "evaluate.best_of=2", "evaluate.judge=reward")
     with pytest.raises(UserError, match=r"reward/test_model is not there.*make reward"):

@@ -40,6 +40,7 @@ def start(road, tmp_path, *overrides, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_piped_conversation_with_the_tiny_run(road, tmp_path):
     talked = (
         "The movie was\n\n/again\n2\nThe food was\n/seed 3\n1\n"

@@ -107,6 +107,7 @@ def test_a_lens_without_a_change_is_said():
     assert "2 of the held-out" in lens_section({"skipped": "2 of the held-out prompts"})[1]
 
 
+@pytest.mark.slow
 def test_the_lens_of_another_run_s_policy(run, capsys):  # noqa: F811
     other = run.with_name("other")
     shutil.copytree(run / "ppo", other / "ppo")

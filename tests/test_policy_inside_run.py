@@ -88,6 +88,7 @@ def test_the_stage_on_the_tiny_run(run, capsys):
     assert "done already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_circuits_of_what_the_reward_model_reads(run, monkeypatch):
     texts = [(" a joy.", " a bore")]  # short, and one pair is looked into as it is
     asked = tuple(Kind(name, "a word", lambda: iter(texts)) for name in question.ASKED)
@@ -215,6 +216,7 @@ def test_other_policies_are_compared_with_the_run_s_own_before_the_first_questio
     assert "is no safetensors file" in refused(other, act=check_others)
 
 
+@pytest.mark.slow
 def test_the_run_s_report_shows_it_where_the_run_was_looked_into(run):
     def shown():
         write_page([gather(run)], run / "report.html")

@@ -61,6 +61,7 @@ def share(said):
     return torch.tensor([text.count(LETTER) / LIMIT for text in said.texts])
 
 
+@pytest.mark.slow
 def test_the_policy_learns_what_is_scored_and_a_high_price_of_kl_holds_it_back(tmp_path):
     log = {}
     for price in (0.005, 1.0):

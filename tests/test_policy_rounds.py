@@ -186,6 +186,7 @@ def test_a_recipe_with_comparisons_begins_with_those_and_adds_to_them():
     assert json.loads(words["data.held_out_prompts"]) == ["runs/r-round-1/comparisons/held_out_prompts.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tests", [False, True])
 def test_rounds_over_comparisons_of_ones_own(tests, road, inside):
     """The first round reads them, the second one samples; test files of one's own stay what is held out."""

@@ -160,6 +160,7 @@ def left(folder):
     return lines, files, json.loads((done / "manifest.json").read_text())["results"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_killed_twice_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
     lab = begun(tmp_path / "here")
     alone = shutil.copytree(lab, tmp_path / "alone")

@@ -111,6 +111,7 @@ def test_an_ensemble_killed_in_every_member_ends_as_if_it_had_never_been_killed(
     assert {"model/adapter_model.safetensors", "model-1/adapter_model.safetensors"} <= set(found["files"])
 
 
+@pytest.mark.slow
 def test_a_stage_killed_while_it_writes_checkpoints_ends_the_same(whole, tmp_path):
     name = "reward"  # PPO: test_faults_kill.py
     here = link_stages(whole, tmp_path / "here", name)

@@ -76,6 +76,7 @@ def test_no_prompt_and_no_group_is_in_both_parts():
         part_for_test(rows[-2:], 0.5, 0)
 
 
+@pytest.mark.slow
 def test_killed_in_the_test_model_both_models_are_as_if_trained_alone(prepared, monkeypatch, capsys):
     words = [
         "reward.test_share=0.4",

@@ -95,6 +95,7 @@ def test_a_server_labels_rewards_and_evaluates(road, inside, server):
     assert len(asked) == len(set(asked))
 
 
+@pytest.mark.slow
 def test_a_killed_run_asks_nothing_twice_and_ends_as_if_it_had_not_been_killed(road, tmp_path, server):
     rewards = f"ppo.rewards=[{{judge: {judged(server)}, normalize: true}}, {{model: reward}}]"
     options = (rewards, "ppo.steps=3", "ppo.checkpoint_every=1")

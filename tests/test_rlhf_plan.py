@@ -296,6 +296,17 @@ def test_an_optimizer_is_refused_before_hours_of_other_stages(
             told(tiny_recipe(*options))
 
 
+def test_the_texts_of_ppo_ptx_are_read_in_one_pass_whatever_the_micro_batch():
+    def need(batch, tokens):
+        ptx = {"ptx_coef": 1, "ptx_texts": ["x"], "ptx_batch_size": batch, "ptx_max_tokens": tokens}
+        return total(big(ppo=ptx))
+
+    few = total(big(ppo={}))
+    assert need(1, 8) == few
+    assert need(8, 4096) > 2 * few
+    assert need(16, 4096) == pytest.approx(2 * need(8, 4096), rel=0.6)
+
+
 def test_files_of_another_type_are_in_memory_while_they_are_read():
     recipe, shape = tiny_recipe("model.dtype=bfloat16"), PUBLISHED["smollm2-135m"]
     lengths = Lengths(16, 2, 8, True)
@@ -308,6 +319,7 @@ def test_yaml_reads_off_as_false():
     assert load(TINY, ["plan=off"]).plan == "off"
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_2_where_it_does_not_fit(tmp_path):
     command = f"make --no-print-directory plan RECIPE=recipes/tiny.yaml SET=name={tmp_path.name[:20]}".split()
     for gpu, status in (("1GB", 0), ("1kB", 2)):

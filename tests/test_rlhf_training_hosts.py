@@ -261,6 +261,7 @@ def wait_for(due, launcher):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_the_processes_of_all_hosts(waiting, machines):
     waiting.send_signal(signal.SIGINT)
     assert waiting.wait(WITHIN) == 143
@@ -298,6 +299,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.slow
 def test_a_host_that_hangs_is_named_and_its_processes_are_killed(machines, monkeypatch, capfd):
     machines.serve(FIRST)
     machines.serve(SECOND)

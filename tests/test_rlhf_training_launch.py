@@ -220,6 +220,7 @@ def test_a_stop_reaches_the_processes_and_waits_for_their_save(number, tmp_path)
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_of_all_processes_is_said_once(inside):
     """Only the stage's own batches count, and the launcher ends the others while the first one speaks."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PROCS": "3", "CUDA_VISIBLE_DEVICES": ""}

@@ -128,6 +128,7 @@ def test_the_quick_study_is_a_small_one(monkeypatch):
     assert (plan.seeds, plan.arms, plan.steps) == ((5,), QUICK.arms, QUICK.steps)
 
 
+@pytest.mark.slow
 def test_a_tiny_study_goes_all_the_way(tmp_path):
     arms = ("free small 0", "free small 1", "value from the reward model", "rloo", "dpo", "closed")
     sizes = {"tokens": 4_000, "data": (12, 16, 20), "reward_epochs": (1, 1, 1), "held_out": 8, "prompts": 16}

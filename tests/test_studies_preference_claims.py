@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import slow_but
 
 from studies.engine.plots import save
 from studies.engine.report import content
@@ -76,7 +77,7 @@ def test_a_model_trained_on_shuffled_labels_does_not_support_claim_1(tiny_study)
     assert abs(from_text(found[0]["result"]["credits"]["score"]).mean() - 0.5) < 0.15
 
 
-@pytest.mark.parametrize("kind", ["pmp", "finetune", "calibration", "sets"])
+@pytest.mark.parametrize("kind", slow_but(["pmp"], ["pmp", "finetune", "calibration", "sets"]))
 def test_every_kind_of_unit_runs_and_starts_from_the_weights_it_needs(tiny_study, kind):
     _, folder = tiny_study
     small = replace(TINY, calibration_pairs=64, calibration_test=50, prompts=16, prompts_test=10)

@@ -157,6 +157,12 @@ class Stages:
         )
         yield Moment("ppo", "update", common._replace(gradients=gradients, activations=self._training(
             tokens, width)))  # fmt: skip
+        if section.ptx_coef:  # all texts of a process in one pass (policy/ppo/batching.py)
+            long = section.ptx_max_tokens + 1
+            tokens = -(-section.ptx_batch_size // setting.world) * long
+            yield Moment("ppo", "texts of PPO-ptx", common._replace(
+                gradients=gradients, activations=self._training(tokens, long),
+                logits=memory.training_logits(shape, tokens, setting)))  # fmt: skip
 
     def card(self) -> Iterator[Moment]:
         """A reward model as large as this run's over comparisons; its training where a curve asks for it."""
