@@ -3,7 +3,7 @@
 ``python -m studies.pmp_transfer --recipe RECIPE [--set section.key=value ...]``: the recipe says what is
 pre-trained on (its ``pmp`` section) and what is fine-tuned on. Arms: ``none`` (fresh adapter and head),
 ``lm`` (language-model loss on the best public answers, the control that has seen the same texts), ``ranked``
-and ``binarised`` PMP (Askell 2021, section 4; claim: PMP helps, most at few comparisons). All arms are judged
+and ``binarized`` PMP (Askell 2021, section 4; claim: PMP helps, most at few comparisons). All arms are judged
 on the same held-out comparisons; every trained model is one unit, so an interrupted study goes on.
 """
 
@@ -35,6 +35,7 @@ ARMS = {
     "ranked": ["pmp.form=ranked"],
     "binarised": ["pmp.form=binarized"],
 }
+SHOWN = {"binarised": "binarized"}  # units, folders and pmp.json keep the name that earlier runs gave the arm
 
 
 def units_of(recipe: Recipe, arms: list[str], numbers: list[int], seeds: list[int]) -> list[Unit]:
@@ -124,7 +125,7 @@ def page(content: dict[str, Any]) -> str:
     cells, numbers = content["cells"], content["numbers"]
     rows = []
     for arm in (a for a in ARMS if f"{a}-{numbers[0]}" in cells):
-        row = [arm]
+        row = [SHOWN.get(arm, arm)]
         for cell in (cells[f"{arm}-{number}"] for number in numbers):
             text = f"{cell['accuracy']['mean']:.3f}"
             if "difference" in cell:
@@ -150,12 +151,13 @@ def main() -> None:
     parser = CommandLine(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--recipe", default="recipes/pmp.yaml")
     parser.add_argument("--set", nargs="*", default=[], dest="overrides")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    names = [SHOWN.get(arm, arm) for arm in ARMS]
+    parser.add_argument("--arms", nargs="+", default=names, choices=names)
     parser.add_argument("--numbers", nargs="+", type=int, default=[50, 200, 800])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("docs/studies/pmp"))
     given = parser.parse_args()
-    arms = [a for a in ARMS if a in {*given.arms, "none"}]
+    arms = [arm for arm in ARMS if SHOWN.get(arm, arm) in {*given.arms, "none"}]
     recipe = load(given.recipe, given.overrides)
 
     def stage(module: str, *more: str) -> None:

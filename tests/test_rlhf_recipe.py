@@ -91,6 +91,9 @@ def test_a_key_in_the_wrong_section_is_sent_to_its_own(recipe):
 def test_a_key_like_no_other_gets_the_valid_ones(recipe):
     message = refusal(recipe(TEXT.replace("path: m", "path: m, qqqqqq: 1")))
     assert message.startswith("r.yaml:2: unknown key model.qqqqqq; valid keys: model.path, model.source")
+    message = refusal(recipe(TEXT + "  qqqqqq: 2\n"))
+    assert message.startswith("r.yaml:7: unknown key ppo.qqqqqq; ppo has ")
+    assert message.endswith(" keys, listed in rlhf/recipe/ppo.py")
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,7 @@ def test_the_stored_transfer_of_pre_training_gives_its_page():
     folder = ROOT / "docs" / "studies" / "pmp"
     content = json.loads((folder / "pmp.json").read_text(encoding="utf-8"))
     assert page(content) == (folder / "pmp.md").read_text(encoding="utf-8")
+    assert "| binarized |" in page(content)  # whatever its units are called
 
 
 def test_the_transfer_of_pre_training_is_paired_by_held_out_comparison():

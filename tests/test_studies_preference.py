@@ -221,7 +221,7 @@ def test_the_preference_losses_equal_a_loop_over_their_comparisons(model):
         good_b, bad_b = (score_of(model, pairs.bad, i, c) for c in (data.GOOD, data.BAD))
         absolute += [softplus(bad_a - good_a), softplus(good_b - bad_b)]
     expected = torch.stack(absolute).mean().item()
-    assert losses.binarised_loss(model, pairs, items).item() == pytest.approx(expected, abs=1e-5)
+    assert losses.binarized_loss(model, pairs, items).item() == pytest.approx(expected, abs=1e-5)
 
     text, ranks = data.ranked_sets(WORLD, 4, 3, rng(19), part="train", sharpness=1.0)
     terms = [

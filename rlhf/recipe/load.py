@@ -255,7 +255,12 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
         ]
         section = key.rpartition(".")[0]
         siblings = [k for k in keys if k.rpartition(".")[0] == section]
-        remedy = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(siblings)}"
+        listed = f"valid keys: {', '.join(siblings)}"
+        if len(siblings) > 12:  # too many for a line
+            field = Recipe.model_fields.get(section.partition(".")[0])
+            home = ((field and _sections(field.annotation)) or Recipe).__module__.replace(".", "/")
+            listed = f"{section or 'a recipe'} has {len(siblings)} keys, listed in {home}.py"
+        remedy = f"did you mean {near[0]}?" if near else listed
         message = f"unknown key {key}; {remedy}"
     elif first["type"] == "missing":
         message = f"{key} is missing; add it to the recipe"

@@ -35,7 +35,7 @@ def preference_loss(model: Rung, pairs: Pairs, items: Ints) -> Tensor:
     return ordered_loss(model, [(good.ids_NT, good.mask_NT), (bad.ids_NT, bad.mask_NT)])
 
 
-def binarised_loss(model: Rung, pairs: Pairs, items: Ints) -> Tensor:
+def binarized_loss(model: Rung, pairs: Pairs, items: Ints) -> Tensor:
     """The same for the two absolute comparisons GOOD:A > BAD:A and BAD:B > GOOD:B of every pair A > B.
 
     Askell et al. 2021, section 4.1: what is compared differs in the control token alone.

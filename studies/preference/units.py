@@ -113,7 +113,7 @@ def pretrain(model: Rung, s: Settings) -> dict[str, Any]:
     loss: dict[str, Callable[[Ints], torch.Tensor]] = {
         "imitation": partial(losses.imitation_loss, model, pairs.good),
         "ranked": partial(losses.preference_loss, model, pairs),
-        "binary": partial(losses.binarised_loss, model, pairs),
+        "binary": partial(losses.binarized_loss, model, pairs),
     }
     trained = _fit(model, s, len(pairs), loss[s["arm"]])
     return {

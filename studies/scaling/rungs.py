@@ -1,7 +1,7 @@
 """The rungs of the ladder: small causal language models trained here from nothing, or models of others.
 
 A rung of L layers has width 128 L and N = 196,608 L^3 weights in the matrices of its layers, as
-:mod:`studies.preference.ladder` (Askell 2021 keeps width / layers = 128). The architecture is Starcoder2's:
+:mod:`studies.engine.ladder` (Askell 2021 keeps width / layers = 128). The architecture is Starcoder2's:
 four attention matrices of d x d and an MLP of width 4 d, 12 d^2 together as in GPT-2, with rotary positions.
 
 Suffixes: ``_B`` row, ``_T`` token, ``_V`` vocabulary entry.
