@@ -84,7 +84,7 @@ def plackett_luce_loss(
     Response i is chosen before all that are worse: -log(exp s_i / (exp s_i + sum over worse j of exp s_j)).
     Without ties a row makes K - 1 choices, and K - 1 times its loss is -log P(its order). They are averaged,
     so that a row weighs about as much as in :func:`ranked_loss`, which for K = 2 is the same to the bit.
-    The order inside a group of ties is not modelled: each member is chosen against what is worse than the
+    The order inside a group of ties is not modeled: each member is chosen against what is worse than the
     group, and the last group makes no choice. To be minimized; log 2 for K = 2 when the scores are equal.
 
     Luce 1959; Plackett 1975.

@@ -4,7 +4,7 @@
 data with few independent units, such as debates: one split is about two or three of them, and says more about
 these than about the model. Whole units of ``data.split_by`` are dealt out to the folds in the order of their
 names; every fold is a run of the stages ``comparisons`` to ``card`` of its own, and the page is about the
-judgements of all of them. Stopped at any moment, the same command goes on where it was.
+judgments of all of them. Stopped at any moment, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def compute(unit: Unit, folder: Path) -> dict[str, Any]:
 
 
 def judged(units: Sequence[Unit]) -> dict[str, Any]:
-    """The figures over the judgements of some folds' models: accuracy, and what it stands beside.
+    """The figures over the judgments of some folds' models: accuracy, and what it stands beside.
 
     Each is (figure, what the reward model adds to it) as on the card (:func:`reward.card.figures.figures`).
     """
@@ -166,7 +166,7 @@ def judged(units: Sequence[Unit]) -> dict[str, Any]:
     names = set.intersection(*map(set, probes))
     bag_R = np.concatenate(bags)
     found = figures(
-        Scored(comparisons, np.array(scores), np.zeros(len(scores), dtype=bool), normalised=True),
+        Scored(comparisons, np.array(scores), np.zeros(len(scores), dtype=bool), normalized=True),
         bins=10,
         near_tie=0.5,
         bag_R=None if np.isnan(bag_R).any() else bag_R,
@@ -191,7 +191,7 @@ def judged(units: Sequence[Unit]) -> dict[str, Any]:
 
 
 def page(content: dict[str, Any]) -> str:
-    """The study as a page: all judgements, then every fold alone."""
+    """The study as a page: all judgments, then every fold alone."""
     every = content["all"]
     rows = [
         [name, *share(found[0]), f"{found[0]['pairs']:,}", points(found[1]) if found[1] else ""]

@@ -298,7 +298,7 @@ def test_each_library_is_known_to_few():
     assert importers("lm_eval", first_imports) == set()  # it takes seconds, and few stages ask for it
 
 
-def test_only_the_base_loader_knows_how_a_base_is_quantised():
+def test_only_the_base_loader_knows_how_a_base_is_quantized():
     assert importers("bitsandbytes") <= {
         "rlhf/models/base.py",
         "rlhf/training/optimizer.py",

@@ -296,7 +296,7 @@ def other_reward(folder, **card):
 SHORT = ("ppo.steps=1", "ppo.epochs=1")
 
 
-def test_a_reward_model_of_another_base_needs_retokenise_and_works_with_it(lab, refused):
+def test_a_reward_model_of_another_base_needs_retokenize_and_works_with_it(lab, refused):
     from rlhf.models.tiny import write_tiny_model
 
     write_tiny_model(lab / "models" / "other", seed=1)
@@ -309,7 +309,7 @@ def test_a_reward_model_of_another_base_needs_retokenise_and_works_with_it(lab, 
     assert results("ppo")["steps"] == 1
 
 
-def test_a_reward_model_of_another_tokenizer_needs_retokenise(lab, refused):
+def test_a_reward_model_of_another_tokenizer_needs_retokenize(lab, refused):
     line = refused(train.main, other_reward(lab, contract="0" * 64), *SHORT)
     assert "mine does not fit (its tokenizer or template differs from this recipe's)" in line
     assert made("ppo") == OPENING

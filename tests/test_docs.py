@@ -92,6 +92,54 @@ def test_the_name_is_the_same_everywhere():
     assert f"@echo '{NAME}: " in MAKEFILE
 
 
+BRITISH = re.compile(
+    r"(?:normal|optim|standard|quant|minim|maxim|penal|recogn|initial|summar|token|binar|organ|general)is"
+    r"(?:e|ing|ation)|cent(?:re|ring)|judgement|licence|(?:label|model|cancel)l(?:ed|ing)|analyser"
+    r"|(?:col|behavi|neighb|fav)our|\bdistils?\b"
+)
+# names in files of earlier runs and in other programs' formats
+KEPT = (
+    "slope_before_normalisation",
+    "quantiles_of_centred",
+    "normalised score",
+    "was_cancelled",
+    "labelledby",
+)
+KEPT += ("same_behaviour",)
+# texts that studies train on, units by which their results are kept, pages made from those; former names
+NOT_HELD = (
+    "docs/studies/",
+    "benchmarks/results/",
+    "studies/preference/",
+    "studies/scaling/",
+    "tests/scaling_cases",
+)
+NOT_HELD += (
+    "studies/pmp_transfer.py",
+    "rlhf/recipe/renamed.py",
+    "rlhf/recipe/stored.py",
+    "tests/test_studies_",
+)
+NOT_HELD += ("tests/test_docs.py",)
+
+
+def test_the_spelling_is_american():
+    below = [
+        path
+        for folder in FOLDERS
+        for end in ("py", "md", "yaml")
+        for path in (ROOT / folder).rglob(f"*.{end}")
+    ]
+    names = [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *below)]
+    files = [name for name in names if not name.startswith(NOT_HELD)]
+    assert len(files) > 500
+    found = []
+    for file in files:
+        text = re.sub("|".join(KEPT), "", text_of(ROOT / file).lower())
+        found += [(file, text[m.start() : m.end() + 9]) for m in BRITISH.finditer(text)]
+    assert found == []
+
+
 def test_the_help_of_each_target_names_the_package_that_it_starts():
     rules = re.findall(r"(?m)^([a-z-]+):[^#\n]*## ([^:\n]+): .+\n((?:\t.*\n?)*)", MAKEFILE)
     assert len(rules) == len(re.findall("(?m)^[a-z-]+:.*##", MAKEFILE)) > 15

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import policy.distillation.run
 from policy.distillation import __main__ as distill
 from policy.distillation.data import Frame, questions, texts
-from policy.distillation.loss import distil_kl
+from policy.distillation.loss import distill_kl
 from policy.distillation.student import Student, collate, trunk_of
 from policy.distillation.teacher import PromptedModel
 from policy.distillation.teacher_cache import TeacherCache, shard_records
@@ -128,7 +128,7 @@ def test_with_an_empty_prompt_the_loss_is_exactly_0(method, layers, prompted, di
     for inside in (contextlib.nullcontext(), student.folded()):
         with inside:
             hidden = student.states(batch)
-        kl = distil_kl(hidden, student.head, batch.teacher, chunk=chunk_of(student.vocabulary))
+        kl = distill_kl(hidden, student.head, batch.teacher, chunk=chunk_of(student.vocabulary))
         assert len(kl) == sum(p.places for p in some)
         if prompted:
             assert float(kl.detach().mean()) > 0.01

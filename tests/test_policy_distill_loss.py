@@ -12,7 +12,7 @@ from torch import nn
 
 from policy.distillation.loss import (
     TopKLogProbs,
-    distil_kl,
+    distill_kl,
     full_kl,
     kl_and_log_probs,
     teacher_log_probs,
@@ -101,9 +101,9 @@ def test_the_teacher_comes_first():
 def test_equal_distributions_give_exactly_0():
     head, hidden = head_of(), random(0, N, D)
     top_k, _ = teacher_log_probs(hidden, head, torch.zeros(N, dtype=torch.long), k=K, chunk=7, vocabulary=V)
-    assert distil_kl(hidden, head, top_k, chunk=7).tolist() == [0.0] * N
+    assert distill_kl(hidden, head, top_k, chunk=7).tolist() == [0.0] * N
     # a head that learns goes through another library's product: 0 to rounding
-    learned = distil_kl(hidden, head_of(learns=True), top_k, chunk=7)
+    learned = distill_kl(hidden, head_of(learns=True), top_k, chunk=7)
     assert learned.tolist() == pytest.approx([0.0] * N, abs=1e-6)
 
 
@@ -140,7 +140,7 @@ def test_at_the_extremes_value_and_gradient_are_finite_and_right(kind, learns):
     with torch.no_grad():
         head.weight.copy_(torch.eye(V))
     head.requires_grad_(learns)
-    found = distil_kl(hidden, head, top_k_log_probs(teacher, indices), chunk=2)
+    found = distill_kl(hidden, head, top_k_log_probs(teacher, indices), chunk=2)
     found.sum().backward()
     assert found.isfinite().all()
     assert hidden.grad.isfinite().all()
@@ -162,7 +162,7 @@ def test_gradients_are_those_of_a_naive_float64_version(seed, scale, chunk):
     (exact * weights).sum().backward()
     for learns in (False, True):
         head, mine = head_of(learns=learns), hidden.clone().requires_grad_()
-        found = distil_kl(mine, head, top_k, chunk=chunk)
+        found = distill_kl(mine, head, top_k, chunk=chunk)
         (found * weights.float()).sum().backward()
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(mine.grad.double(), exact_hidden.grad, rtol=1e-3, atol=1e-4)
@@ -177,7 +177,7 @@ def test_any_head_will_do():
     head = head_of(bias=True)
     expected = top_k_kl(top_k, top_k_log_probs(head(hidden), top_k.indices_NK))
     for chunk in (1, 8, N):
-        torch.testing.assert_close(distil_kl(hidden, head, top_k, chunk=chunk), expected)
+        torch.testing.assert_close(distill_kl(hidden, head, top_k, chunk=chunk), expected)
 
 
 # ---- what the teacher says, and what is measured
@@ -216,7 +216,7 @@ def test_what_is_measured_is_the_loss_and_the_log_probs(chunk):
     head, hidden, top_k = head_of(), random(0, N, D), classes_of(random(1, N, V))
     targets = (3 * torch.arange(N)) % V
     kl, log_prob = kl_and_log_probs(hidden, head, top_k, targets, chunk=chunk)
-    torch.testing.assert_close(kl, distil_kl(hidden, head, top_k, chunk=chunk))
+    torch.testing.assert_close(kl, distill_kl(hidden, head, top_k, chunk=chunk))
     torch.testing.assert_close(log_prob, head(hidden).log_softmax(-1)[torch.arange(N), targets])
 
 
@@ -226,5 +226,5 @@ def test_no_places_are_no_error():
         none, head, torch.zeros(0, dtype=torch.long), k=K, chunk=4, vocabulary=V
     )
     assert top_k.indices_NK.shape == (0, K)
-    assert len(taught) == len(distil_kl(none, head, top_k, chunk=4)) == 0
+    assert len(taught) == len(distill_kl(none, head, top_k, chunk=4)) == 0
     assert isinstance(top_k, TopKLogProbs)

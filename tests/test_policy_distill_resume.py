@@ -140,7 +140,7 @@ def test_a_stop_while_the_teacher_speaks_keeps_its_words(distill_lab, monkeypatc
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(distill_lab, monkeypatch):
-    monkeypatch.setattr(distill_train, "distil_kl", lambda hidden, *_, **__: hidden.sum(-1) * torch.nan)
+    monkeypatch.setattr(distill_train, "distill_kl", lambda hidden, *_, **__: hidden.sum(-1) * torch.nan)
     with pytest.raises(
         UserError, match=r"not finite in step 1: lower distill\.learning_rate, which is 0\.01"
     ):

@@ -235,7 +235,7 @@ def test_the_loss_is_the_mean_nll_of_all_tokens_and_its_gradient_is_added_with_i
         )
 
 
-def test_every_optimiser_step_has_texts_of_its_own_and_a_resumed_run_the_same(tmp_path):
+def test_every_optimizer_step_has_texts_of_its_own_and_a_resumed_run_the_same(tmp_path):
     file = written(tmp_path, TEXTS)
     options = {"ptx_coef": 1.0, "ptx_texts": [str(file)], "ptx_batch_size": 2, "epochs": 2, "minibatches": 2}
     asked = []

@@ -109,7 +109,7 @@ def test_joined_moments_are_those_of_all_numbers_together(values):
     assert joined.deviation == (spread or 1.0)
 
 
-def test_running_normalisation_is_by_all_scores_so_far():
+def test_running_normalization_is_by_all_scores_so_far():
     built, seen = shaping(score_normalization="running"), []
     for seed in range(4):
         rollout = drawn(seed)
@@ -137,15 +137,15 @@ def test_a_shaped_score_is_the_chance_to_beat_the_references_responses_or_its_lo
     assert clipped.scores(ended).tolist() == [1.0, -3.0]  # the penalty is in the unit of the shaped score
 
 
-def test_equal_scores_are_normalised_to_zero():
+def test_equal_scores_are_normalized_to_zero():
     rollout = drawn(scores=[0.1] * 8)
     assert shaping(score_normalization="running").scores(rollout).tolist() == [0.0] * 8
 
 
-def test_scores_are_normalised_then_clipped_then_penalised_for_their_end_and_their_length():
+def test_scores_are_normalized_then_clipped_then_penalized_for_their_end_and_their_length():
     actions = torch.arange(5) < torch.tensor([[5], [2], [4]])
     rollout = rows_of(drawn(), slice(0, 3))._replace(
-        scores_B=torch.tensor([0.0, 0.0, 6.0]),  # normalised: -0.71, -0.71, 1.41
+        scores_B=torch.tensor([0.0, 0.0, 6.0]),  # normalized: -0.71, -0.71, 1.41
         actions_BR=actions,
         ended_B=torch.tensor([True, False, False]),
     )

@@ -259,7 +259,7 @@ class Reader:
         return torch.tensor([self.number * len(text) for text in responses])
 
 
-def test_with_retokenise_each_reads_the_text_by_itself_whatever_its_base(world, monkeypatch, capsys):
+def test_with_retokenize_each_reads_the_text_by_itself_whatever_its_base(world, monkeypatch, capsys):
     monkeypatch.setattr(policy.ppo.setup, "TextRewardModel", Reader)
     write_card(Path(member(1)), base="models/other", contract="0")
     backbone, score = built("ppo.retokenize=true", "ppo.ensemble=minimum")

@@ -94,7 +94,7 @@ def test_an_update_without_a_value_is_the_same_cut_small(algorithm, tmp_path, mo
     assert_close(results[5], results[12], atol=1e-5)
 
 
-def test_what_is_folded_is_what_runs_and_is_let_go_before_every_optimiser_step(tmp_path):
+def test_what_is_folded_is_what_runs_and_is_let_go_before_every_optimizer_step(tmp_path):
     built = trainer(tmp_path, **PLAIN)
     inside, steps = [], []
     real_fold, real_step = built.backbone.folded, built.runtime.step

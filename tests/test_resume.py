@@ -176,7 +176,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(name, stopped, who
     ("name", "file"),
     [("reward", "optimizer.pt"), ("reward", "scheduler.pt"), ("ppo", "optimizer.safetensors")],
 )
-def test_a_checkpoint_without_optimiser_state_is_an_error_and_never_a_fresh_adam(
+def test_a_checkpoint_without_optimizer_state_is_an_error_and_never_a_fresh_adam(
     name, file, stopped, tmp_path
 ):
     here = Path(shutil.copytree(stopped / name, tmp_path / "here", symlinks=True))

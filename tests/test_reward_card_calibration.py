@@ -25,14 +25,14 @@ def calibrated(number, seed, slope=1.0):
 
 def test_every_ordered_pair_is_there_once_and_no_tied_one():
     ranks = [[1, 0, 1], [0, 2], [2, 0, 1, 0]]
-    pairs = calibrate.labelled_pairs(ranks)
+    pairs = calibrate.labeled_pairs(ranks)
     flat = [r for k in ranks for r in k]
     owner = [i for i, k in enumerate(ranks) for _ in k]
     expected = {(i, j) for i in range(9) for j in range(9) if owner[i] == owner[j] and flat[i] < flat[j]}
     assert set(zip(pairs.better.tolist(), pairs.worse.tolist(), strict=True)) == expected
     assert len(pairs.better) == len(expected) == 8
     assert pairs.comparison.tolist() == [owner[i] for i in pairs.better]
-    assert [len(x) for x in calibrate.labelled_pairs([[0, 0]])] == [0, 0, 0]
+    assert [len(x) for x in calibrate.labeled_pairs([[0, 0]])] == [0, 0, 0]
 
 
 def test_equal_scores_are_half_right():
@@ -220,8 +220,8 @@ def test_the_interval_of_a_correlation_is_fisher_s_and_knows_of_clusters(by_rank
     assert [thrice.low, thrice.high] == pytest.approx([once.low, once.high], abs=1e-3)
 
 
-def test_centring_is_within_groups():
-    assert calibrate.centred([1, 3, 10, 20, 5], [0, 0, 1, 1, 2]).tolist() == [-1, 1, -5, 5, 0]
+def test_centering_is_within_groups():
+    assert calibrate.centered([1, 3, 10, 20, 5], [0, 0, 1, 1, 2]).tolist() == [-1, 1, -5, 5, 0]
 
 
 def test_what_is_left_without_length_does_not_know_the_length():
@@ -230,7 +230,7 @@ def test_what_is_left_without_length_does_not_know_the_length():
     length, level = rng.integers(1, 90, 150).astype(float), rng.normal(size=50)
     scores = level[owner] + 0.02 * length + rng.normal(size=150)
     left, effect = calibrate.without_length(scores, length, owner)
-    assert abs(calibrate.pearson(calibrate.centred(left, owner), calibrate.centred(length, owner))) < 1e-9
+    assert abs(calibrate.pearson(calibrate.centered(left, owner), calibrate.centered(length, owner))) < 1e-9
     slopes = np.linalg.lstsq(np.column_stack([length, np.eye(50)[owner]]), scores, rcond=None)[0]
     assert effect == pytest.approx(slopes[0])
     paid, more = calibrate.without_length(scores + 7 * length, length, owner)

@@ -128,12 +128,12 @@ def test_words_stand_between_white_space():
 # --- the other figures -----------------------------------------------------------------------------------
 
 
-def test_the_slope_before_normalisation_is_that_of_the_scores_as_trained():
+def test_the_slope_before_normalization_is_that_of_the_scores_as_trained():
     cs = many()
     scores = scores_for(cs)
-    normalised = found(cs, scores, scored={"normalised": True, "gain": 2.5})["calibration"]
+    normalized = found(cs, scores, scored={"normalized": True, "gain": 2.5})["calibration"]
     trained = found(cs, scores / 2.5)["calibration"]
-    before = normalised["slope_before_normalisation"]
+    before = normalized["slope_before_normalisation"]
     assert before["mean"] == pytest.approx(trained["slope"]["mean"])
     assert before["ci95"] == pytest.approx(trained["slope"]["ci95"])
     assert "slope_before_normalisation" not in trained
@@ -172,12 +172,12 @@ def test_without_length_the_labels_shine_through():
     assert length["accuracy_without_length"]["mean"] > 0.85
 
 
-@pytest.mark.parametrize("normalised", [True, False])
-def test_near_ties_are_in_units_of_a_normalised_score(normalised):
+@pytest.mark.parametrize("normalized", [True, False])
+def test_near_ties_are_in_units_of_a_normalized_score(normalized):
     cs = many()
     scores = 10 * scores_for(cs)
-    near = found(cs, scores, scored={"normalised": normalised})["near_ties"]
-    threshold = 0.5 if normalised else 0.5 * scores.std(ddof=1)
+    near = found(cs, scores, scored={"normalized": normalized})["near_ties"]
+    threshold = 0.5 if normalized else 0.5 * scores.std(ddof=1)
     assert near["threshold"] == pytest.approx(threshold)
     first = {id(c): n for c, n in zip(cs, np.cumsum([0, *[len(c.ranks) for c in cs]]), strict=False)}
 
@@ -250,7 +250,7 @@ def check_page(made):
 def test_the_page_says_the_figures():
     cs = many(60)
     scores = scores_for(cs)
-    made = card(cs, scores, against_R=scores_for(cs, 9), scored={"normalised": True, "gain": 2.0})
+    made = card(cs, scores, against_R=scores_for(cs, 9), scored={"normalized": True, "gain": 2.0})
     page = check_page(made)
     overall = made["accuracy"]["overall"]
     low, high = (100 * x for x in overall["ci95"])

@@ -10,7 +10,7 @@ import scipy
 from test_reward_card_figures import card, comparison, found, many, scores_for
 
 from reward.card.baselines import fit_bag_of_words, fit_pairs
-from reward.card.calibration import MOST_PAIRS, labelled_pairs, possible_pairs
+from reward.card.calibration import MOST_PAIRS, labeled_pairs, possible_pairs
 from reward.card.ceiling import MOST_RESPONSES, annotator_agreement, duplicate_agreement
 from reward.card.clusters import clusters, suite_item
 from reward.card.report import as_markdown
@@ -66,19 +66,19 @@ def test_one_prompt_for_all_still_has_an_interval():
 def test_ten_thousand_responses_to_one_prompt_are_sampled_and_counted():
     ranks = list(range(10_000))
     random.Random(0).shuffle(ranks)
-    better, worse, owner = labelled_pairs([ranks, [1, 0]])
+    better, worse, owner = labeled_pairs([ranks, [1, 0]])
     assert better.size == MOST_PAIRS + 1
     assert len(set(zip(better.tolist(), worse.tolist(), strict=True))) == better.size
     assert all(ranks[a] < ranks[b] for a, b in zip(better[:-1], worse[:-1], strict=True))
     assert (better[-1], worse[-1], owner[-1]) == (10_001, 10_000, 1)
-    assert np.array_equal(better, labelled_pairs([ranks, [1, 0]])[0])
+    assert np.array_equal(better, labeled_pairs([ranks, [1, 0]])[0])
     assert abs(np.corrcoef(better[:-1], worse[:-1])[0, 1]) < 0.05
     assert possible_pairs(ranks) == 10_000 * 9_999 // 2
 
 
 def test_all_pairs_stay_where_ties_leave_few_of_many():
     ranks = [1] * 5_000 + [0] + [1] * 4_000
-    better, worse, _ = labelled_pairs([ranks])
+    better, worse, _ = labeled_pairs([ranks])
     assert set(better.tolist()) == {5_000}
     assert sorted(worse.tolist()) == [i for i in range(9_001) if i != 5_000]
     assert possible_pairs(ranks) == 9_000
@@ -157,7 +157,7 @@ def test_the_agreement_of_annotators_is_the_mean_of_what_is_known():
     assert annotator_agreement(cs[2:], np.zeros(1, int)) is None
 
 
-def test_judgements_of_the_same_pair_are_found_whatever_their_order():
+def test_judgments_of_the_same_pair_are_found_whatever_their_order():
     votes = [
         pair("a", "b"),
         pair("b", "a "),

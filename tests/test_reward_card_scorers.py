@@ -134,7 +134,7 @@ def test_a_model_describes_itself(recipe):
         "dtype": "float32",
     }
     assert json.dumps(scorer.describe())
-    assert (scorer.normalised, scorer.gain) == (False, None)
+    assert (scorer.normalized, scorer.gain) == (False, None)
 
 
 def test_the_recipe_s_dtype_is_that_of_the_model(recipe):
@@ -345,7 +345,7 @@ def ours(inside, monkeypatch):
 def test_a_folder_with_our_card_is_read_by_our_own_class(recipe, ours, inside):
     scorer = load_scorer(str(inside / "mine"), recipe)
     assert scorer.score(PROMPTS, RESPONSES).tolist() == [31.0, 2.0, 17.0]
-    assert (scorer.normalised, scorer.gain) == (True, 1.5)
+    assert (scorer.normalized, scorer.gain) == (True, 1.5)
     assert scorer.describe()["base"] == "b"
 
 

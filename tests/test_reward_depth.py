@@ -167,14 +167,14 @@ def figures():
 
 
 @pytest.fixture
-def labelled(road, inside):
+def labeled(road, inside):
     """A current folder in which everything before the reward stage is done."""
     shutil.copytree(road / "models", "models")
     shutil.copytree(road / "runs/tiny/comparisons", "runs/tiny/comparisons")
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_auto_takes_the_best_layer_of_the_probe_and_remembers_it(pooling, labelled, monkeypatch, capsys):
+def test_auto_takes_the_best_layer_of_the_probe_and_remembers_it(pooling, labeled, monkeypatch, capsys):
     words = ["reward.layers=auto", "reward.head_init=probe", "reward.epochs=1", f"reward.pooling={pooling}"]
     trained = reward.training.run.train_preference_model
     heads = []
@@ -207,7 +207,7 @@ def test_auto_takes_the_best_layer_of_the_probe_and_remembers_it(pooling, labell
     [([], [2, 3]), (["reward.probe=all"], [1, 2, 3]), (["reward.layers=1", "reward.probe=all"], [1, 2, 3]),
      (["reward.layers=2", "lora.layers=top_1"], [2]), (["reward.trunk_gigabytes=0"], [1, 2, 3])],
 )  # fmt: skip
-def test_the_probe_reads_the_layers_that_cost_nothing_or_all(words, layers, labelled, monkeypatch):
+def test_the_probe_reads_the_layers_that_cost_nothing_or_all(words, layers, labeled, monkeypatch):
     monkeypatch.setattr("rlhf.runs.stage.parent_identity", lambda *a: "")  # lora.layers is another here
     stage(train.main, "reward.epochs=1", "lora.layers=top_2", *words)
     assert sorted({row["layer"] for row in figures()["probe_best"]["cv"]}) == layers

@@ -164,7 +164,7 @@ def test_a_fresh_head_scores_unit_gaussian_states_with_variance_almost_one():
     assert float(scores.var()) == pytest.approx(d / (d + 1), rel=0.1)
 
 
-def test_normalised_scores_have_mean_zero_and_variance_one():
+def test_normalized_scores_have_mean_zero_and_variance_one():
     scores = 3 * torch.randn(50, generator=torch.Generator().manual_seed(0)) - 7
     gain, offset = normalization(scores)
     assert gain > 0
@@ -174,7 +174,7 @@ def test_normalised_scores_have_mean_zero_and_variance_one():
 
 
 @pytest.mark.parametrize("scores", [[0.1] * 7, [2.0], [], [1.0, math.nan]])
-def test_scores_that_do_not_differ_or_are_not_finite_cannot_be_normalised(scores):
+def test_scores_that_do_not_differ_or_are_not_finite_cannot_be_normalized(scores):
     with pytest.raises(ValueError, match=r"zero variance|not finite"):
         normalization(torch.tensor(scores, dtype=torch.float64))
 

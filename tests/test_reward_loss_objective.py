@@ -58,7 +58,7 @@ HAND = Signals(
 PAIRS = [(1.0, 0.25, 1), (1.0, -0.5, 3), (0.25, -0.5, 2)]  # better, worse, steps of rank
 RANKED = sum(_softplus(w - b) for b, w, _ in PAIRS) / 3
 MARGIN = sum(_softplus(w - b + 0.5 * n) for b, w, n in PAIRS) / 3
-CENTRING = sum((b + w) ** 2 for b, w, _ in PAIRS) / 3
+CENTERING = sum((b + w) ** 2 for b, w, _ in PAIRS) / 3
 BINARY = _softplus(-1) / 2 + (_softplus(0.25) + _softplus(-0.5)) / 4
 
 
@@ -74,11 +74,11 @@ EXPECTED = {
     "label_noise": _noisy(0.2),
     "plackett_luce": (math.log(math.exp(1) + math.exp(0.25) + math.exp(-0.5)) - 1 + _softplus(-0.75)) / 2,
     "binary": BINARY,
-    "centering": RANKED + 0.3 * CENTRING,
+    "centering": RANKED + 0.3 * CENTERING,
     "lm_coef": RANKED + 0.7 * 6 / 4,
     "imitation": 6 / 4,
-    "all terms": _noisy(0.1, margin=0.5) + 0.3 * CENTRING + 0.7 * 6 / 4,
-    "binary, all terms": BINARY + 0.3 * CENTRING + 0.7 * 6 / 4,
+    "all terms": _noisy(0.1, margin=0.5) + 0.3 * CENTERING + 0.7 * 6 / 4,
+    "binary, all terms": BINARY + 0.3 * CENTERING + 0.7 * 6 / 4,
 }
 
 
@@ -103,7 +103,7 @@ def test_the_parts_are_the_terms_without_their_coefficients_and_without_gradient
     assert not any(part.requires_grad for part in outcome.parts.values())
     expected = {} if name == "imitation" else {"preference": EXPECTED[name]}
     if "center_rewards_coef" in section:
-        expected |= {"centering": CENTRING, "preference": expected["preference"] - 0.3 * CENTRING}
+        expected |= {"centering": CENTERING, "preference": expected["preference"] - 0.3 * CENTERING}
     if "lm_coef" in section:
         expected |= {"language": 1.5, "preference": expected["preference"] - 0.7 * 1.5}
     if name == "imitation":

@@ -34,7 +34,7 @@ class Bag(nn.Module):
         return hidden, hidden[rows_B, columns_B, 0]
 
 
-def labelled(number, seed, rank):
+def labeled(number, seed, rank):
     rng = random.Random(seed)
     examples = []
     for _ in range(number):
@@ -63,10 +63,10 @@ def by_chance(rows, rng):
 
 
 def test_the_probe_finds_a_label_that_is_in_the_features_and_none_that_is_not():
-    found = fit_probe(Bag(), labelled(120, 1, by_feature), labelled(60, 2, by_feature), 0).accuracy
+    found = fit_probe(Bag(), labeled(120, 1, by_feature), labeled(60, 2, by_feature), 0).accuracy
     assert found["mean"] > 0.9
     assert found["ci95"][0] <= found["mean"] <= found["ci95"][1]
-    chance = fit_probe(Bag(), labelled(200, 3, by_chance), labelled(200, 4, by_chance), 0).accuracy
+    chance = fit_probe(Bag(), labeled(200, 3, by_chance), labeled(200, 4, by_chance), 0).accuracy
     assert chance["ci95"][0] < 0.5 < chance["ci95"][1]
     assert abs(chance["mean"] - 0.5) < 0.1
 
@@ -156,7 +156,7 @@ def test_a_group_is_in_one_fold_and_a_prompt_where_there_is_none():
 
 
 def test_cross_validation_finds_the_layer_and_the_pooling_that_hold_the_label_and_no_other():
-    examples = [{**e, "prompt": [n]} for n, e in enumerate(labelled(90, 1, by_chance))]
+    examples = [{**e, "prompt": [n]} for n, e in enumerate(labeled(90, 1, by_chance))]
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(3, 2, sum(len(e["responses"]) for e in examples), 60, generator=generator)
     ranks = torch.tensor([rank for e in examples for rank in e["ranks"]])

@@ -373,7 +373,7 @@ def test_a_killed_ensemble_goes_on_with_the_member_that_is_missing(prepared, ret
     assert found["ensemble_accuracy"]["mean"] == pytest.approx(pair_accuracy(mean.tolist(), held_out))
     assert found["held_out_accuracy"] == found["members"][0]
     assert "scores" not in found
-    for model in (folder / MODEL, other):  # each normalised by itself
+    for model in (folder / MODEL, other):  # each normalized by itself
         scores = TextRewardModel(model).score(*asked(stored()))
         assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
         assert float(scores.var(correction=0)) == pytest.approx(1, abs=1e-3)

@@ -1,4 +1,4 @@
-"""One optimiser step in parts, what the options of a training change, and what is logged of it."""
+"""One optimizer step in parts, what the options of a training change, and what is logged of it."""
 
 import functools
 import itertools

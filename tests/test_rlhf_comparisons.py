@@ -187,7 +187,7 @@ def test_a_group_stays_and_is_written_only_where_it_is_set(tmp_path):
     kept, _ = cleaned(
         make(responses=("a", "b", "a"), ranks=(0, 1, 2), group="g"), make(group="other"), make("p")
     )
-    assert [c.group for c in kept] == ["g", "other", None]  # of another group is another judgement
+    assert [c.group for c in kept] == ["g", "other", None]  # of another group is another judgment
     write_native(tmp_path / "c.jsonl", kept)
     rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert rows[0]["group"] == "g"

@@ -20,7 +20,7 @@ def vote(winner, loser, prompt="q", group=None, source="s", turned=False):
 
 
 def gradient(log_I, winners, losers):
-    """Of the penalised log-likelihood, by a plain loop."""
+    """Of the penalized log-likelihood, by a plain loop."""
     found = 0.5 - 1 / (1 + np.exp(-log_I))
     for i, j in zip(winners, losers, strict=True):
         chance = 1 / (1 + np.exp(log_I[j] - log_I[i]))

@@ -32,7 +32,7 @@ def test_vader_orders_obvious_sentences() -> None:
     assert all(better > worse for better, worse in itertools.pairwise(scores))
     assert scores[2] == 0
     assert all(-1 <= score <= 1 for score in scores)
-    # A batch is judged text by text: neither the order nor the neighbours matter.
+    # A batch is judged text by text: neither the order nor the neighbors matter.
     assert vader(sentences[::-1]) == scores[::-1]
     assert vader([""]) == [0.0]
     assert vader([]) == []
@@ -45,8 +45,8 @@ def test_vader_refuses_one_string() -> None:
 
 
 def test_vader_is_loaded_once_and_its_absence_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert judges._vader_analyser() is judges._vader_analyser()
-    judges._vader_analyser.cache_clear()
+    assert judges._vader_analyzer() is judges._vader_analyzer()
+    judges._vader_analyzer.cache_clear()
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(UserError, match="pip install vaderSentiment"):
         vader(["good"])

@@ -313,8 +313,8 @@ def test_an_architecture_that_cannot_be_split_loses_the_trunk_only():
     assert said(model, "policy").isfinite().all()
 
 
-def dequantised(base):
-    """A plain model with the weights that the quantised one stands for."""
+def dequantized(base):
+    """A plain model with the weights that the quantized one stands for."""
     functional = pytest.importorskip("bitsandbytes.functional")
     plain = tiny_model(VOCABULARY)
     for name, module in base.named_modules():
@@ -329,12 +329,12 @@ def dequantised(base):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_base_learns_through_float32_adapters(kind, tmp_path):
+def test_a_quantized_base_learns_through_float32_adapters(kind, tmp_path):
     """Also after a pass without gradients, at which bitsandbytes prepares some CPUs for inference only."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed here")
     write_tiny_model(tmp_path)
     base = load_base(Model(path=str(tmp_path), quantization=kind))
-    plain = dequantised(base)
+    plain = dequantized(base)
     changed = [n for n, p in tiny_model(VOCABULARY).named_parameters() if not p.equal(plain.get_parameter(n))]
     assert len(changed) == 7 * 3
     gradients, log_probs = [], []

@@ -49,7 +49,7 @@ def adapted(base=None, targets=("first", "second", "third"), autocast_adapter_dt
 
 @torch.no_grad()
 def stir(model, seed):
-    """Other adapter weights, written in place as an optimiser does."""
+    """Other adapter weights, written in place as an optimizer does."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -305,7 +305,7 @@ def test_a_backward_pass_with_other_weights_than_the_forward_pass_raises(model, 
         late = model(x).sum()
     if change == "in place":
         stir(model, 7)
-    elif change == "behind autograd's back":  # as some optimisers write
+    elif change == "behind autograd's back":  # as some optimizers write
         for layer in lora_layers(model):
             layer.lora_A["policy"].weight.data.mul_(2)
     refused = pytest.raises(RuntimeError, match="modified by an inplace operation")
@@ -342,7 +342,7 @@ def test_what_is_no_plain_update_of_a_float32_matrix_is_left_to_peft(make):
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_quantised_layers_are_left_to_peft(tmp_path, quantization):
+def test_quantized_layers_are_left_to_peft(tmp_path, quantization):
     write_tiny_model(tmp_path)
     base = load_base(Model(path=str(tmp_path), quantization=quantization))
     model = adapted(base, ("q_proj", "down_proj"), task_type="CAUSAL_LM")

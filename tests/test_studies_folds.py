@@ -43,7 +43,7 @@ def test_what_cannot_be_judged_in_folds_is_told(overrides, number, line):
 
 
 @pytest.mark.slow
-def test_the_page_is_about_the_judgements_of_every_fold(tmp_path, monkeypatch, capsys):
+def test_the_page_is_about_the_judgments_of_every_fold(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     @contextlib.contextmanager

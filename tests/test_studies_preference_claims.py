@@ -71,8 +71,8 @@ def test_a_model_trained_on_shuffled_labels_does_not_support_claim_1(tiny_study)
         labels = "shuffled" if unit.settings["arm"] == "pm" else "true"
         longer.append(replace(unit, settings={**unit.settings, "labels": labels, "pairs": 640, "test": 400}))
     found = trained(longer, folder).found
-    relabelled = [replace(u, settings={**u.settings, "labels": "true"}) for u in longer]
-    gap = mean_of(versus_gaps(Results(relabelled, found), "ranked", 1))
+    relabeled = [replace(u, settings={**u.settings, "labels": "true"}) for u in longer]
+    gap = mean_of(versus_gaps(Results(relabeled, found), "ranked", 1))
     assert above("", gap).verdict is not SUPPORTED
     assert abs(from_text(found[0]["result"]["credits"]["score"]).mean() - 0.5) < 0.15
 

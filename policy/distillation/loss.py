@@ -1,4 +1,4 @@
-"""The Kullback-Leibler divergence that context distillation minimises, teacher first, on k + 1 classes.
+"""The Kullback-Leibler divergence that context distillation minimizes, teacher first, on k + 1 classes.
 
 The teacher's k most likely tokens are a class each, all other tokens together are one more (Bai 2022, arXiv
 2204.05862, A.1: k = 50). With S those tokens, p the teacher and q the student:
@@ -78,7 +78,7 @@ def full_kl(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
     return (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)
 
 
-def distil_kl(
+def distill_kl(
     hidden_ND: Tensor, head: Callable[[Tensor], Tensor], teacher: TopKLogProbs, *, chunk: int
 ) -> Tensor:
     """KL(teacher || student) of states that a vocabulary head maps to the student's logits, [N], nats.
@@ -165,7 +165,7 @@ def teacher_log_probs(
 ) -> tuple[TopKLogProbs, Tensor]:
     """The k most likely tokens where a teacher has these states, and the log-prob [N] of the next token.
 
-    hidden_ND, head, chunk as in :func:`distil_kl`. targets_N: the next tokens. vocabulary: logits beyond it,
+    hidden_ND, head, chunk as in :func:`distill_kl`. targets_N: the next tokens. vocabulary: logits beyond it,
     which some models have for padding, are cut off; k is below it. All log-probs are float32.
     """
     number = len(hidden_ND)
@@ -191,7 +191,7 @@ def kl_and_log_probs(
     *,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """The KL of :func:`distil_kl`, and the student's log-prob of the next token ``targets_N``, [N] each."""
+    """The KL of :func:`distill_kl`, and the student's log-prob of the next token ``targets_N``, [N] each."""
     kl_N, target_N = (torch.empty(len(hidden_ND), device=hidden_ND.device) for _ in range(2))
     for start in range(0, len(hidden_ND), chunk):
         part = slice(start, start + chunk)

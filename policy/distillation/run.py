@@ -34,7 +34,7 @@ _SHARE = 0.05  # of the pre-training learning rate (Bai 2022, A.1)
 
 
 def fit(recipe: Recipe, section: Distill, run: StageRun) -> dict[str, Any]:
-    """Distil the prompt of a recipe into the weights; returns the figures for the manifest.
+    """Distill the prompt of a recipe into the weights; returns the figures for the manifest.
 
     Raises:
         UserError: something does not fit together; nothing has been loaded or computed then.

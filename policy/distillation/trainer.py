@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from policy.distillation.data import HALVES, Passage
-from policy.distillation.loss import distil_kl
+from policy.distillation.loss import distill_kl
 from policy.distillation.student import Batch, Student, collate
 from policy.distillation.teacher_cache import TeacherCache
 from rlhf.errors import UserError
@@ -38,7 +38,7 @@ _ORDER = 5  # sets the random numbers of this purpose apart
 
 
 def batch_rows(seed: int, step: int, batch_size: int, number: int) -> list[int]:
-    """Rows of an optimiser step, from 0: every pass has an order of its own, its last batch may be small."""
+    """Rows of an optimizer step, from 0: every pass has an order of its own, its last batch may be small."""
     epoch, index = divmod(step, -(-number // batch_size))
     order = np.random.default_rng([seed % 2**63, _ORDER, epoch]).permutation(number)
     return [int(row) for row in order[index * batch_size : (index + 1) * batch_size]]
@@ -56,7 +56,7 @@ class DistillStep(nn.Module):
         """KL(teacher || student) at each place of a batch, [N], nats."""
         hidden_ND = self._student.states(batch, self._trunk)
         chunk = chunk_of(self._student.vocabulary)
-        return distil_kl(hidden_ND, self._student.head, batch.teacher, chunk=chunk)
+        return distill_kl(hidden_ND, self._student.head, batch.teacher, chunk=chunk)
 
 
 class DistillTrainer:
@@ -64,7 +64,7 @@ class DistillTrainer:
 
     Args:
         student: at its start, on its device.
-        runtime: the optimiser is made in it.
+        runtime: the optimizer is made in it.
         cache: the teacher's log-probs on ``passages``.
         passages: all sequences; the first ``number`` are trained on.
         number: how many.
@@ -143,7 +143,7 @@ class DistillTrainer:
                     self.stop.leave("distill", kept, is_main=self.is_main)
 
     def _step(self, step: int) -> dict[str, float]:
-        """One optimiser step: the mean KL over all tokens of the batch, a micro-batch at a time."""
+        """One optimizer step: the mean KL over all tokens of the batch, a micro-batch at a time."""
         rate = self.rate * learning_rate_factor(
             step, self.steps, kind="linear", warmup=self.section.warmup_steps
         )
@@ -212,10 +212,10 @@ class DistillTrainer:
         self.saved = self.done
 
     def _restore(self, checkpoint: Path) -> None:
-        """Put the optimiser back; the weights were read before it was made.
+        """Put the optimizer back; the weights were read before it was made.
 
         Raises:
-            UserError: the optimiser's state is missing, or the teacher's log-probs or the tokenizer are
+            UserError: the optimizer's state is missing, or the teacher's log-probs or the tokenizer are
             others.
         """
         state = read_json(checkpoint / "state.json")
@@ -237,7 +237,7 @@ class DistillTrainer:
 
 
 def steps_of(section: Distill, number: int) -> int:
-    """Optimiser steps of a recipe over so many sequences.
+    """Optimizer steps of a recipe over so many sequences.
 
     Raises:
         UserError: all of them would be warm-up.

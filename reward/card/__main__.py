@@ -93,7 +93,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in _SHOWN},
         },
     }
-    normalised, gain = scorer.normalised, scorer.gain
+    normalized, gain = scorer.normalized, scorer.gain
     bag = bag_of_words(recipe, run, model_run(recipe) / "comparisons" / "train.jsonl", comparisons)
     against_R = None
     del scorer  # one model in memory at a time
@@ -107,7 +107,7 @@ def evaluate(recipe: Recipe, run: StageRun) -> dict[str, Any]:
         del other
         leave()
     card |= figures(
-        Scored(comparisons, scores_R, cut_R, normalised, gain),
+        Scored(comparisons, scores_R, cut_R, normalized, gain),
         bins=section.bins,
         near_tie=section.near_tie,
         against_R=against_R,

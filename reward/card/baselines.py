@@ -17,7 +17,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from reward.card.calibration import labelled_pairs, log_loss, right, sigmoid
+from reward.card.calibration import labeled_pairs, log_loss, right, sigmoid
 from reward.card.clusters import clusters
 from rlhf.data.comparisons import Comparison
 from rlhf.stats.clustered import Floats, Indices
@@ -66,7 +66,7 @@ def fit_bag_of_words(train: Sequence[Comparison], *, seed: int) -> BagOfWords | 
     texts = [r for c in train for r in c.responses]
     found = Counter(word for text in texts for word in set(words_of(text)))
     vocabulary = {word: i for i, (word, _) in enumerate(found.most_common(WORDS))}
-    better_N, worse_N, comparison_N = labelled_pairs([c.ranks for c in train])
+    better_N, worse_N, comparison_N = labeled_pairs([c.ranks for c in train])
     if not vocabulary or not better_N.size:
         return None
     random = np.random.default_rng(seed % 2**63)
@@ -114,7 +114,7 @@ def best_penalty(x_NV: Any, clusters_N: Indices, random: np.random.Generator) ->
 
 
 def fit_pairs(x_NV: Any, penalty: float) -> NDArray[np.float64]:
-    """Weights w, [V], that minimise mean(log(1 + exp(-x w))) + penalty / 2 |w|^2; x = better minus worse."""
+    """Weights w, [V], that minimize mean(log(1 + exp(-x w))) + penalty / 2 |w|^2; x = better minus worse."""
 
     def loss(w: Floats) -> tuple[float, Floats]:
         gaps_N = x_NV @ w

@@ -89,7 +89,7 @@ def ceiling_of(recipe: Recipe, comparisons: Sequence[Comparison], of_C: Indices)
 
 
 def _duplicates(recipe: Recipe) -> dict[str, Any] | None:
-    """Agreement of repeated judgements in the files that the comparisons came from, if those are there."""
+    """Agreement of repeated judgments in the files that the comparisons came from, if those are there."""
     data = recipe.data
     own = [*([] if data.sampled else data.comparisons), *data.held_out_comparisons]
     files = recipe.card.comparisons or own

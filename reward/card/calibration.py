@@ -36,7 +36,7 @@ class Pairs(NamedTuple):
     """Position of the comparison."""
 
 
-def labelled_pairs(ranks: Sequence[Sequence[int]]) -> Pairs:
+def labeled_pairs(ranks: Sequence[Sequence[int]]) -> Pairs:
     """All pairs that the labels order; a tie is no pair.
 
     ranks: of every comparison its ranks, 0 = best; the responses of all comparisons are numbered in order.
@@ -215,7 +215,7 @@ def correlation(x: ArrayLike, y: ArrayLike, clusters: ArrayLike, *, by_rank: boo
     return clustered.jackknife(statistic, clusters, forward=math.atanh, back=math.tanh)
 
 
-def centred(x: ArrayLike, groups: ArrayLike) -> Floats:
+def centered(x: ArrayLike, groups: ArrayLike) -> Floats:
     """Values minus the mean of their group."""
     values = np.asarray(x, dtype=np.float64).ravel()
     _, owner, count = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
@@ -225,10 +225,10 @@ def centred(x: ArrayLike, groups: ArrayLike) -> Floats:
 def without_length(scores: ArrayLike, lengths: ArrayLike, comparisons: ArrayLike) -> tuple[Floats, float]:
     """Scores without the linear effect of length within comparisons, [R], and that effect per unit of length.
 
-    The effect is the least-squares slope of centred scores on centred lengths; 0 where no length varies.
+    The effect is the least-squares slope of centered scores on centered lengths; 0 where no length varies.
     """
     scores_R = np.asarray(scores, dtype=np.float64).ravel()
-    lengths_R = centred(lengths, comparisons)
+    lengths_R = centered(lengths, comparisons)
     square = float(lengths_R @ lengths_R)
-    effect = float(lengths_R @ centred(scores_R, comparisons)) / square if square > 0 else 0.0
+    effect = float(lengths_R @ centered(scores_R, comparisons)) / square if square > 0 else 0.0
     return scores_R - effect * np.asarray(lengths, dtype=np.float64).ravel(), effect

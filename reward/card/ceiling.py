@@ -1,4 +1,4 @@
-"""How well anybody could do: agreement of annotators, and of judgements of the same pair. No torch."""
+"""How well anybody could do: agreement of annotators, and of judgments of the same pair. No torch."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def annotator_agreement(comparisons: Sequence[Comparison], of_C: Indices) -> dic
 
 
 def duplicate_agreement(comparisons: Iterable[Comparison]) -> dict[str, Any] | None:
-    """Of two judgements of the same pair, how often they agree; None where no pair was judged twice.
+    """Of two judgments of the same pair, how often they agree; None where no pair was judged twice.
 
-    comparisons: as they were read, repeats among them. A pair with a judgements for the one response and b
+    comparisons: as they were read, repeats among them. A pair with a judgments for the one response and b
     for the other has a (a - 1) / 2 + b (b - 1) / 2 couples that agree, of (a + b) (a + b - 1) / 2; the pairs
-    are the clusters, and each counts the same. A tie is no judgement, and items of benchmarks, which repeat
+    are the clusters, and each counts the same. A tie is no judgment, and items of benchmarks, which repeat
     texts, are none; that a row is a copy of another cannot be seen, and counts as agreement. Looked
     at are the first :data:`MOST_PAIRS` pairs, in comparisons of up to :data:`MOST_RESPONSES` responses.
     """

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from reward.card.baselines import best_penalty, fit_pairs
-from reward.card.calibration import labelled_pairs, right
+from reward.card.calibration import labeled_pairs, right
 from reward.card.clusters import clusters
 from reward.card.scorers import load_scorer
 from reward.model.batch import Example, encode
@@ -84,7 +84,7 @@ def how_long(recipe: Recipe) -> str:
 
 
 def _of_reward_models(recipe: Recipe, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    better_N, worse_N, comparison_N = labelled_pairs([c.ranks for c in comparisons])
+    better_N, worse_N, comparison_N = labeled_pairs([c.ranks for c in comparisons])
     cluster_N = clusters(comparisons).of_C[comparison_N]
     texts = [(c.prompt, r) for c in comparisons for r in c.responses]
     distinct = list(dict.fromkeys(texts))
@@ -148,7 +148,7 @@ def _of_probes(recipe: Recipe, comparisons: Sequence[Comparison]) -> dict[str, A
 
 def _differences(examples: Sequence[Example], states_RD: Floats) -> tuple[Floats, Any]:
     """State of the better less that of the worse response of every pair, and its comparison."""
-    better_N, worse_N, comparison_N = labelled_pairs([e["ranks"] for e in examples])
+    better_N, worse_N, comparison_N = labeled_pairs([e["ranks"] for e in examples])
     return states_RD[better_N] - states_RD[worse_N], comparison_N
 
 

@@ -39,7 +39,7 @@ class Scored:
     scores_R: Floats
     cut_R: NDArray[np.bool_]
     """True = the model saw only a part of the text."""
-    normalised: bool = False
+    normalized: bool = False
     """Whether the scores have mean 0 and variance 1 on reference responses already."""
     gain: float | None = None
     """What the scores were multiplied with after training, where that is known."""
@@ -90,8 +90,8 @@ def figures(
     Args:
         scored: at least one comparison.
         bins: of the calibration table.
-        near_tie: gap below which a pair is a near-tie, in units of the normalised score: where the scores
-            are not normalised it is taken times their standard deviation.
+        near_tie: gap below which a pair is a near-tie, in units of the normalized score: where the scores
+            are not normalized it is taken times their standard deviation.
         against_R: a second model's scores of the same responses.
         bag_R: a bag of words' scores of them, where there is one.
         probes_R: the probes' scores of them by name, NaN where they are not known.
@@ -101,7 +101,7 @@ def figures(
     cluster_C, unit_of_n = clusters(comparisons)
     owner_R = np.repeat(np.arange(len(comparisons)), [len(c.responses) for c in comparisons])
     words_R = np.array([words(r) for c in comparisons for r in c.responses], dtype=np.float64)
-    better_N, worse_N, comparison_N = calibrate.labelled_pairs([c.ranks for c in comparisons])
+    better_N, worse_N, comparison_N = calibrate.labeled_pairs([c.ranks for c in comparisons])
     pairs, responses = Items("pairs", cluster_C[comparison_N]), Items("responses", cluster_C[owner_R])
 
     def gaps(values_R: Floats) -> Floats:
@@ -110,8 +110,8 @@ def figures(
     gaps_N, right_N = gaps(scores_R), calibrate.right(gaps(scores_R))
     rule_N = calibrate.right(gaps(words_R))
     without_R, effect = calibrate.without_length(scores_R, words_R, owner_R)
-    within_R = calibrate.centred(scores_R, owner_R)
-    unit, of = (1.0, "normalised score") if scored.normalised else (_spread(scores_R), "standard deviation")
+    within_R = calibrate.centered(scores_R, owner_R)
+    unit, of = (1.0, "normalised score") if scored.normalized else (_spread(scores_R), "standard deviation")
     near_N = np.abs(gaps_N) < near_tie * unit
     found: dict[str, Any] = {
         "comparisons": len(comparisons),
@@ -139,7 +139,7 @@ def figures(
         "calibration": _calibration(pairs, gaps_N, bins, scored.gain),
         "length": {
             "spearman": responses.correlation(scores_R, words_R, by_rank=True),
-            "within_comparisons": responses.correlation(within_R, calibrate.centred(words_R, owner_R)),
+            "within_comparisons": responses.correlation(within_R, calibrate.centered(words_R, owner_R)),
             "longer_is_better": pairs.share(rule_N),
             "model_minus_rule": pairs.mean(right_N - rule_N),
             "effect_per_100_words": known(100 * effect),
@@ -161,7 +161,7 @@ def figures(
         found["against"] = {
             **_against(pairs, gaps_N, gaps(against_R)),
             "correlation": responses.correlation(scores_R, against_R),
-            "correlation_within": responses.correlation(within_R, calibrate.centred(against_R, owner_R)),
+            "correlation_within": responses.correlation(within_R, calibrate.centered(against_R, owner_R)),
         }
     return found
 
@@ -253,7 +253,7 @@ def _calibration(pairs: Items, gaps_N: Floats, bins: int, gain: float | None) ->
         "log_loss": pairs.mean(calibrate.log_loss(gaps_N)),
         "brier": pairs.mean(calibrate.brier(gaps_N)),
     }
-    if gain is not None:  # the gap before normalisation is gap / gain, so its slope is slope * gain
+    if gain is not None:  # the gap before normalization is gap / gain, so its slope is slope * gain
         before = Estimate(slope.mean * gain, slope.low * gain, slope.high * gain, slope.n)
         found["slope_before_normalisation"] = pairs.figure(before)
     return found
@@ -263,11 +263,11 @@ def _scores(responses: Items, scores_R: Floats, cut_R: NDArray[np.bool_]) -> dic
     spread = clustered.jackknife(
         lambda kept: _spread(scores_R[kept]), responses.cluster_I, forward=math.log, back=math.exp
     )
-    centred_R = scores_R - float(scores_R.mean())
+    centered_R = scores_R - float(scores_R.mean())
     return {
         "mean": responses.mean(scores_R),
         "sd": responses.figure(spread),
-        "quantiles_of_centred": {f"{q:g}": float(np.quantile(centred_R, q)) for q in QUANTILES},
+        "quantiles_of_centred": {f"{q:g}": float(np.quantile(centered_R, q)) for q in QUANTILES},
         "cut": responses.share(cut_R),
     }
 

@@ -22,7 +22,7 @@ _CEILINGS = {
     ),
     "duplicates": (
         "ceiling: pairs judged again",
-        "of two judgements of the same pair, how often they agree, in all that was read; a copied row "
+        "of two judgments of the same pair, how often they agree, in all that was read; a copied row "
         "counts as one that agrees",
     ),
     "noise": (

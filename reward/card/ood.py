@@ -27,7 +27,7 @@ from rlhf.stats.intervals import Z95, Estimate, proportion_interval
 TOKENS_AT_ONCE = 4096  # tokens, padding included, of one forward pass
 LEAST_SHRINKAGE = 1e-3  # bounds the condition number of the correlations; far below any estimate with N < D
 LEAST_VARIANCE = 1e-6  # of a hidden unit, as a share of the median's: a dead unit must not decide alone
-EXPOSURE_PENALTY = 1e-2  # L2 on the weights of standardised activations, against the mean cross-entropy
+EXPOSURE_PENALTY = 1e-2  # L2 on the weights of standardized activations, against the mean cross-entropy
 _SHUFFLE, _EXPOSE = 1, 2  # set the random numbers of the two purposes apart
 
 
@@ -110,8 +110,8 @@ def outlier_exposure(inside_ND: Tensor, outside_MD: Tensor) -> Callable[[Tensor]
     """A linear classifier that has seen a few outliers (Bai 2022, appendix B.9).
 
     inside_ND: class 0. outside_MD: class 1, repeated floor(N / M) times (at least once) so that both classes
-    weigh the same. Logistic regression with bias on activations that are standardised by the inside rows;
-    mean cross-entropy + 0.01 |w|^2, the bias unpenalised. The optimum is unique: nothing is random.
+    weigh the same. Logistic regression with bias on activations that are standardized by the inside rows;
+    mean cross-entropy + 0.01 |w|^2, the bias unpenalized. The optimum is unique: nothing is random.
     Returns a function of rows [n, D]: log-odds of class 1, [n] float64, in the order of the class-1 output
     but without its ties at 1.
     """
@@ -122,16 +122,16 @@ def outlier_exposure(inside_ND: Tensor, outside_MD: Tensor) -> Callable[[Tensor]
     x = (torch.cat([inside_ND, copies_MD]).double() - mean_D) / variance_D.sqrt()
     target = torch.cat([torch.zeros(len(inside_ND)), torch.ones(len(copies_MD))]).double()
     weights = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)  # the bias is the last
-    optimiser = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = nn.functional.binary_cross_entropy_with_logits(x @ weights[:-1] + weights[-1], target)
         loss = loss + EXPOSURE_PENALTY * weights[:-1].square().sum()
         loss.backward()
         return loss
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     found = weights.detach()
     return lambda rows: (rows.double() - mean_D) / variance_D.sqrt() @ found[:-1] + found[-1]
 
@@ -167,7 +167,7 @@ def activations(decoder: nn.Module, rows: Sequence[Sequence[int]], pad_id: int, 
     """Hidden state of one layer at the last token of each prompt, [N, D] float32 on the CPU, in their order.
 
     decoder: a model without vocabulary head that returns its hidden states. rows: token ids of the prompts.
-    layer: 0 = the embeddings, i = the output of layer i, negative from the end; -1 = the last, normalised.
+    layer: 0 = the embeddings, i = the output of layer i, negative from the end; -1 = the last, normalized.
     Bai 2022 leaves open how the tokens of a prompt become one vector. The last token has read the whole
     prompt, and the response starts from it. In a mean over tokens the first token's state, the same in every
     prompt and in the middle layers larger by orders of magnitude, would speak of little but the length.

@@ -42,7 +42,7 @@ _FIGURES = {  # of each section: key, title, how to read it
     },
     "length": {
         "spearman": ("score and length", "Spearman correlation over all responses, length in words"),
-        "within_comparisons": ("within comparisons", "Pearson correlation, both centred in each comparison"),
+        "within_comparisons": ("within comparisons", "Pearson correlation, both centered in each comparison"),
         "longer_is_better": ("longer is better", "accuracy of that rule"),
         "model_minus_rule": ("model minus rule", "difference of the two accuracies, paired"),
         "accuracy_without_length": (
@@ -56,7 +56,7 @@ _FIGURES = {  # of each section: key, title, how to read it
         "difference": ("difference", "this minus the other, paired"),
         "agreement": ("agreement", "pairs that both put in the same order"),
         "correlation": ("correlation of scores", "over all responses, means taken out"),
-        "correlation_within": ("within comparisons", "after centring in each comparison"),
+        "correlation_within": ("within comparisons", "after centering in each comparison"),
     },
 }
 _SHARES = {

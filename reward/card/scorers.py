@@ -43,7 +43,7 @@ _NOT_LOADED = (
 class Scorer(Protocol):
     """What the card asks of a model."""
 
-    normalised: bool
+    normalized: bool
     """Whether the scores have mean 0 and variance 1 on reference responses."""
     gain: float | None
     """What the scores were multiplied with after training to bring them there; None = not known."""
@@ -101,7 +101,7 @@ def check_scorer(path: str, recipe: Recipe, *, key: str) -> None:
 class RewardModelScorer:
     """A reward model that this project has trained."""
 
-    normalised = True
+    normalized = True
 
     def __init__(self, folder: Path, path: str, trust_remote_code: bool) -> None:
         self.config, self.path = load_config(folder), path
@@ -109,7 +109,7 @@ class RewardModelScorer:
         self.model = TextRewardModel(folder, best_device(), trust_remote_code=trust_remote_code)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.float64]:
-        """Normalised scores, [n]."""
+        """Normalized scores, [n]."""
         return _finite(self.model.score(prompts, responses), self.path)
 
     def cut(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[np.bool_]:
@@ -153,7 +153,7 @@ class ClassifierScorer:
     occur in the batch. So no score depends on the rest of its batch.
     """
 
-    normalised = False
+    normalized = False
     gain: float | None = None
 
     def __init__(self, path: str, recipe: Recipe, key: str) -> None:

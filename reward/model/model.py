@@ -328,9 +328,9 @@ class TextRewardModel:
         self._share, self._checked = True, 0  # tokens of the longest row with which sharing has been tried
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Normalised scores of responses to prompts, [n]; higher is better.
+        """Normalized scores of responses to prompts, [n]; higher is better.
 
-        Neighbouring responses to one prompt are forwarded behind one copy of it.
+        Neighboring responses to one prompt are forwarded behind one copy of it.
         """
         examples: list[Example] = []
         for prompt, group in itertools.groupby(zip(prompts, responses, strict=True), key=itemgetter(0)):

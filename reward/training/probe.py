@@ -37,19 +37,19 @@ _FOLDS, _MANY = 5, 4000  # three folds where there are more pairs than that: the
 
 
 def _fit(x_ND: Tensor, where: tuple[Tensor, Tensor, Tensor], penalty: float) -> Tensor:
-    """Weights that minimise the ranked loss plus an L2 penalty."""
+    """Weights that minimize the ranked loss plus an L2 penalty."""
     rows_BK, ranks_BK, mask_BK = where
     weights = torch.zeros(x_ND.shape[1], requires_grad=True)
-    optimiser = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = ranked_loss((x_ND @ weights)[rows_BK], ranks_BK, mask_BK)
         loss = loss + penalty * weights.square().sum()
         loss.backward()
         return loss
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     return weights.detach()
 
 
@@ -90,7 +90,7 @@ def pairs_of(examples: Sequence[Example]) -> Pairs:
 def fit_pairs(
     x_RD: Tensor, pairs: Pairs, weight_PC: Tensor, penalty_C: Tensor, *, steps: int = 200
 ) -> Tensor:
-    """Many logistic regressions on the same features at once, weights [C, D]: each minimises
+    """Many logistic regressions on the same features at once, weights [C, D]: each minimizes
     :func:`reward.loss.ranked_loss` plus an L2 penalty, as :func:`_fit` does for one.
 
     One L-BFGS over all of them, with the gradient in closed form: their products with the features are one.
@@ -181,7 +181,7 @@ def fit_probe(
     """
     options: dict[str, Any] = {"share": share, "trunk": trunk}
     x, y = (features(model, part, pad_id, layers, **options) for part in (train, held_out))
-    x_RD, spread_D, y_RD = _standardised(x.last_RD, y.last_RD)
+    x_RD, spread_D, y_RD = _standardized(x.last_RD, y.last_RD)
     whole = layout(train)
     cut = max(1, len(train) * 4 // 5)
     fit, choose = tuple(t[:cut] for t in whole), tuple(t[cut:] for t in whole)
@@ -219,7 +219,7 @@ def cross_validated(x: Features, train: Sequence[Example]) -> list[dict[str, Any
     table = []
     places = [(i, p) for i in range(len(x.layers)) for p in range(len(POOLINGS))]
     for index, pooling in progress("probe: layers", places):
-        x_RD, _, _ = _standardised(x.pooled_LPRD[index, pooling].float())
+        x_RD, _, _ = _standardized(x.pooled_LPRD[index, pooling].float())
         scores_RC = x_RD @ fit_pairs(x_RD, pairs, weight_PC, penalty_C, steps=40).T
         lead_PC = scores_RC[pairs.better_P] - scores_RC[pairs.worse_P]
         right_PC = 0.5 * (lead_PC.sign() + 1) * left_out_PF[:, fold_C]
@@ -236,13 +236,13 @@ def _refitted(
     """Weights on the unscaled features of a row of the table, fitted to all of the training part, and the
     held-out scores and accuracy."""
     place = x.layers.index(row["layer"]), POOLINGS.index(row["pooling"])
-    x_RD, spread_D, y_RD = _standardised(x.pooled_LPRD[place].float(), y.pooled_LPRD[place].float())
+    x_RD, spread_D, y_RD = _standardized(x.pooled_LPRD[place].float(), y.pooled_LPRD[place].float())
     pairs = pairs_of(train)
     (weights_D,) = fit_pairs(x_RD, pairs, pairs.weight_P[:, None], torch.tensor([row["penalty"]]))
     return weights_D / spread_D, y_RD @ weights_D, _accuracy(weights_D, y_RD, layout(held_out))
 
 
-def _standardised(x_RD: Tensor, y_RD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _standardized(x_RD: Tensor, y_RD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Training features with mean 0 and variance 1, their spread, and others in the same unit."""
     mean_D, spread_D = x_RD.mean(0), x_RD.std(0).clamp_min(1e-6)
     other = x_RD[:0] if y_RD is None else y_RD

@@ -4,7 +4,7 @@ The protocol is that of Ziegler et al. 2019 ("Fine-Tuning Language Models from H
 arXiv:1909.08593, whose mock sentiment labels come from a classifier) and of Gao et al. 2022 ("Scaling Laws
 for Reward Model Overoptimization", arXiv:2210.10760): a cheap gold judge takes the place of people, its
 scores become rankings, a reward model learns from the rankings alone, and the policy is trained against
-that reward model. The gold judge is used for labelling and for evaluation, never as the reward, so the gap
+that reward model. The gold judge is used for labeling and for evaluation, never as the reward, so the gap
 between the reward and the gold score can be measured.
 
 A gold judge looks at the response only: with the prompt it would reward the policy for words that it did not
@@ -33,7 +33,7 @@ tensors is a :data:`policy.ppo.rollout.RewardFn`."""
 
 
 @functools.cache
-def _vader_analyser() -> Any:
+def _vader_analyzer() -> Any:
     # Reading the 7,500-line lexicon takes longer than judging a batch, so it is read once, and only if asked.
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -60,8 +60,8 @@ def vader(texts: Sequence[str]) -> list[float]:
     """
     if isinstance(texts, str):  # a string is a sequence of strings, and would be judged letter by letter
         raise TypeError("vader scores a sequence of texts, not one string")
-    analyser = _vader_analyser()
-    return [float(analyser.polarity_scores(text)["compound"]) for text in texts]
+    analyzer = _vader_analyzer()
+    return [float(analyzer.polarity_scores(text)["compound"]) for text in texts]
 
 
 def vader_judge(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
@@ -152,7 +152,7 @@ def noisy_ranks(gold: Sequence[float], *, noise: float, rng: np.random.Generator
 
 
 def pair_agreement(gold: Sequence[float], ranks: Sequence[int]) -> tuple[float, int]:
-    """Count the labelled pairs of one prompt that the gold scores order as the ranks do.
+    """Count the labeled pairs of one prompt that the gold scores order as the ranks do.
 
     Add both numbers up over a data set; ``agreeing / pairs`` is then the accuracy of the gold judge on
     these labels, which is the noise ceiling of a reward model. Under :func:`noisy_ranks` the response with
@@ -168,9 +168,9 @@ def pair_agreement(gold: Sequence[float], ranks: Sequence[int]) -> tuple[float, 
     :raises ValueError: when the two lengths differ.
     """
     agreeing, pairs = 0.0, 0
-    labelled = list(zip(gold, ranks, strict=True))
-    for index, (gold_i, rank_i) in enumerate(labelled):
-        for gold_j, rank_j in labelled[index + 1 :]:
+    labeled = list(zip(gold, ranks, strict=True))
+    for index, (gold_i, rank_i) in enumerate(labeled):
+        for gold_j, rank_j in labeled[index + 1 :]:
             if rank_i == rank_j:
                 continue
             pairs += 1

@@ -1,7 +1,7 @@
 """The sentiment lab: sampled responses, ranked by a gold judge with an annotator's noise.
 
 The protocol of Ziegler 2019 and Gao 2022: because the truth is known, everything later (reward accuracy,
-over-optimisation, what PPO gained) can be held against it. The judge labels and evaluates; it is never the
+over-optimization, what PPO gained) can be held against it. The judge labels and evaluates; it is never the
 PPO reward.
 """
 

@@ -26,7 +26,7 @@ def log_strengths(winners_V: ArrayLike, losers_V: ArrayLike, items: int) -> NDAr
     """Log strengths [items] of the votes "winners_V[v] is better than losers_V[v]", by the module's model.
 
     winners_V, losers_V: integers in [0, items), one entry per vote; a pair may have several, of both kinds.
-    An item without a vote has 0, the log strength of the virtual item. Maximises
+    An item without a vote has 0, the log strength of the virtual item. Maximizes
 
         sum_V log(w_win / (w_win + w_lose)) + sum_i 1/2 log(w_i / (w_i + 1)) + 1/2 log(1 / (w_i + 1)).
     """
@@ -162,7 +162,7 @@ def _fitted(pool: Sequence[Comparison]) -> tuple[list[str], list[int], float]:
 
 
 def levels(log_I: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Places of log strengths, 0 = the strongest; neighbours that the fit cannot tell apart share one."""
+    """Places of log strengths, 0 = the strongest; neighbors that the fit cannot tell apart share one."""
     order = np.argsort(-log_I, kind="stable")
     level_I = np.empty(log_I.size, dtype=np.intp)
     level_I[order] = np.concatenate([[0], np.cumsum(-np.diff(log_I[order]) > 100 * TOLERANCE)])

@@ -99,10 +99,10 @@ class Outcome:
         means = [mean_interval(values) for values in parts.values()]
         if not means:
             return mean_interval([])
-        centre = sum(m.mean for m in means) / len(means)
+        center = sum(m.mean for m in means) / len(means)
         errors = [(m.high - m.mean) / Z95 for m in means]
         half = Z95 * math.sqrt(sum(e * e for e in errors)) / len(means)
-        return Estimate(centre, centre - half, centre + half, len(self.ids))
+        return Estimate(center, center - half, center + half, len(self.ids))
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""

@@ -62,7 +62,7 @@ class Distill(DistillData):
     epochs: Positive = 1
     """Passes over the sequences."""
     batch_size: Positive = 32
-    """Sequences an optimiser step (Bai 2022, A.1: 32)."""
+    """Sequences an optimizer step (Bai 2022, A.1: 32)."""
     learning_rate: Rate | None = None
     """Rate at the first step behind the warm-up, linear to 0 from there; null = 0.05 of
     model.pretraining_learning_rate (Bai 2022, A.1)."""
@@ -78,7 +78,7 @@ class Distill(DistillData):
     full_kl_sequences: Natural = 16
     """Held-out sequences on which the KL over the whole vocabulary is measured beside; 0 = none."""
     checkpoint_every: Positive = 10
-    """Optimiser steps between checkpoints."""
+    """Optimizer steps between checkpoints."""
 
     @model_validator(mode="after")
     def _halves(self) -> Distill:

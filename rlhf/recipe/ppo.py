@@ -142,7 +142,7 @@ class Estimating(Section):
 
 
 class Losing(Section):
-    """What is minimised."""
+    """What is minimized."""
 
     clip_range: Rate | None = 0.2
     """Ratio clip ε (Schulman 2017, eq. 7); null = none, as in plain REINFORCE."""
@@ -176,11 +176,11 @@ class Losing(Section):
     """Longest piece of a text, in tokens."""
 
 
-class Optimising(Section):
-    """How it is minimised."""
+class Optimizing(Section):
+    """How it is minimized."""
 
     minibatches: Positive = 1
-    """Optimiser steps an epoch; Huang 2024 uses 1."""
+    """Optimizer steps an epoch; Huang 2024 uses 1."""
     micro_batch_size: Positive = 8
     """Responses in memory at once while training, a process; it does not change the result."""
     epochs: Positive = 4
@@ -221,7 +221,7 @@ class Checking(Section):
     """Updates with a loss or gradient that is not finite are skipped and counted; stop after this many."""
 
 
-class Ppo(Checking, Optimising, Losing, Estimating, KlControl, Scoring, Collecting):
+class Ppo(Checking, Optimizing, Losing, Estimating, KlControl, Scoring, Collecting):
     """PPO with LoRA, and REINFORCE-style estimators in the same loop."""
 
     @property

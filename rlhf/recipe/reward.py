@@ -285,7 +285,7 @@ class Card(Section):
     """What the curve is of: that probe, or the reward model, trained by `reward` anew for every number; these
     stand in the run's folder as curve-<number> and are not trained again."""
     near_tie: NonNegative = 0.5
-    """A pair whose scores differ by less is a near-tie, in units of the normalised score."""
+    """A pair whose scores differ by less is a near-tie, in units of the normalized score."""
     outliers: Files = []
     """Prompts that are out of distribution (files as in data.prompts): the card then says how well
     Mahalanobis distances tell them from the run's own."""

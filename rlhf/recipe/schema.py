@@ -34,7 +34,7 @@ class Recipe(Section):
     data: Data
     hhh_prompt: str = "recipes/prompts/hhh.txt"
     """File of the prompt that asks for a helpful, honest and harmless assistant (Askell 2021): the prompted
-    arm of `tax` runs under it, and `distill` distils it."""
+    arm of `tax` runs under it, and `distill` distills it."""
     collect: Collect = Collect()
     rank: Rank = Rank()
     sft: Sft | None = None
@@ -108,7 +108,7 @@ class Recipe(Section):
         whole = self.distill is not None and self.distill.method == "full"
         if whole and (self.model.dtype not in ("auto", "float32") or self.model.quantization != "none"):
             raise ValueError(
-                "distill.method: full needs float32 weights that are not quantised, since small updates "
+                "distill.method: full needs float32 weights that are not quantized, since small updates "
                 "would be rounded away; set model.dtype=float32 model.quantization=none, or method=lora"
             )
         if self.pmp is not None and self.reward.head_init != "normal":

@@ -45,7 +45,7 @@ class Model(Section):
     second of matrix products is clearly faster in it, else float32; the first stage of a run chooses, and
     all others keep it."""
     quantization: Literal["none", "int8", "nf4"] = "none"
-    """Quantise the frozen base with bitsandbytes (QLoRA, Dettmers 2023)."""
+    """Quantize the frozen base with bitsandbytes (QLoRA, Dettmers 2023)."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
     """What computes attention, by transformers' name. `auto`: its own choice, `sdpa` for most models.
     `flash_attention_2` and `_3` need their packages, a GPU and a half type; sequences are then not packed."""
@@ -208,7 +208,7 @@ class Distributed(Section):
     """Several processes under the DeepSpeed launcher (`make ppo PROCS=n`); unused with one process."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed ZeRO shards: 0 nothing, 1 optimiser states, 2 and gradients, 3 and the weights."""
+    """What DeepSpeed ZeRO shards: 0 nothing, 1 optimizer states, 2 and gradients, 3 and the weights."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """`cpu`: moments and float32 weights of what learns lie in the machine's memory and are stepped there
     (Ren 2021, ZeRO-Offload); for ZeRO 1 to 3."""

@@ -71,7 +71,7 @@ def cluster_mean_interval(numerators: ArrayLike, denominators: ArrayLike) -> Est
     R = sum a / sum b; se = sqrt(G / (G - 1) * sum (a_g - R b_g)^2) / sum b; interval R +- z se. Clusters
     with denominator 0 are left out; n is the number G of the others.
 
-    Linearised ratio estimator: Cochran, Sampling Techniques (1977), section 6.4, with the cluster correction.
+    Linearized ratio estimator: Cochran, Sampling Techniques (1977), section 6.4, with the cluster correction.
     """
     a, b = _same_length(numerators, denominators)
     a, b = a[b != 0], b[b != 0]
@@ -118,9 +118,9 @@ def proportion_interval(k: int, n: int) -> Estimate:
 def wilson(p: float, trials: float, n: int) -> Estimate:
     """Wilson score interval of a share p of ``trials``, which need not be whole (scipy's have to be)."""
     z2_n = Z95**2 / trials
-    centre = (p + z2_n / 2) / (1 + z2_n)
+    center = (p + z2_n / 2) / (1 + z2_n)
     half = Z95 * math.sqrt(p * (1 - p) / trials + z2_n / (4 * trials)) / (1 + z2_n)
-    return Estimate(p, 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half, n)
+    return Estimate(p, 0.0 if p == 0 else center - half, 1.0 if p == 1 else center + half, n)
 
 
 def win_rate(before: ArrayLike, after: ArrayLike) -> Estimate:

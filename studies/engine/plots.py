@@ -31,7 +31,7 @@ def line(ax: Any, x: Sequence[float], estimates: Sequence[Estimate], label: str,
 
 def level(ax: Any, y: float, **options: Any) -> None:
     """A thin gray line at a value."""
-    ax.axhline(y, color="grey", linewidth=0.7, **options)
+    ax.axhline(y, color="gray", linewidth=0.7, **options)
 
 
 def save(canvases: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """Readers of public preference data: one small module per format, each yields :class:`Comparison`.
 
-The format of each row is recognised from its fields; files of several formats may be mixed.
+The format of each row is recognized from its fields; files of several formats may be mixed.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def ranked_by_score(
 
 
 def merge_turns(dialogue: Sequence[Message]) -> tuple[Message, ...]:
-    """Join neighbouring turns of one role by a blank line.
+    """Join neighboring turns of one role by a blank line.
 
     A writer who split a turn in two said the same thing, and many chat templates refuse two turns of one
     role in a row.

@@ -12,7 +12,7 @@ a the tokens of the answer and q everything before them (behind the fixed text t
 - ``acc_mean``: score = log P(a | q) / number of tokens of a;
 - ``acc_mi``: score = log P(a | q) - log P(a), the empirical mutual information I(a, q) of Askell 2021, with
   P(a) the probability of the same tokens where nothing but the fixed text (or BOS) stands before them. It
-  favours neither short answers nor frequent ones, and stands for the task.
+  favors neither short answers nor frequent ones, and stands for the task.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Label Studio {"data", "annotations"}: a ``pairwise`` result selects left or righ
 the ids of data's items, the best first. The flat exports (JSON_MIN, CSV) are pairs with a verdict, see
 :mod:`rlhf.data.readers.public.pairs`. Argilla {"fields", "responses"}: the answer to the first question names
 a field of the record or its end, or is a ranking [{"value": field, "rank": 1}, ...]. Rankings of several
-annotators are averaged. Discarded and cancelled work does not count.
+annotators are averaged. Discarded and canceled work does not count.
 """
 
 from __future__ import annotations
