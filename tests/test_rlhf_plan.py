@@ -307,6 +307,19 @@ def test_the_texts_of_ppo_ptx_are_read_in_one_pass_whatever_the_micro_batch():
     assert need(16, 4096) == pytest.approx(2 * need(8, 4096), rel=0.6)
 
 
+def test_the_heap_keeps_what_is_small_of_a_training_that_has_ended():
+    def again(tokens, gpu=False):
+        recipe = tiny_recipe(f"reward.tokens_per_micro_batch={tokens}", "reward.batch_size=512")
+        made = plan(recipe, PUBLISHED["smollm2-135m"], Lengths(400, 2, 512, True), gpu=gpu, world=1)
+        found = {m.name: m.parts.activations for m in made.moments if m.stage == "reward"}
+        return found.get("loading again", 0.0), found["training"]
+
+    (few, trained), (many, more) = again(1000), again(20_000)
+    assert 0.5 * trained < few < trained
+    assert (many, more > trained) == (0.0, True), "tensors above 32 MiB are given back"
+    assert again(1000, gpu=True)[0] == 0.0
+
+
 def test_files_of_another_type_are_in_memory_while_they_are_read():
     recipe, shape = tiny_recipe("model.dtype=bfloat16"), PUBLISHED["smollm2-135m"]
     lengths = Lengths(16, 2, 8, True)

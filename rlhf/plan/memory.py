@@ -153,9 +153,14 @@ def kept_of_layer(shape: Shape, rank: int, setting: Setting, *, length: int, mas
     return norms + attention + inner + inputs
 
 
+def small(largest: float, setting: Setting) -> float:
+    """The share of freed tensors that a CPU's heap keeps, the largest of which has so many bytes."""
+    return 0.0 if setting.gpu else max(0.0, 1.0 - largest / _MAPPED)
+
+
 def heap(largest: float, setting: Setting) -> float:
     """What passes take, in units of their tensors, of which the largest has so many bytes."""
-    return 1.0 if setting.gpu else 1.0 + HEAP * max(0.0, 1.0 - largest / _MAPPED)
+    return 1.0 + HEAP * small(largest, setting)
 
 
 def activations(

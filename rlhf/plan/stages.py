@@ -318,7 +318,7 @@ class Stages:
         )
         if stage == "reward" and not setting.gpu:
             # what was saved is loaded beside what was trained, and the heap keeps what training took
-            left = acts if memory.heap(tokens * shape.intermediate * setting.size, setting) > 1 else 0.0
+            left = acts * memory.small(tokens * shape.intermediate * setting.size, setting)
             weights = 2 * base + self.converted * shape.layers / self.shape.layers
             again = {"weights": weights, "adapters": 8.0 * learns, "copies": copies, "activations": left}
             yield Moment(stage, "loading again", common._replace(**again))
