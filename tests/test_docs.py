@@ -104,8 +104,8 @@ KEPT = (
     "normalised score",
     "was_cancelled",
     "labelledby",
+    "same_behaviour",
 )
-KEPT += ("same_behaviour",)
 # texts that studies train on, units by which their results are kept, pages made from those; former names
 NOT_HELD = (
     "docs/studies/",
@@ -113,14 +113,12 @@ NOT_HELD = (
     "studies/preference/",
     "studies/scaling/",
     "tests/scaling_cases",
-)
-NOT_HELD += (
     "studies/pmp_transfer.py",
     "rlhf/recipe/renamed.py",
     "rlhf/recipe/stored.py",
     "tests/test_studies_",
+    "tests/test_docs.py",
 )
-NOT_HELD += ("tests/test_docs.py",)
 
 
 def test_the_spelling_is_american():

@@ -9,12 +9,13 @@ from conftest import ROOT, TINY, tiny_recipe
 from safetensors.numpy import save_file
 
 from rlhf.errors import UserError
+from rlhf.plan import __main__ as plan_command
 from rlhf.plan import check, memory
 from rlhf.plan.lengths import Lengths, lengths_of
 from rlhf.plan.machine import Machine, machine, size_of
 from rlhf.plan.remedies import remedies, together
 from rlhf.plan.report import fits
-from rlhf.plan.shapes import PUBLISHED, shape_of, stored_weights
+from rlhf.plan.shapes import PUBLISHED, Known, shape_of, stored_weights
 from rlhf.plan.stages import plan
 from rlhf.plan.timing import Pace, step_seconds
 from rlhf.recipe.load import load
@@ -326,6 +327,27 @@ def test_files_of_another_type_are_in_memory_while_they_are_read():
     made = [plan(recipe, shape, lengths, gpu=False, world=1, converted=size) for size in (0.0, 538e6)]
     again = [next(m for m in p.moments if m.name == "loading again").parts.total for p in made]
     assert again[1] - again[0] == 538e6
+
+
+def test_only_files_of_another_type_are_counted_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def again(stored_dtype):
+        known = Known(PUBLISHED["smollm2-135m"], "x", 538_000_000, stored_dtype)
+        monkeypatch.setattr(check, "shape_of", lambda model: known)
+        made = check.planned(tiny_recipe("model.dtype=bfloat16"), machine({"GPU": "none"})).plan
+        return next(m for m in made.moments if m.name == "loading again").parts.total
+
+    assert again("float32") - again("bfloat16") == 538e6
+    assert again("") == again("bfloat16")
+
+
+def test_time_is_that_of_this_machine_alone(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["plan", str(TINY), "time=true"])
+    monkeypatch.setenv("GPU", "80GB")
+    with pytest.raises(UserError, match="GPU speaks of another; leave one of them out"):
+        plan_command.main()
+    assert capsys.readouterr().out == ""
 
 
 def test_yaml_reads_off_as_false():

@@ -16,12 +16,11 @@ def main() -> None:
     """The `plan` target; nothing is loaded, but for a micro-batch with ``time=true``."""
     words = sys.argv[1:]
     recipe = from_command_line([word for word in words if word not in TIME])
+    times = [word for word in words if word in TIME][-1:] == [TIME[0]]
+    if times and os.environ.get("GPU", "").strip().lower() not in ("", "none", "cpu"):
+        raise UserError("time=true measures this machine, and GPU speaks of another; leave one of them out")
     show(recipe)
-    if [word for word in words if word in TIME][-1:] == [TIME[0]]:
-        if os.environ.get("GPU", "").strip().lower() not in ("", "none", "cpu"):
-            raise UserError(
-                "time=true measures this machine, and GPU speaks of another; leave one of them out"
-            )
+    if times:
         from rlhf.plan.timing import timed
 
         print(timed(recipe), flush=True)

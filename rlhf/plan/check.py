@@ -15,6 +15,7 @@ from rlhf.plan.report import cannot_fit, fits, help_page, page, verdict
 from rlhf.plan.shapes import Known, shape_of
 from rlhf.plan.stages import Moment, Plan, plan
 from rlhf.recipe.load import Recipe
+from rlhf.recipe.ppo import check_optimizer
 from rlhf.runs.dtype import AUTO, settled
 from rlhf.runs.stage import RUNS
 
@@ -50,11 +51,8 @@ def machine_for(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> 
     here = machine(environment)
     model = as_it_will_run(recipe, gpu=here.gpu).model
     check_kernels(model, gpu=here.gpu, elsewhere=here.elsewhere)
-    kind, stage = recipe.ppo.optimizer, recipe.distributed.zero_stage
-    if kind != "adamw" and not here.gpu:
-        raise UserError(f"ppo.optimizer: {kind} needs a CUDA GPU, and there is none; use adamw")
-    if kind != "adamw" and here.world > 1 and stage > 0:  # as rlhf.training.runtime, after hours of training
-        raise UserError(f"ppo.optimizer: {kind} does not go with ZeRO {stage}; use zero_stage 0")
+    zero_stage = recipe.distributed.zero_stage if here.world > 1 else 0
+    check_optimizer(recipe.ppo.optimizer, zero_stage=zero_stage, gpu=here.gpu)
     return here
 
 

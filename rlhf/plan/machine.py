@@ -29,13 +29,13 @@ class Machine(NamedTuple):
     """For the report."""
     elsewhere: bool = False
     """A GPU that ``GPU`` speaks of, whatever is here."""
-    all: int | None = None
+    total: int | None = None
     """Processes of the run, where machines have unequal numbers: ``processes`` is the largest of them."""
 
     @property
     def world(self) -> int:
         """Processes of the run."""
-        return self.all or self.processes * self.nodes
+        return self.total or self.processes * self.nodes
 
 
 def machine(environment: Mapping[str, str] = os.environ) -> Machine:
@@ -69,11 +69,11 @@ def machine(environment: Mapping[str, str] = os.environ) -> Machine:
         )
     if cards:
         words = f"a GPU here of {min(cards) / 2**30:.0f} GiB, {each}"
-        return Machine(True, min(cards) / _CARD, processes, nodes, words, all=total)
+        return Machine(True, min(cards) / _CARD, processes, nodes, words, total=total)
     here = ram()
     share = "" if processes == 1 else f", {here / processes / 1e9:.1f} GB a process"
     words = f"{here / 1e9:.1f} GB of memory, {each}{share}"
-    return Machine(False, here / processes, processes, nodes, words, all=total)
+    return Machine(False, here / processes, processes, nodes, words, total=total)
 
 
 def size_of(text: str, name: str) -> float:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf.errors import UserError
 from rlhf.recipe.types import (
     OWN_REWARD,
     Folder,
@@ -320,3 +321,19 @@ class Ppo(Checking, Optimizing, Losing, Estimating, KlControl, Scoring, Collecti
         if bool(self.ptx_coef) != bool(self.ptx_texts):
             raise ValueError("ptx_coef and ptx_texts belong together: give both or neither")
         return self
+
+
+def check_optimizer(kind: str, *, zero_stage: int, gpu: bool) -> None:
+    """Whether a kind of AdamW goes with the machine and the processes, by PPO itself and before a run.
+
+    zero_stage: 0 with one process.
+
+    Raises:
+        UserError: it does not.
+    """
+    if kind == "adamw":
+        return
+    if zero_stage > 0:
+        raise UserError(f"ppo.optimizer: {kind} does not go with ZeRO {zero_stage}; use zero_stage 0")
+    if not gpu:
+        raise UserError(f"ppo.optimizer: {kind} needs a CUDA GPU, and there is none; use adamw")

@@ -10,13 +10,18 @@ import torch
 from pydantic import ValidationError
 
 from rlhf.errors import UserError
+from rlhf.recipe.ppo import check_optimizer
 from rlhf.recipe.quick import laid_over
 from rlhf.recipe.schema import Distributed
 from rlhf.runs.processes import processes
 
 
 def make_optimizer(
-    kind: Literal["adamw", "paged_adamw_8bit"], groups: list[dict[str, Any]], *, epsilon: float
+    kind: Literal["adamw", "paged_adamw_8bit"],
+    groups: list[dict[str, Any]],
+    *,
+    epsilon: float,
+    zero_stage: int = 0,
 ) -> torch.optim.Optimizer:
     """AdamW over parameter groups that carry their learning rates; no weight decay.
 
@@ -24,12 +29,11 @@ def make_optimizer(
     2305.14314). It needs CUDA; it has not been run on such hardware here.
 
     Raises:
-        UserError: there is no GPU for it.
+        UserError: there is no GPU for it, or it does not go with the ZeRO stage.
     """
+    check_optimizer(kind, zero_stage=zero_stage, gpu=torch.cuda.is_available())
     if kind == "adamw":
         return torch.optim.AdamW(groups, eps=epsilon, weight_decay=0.0, foreach=False)
-    if not torch.cuda.is_available():
-        raise UserError(f"ppo.optimizer: {kind} needs a CUDA GPU, and there is none; use adamw")
     from bitsandbytes.optim import PagedAdamW8bit
 
     optimizer: torch.optim.Optimizer = PagedAdamW8bit(groups, eps=epsilon, weight_decay=0.0)

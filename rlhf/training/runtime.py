@@ -27,7 +27,6 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
-from rlhf.errors import UserError
 from rlhf.recipe.schema import Distributed
 from rlhf.runs.processes import processes, rank
 from rlhf.training.optimizer import deepspeed_config, make_optimizer
@@ -179,9 +178,7 @@ class Runtime:
             UserError: the kind does not go with the machine or the ZeRO stage.
         """
         self._named = named
-        if kind != "adamw" and self.stage > 0:
-            raise UserError(f"ppo.optimizer: {kind} does not go with ZeRO {self.stage}; use zero_stage 0")
-        optimizer = make_optimizer(kind, groups, epsilon=epsilon)
+        optimizer = make_optimizer(kind, groups, epsilon=epsilon, zero_stage=self.stage)
         self.model, wrapped = self.accelerator.prepare(module, optimizer)
         self.optimizer = wrapped.optimizer
         if self.world > 1:
