@@ -315,6 +315,18 @@ def test_a_stage_of_the_policy_uses_the_loop_of_no_other():
     assert "policy.alignment_tax.checks" in all_imports("policy/alignment_tax/preflight.py")
 
 
+def test_only_an_opened_stage_is_a_stage_run():
+    """Whoever needs a folder of a run takes a ``StageFolder``; a lock and a fingerprint are not made up."""
+    makers = {
+        file
+        for file in python_files((*PACKAGES, *BESIDE, "tests"))
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.Call)
+        and "StageRun" in (getattr(node.func, "id", ""), getattr(node.func, "attr", ""))
+    }
+    assert makers == {"rlhf/runs/stage.py"}
+
+
 def test_no_import_leads_back():
     files = FILES + python_files(BESIDE)
     known = {file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): file for file in files}

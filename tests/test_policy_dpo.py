@@ -23,7 +23,7 @@ from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
 from rlhf.models import prepare
 from rlhf.models.backbone import REFERENCE
-from rlhf.runs.stage import StageRun
+from rlhf.runs.folder import StageFolder
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.training.hf_trainer import ADAPTER, adapted_base
 
@@ -292,7 +292,7 @@ def test_nothing_to_learn_is_told_in_one_line(inside_lab):
     place.mkdir(parents=True)
     for part in ("train", "held_out"):
         write_native(place / f"{part}.jsonl", [asked("a ", ["same start 1", "same start 2"], [0, 1])])
-    run = StageRun("dpo", place.with_name("dpo"), recipe, {}, {}, True, None)
+    run = StageFolder("dpo", place.with_name("dpo"))
     with pytest.raises(UserError, match="has no pair of different responses"):
         fit(recipe, recipe.dpo, run)
 

@@ -15,7 +15,8 @@ from conftest import ROOT, one_of, tiny_recipe
 
 from rlhf import NAME, __version__
 from rlhf.errors import UserError
-from rlhf.runs import artifacts, lock, stage
+from rlhf.runs import artifacts, lock
+from rlhf.runs import folder as stage_folder
 from rlhf.runs.stage import differences, input_hashes, open_stage, recipe_of
 
 FOLDER = Path("runs/tiny/comparisons")
@@ -311,7 +312,7 @@ def test_a_second_process_on_the_same_stage_is_refused_until_the_first_ends(insi
 
 def test_the_clock_adds_up_over_sessions(inside, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(stage.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stage_folder.time, "monotonic", lambda: now[0])
 
     def session():
         run = begin()
@@ -333,7 +334,7 @@ def test_the_clock_adds_up_over_sessions(inside, monkeypatch):
 
 def test_the_peak_of_memory_is_the_highest_of_all_sessions(inside, monkeypatch):
     for peak in (3.0, 9.0, 5.0):
-        monkeypatch.setattr(stage, "peak_bytes", lambda peak=peak: peak)
+        monkeypatch.setattr(stage_folder, "peak_bytes", lambda peak=peak: peak)
         begin().note_clock()
     assert begin().clock()["peak_bytes"] == 9.0
 

@@ -52,14 +52,14 @@ def closed(ids_BT: Tensor, start: int, eos_id: int, pad_id: int) -> Tensor:
 def train_ours(recipe: Recipe, run: Path, folder: Path, every: int) -> Figures:
     """Run our trainer against the run's reward model; its adapters at the marks go to a folder."""
     from policy.ppo.run import build_trainer
-    from rlhf.runs.stage import StageRun
+    from rlhf.runs.folder import StageFolder
 
     ppo = recipe.ppo.model_copy(update={"checkpoint_every": recipe.ppo.steps})
     recipe = recipe.model_copy(update={"ppo": ppo})  # nobody writes checkpoints in the time
     place = run / "gold_ppo"  # beside the stages that it reads
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    trainer = build_trainer(recipe, StageRun("ppo", place, recipe, {}, {}, is_main=True, lock=None))
+    trainer = build_trainer(recipe, StageFolder("ppo", place))
     marks, plain = Marks(folder, every, ppo.steps), trainer.reward_metrics
 
     def mark() -> dict[str, float]:

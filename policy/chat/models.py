@@ -28,7 +28,8 @@ from rlhf.models.base import best_device, load_base
 from rlhf.models.masks import ended
 from rlhf.recipe.load import Recipe
 from rlhf.runs.artifacts import MANIFEST
-from rlhf.runs.stage import RUNS, StageRun
+from rlhf.runs.folder import StageFolder
+from rlhf.runs.stage import RUNS
 from rlhf.tokenization.dialogue import PromptTooLongError, load_dialogue
 from rlhf.tokenization.prompt_prefix import parse, read_text, window_of
 
@@ -54,7 +55,7 @@ class RunModels:
         section = recipe.chat
         self.dialogue = load_dialogue(recipe, section.max_tokens)
         self.dialogue.truncate_prompts = False
-        run = StageRun("chat", RUNS / recipe.name / "chat", recipe, {}, {}, True, None)
+        run = StageFolder("chat", RUNS / recipe.name / "chat")
         folders, why = _rewards(recipe, run)
         beside = recipe.ppo.retokenize
         rewards = () if beside else reward_adapters(len(folders))
@@ -153,7 +154,7 @@ class RunModels:
         return Answer(text, score, number, end)
 
 
-def _rewards(recipe: Recipe, run: StageRun) -> tuple[list[Path], str]:
+def _rewards(recipe: Recipe, run: StageFolder) -> tuple[list[Path], str]:
     """The reward models of ours that PPO trains against; why there is none."""
     own = run.parent("reward")
     if recipe.ppo.own_reward and not (own / MANIFEST).exists():

@@ -17,15 +17,15 @@ from rlhf.errors import UserError
 from rlhf.markdown import percent, plain
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Dpo
+from rlhf.runs.folder import StageFolder
 from rlhf.runs.initial_adapter import start_folder
 from rlhf.runs.processes import check_rows, processes
-from rlhf.runs.stage import StageRun
 from rlhf.stats import clustered
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.training.hf_trainer import adapted_base, save_policy
 
 
-def fit(recipe: Recipe, section: Dpo, run: StageRun) -> dict[str, Any]:
+def fit(recipe: Recipe, section: Dpo, run: StageFolder) -> dict[str, Any]:
     """Train a policy's adapter on the run's comparisons; returns the figures for the manifest.
 
     Raises:

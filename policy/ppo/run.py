@@ -10,7 +10,7 @@ from policy.ppo.trainer import PpoTrainer
 from policy.rewards.mixture import MOMENTS
 from rlhf.data.stored import stored_prompts
 from rlhf.recipe.load import Recipe
-from rlhf.runs.stage import StageRun
+from rlhf.runs.folder import StageFolder
 from rlhf.stats.overoptimization import verdict
 from rlhf.tokenization.dialogue import load_dialogue
 from rlhf.training.metrics import read_metrics
@@ -20,8 +20,8 @@ _REPORTED = ("objective/score", "objective/kl", "response/length", "response/eos
 _WINDOW = 5  # steps averaged at the start and at the end
 
 
-def build_trainer(recipe: Recipe, stage: StageRun) -> PpoTrainer:
-    """The trainer of a recipe, which goes on from the stage's last checkpoint."""
+def build_trainer(recipe: Recipe, place: StageFolder) -> PpoTrainer:
+    """The trainer of a recipe, which goes on from the last checkpoint in its folder."""
     section = recipe.ppo
     runtime = Runtime(
         recipe.distributed,
@@ -30,22 +30,22 @@ def build_trainer(recipe: Recipe, stage: StageRun) -> PpoTrainer:
         micro_batch_size=section.micro_batch_size,
     )
     dialogue = load_dialogue(recipe)
-    backbone = assemble(recipe, stage, dialogue, shards_weights=runtime.shards_weights)
-    score: Any = score_function(recipe, stage, backbone, dialogue, all_sum=runtime.all_sum)
-    if test := audit_folder(recipe, stage):
+    backbone = assemble(recipe, place, dialogue, sharded=runtime.shards_weights)
+    score: Any = score_function(recipe, place, backbone, dialogue, all_sum=runtime.all_sum)
+    if test := audit_folder(recipe, place):
         test_fn = audit_function(recipe, test, backbone, dialogue)
         score = AuditedScore(score, test_fn, section.micro_batch_size)
     return PpoTrainer(
         backbone=backbone,
         dialogue=dialogue,
-        prompts=stored_prompts(stage, "prompts.jsonl"),
+        prompts=stored_prompts(place, "prompts.jsonl"),
         reward_fn=score,
         section=section,
-        folder=stage.folder,
+        folder=place.folder,
         seed=recipe.seed,
         runtime=runtime,
         reward_metrics=lambda: score.figures(runtime.all_sum, runtime.device),
-        on_checkpoint=stage.note_clock,
+        on_checkpoint=place.note_clock,
     )
 
 

@@ -40,8 +40,8 @@ from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Lora, Ppo
 from rlhf.recipe.types import OWN_REWARD, RewardPart
 from rlhf.runs.artifacts import WEIGHTS, sha256_of
+from rlhf.runs.folder import StageFolder
 from rlhf.runs.initial_adapter import start_folder
-from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import Dialogue
 
 SPREAD = "ppo/score_spread"  # name of the disagreement in the log
@@ -49,7 +49,7 @@ TEST = "test"  # the adapter of the test model, which never rewards
 _LOGGED = "reward/"  # what the names of the parts of a mix begin with in the log
 
 
-def reward_folders(recipe: Recipe, run: StageRun) -> list[Path]:
+def reward_folders(recipe: Recipe, run: StageFolder) -> list[Path]:
     """The reward models of ours that PPO trains against, in order: the recipe's, or all members of the run.
 
     Raises:
@@ -72,7 +72,7 @@ def _folders(reward: RewardPart, own: Sequence[Path]) -> Sequence[Path]:
     return [folder] if config_file(folder) else []
 
 
-def audit_folder(recipe: Recipe, run: StageRun) -> Path | None:
+def audit_folder(recipe: Recipe, run: StageFolder) -> Path | None:
     """The test model that looks at the rollouts: the recipe's, or the one that the reward stage has left.
 
     Raises:
@@ -179,7 +179,7 @@ def new_backbone(
     return backbone
 
 
-def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weights: bool = False) -> Backbone:
+def assemble(recipe: Recipe, run: StageFolder, dialogue: Dialogue, *, sharded: bool = False) -> Backbone:
     """One base with policy, value and, where they fit, reward adapters; prints where every part comes from.
 
     A policy that starts from an adapter has a frozen copy of it as its reference; else that is the base. The
@@ -230,7 +230,7 @@ def assemble(recipe: Recipe, run: StageRun, dialogue: Dialogue, *, shards_weight
         place = reward.model or judge_name(reward.scored_by or "")
         origins[f"{_LOGGED}{reward.label}"] = f"{reward.weight:g} x {place}"
     warning = backbone.check_architecture()
-    if shards_weights:
+    if sharded:
         backbone.drop_trunk(WEIGHTS_SHARDED)
     if run.is_main:
         if warning:
@@ -252,7 +252,7 @@ def _audit_origin(backbone: Backbone, test: Path | None, tests: Mapping[str, Pat
     return {"test model": f"{own}; no part of the reward"}
 
 
-def _check_scores(recipe: Recipe, run: StageRun, folders: Sequence[Path]) -> None:
+def _check_scores(recipe: Recipe, run: StageFolder, folders: Sequence[Path]) -> None:
     """Reward models give a score, and it is told which have read shorter responses than PPO samples."""
     for folder in folders:
         config = load_config(folder)
@@ -305,7 +305,7 @@ class EnsembleScore:
 
 def score_function(
     recipe: Recipe,
-    run: StageRun,
+    run: StageFolder,
     model: Backbone,
     dialogue: Dialogue,
     *,
@@ -339,7 +339,7 @@ def model_scores(
     return [_adapter(model, name, dialogue.end_of_context_id) for name in reward_adapters(len(folders))]
 
 
-def _parts(recipe: Recipe, run: StageRun, members: Sequence[RewardFn]) -> list[WeightedReward]:
+def _parts(recipe: Recipe, run: StageFolder, members: Sequence[RewardFn]) -> list[WeightedReward]:
     """The recipe's ``rewards``; ``members`` are our reward models among them, in order."""
     section, left = recipe.ppo, iter(members)
     own = own_folders(run.parent("reward"), section.ensemble) if section.own_reward else []

@@ -20,7 +20,7 @@ from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.base import best_device, load_base
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.types import BASE
-from rlhf.runs.stage import StageRun
+from rlhf.runs.folder import StageFolder
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.progress import progress
 
@@ -52,7 +52,7 @@ def deal(policies: Sequence[str], prompts: int, responses: int, seed: int) -> li
 
 def sampled_responses(
     recipe: Recipe,
-    run: StageRun,
+    run: StageFolder,
     dialogue: Dialogue,
     prompts: Sequence[Prompt],
     *,
@@ -67,7 +67,7 @@ def sampled_responses(
 
     Args:
         recipe: says the base, the adapters' shape and the seed.
-        run: the open stage; finished batches lie in its ``parts`` folder.
+        run: the folder of the stage; finished batches lie in its ``parts`` folder.
         dialogue: the token contract.
         prompts: one row each.
         policies: `base` or folders of saved adapters (:func:`rlhf.runs.initial_adapter.policy_files`).

@@ -14,7 +14,7 @@ from rlhf.data.comparisons import Counts, Message, Prompt
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
 from rlhf.runs.artifacts import read_jsonl, write_jsonl
-from rlhf.runs.stage import StageRun
+from rlhf.runs.folder import StageFolder
 
 if TYPE_CHECKING:
     from rlhf.tokenization.dialogue import Dialogue
@@ -29,7 +29,7 @@ def write_prompts(file: Path, prompts: Sequence[Prompt]) -> None:
     write_jsonl(file, ({"messages": [asdict(message) for message in prompt]} for prompt in prompts))
 
 
-def stored_prompts(run: StageRun, name: str) -> list[Prompt]:
+def stored_prompts(run: StageFolder, name: str) -> list[Prompt]:
     """Prompts that the comparisons stage of the same run has written, in their order."""
     rows = read_jsonl(run.parent("comparisons") / name)
     return [tuple(Message(**message) for message in row["messages"]) for row in rows]
@@ -40,12 +40,12 @@ def write_columns(file: Path, columns: Mapping[str, Mapping[str, Any]]) -> None:
     write_jsonl(file, ({"prompt": key, "columns": row} for key, row in columns.items()))
 
 
-def stored_columns(run: StageRun) -> dict[str, dict[str, Any]]:
+def stored_columns(run: StageFolder) -> dict[str, dict[str, Any]]:
     """The columns of ``data.prompt_columns`` by :func:`prompt_key`, as the comparisons stage wrote them."""
     return {row["prompt"]: row["columns"] for row in read_jsonl(run.parent("comparisons") / COLUMNS)}
 
 
-def held_out_prompts(run: StageRun, number: int) -> list[Prompt]:
+def held_out_prompts(run: StageFolder, number: int) -> list[Prompt]:
     """The first held-out prompts of the run; says so where there are fewer than asked for."""
     prompts = stored_prompts(run, "held_out_prompts.jsonl")
     if len(prompts) < number:

@@ -20,8 +20,9 @@ from rlhf.errors import UserError
 from rlhf.rank.session import Item
 from rlhf.recipe.load import Recipe
 from rlhf.runs.artifacts import hash_of, read_json, write_json
+from rlhf.runs.folder import StageFolder
 from rlhf.runs.initial_adapter import policy_files
-from rlhf.runs.stage import RUNS, StageRun, differences, input_hashes
+from rlhf.runs.stage import RUNS, differences, input_hashes
 
 FILE = "candidates.json"
 MOST_RESPONSES = 9  # of a prompt: there are that many number keys
@@ -170,7 +171,7 @@ def _sampled(recipe: Recipe, folder: Path, key: str) -> list[Item]:
     if not prompts:
         raise UserError(f"nothing usable in {', '.join(specs)}: {counts}")
     random.Random(f"{recipe.seed}:rank").shuffle(prompts)
-    run = StageRun("rank", folder / f"sampling-{key}", recipe, {}, {}, is_main=True, lock=None)
+    run = StageFolder("rank", folder / f"sampling-{key}")
     items, few = [], 0
     for batch in sampled_responses(
         recipe, run, dialogue, prompts[: section.prompts], policies=section.policies,

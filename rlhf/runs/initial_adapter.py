@@ -16,6 +16,7 @@ from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import STARTS
 from rlhf.recipe.types import BASE
 from rlhf.runs.artifacts import SETTINGS, WEIGHTS, read_json, read_manifest
+from rlhf.runs.folder import StageFolder
 from rlhf.runs.stage import RUNS, StageRun, differences, input_hashes
 from rlhf.runs.whole import check_place, manifest_of
 
@@ -27,18 +28,18 @@ def _named(recipe: Recipe, name: str) -> str | None:
     return None if section is None else section.start
 
 
-def start_folder(recipe: Recipe, run: StageRun | str, section: str) -> Path | None:
+def start_folder(recipe: Recipe, run: StageFolder | str, section: str) -> Path | None:
     """Folder of the adapter that a section of the recipe starts from, None for a fresh one.
 
     Args:
         recipe: the whole recipe.
-        run: an open stage of the run, or the run's name.
+        run: the folder of a stage of the run, or the run's name.
         section: ``ppo``, ``dpo``, ``pmp``, ``reward``, ``distill`` or ``sft``.
     """
     named = _named(recipe, section)
     if named is None or not start_parents(recipe, section):
         return None if named is None else Path(named)
-    stage = run.parent(named) if isinstance(run, StageRun) else RUNS / run / named
+    stage = run.parent(named) if isinstance(run, StageFolder) else RUNS / run / named
     return stage / ADAPTER
 
 

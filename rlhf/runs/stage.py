@@ -6,19 +6,15 @@ and ``run.finish(results)``. No torch here, so that a mistake is told in under a
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,9 +27,9 @@ from rlhf.errors import LESS_MEMORY, UserError
 from rlhf.recipe.load import Recipe, dump, files_of
 from rlhf.recipe.stored import modernized
 from rlhf.runs import artifacts
-from rlhf.runs.artifacts import MANIFEST, Checkpoints
-from rlhf.runs.cache import remember
+from rlhf.runs.artifacts import MANIFEST
 from rlhf.runs.dtype import settled
+from rlhf.runs.folder import StageFolder
 from rlhf.runs.lock import locked, unshared, wait_for_first
 from rlhf.runs.processes import SHARED, check_alone, processes, rank
 from rlhf.runs.whole import READ, check_place, check_whole, manifest_of
@@ -76,72 +72,15 @@ _OPENING = (".lock", "recipe.yaml", "fingerprint.json", "metrics.jsonl", PROGRES
 _WORKING = ("checkpoints", "parts", ".lock", "clock.json", "tensorboard", "wandb", "metrics.jsonl")
 
 
-@dataclasses.dataclass
-class StageRun:
-    """An open stage directory."""
+@dataclasses.dataclass(kw_only=True)
+class StageRun(StageFolder):
+    """An open stage: its folder, locked, and what its manifest will say."""
 
-    stage: str
-    folder: Path
     recipe: Recipe
     """The resolved one, whose `model.dtype` is a type."""
     fingerprint: dict[str, Any]
     parents: dict[str, str]
-    is_main: bool
     lock: TextIO | None
-    started: float = dataclasses.field(default_factory=time.monotonic)
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """Where the stage keeps its checkpoints."""
-        return Checkpoints(self.folder / "checkpoints")
-
-    def parent(self, stage: str) -> Path:
-        """Folder of another stage of the same run."""
-        return self.folder.parent / stage
-
-    def say(self, line: str) -> None:
-        """Print a line, once for all processes."""
-        if self.is_main:
-            print(line, flush=True)
-
-    def clock(self) -> dict[str, float]:
-        """Seconds and peak memory (bytes) of all sessions so far; also noted for the next session."""
-        file = self.folder / "clock.json"
-        before = {"seconds": 0.0, "peak_bytes": 0.0}
-        with contextlib.suppress(OSError, ValueError, TypeError):  # work is not thrown away for a clock
-            before |= json.loads(file.read_bytes())
-        return {
-            "seconds": before["seconds"] + time.monotonic() - self.started,
-            "peak_bytes": max(before["peak_bytes"], peak_bytes()),
-        }
-
-    def note_clock(self) -> None:
-        """Keep the time used so far, so that a resumed stage reports all of it."""
-        if self.is_main:
-            clock = self.clock()
-            artifacts.write_json(self.folder / "clock.json", clock)
-            self.started = time.monotonic()
-
-    def remember(
-        self,
-        name: str,
-        compute: Callable[[], Any],
-        *,
-        key: object = None,
-        folder: Path | None = None,
-        own: bool = False,
-    ) -> Any:
-        """A value that is computed once in all sessions (:func:`rlhf.runs.cache.remember`).
-
-        Args:
-            name: of the value and of its file.
-            compute: gives the value, JSON-able; every process calls it, the main one writes.
-            key: what the value depends on beyond the stage's fingerprint.
-            folder: where it is kept, ``parts`` of the stage by default, which goes with the stage's end.
-            own: this process alone computes it, and so writes it.
-        """
-        kept = folder or self.folder / "parts"
-        return remember(kept, name, key, compute, is_main=self.is_main or own, on_new=self.note_clock)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write the manifest, which makes the stage complete, and drop its checkpoints.
@@ -166,14 +105,6 @@ class StageRun:
         (self.folder / PROGRESS).unlink(missing_ok=True)
         artifacts.write_manifest(self.folder, extra, _WORKING)
         _drop_work(self.folder)
-
-
-def peak_bytes() -> float:
-    """Peak resident memory of this process and of its finished children, in bytes."""
-    kilobytes = max(
-        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    return float(kilobytes * 1024)
 
 
 def _git_commit() -> str | None:
@@ -278,7 +209,7 @@ def open_stage(
         ):
             print("warning: distributed: one process offloads nothing; use PROCS=2 or more", flush=True)
     OPEN.set(folder if is_main else None)
-    return StageRun(stage, folder, recipe, fingerprint, found, is_main, lock)
+    return StageRun(stage, folder, is_main, recipe=recipe, fingerprint=fingerprint, parents=found, lock=lock)
 
 
 def road_of(recipe: Recipe) -> list[str]:

@@ -30,9 +30,9 @@ from rlhf.models.folding import Folding
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.shared import Training
 from rlhf.runs.artifacts import Checkpoints, step_of
+from rlhf.runs.folder import StageFolder
 from rlhf.runs.initial_adapter import ADAPTER as POLICY
 from rlhf.runs.processes import processes, rank
-from rlhf.runs.stage import StageRun
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.metrics import Metrics
 from rlhf.training.optimizer import deepspeed_config
@@ -324,7 +324,7 @@ def adapted_base(
     return backbone
 
 
-def save_policy(backbone: Backbone, dialogue: Dialogue, run: StageRun) -> None:
+def save_policy(backbone: Backbone, dialogue: Dialogue, run: StageFolder) -> None:
     """Save the adapter that has learned, and the tokenizer, as a stage's policy; all processes must call
     it."""
     with gathered(list(backbone.parameters_of(ADAPTER).values())):
