@@ -27,13 +27,14 @@ def number(value: float | None, form: str) -> str:
 def value(figure: Figure, form: str) -> tuple[str, str]:
     """A figure and its interval, as two cells."""
     ends = figure["ci95"]
-    interval = "unknown" if ends is None else f"[{ends[0]:{form}}, {ends[1]:{form}}]"
+    nothing = "unknown" if figure["mean"] is None else "no interval"
+    interval = nothing if ends is None else f"[{ends[0]:{form}}, {ends[1]:{form}}]"
     return number(figure["mean"], form), interval
 
 
 def plain(figure: Figure, form: str) -> str:
-    """A figure and its interval in running text."""
-    return " ".join(value(figure, form)) if figure["mean"] is not None else "unknown"
+    """A figure and its interval, where it has one, in running text."""
+    return _together(figure, value(figure, form))
 
 
 def share(figure: Figure) -> tuple[str, str]:
@@ -43,13 +44,17 @@ def share(figure: Figure) -> tuple[str, str]:
 
 
 def percent(figure: Figure) -> str:
-    """A share in per cent and its interval in running text."""
-    return " ".join(share(figure)) if figure["mean"] is not None else "unknown"
+    """A share in per cent and its interval, where it has one, in running text."""
+    return _together(figure, share(figure))
 
 
 def points(figure: Figure) -> str:
     """A difference of shares in percentage points, with its sign, in running text."""
     return f"{plain(_hundredfold(figure), '+.1f')} points"
+
+
+def _together(figure: Figure, cells: tuple[str, str]) -> str:
+    return cells[0] if figure["ci95"] is None else " ".join(cells)
 
 
 def _hundredfold(figure: Figure) -> Figure:

@@ -19,7 +19,13 @@ def test_unknown_figures_say_so_once():
     assert markdown.value(UNKNOWN, ".2f") == ("unknown", "unknown")
     assert markdown.plain(UNKNOWN, ".2f") == markdown.percent(UNKNOWN) == "unknown"
     assert markdown.share(UNKNOWN)[0] == "unknown"
-    assert markdown.percent(HALF_KNOWN) == "100.0% unknown"
+
+
+def test_a_figure_of_one_seed_stands_without_an_interval():
+    assert markdown.plain(HALF_KNOWN, "+.1f") == "+1.0"
+    assert markdown.percent(HALF_KNOWN) == "100.0%"
+    assert markdown.points(HALF_KNOWN) == "+100.0 points"
+    assert markdown.value(HALF_KNOWN, ".1f") == ("1.0", "no interval")
 
 
 def test_a_cell_stays_in_its_table():

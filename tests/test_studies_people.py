@@ -246,3 +246,10 @@ def test_the_page_has_a_row_an_arm_with_its_figures():
     assert rows["best of 2"][8].strip() == "at most 0.19"
     assert rows["PPO"][8].strip() == "3.00 [2.90, 3.10]"
     assert "over 2 seeds" in page
+    one = {**content, "plan": {"seeds": [0]}, "base_length": {"mean": 62.75, "ci95": None, "n": 1}}
+    alone = {"mean": 0.5, "ci95": None, "n": 1}
+    one["against"] = [{**v, "figures": dict.fromkeys(v["figures"], alone)} for v in content["against"]]
+    page = report.page(json.loads(json.dumps(one)))
+    assert "in 62.8 tokens" in page
+    assert "paired by seed; one seed, no interval." in page
+    assert "| PPO, `ppo.lam=0.9` | +0.500 | +0.500 | +0.50 | 0.50 |" in page

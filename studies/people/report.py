@@ -146,7 +146,7 @@ def page(content: dict[str, Any]) -> str:
         f"Intervals: 95%, the wider of Student's t over {len(seeds)} seed{'s' * (len(seeds) > 1)} of the "
         "policy and of the mean interval over prompts. Data and reward models are the same in all seeds.",
         table(["", *(label for _, label, _ in COLUMNS)], rows),
-        *_against(content["against"]),
+        *_against(content["against"], len(seeds)),
         "## Samples",
         f"PPO, seed {seeds[0]}.",
         table(["prompt", "before", "after"], samples),
@@ -157,7 +157,7 @@ def page(content: dict[str, Any]) -> str:
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
-def _against(variants: Sequence[dict[str, Any]]) -> list[str]:
+def _against(variants: Sequence[dict[str, Any]], seeds: int) -> list[str]:
     """The table of the variants; nothing without any."""
     if not variants:
         return []
@@ -168,7 +168,7 @@ def _against(variants: Sequence[dict[str, Any]]) -> list[str]:
     rows = [[v["label"], *(plain(v["figures"][path], form) for path, _, form in columns)] for v in variants]
     return [
         "## Settings of PPO",
-        "Each less PPO as the recipe has it, different in what it names alone, paired by seed; Student's t "
-        "over the seeds.",
+        "Each less PPO as the recipe has it, different in what it names alone, paired by seed; "
+        + ("Student's t over the seeds." if seeds > 1 else "one seed, no interval."),
         table(["", *(label for _, label, _ in columns)], rows),
     ]
