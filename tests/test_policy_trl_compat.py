@@ -104,6 +104,28 @@ def test_numbers_that_do_not_go_together_are_refused(tmp_path, options, message)
         args.section(rows=8, processes=1)
 
 
+@pytest.mark.parametrize(
+    ("report_to", "trackers"),
+    [
+        ("none", []),
+        (None, []),
+        ("tensorboard", ["tensorboard"]),
+        (["wandb", "trackio"], ["wandb", "trackio"]),
+        ("all", ["tensorboard"]),
+    ],
+)
+def test_report_to_names_the_trackers(tmp_path, monkeypatch, report_to, trackers):
+    monkeypatch.setattr(
+        "policy.trl_compat.config.importlib.util.find_spec", lambda name: name == "tensorboard" or None
+    )
+    assert PPOConfig(output_dir=str(tmp_path), report_to=report_to).report_to == trackers
+
+
+def test_a_tracker_that_is_not_here_is_refused(tmp_path):
+    with pytest.raises(UserError, match="report_to=mlflow: use one of tensorboard, wandb, trackio, or none"):
+        PPOConfig(output_dir=str(tmp_path), report_to=["wandb", "mlflow"])
+
+
 @pytest.fixture
 def models(tmp_path, monkeypatch):
     """A tiny policy and a classifier over the same tokens, in folders."""
@@ -118,11 +140,12 @@ def models(tmp_path, monkeypatch):
 
 def test_the_old_example_runs_with_one_changed_import(models, capsys):
     before = AutoModelForCausalLM.from_pretrained("sft").state_dict()
-    script = SCRIPT.replace("learning_rate=3e-4", "learning_rate=1e-2")
+    script = SCRIPT.replace("learning_rate=3e-4", "learning_rate=1e-2, report_to='tensorboard'")
     assert "from policy.trl_compat import PPOConfig, PPOTrainer" in script
     exec(compile(script, "from_trl.md", "exec"), names := {"__name__": "script"})
     log = read_metrics(models / "runs/from_trl")
     assert [row["step"] for row in log] == [1, 2, 3, 4]
+    assert list(Path("runs/from_trl").rglob("events.out.tfevents.*"))
     after = AutoModelForCausalLM.from_pretrained("runs/from_trl/final").state_dict()
     assert after.keys() == before.keys()
     changed = {name for name in after if not torch.equal(after[name], before[name])}

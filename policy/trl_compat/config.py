@@ -7,7 +7,9 @@ is given another value than its default (:data:`REFUSED`), with where to go inst
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from transformers import TrainingArguments
 
 from rlhf.errors import UserError
 from rlhf.recipe.schema import Ppo
+from rlhf.training.trackers import TRACKERS
 
 _SAME = {  # arguments that a field of the recipe's section `ppo` takes as they are
     "per_device_train_batch_size": "micro_batch_size",
@@ -42,6 +45,7 @@ MAPPED = {
     "save_strategy": "ppo.checkpoint_every; `no`: at the end alone",
     "save_steps": "ppo.checkpoint_every",
     "seed": "the seed of all sampling and shuffling",
+    "report_to": "trackers: tensorboard, wandb, trackio; `all` is those that are installed",
     "response_length": "dialogue.max_response_tokens",
     "stop_token": "dialogue.end_of_turn; without one, EOS ends a response too",
     "stop_token_id": "dialogue.end_of_turn",
@@ -64,7 +68,7 @@ UNUSED = {
                      "project"), _SCRIPT),
     **dict.fromkeys(("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node",
                      "logging_nan_inf_filter", "include_num_input_tokens_seen", "log_level",
-                     "log_level_replica", "disable_tqdm", "skip_memory_metrics", "report_to",
+                     "log_level_replica", "disable_tqdm", "skip_memory_metrics",
                      "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _LOG),
     **dict.fromkeys(("dataset_num_proc", "dataloader_drop_last", "dataloader_num_workers",
                      "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
@@ -185,6 +189,7 @@ class PPOConfig(TrainingArguments):
             raise UserError(
                 "PPOConfig: stop_token and stop_token_id are two answers to one question; give one"
             )
+        self.report_to = _trackers(self.report_to)
         super().__post_init__()
 
     def section(self, rows: int, processes: int) -> Ppo:
@@ -242,6 +247,21 @@ class PPOConfig(TrainingArguments):
 def _plain(value: Any) -> Any:
     """The value of an enumeration of transformers."""
     return getattr(value, "value", value)
+
+
+def _trackers(report_to: str | Sequence[str] | None) -> list[str]:
+    """The experiment trackers that ``report_to`` names.
+
+    Raises:
+        UserError: one of them is not here.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    if names == ["all"]:
+        return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+    names = [name for name in names if name != "none"]
+    if others := [name for name in names if name not in TRACKERS]:
+        raise UserError(f"PPOConfig: report_to={others[0]}: use one of {', '.join(TRACKERS)}, or none")
+    return names
 
 
 def _one_of(name: str, value: Any, known: dict[str, str]) -> str:

@@ -31,6 +31,7 @@ from rlhf.runs.artifacts import write_jsonl
 from rlhf.runs.processes import print_once, processes
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.gradient_checkpointing import checkpoint_layers
+from rlhf.training.trackers import TRACKERS
 
 Rows = Iterable[Mapping[str, Any]]
 """A data set of token ids, {"input_ids": [...]}, as trl's trainer takes it."""
@@ -162,6 +163,7 @@ class PPOTrainer:
             section=section,
             folder=str(args.output_dir),
             seed=args.seed,
+            trackers=[name for name in args.report_to or () if name in TRACKERS],
         )
 
     def train(self) -> None:
