@@ -114,7 +114,7 @@ NOT_HELD = (
     "studies/scaling/",
     "tests/scaling_cases",
     "studies/pmp_transfer.py",
-    "rlhf/recipe/renamed.py",
+    "rlhf/recipe/keys.py",
     "rlhf/recipe/stored.py",
     "tests/test_studies_",
     "tests/test_docs.py",

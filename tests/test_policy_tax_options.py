@@ -16,7 +16,7 @@ from rlhf.data.comparisons import Message
 from rlhf.errors import UserError
 from rlhf.evals.outcome import Outcome
 from rlhf.evals.sandbox import run as sandbox
-from rlhf.recipe.renamed import RENAMED
+from rlhf.recipe.keys import RENAMED
 from rlhf.runs.artifacts import hash_of
 from rlhf.runs.stage import input_hashes
 

@@ -12,8 +12,8 @@ import yaml
 from recipe_cases import TEXT, refusal, writer
 
 from rlhf.errors import UserError
-from rlhf.recipe.load import check_batch_sizes, dump, from_command_line, known_keys, load
-from rlhf.recipe.renamed import FORMER, RENAMED
+from rlhf.recipe.keys import FORMER, RENAMED, known_keys
+from rlhf.recipe.load import check_batch_sizes, dump, from_command_line, load
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.y*ml"))
@@ -94,6 +94,25 @@ def test_a_key_like_no_other_gets_the_valid_ones(recipe):
     message = refusal(recipe(TEXT + "  qqqqqq: 2\n"))
     assert message.startswith("r.yaml:7: unknown key ppo.qqqqqq; ppo has ")
     assert message.endswith(" keys, listed in rlhf/recipe/ppo.py")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("  rewards: [{qqqqqq: 1}]", "ppo.rewards.0.qqqqqq; valid keys: model, function, judge, name, "),
+        ("  rewards: [{wieght: 1}]", "ppo.rewards.0.wieght; did you mean ppo.rewards.0.weight?"),
+        ("pmp: {sources: [{files: f, qqqq: 1}]}", "pmp.sources.0.qqqq; valid keys: files, weight, columns"),
+        ("tax: {tasks: {hhh: {qqqqqq: 1}}}", "tax.tasks.hhh.qqqqqq; valid keys: files, limit, num_fewshot"),
+    ],
+)
+def test_a_key_that_an_item_has_not_gets_the_keys_of_the_item(recipe, line, expected):
+    assert refusal(recipe(f"{TEXT}{line}\n")).startswith(f"r.yaml:7: unknown key {expected}")
+
+
+@pytest.mark.parametrize("line", ["", "  rewards: [{model: r}]\n"])
+def test_an_override_of_one_item_is_sent_to_the_whole_list(recipe, line):
+    with pytest.raises(UserError, match=r"one item of a list cannot be set; give .* list, ppo\.rewards=\["):
+        load(recipe(TEXT + line), ["ppo.rewards.0.weight=1"])
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,18 @@ import importlib.util
 import os
 import re
 import sys
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from rlhf.errors import UserError
 from rlhf.models.configuration import check_base
+from rlhf.recipe.keys import FORMER, is_list, known_keys, unknown_key
 from rlhf.recipe.quick import QUICK, laid_over, origins_with, split_overrides, take_block
-from rlhf.recipe.renamed import FORMER
 from rlhf.recipe.schema import STARTS, Recipe
 from rlhf.recipe.types import BASE, OWN_REWARD, function_files
 from rlhf.runs.processes import adopt_environment
@@ -205,6 +204,10 @@ def _apply(values: dict[str, Any], override: str, origins: dict[str, str]) -> No
         value, _ = _parse(raw)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{shown}: {_fault(error)}") from None
+    for depth in range(1, len(parts)):
+        if parts[depth].isdigit() and is_list(parts[:depth]):
+            whole = ".".join(parts[:depth])
+            raise UserError(f"{shown}: one item of a list cannot be set; give the whole list, {whole}=[...]")
     target: Any = values
     for depth, part in enumerate(parts[:-1], 1):
         if part not in target:
@@ -214,23 +217,6 @@ def _apply(values: dict[str, Any], override: str, origins: dict[str, str]) -> No
             raise UserError(f"{shown}: {part} is a value, not a section")
     target[parts[-1]] = value
     origins[key.strip()] = shown
-
-
-def _sections(annotation: Any) -> type[BaseModel] | None:
-    """The section class behind a field's annotation, if it is one."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-
-
-def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """Dotted path of every field of a recipe, sections included."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        section = _sections(field.annotation)
-        if section is not None:
-            keys += known_keys(section, f"{prefix}{name}.")
-    return keys
 
 
 def _where(key: str, origins: dict[str, str]) -> str:
@@ -247,21 +233,7 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
     key = ".".join(str(part) for part in first["loc"])
     where = _where(key, origins)
     if first["type"] == "extra_forbidden":
-        keys = [*known_keys(), QUICK]
-        leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
-        near = near or [
-            leaves[m] for m in difflib.get_close_matches(key.split(".")[-1], leaves, n=1, cutoff=0.6)
-        ]
-        section = key.rpartition(".")[0]
-        siblings = [k for k in keys if k.rpartition(".")[0] == section]
-        listed = f"valid keys: {', '.join(siblings)}"
-        if len(siblings) > 12:  # too many for a line
-            field = Recipe.model_fields.get(section.partition(".")[0])
-            home = ((field and _sections(field.annotation)) or Recipe).__module__.replace(".", "/")
-            listed = f"{section or 'a recipe'} has {len(siblings)} keys, listed in {home}.py"
-        remedy = f"did you mean {near[0]}?" if near else listed
-        message = f"unknown key {key}; {remedy}"
+        message = unknown_key(first["loc"])
     elif first["type"] == "missing":
         message = f"{key} is missing; add it to the recipe"
     else:

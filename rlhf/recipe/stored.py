@@ -8,8 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from rlhf.recipe.load import known_keys
-from rlhf.recipe.renamed import REMOVED, RENAMED
+from rlhf.recipe.keys import REMOVED, RENAMED, known_keys
 from rlhf.recipe.schema import Recipe
 
 
