@@ -14,7 +14,8 @@ from benchmarks.gold import __main__ as gold
 from benchmarks.gold import figures, marks, page, plan
 from benchmarks.gold.sides import closed, judge, prompts_of, train_now, train_ours
 from rlhf.collect.judges import JUDGES
-from rlhf.errors import UserError
+from rlhf.errors import UserError, exit_on_user_error
+from rlhf.recipe.load import load
 from rlhf.runs.artifacts import read_json
 from rlhf.runs.dtype import settled
 
@@ -196,6 +197,20 @@ else:
     found = {"marks": [{"step": 2, "seconds": 10.0}, {"step": 4, "seconds": 21.0}], "peak_bytes": 1}
 pathlib.Path(result).write_text(json.dumps(found))
 """
+
+
+def test_a_stage_that_refuses_says_so_in_the_only_error_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = ["benchmarks.gold", str(TINY), *PROMPTS, "data.comparisons=no.jsonl", "--peers", "rloo"]
+    monkeypatch.setattr(gold, "check", lambda recipe: None)
+    monkeypatch.setattr(gold, "load", lambda path, some: load(TINY, PROMPTS))
+    monkeypatch.setattr(sys, "argv", [*words, "--output", "out"])
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(gold.main)
+    lines = capfd.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert "no file matches no.jsonl" in lines[-1]
 
 
 def test_the_page_tells_all_sides_holds_no_path_and_nothing_is_done_twice(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from benchmarks.gold.page import markdown, notes_of
 from benchmarks.gold.plan import PEERS, check, check_variants
 from benchmarks.harness import PEER, Children, Figures, environment, peer_folder, usable_cores
 from benchmarks.report import RESULTS, opening, publish
-from rlhf.errors import CommandLine, UserError, exit_on_user_error
+from rlhf.errors import USER_ERROR_STATUS, CommandLine, UserError, exit_on_user_error
 from rlhf.recipe.load import Recipe, load
 from rlhf.runs.artifacts import WEIGHTS, hash_of, read_json, sha256_of, write_json
 from rlhf.runs.dtype import settled
@@ -47,10 +47,13 @@ def run_stage(module: str, words: Sequence[str]) -> None:
     """Run one stage of the project; a finished one says so and ends.
 
     Raises:
-        UserError: it failed; its own lines have been shown.
+        SystemExit: it refused something; its own line has been shown.
+        UserError: it failed otherwise.
     """
     told = {**os.environ, **environment(THREADS)}
     done = subprocess.run([sys.executable, "-m", module, *words], env=told, check=False)
+    if done.returncode == USER_ERROR_STATUS:
+        sys.exit(USER_ERROR_STATUS)
     if done.returncode:
         raise UserError(f"{module} ended with status {done.returncode}; see its lines above")
 
