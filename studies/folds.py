@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhf.data.comparisons import Comparison, Counts, drawn, write_native
+from rlhf.data.comparisons import Comparison, Counts, at_most, drawn, write_native
 from rlhf.data.readers import read_comparisons
 from rlhf.data.readers.native import parse, read_native
 from rlhf.data.split import NOUNS, unit_keys
@@ -25,6 +26,7 @@ from rlhf.markdown import points, share, table
 from rlhf.recipe.load import Recipe, load
 from rlhf.runs.artifacts import hash_of, read_jsonl, sha256_of, write_atomically
 from rlhf.runs.stage import RUNS
+from rlhf.stats.clustered import Floats
 from studies.engine import command
 from studies.engine.units import Unit
 
@@ -139,38 +141,59 @@ def compute(unit: Unit, folder: Path) -> dict[str, Any]:
     return {"held_out": len(list(read_jsonl(RUNS / run_name(unit) / "card" / "scores.jsonl")))}
 
 
-def judged(units: Sequence[Unit]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Judgments:
+    """The held-out comparisons of a fold, and the scores of their responses, one after the other, [R]."""
+
+    comparisons: list[Comparison]
+    scores: list[float]
+    bag_R: Floats
+    """By a bag of words of the fold's training comparisons; NaN where there is none."""
+    probes_R: dict[str, Floats]
+    """By the reward stage's probes."""
+
+
+def judgments(unit: Unit) -> Judgments:
+    """What the models of a fold say of what it holds out."""
+    from reward.card.baselines import fit_bag_of_words
+    from reward.card.beside import probe_scores
+
+    path, *words = recipe_words(unit)
+    recipe, run = load(Path(path), words), RUNS / run_name(unit)
+    rows = list(read_jsonl(run / "card" / "scores.jsonl"))
+    own = [next(iter(parse({k: v for k, v in row.items() if k != "scores"}, ""))) for row in rows]
+    train = read_native(run / "comparisons" / "train.jsonl", "stop", Counts())
+    bag = fit_bag_of_words(drawn(train, recipe.reward.limit, recipe.seed), seed=recipe.seed)
+    texts = [response for c in own for response in c.responses]
+    return Judgments(
+        own,
+        [score for row in rows for score in row["scores"]],
+        bag.scores(texts) if bag else np.full(len(texts), np.nan),
+        probe_scores(recipe, own),
+    )
+
+
+def judged(folds: Sequence[Judgments]) -> dict[str, Any]:
     """The figures over the judgments of some folds' models: accuracy, and what it stands beside.
 
     Each is (figure, what the reward model adds to it) as on the card (:func:`reward.card.figures.figures`).
     """
-    from reward.card.baselines import fit_bag_of_words
-    from reward.card.beside import probe_scores
     from reward.card.figures import Scored, figures
 
-    comparisons: list[Comparison] = []
-    scores: list[float] = []
-    bags, probes = [], []
-    for unit in units:
-        path, *words = recipe_words(unit)
-        recipe, run = load(Path(path), words), RUNS / run_name(unit)
-        rows = list(read_jsonl(run / "card" / "scores.jsonl"))
-        own = [next(iter(parse({k: v for k, v in row.items() if k != "scores"}, ""))) for row in rows]
-        scores += [score for row in rows for score in row["scores"]]
-        comparisons += own
-        train = read_native(run / "comparisons" / "train.jsonl", "stop", Counts())
-        bag = fit_bag_of_words(drawn(train, recipe.reward.limit, recipe.seed), seed=recipe.seed)
-        texts = [response for c in own for response in c.responses]
-        bags.append(bag.scores(texts) if bag else np.full(len(texts), np.nan))
-        probes.append(probe_scores(recipe, own))
-    names = set.intersection(*map(set, probes))
-    bag_R = np.concatenate(bags)
+    scores = [score for fold in folds for score in fold.scores]
+    bag_R = np.concatenate([fold.bag_R for fold in folds])
+    names = set.intersection(*(set(fold.probes_R) for fold in folds))
     found = figures(
-        Scored(comparisons, np.array(scores), np.zeros(len(scores), dtype=bool), normalized=True),
+        Scored(
+            [c for fold in folds for c in fold.comparisons],
+            np.array(scores),
+            np.zeros(len(scores), dtype=bool),
+            normalized=True,
+        ),
         bins=10,
         near_tie=0.5,
         bag_R=None if np.isnan(bag_R).any() else bag_R,
-        probes_R={name: np.concatenate([probe[name] for probe in probes]) for name in names},
+        probes_R={name: np.concatenate([fold.probes_R[name] for fold in folds]) for name in names},
     )
     base, probe = found["baselines"], found["probe"] or {}
     return {
@@ -229,7 +252,7 @@ def main() -> None:
     check(recipe, folds)
     data = recipe.data
     found, counts = read_comparisons(data.comparisons, on_bad_rows=data.on_bad_rows, columns=data.columns)
-    found = drawn(found, data.limit, recipe.seed)
+    found = at_most(found, data.limit, recipe.seed, counts, "data.limit")
     held_out = deal(unit_keys(found, data.split_by), folds)
     command.check(args)
     from studies.engine.results import Results
@@ -240,13 +263,14 @@ def main() -> None:
     with command.workers(args.jobs) as do:
         do(units, args.work, compute)
     Results.read(units, args.work)
+    by_fold = [judgments(unit) for unit in units]
     words = [f"--recipe {path} --folds {folds}", *([f"--set {' '.join(args.set)}"] if args.set else [])]
     content = {
         "recipe": recipe.name,
         "command": f"python -m studies.folds {' '.join(words)}",
         "split_by": data.split_by,
-        "all": judged(units),
-        "folds": [judged([unit]) for unit in units],
+        "all": judged(by_fold),
+        "folds": [judged([one]) for one in by_fold],
     }
     from studies.engine.report import as_json
 

@@ -3,11 +3,15 @@
 import contextlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, tiny_recipe
+from conftest import ROOT, TINY, stage, tiny_recipe
 
+from reward.card import baselines
+from rlhf.collect import __main__ as collect
 from rlhf.errors import UserError
+from rlhf.models.tiny import write_tiny_model
 from rlhf.runs.artifacts import read_jsonl
 from studies import folds
 from studies.engine.units import run
@@ -42,6 +46,23 @@ def test_what_cannot_be_judged_in_folds_is_told(overrides, number, line):
         folds.check(tiny_recipe(*overrides), number)
 
 
+def test_a_limit_draws_what_the_comparisons_stage_draws(inside, monkeypatch):
+    limited = [f"data.comparisons={ROWS}", "data.limit=20", "data.prompts=[]", "data.held_out_prompts=[]"]
+    write_tiny_model(Path("models/tiny"))
+    stage(collect.main, *limited)
+    files = [Path(f"runs/tiny/comparisons/{part}.jsonl") for part in ("train", "held_out")]
+    kept = [row for file in files for row in read_jsonl(file)]
+    found = []
+    monkeypatch.setattr(folds, "write_folds", lambda folder, comparisons, held: found.extend(comparisons))
+    monkeypatch.setattr(folds, "units_of", lambda *_: sys.exit())
+    words = ["--recipe", str(TINY), "--folds", "2", "--out", "out", "--work", "work", "--set", *limited]
+    monkeypatch.setattr(sys, "argv", ["folds", *words])
+    with pytest.raises(SystemExit):
+        folds.main()
+    assert len(found) == len(kept) == 20
+    assert {c.responses for c in found} == {tuple(row["responses"]) for row in kept}
+
+
 @pytest.mark.slow
 def test_the_page_is_about_the_judgments_of_every_fold(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -50,11 +71,15 @@ def test_the_page_is_about_the_judgments_of_every_fold(tmp_path, monkeypatch, ca
     def here(jobs):
         yield lambda units, folder, compute: run(units, folder, compute, say=print)
 
+    fitted = []
+    fit = baselines.fit_bag_of_words
+    monkeypatch.setattr(baselines, "fit_bag_of_words", lambda *a, **k: fitted.append(1) or fit(*a, **k))
     monkeypatch.setattr(folds.command, "workers", here)
     words = ["--recipe", str(TINY), "--folds", "2", "--out", "out", "--work", "work"]
     words += ["--set", f"data.comparisons={ROWS}", *QUICK]
     monkeypatch.setattr(sys, "argv", ["folds", *words])
     folds.main()
+    assert len(fitted) == 2
     files = sorted((tmp_path / "runs").glob("*/card/scores.jsonl"))
     judged = [row for file in files for row in read_jsonl(file)]
     trained = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,15 @@ from reward.card.clusters import clusters
 from reward.card.figures import Scored, figures
 from reward.card.report import as_markdown
 from reward.card.suites import suites
-from rlhf.data.comparisons import Comparison, Counts, Prompt, distinct_responses, native_row, prompt_key
+from rlhf.data.comparisons import (
+    Comparison,
+    Counts,
+    Prompt,
+    at_most,
+    distinct_responses,
+    native_row,
+    prompt_key,
+)
 from rlhf.data.prompts import read_prompts
 from rlhf.data.readers import read_comparisons
 from rlhf.data.readers.native import read_native
@@ -215,9 +222,7 @@ def comparisons_of(recipe: Recipe, run: StageRun) -> tuple[list[Comparison], Cou
     read, comparisons = len(comparisons), [c for c in comparisons if key_of(c) not in keys]
     if len(comparisons) < read:
         counts.drop(f"also among the training {what}s of a run", read - len(comparisons))
-    if section.limit and len(comparisons) > section.limit:
-        counts.drop("beyond card.limit", len(comparisons) - section.limit)
-        comparisons = random.Random(recipe.seed).sample(comparisons, section.limit)
+    comparisons = at_most(comparisons, section.limit, recipe.seed, counts, "card.limit")
     if not comparisons:
         raise UserError(
             f"card.comparisons: nothing usable in {', '.join(comparison_files(recipe))}: {counts}"

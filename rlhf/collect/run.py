@@ -11,6 +11,7 @@ from rlhf.data.comparisons import (
     Comparison,
     Counts,
     Prompt,
+    at_most,
     deduplicate,
     prompt_key,
     write_native,
@@ -120,9 +121,7 @@ def _comparisons(
         found = deduplicate(found, counts["comparisons"])
     else:
         found = _read("comparisons", recipe, dialogue, counts)
-    if data.limit and len(found) > data.limit:
-        counts["comparisons"].drop("beyond data.limit", len(found) - data.limit)
-        found = random.Random(recipe.seed).sample(found, data.limit)
+    found = at_most(found, data.limit, recipe.seed, counts["comparisons"], "data.limit")
     _check_some("comparisons", found, recipe, counts)
     return found
 

@@ -241,6 +241,14 @@ def drawn(items: Sequence[Item], number: int | None, seed: int) -> list[Item]:
     return [items[i] for i in order[:number]]
 
 
+def at_most(items: list[Item], number: int | None, seed: int, counts: Counts, key: str) -> list[Item]:
+    """All items, or that many drawn without replacement; the others are counted as beyond ``key``."""
+    if not number or len(items) <= number:
+        return items
+    counts.drop(f"beyond {key}", len(items) - number)
+    return random.Random(seed).sample(items, number)
+
+
 def reservoir_sample(items: Iterable[Item], number: int, chance: random.Random) -> list[Item]:
     """A uniform sample (algorithm R, Waterman in Knuth 1981, section 3.4.2); all where there are no more."""
     kept: list[Item] = []
