@@ -27,12 +27,11 @@ from reward.model.model import TextRewardModel, load_config
 from rlhf.data.comparisons import Counts, Message
 from rlhf.data.readers.native import read_native
 from rlhf.errors import UserError
-from rlhf.export.folder import writing
 from rlhf.export.hub import push
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_base
 from rlhf.models.tiny import write_tiny_model
-from rlhf.runs.artifacts import read_json, write_json
+from rlhf.runs.artifacts import read_json, staged_folder, write_json
 
 EXPORT = Path("runs/tiny/export")
 PLAIN = """
@@ -279,7 +278,7 @@ def test_what_is_there_is_not_written_over(run):
 
 
 def test_an_error_on_the_way_leaves_nothing(tmp_path):
-    with contextlib.suppress(KeyError), writing(tmp_path / "export" / "policy") as made:
+    with contextlib.suppress(KeyError), staged_folder(tmp_path / "export" / "policy") as made:
         (made / "half").touch()
         raise KeyError
     assert list((tmp_path / "export").iterdir()) == []

@@ -9,13 +9,14 @@ import torch
 from transformers import GenerationConfig
 
 from rlhf.export.card import write_card
-from rlhf.export.folder import check_reload, gap_of, probes, save, writing
+from rlhf.export.folder import check_reload, gap_of, probes, save
 from rlhf.export.hub import push
 from rlhf.export.reload import LAST
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import load_in_float32
 from rlhf.models.merging import with_adapters
 from rlhf.recipe.load import Recipe
+from rlhf.runs.artifacts import staged_folder
 from rlhf.runs.stage import RUNS
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
 
@@ -31,7 +32,7 @@ def export(recipe: Recipe, stage: str, place: Path) -> None:
     model: Any = load_in_float32(section)
     if adapter:
         model = with_adapters(model, [(adapter, 1.0)])
-    with writing(place) as made:
+    with staged_folder(place) as made:
         model = save(model, dialogue, made, recipe.export.dtype)
         generation_config(recipe, dialogue).save_pretrained(str(made))
         found = check_reload(model, made, "policy", rows)

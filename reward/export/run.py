@@ -14,9 +14,10 @@ from reward.model.ensemble import MODEL, member_folders
 from reward.model.model import RewardModelConfig, TextRewardModel, check_has_score, load_config
 from rlhf.errors import UserError
 from rlhf.export.card import write_card
-from rlhf.export.folder import check_reload, gap_of, place_of, probes, save, writing
+from rlhf.export.folder import check_reload, gap_of, place_of, probes, save
 from rlhf.export.hub import push
 from rlhf.recipe.load import Recipe
+from rlhf.runs.artifacts import staged_folder
 from rlhf.runs.stage import RUNS
 
 
@@ -55,7 +56,7 @@ def _member(recipe: Recipe, folder: Path, name: str, place: Path) -> None:
     trained = [reward.model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0] for row in ids]
     model = reward.model.merge_and_unload()
     model.config.reward_offset = config.offset
-    with writing(place) as made:
+    with staged_folder(place) as made:
         model = save(model, dialogue, made, recipe.export.dtype)
         found = check_reload(model, made, "reward", rows)
         gap = gap_of([(found[str(n)], there) for n, there in enumerate(trained)], recipe)

@@ -21,7 +21,7 @@ from reward.model.forward import score_examples
 from reward.model.model import CONFIG, TextRewardModel, load_config
 from rlhf.errors import UserError
 from rlhf.models.lora import WEIGHTS
-from rlhf.runs.artifacts import SETTINGS, read_json, write_atomically, write_json
+from rlhf.runs.artifacts import SETTINGS, read_json, staged_folder, write_atomically, write_json
 from rlhf.training.runtime import clear_zero3_init
 
 
@@ -77,17 +77,15 @@ def save_average(folders: Sequence[Path], target: Path) -> None:
                 "ppo.ensemble=mean, or train both with the same lora settings"
             )
     number = len(folders)
-    new = target.with_name(f"{target.name}.unfinished")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(folders[0], new)
-    write_atomically(new / WEIGHTS, save(average(weights), metadata={"format": "pt"}))
     scaled = {name: number * settings[0][name] for name in ("r", "lora_alpha")}
-    write_json(new / SETTINGS, settings[0] | scaled)
     offset = sum(config.offset for config in configs) / number
     gain = sum(config.gain for config in configs) / number
-    write_json(new / CONFIG, configs[0]._replace(offset=offset, gain=gain, averaged=number).as_dict())
-    shutil.rmtree(target, ignore_errors=True)
-    new.replace(target)
+    with staged_folder(target) as new:
+        shutil.copytree(folders[0], new, dirs_exist_ok=True)
+        write_atomically(new / WEIGHTS, save(average(weights), metadata={"format": "pt"}))
+        write_json(new / SETTINGS, settings[0] | scaled)
+        write_json(new / CONFIG, configs[0]._replace(offset=offset, gain=gain, averaged=number).as_dict())
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def saved_scores(folder: Path, examples: Sequence[Example], device: torch.device, *, share: bool) -> Tensor:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
-from rlhf.runs.artifacts import MANIFEST, library_errors_as_os_error, write_json
+from rlhf.runs.artifacts import MANIFEST, write_json
 from rlhf.runs.stage import RUNS, parent_identity
 from rlhf.runs.whole import READ, check_whole
 
@@ -71,21 +69,6 @@ def place_of(recipe: Recipe, name: str) -> Path:
             '(SET="export.folder=...")'
         )
     return place
-
-
-@contextlib.contextmanager
-def writing(place: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes the place when it is left without an error, and vanishes else."""
-    staging = place.with_name(f".{place.name}.part")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        with library_errors_as_os_error(staging):
-            yield staging
-        staging.rename(place)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def save(model: Any, dialogue: Dialogue, folder: Path, dtype: str) -> Any:

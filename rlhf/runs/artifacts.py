@@ -219,6 +219,22 @@ def library_errors_as_os_error(folder: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(folder)) from error
 
 
+@contextlib.contextmanager
+def staged_folder(place: Path) -> Iterator[Path]:
+    """A folder to fill beside its place, which must be free or empty by then: left without an error it takes
+    that place, else it vanishes."""
+    staging = place.with_name(f".{place.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        with library_errors_as_os_error(place):
+            yield staging
+        staging.rename(place)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
 def step_of(checkpoint: Path | None) -> int:
     """Number of finished steps that a checkpoint's name says, 0 for none."""
     return int(checkpoint.name.partition("-")[2]) if checkpoint else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from rlhf.errors import UserError
 from rlhf.models.base import best_device
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.schema import Ppo
-from rlhf.runs.artifacts import WEIGHTS, read_jsonl
+from rlhf.runs.artifacts import WEIGHTS, read_jsonl, staged_folder
 from rlhf.tokenization.dialogue import Dialogue, load_dialogue
 from rlhf.training.hf_trainer import ADAPTER, adapted_base
 from studies.people.plan import samples
@@ -69,10 +68,8 @@ def train(recipe: Recipe, arm: str, reward_model: Path, run: Path) -> Path:
     done, wanted = trainer.train().global_step, trainer.args.max_steps
     if done != wanted:
         raise RuntimeError(f"{arm}: {done} optimizer steps instead of {wanted}")
-    staging = run / arm / ".staging"
-    shutil.rmtree(staging, ignore_errors=True)
-    backbone.save_adapter(ADAPTER, staging)
-    staging.rename(place)
+    with staged_folder(place) as staging:
+        backbone.save_adapter(ADAPTER, staging)
     return place
 
 
