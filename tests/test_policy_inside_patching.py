@@ -6,11 +6,15 @@ from tiny_inside import batch, effect, llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from policy.inside.patching import everything, patched, record
+from policy.inside.patching import patched, record
 from policy.inside.subject import EMBEDDINGS, Batch, Site, of_model, of_role
 from rlhf.errors import UserError
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.recipe.schema import Lora
+
+
+def everything(subject):
+    return dict.fromkeys([EMBEDDINGS, *subject.writers])
 
 
 def families():

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import closing
 
 import pytest
 from conftest import PROMPTS, ROOT, TINY
@@ -20,7 +21,7 @@ from rlhf.report.gather import gather
 from rlhf.watch import state
 from rlhf.watch.live import Live
 from rlhf.watch.state import now_of, version_of
-from rlhf.web.server import serving
+from rlhf.web.server import Server
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_it_names_files_without_links_and_runs_one_script(run):
 
 
 def test_nobody_without_the_token_sees_it(run):
-    with serving(Live([run]).routes()) as server:
+    with closing(Server(Live([run]).routes())) as server:
         with urllib.request.urlopen(f"{server.url}state", timeout=10) as reply:
             assert json.load(reply)["now"].startswith("tiny: ")
         for path in ("", "state", "x/state"):
@@ -252,7 +253,7 @@ def test_a_new_row_appears_by_itself_and_nothing_that_is_read_moves(begun, road,
     live, errors = Live([begun]), []
     window.on("pageerror", lambda error: errors.append(str(error)))
     window.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-    with serving(live.routes()) as server:
+    with closing(Server(live.routes())) as server:
         window.goto(server.url)
         window.locator("#now", has_text="ppo runs").wait_for()
         assert "begun at step 2 and not finished" in window.text_content("main")
@@ -284,7 +285,7 @@ def test_a_new_row_appears_by_itself_and_nothing_that_is_read_moves(begun, road,
 def test_a_page_that_waits_fills_itself_when_the_run_begins(run, window, tmp_path):
     place = tmp_path / "later"
     live = Live([place])
-    with serving(live.routes()) as server:
+    with closing(Server(live.routes())) as server:
         window.goto(server.url)
         window.locator("#now", has_text="not begun").wait_for()
         shutil.copytree(run, place)
@@ -295,7 +296,7 @@ def test_a_page_that_waits_fills_itself_when_the_run_begins(run, window, tmp_pat
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_fits_a_phone_and_a_screen(width, begun, window):
     window.set_viewport_size({"width": width, "height": 800})
-    with serving(Live([begun]).routes()) as server:
+    with closing(Server(Live([begun]).routes())) as server:
         window.goto(server.url)
         window.locator("#now", has_text="ppo runs").wait_for()
         assert window.evaluate("document.documentElement.scrollWidth") <= width

@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from conftest import ROOT
 
 from rlhf.errors import UserError
-from rlhf.web.server import HOST, MOST_BYTES, RefusedError, Reply, Request, json_reply, port_of, serving
+from rlhf.web.server import HOST, MOST_BYTES, RefusedError, Reply, Request, Server, json_reply, port_of
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def server():
         "POST /fail": fail,
         "POST /refuse": refuse,
     }
-    with serving(routes) as found:
+    with closing(Server(routes)) as found:
         yield found
 
 
@@ -110,7 +111,7 @@ def test_it_listens_on_loopback_only(server):
 
 def test_a_port_in_use_is_one_line(server):
     with pytest.raises(UserError, match=rf"port {server.port} .* is in use: give another one \(PORT=\d+\)"):
-        serving({}, server.port).__enter__()
+        Server({}, server.port)
     for text in ("x", "0", "65536", "-1", "8e3"):
         with pytest.raises(UserError, match="a port is a number"):
             port_of(text)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from policy.inside.subject import EMBEDDINGS, Batch, Site, Subject
+from policy.inside.subject import Batch, Site, Subject
 
 Chosen = Mapping[Site, Tensor | None]
 """What is patched: at each place the numbers of heads or neurons; None = the whole place."""
@@ -129,8 +129,3 @@ def _done_below(subject: Subject, layer: int, own: Recording) -> Iterator[None]:
     finally:
         for module in below:
             module.__dict__.pop("forward", None)
-
-
-def everything(subject: Subject) -> dict[Site, Tensor | None]:
-    """All that writes into the stream: the embeddings, every head and every neuron."""
-    return dict.fromkeys([EMBEDDINGS, *subject.writers])

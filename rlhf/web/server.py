@@ -16,7 +16,7 @@ import socketserver
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -244,13 +244,3 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
-
-
-@contextlib.contextmanager
-def serving(routes: Routes, port: int = 0, token: str = "") -> Iterator[Server]:
-    """A :class:`Server` for as long as the block runs."""
-    server = Server(routes, port, token)
-    try:
-        yield server
-    finally:
-        server.close()

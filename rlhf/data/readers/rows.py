@@ -8,7 +8,6 @@ from typing import Any, Generic, TypeVar
 
 from rlhf.data.comparisons import ROLES, Comparison, Message, Prompt
 
-T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 Other = TypeVar("Other")
 Row = Mapping[str, Any]
