@@ -13,7 +13,7 @@ from pathlib import Path
 from rlhf.errors import UserError, exit_on_user_error
 from rlhf.recipe.load import from_command_line
 from rlhf.runs.initial_adapter import start_inputs, start_parents
-from rlhf.runs.processes import processes, rank
+from rlhf.runs.processes import print_once, processes
 from rlhf.runs.stage import open_stage
 from rlhf.tokenization.prompt_prefix import parse, read_text
 
@@ -23,8 +23,7 @@ def main() -> None:
     recipe = from_command_line()
     section = recipe.distill
     if section is None:
-        if rank() == 0:
-            print("distill: not in this recipe", flush=True)
+        print_once("distill: not in this recipe")
         return
     if section.method == "full" and processes() > 1 and recipe.distributed.zero_stage == 3:
         raise UserError(

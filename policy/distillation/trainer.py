@@ -26,13 +26,21 @@ from rlhf.models.log_probs import chunk_of
 from rlhf.models.token_batches import token_batches
 from rlhf.models.trunk_cache import TrunkCache
 from rlhf.recipe.schema import Distill
-from rlhf.runs.artifacts import Checkpoints, read_json, step_of, write_atomically
+from rlhf.runs.artifacts import (
+    Checkpoints,
+    check_anchors,
+    optimizer_state_of,
+    read_json,
+    step_of,
+    write_atomically,
+)
 from rlhf.training.metrics import Metrics
 from rlhf.training.runtime import Runtime, all_max
 from rlhf.training.schedule import learning_rate_factor
 from rlhf.training.signals import StopRequest
 
 SHOWN = {"distill/kl": ".4f"}
+_ANCHORS = {"words": "the cache of the teacher's log-probs", "contract": "the tokenizer or its template"}
 _EPSILON = 1e-8  # of AdamW
 _ORDER = 5  # sets the random numbers of this purpose apart
 
@@ -219,19 +227,9 @@ class DistillTrainer:
             others.
         """
         state = read_json(checkpoint / "state.json")
-        for anchor, what in (("words", "the teacher's log-probs have"), ("contract", "the tokenizer has")):
-            if state[anchor] != self._anchors[anchor]:
-                raise UserError(
-                    f"{checkpoint}: {what} changed since it was written, so the run cannot go on; put the "
-                    f"old back, or remove {self.folder} to start again"
-                )
-        try:
+        check_anchors(checkpoint, state, self._anchors, _ANCHORS)
+        with optimizer_state_of(checkpoint):
             self.runtime.load_optimizer_tensors(load_file(checkpoint / "optimizer.safetensors"))
-        except (KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"{checkpoint}: the optimizer state is incomplete ({error}); "
-                f"remove {checkpoint} to go on from the one before"
-            ) from None
         if self.is_main:
             print(f"distill: going on after step {self.done} of {self.steps}", flush=True)
 

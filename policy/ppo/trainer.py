@@ -30,17 +30,21 @@ from policy.ppo.rollout import RewardFn, Rollout, collect
 from policy.ppo.update import NonfiniteUpdates, Updater
 from policy.ppo.weights import AdapterWeights
 from rlhf.data.comparisons import Prompt
-from rlhf.errors import UserError, lost_process, lost_process_error
+from rlhf.errors import lost_process, lost_process_error
 from rlhf.models.backbone import Backbone
 from rlhf.models.base import precision_of
 from rlhf.models.lora import HEAD
 from rlhf.recipe.schema import Distributed, Ppo
-from rlhf.runs.artifacts import Checkpoints, read_json, step_of, write_atomically
+from rlhf.runs.artifacts import Checkpoints, check_anchors, read_json, step_of, write_atomically
 from rlhf.tokenization.dialogue import Dialogue
 from rlhf.training.metrics import Metrics
 from rlhf.training.runtime import Runtime
 from rlhf.training.signals import StopRequest
 
+_ANCHORS = {
+    "reference": "the base or the adapter that the policy started from",
+    "contract": "the tokenizer or its template",
+}
 SHOWN = {"objective/score": ".3f", "objective/kl": ".2f", "policy/entropy": ".2f", "response/length": ".1f"}
 
 
@@ -322,15 +326,7 @@ class PpoTrainer:
             UserError: the checkpoint lacks optimizer state, or belongs to another reference or tokenizer.
         """
         state: dict[str, Any] = read_json(checkpoint / "state.json")
-        for anchor, what in (
-            ("reference", "the base or the adapter that the policy started from has changed"),
-            ("contract", "the tokenizer or its template has changed"),
-        ):
-            if state[anchor] != self._anchors[anchor]:
-                raise UserError(
-                    f"{checkpoint}: {what} since it was written, so the run cannot go on; "
-                    f"put the old one back, or remove {self.folder} to start again"
-                )
+        check_anchors(checkpoint, state, self._anchors, _ANCHORS)
         self.nonfinite.count = int(state.get("nonfinite_updates", state.get("bad_updates", 0)))
         self.ended_early = state["ended_early"]
         self.weights.value_warmup.steps = int(state.get("value_warmup", self.section.value_warmup))

@@ -12,7 +12,7 @@ from policy.audit.best import BestPolicy
 from rlhf.errors import UserError
 from rlhf.models.backbone import Backbone
 from rlhf.recipe.schema import Ppo
-from rlhf.runs.artifacts import write_atomically
+from rlhf.runs.artifacts import optimizer_state_of, write_atomically
 from rlhf.training.runtime import Runtime
 from rlhf.training.schedule import learning_rate_factor
 
@@ -172,16 +172,11 @@ class AdapterWeights:
         """Put optimizer and average back; the adapters were read before the optimizer was made.
 
         Raises:
-            UserError: something is missing: going on with a fresh Adam would be another run.
+            UserError: something is missing.
         """
-        try:
+        with optimizer_state_of(checkpoint):
             self.runtime.load_optimizer_tensors(load_file(checkpoint / "optimizer.safetensors"))
             if self.ema is not None:
                 self.ema = load_file(checkpoint / _EMA)
             if self.best is not None:
                 self.best.restore(checkpoint)
-        except (KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"{checkpoint}: the optimizer state is incomplete ({error}); "
-                f"remove {checkpoint} to go on from the one before"
-            ) from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import check_batch_sizes, from_command_line
 from rlhf.runs.initial_adapter import start_inputs
-from rlhf.runs.processes import processes, rank
+from rlhf.runs.processes import print_once, processes
 from rlhf.runs.stage import open_stage
 
 
@@ -19,8 +19,7 @@ def main() -> None:
     recipe = from_command_line()
     section = recipe.sft
     if section is None:
-        if rank() == 0:
-            print("sft: not in this recipe", flush=True)
+        print_once("sft: not in this recipe")
         return
     check_batch_sizes(recipe, processes(), "sft")
     parents = ("comparisons",) if section.chosen else ()

@@ -17,7 +17,7 @@ from rlhf.errors import exit_on_user_error
 from rlhf.recipe.load import Recipe, check_batch_sizes, from_command_line
 from rlhf.recipe.schema import Pmp
 from rlhf.runs.initial_adapter import start_files, start_folder, start_parents
-from rlhf.runs.processes import check_rows, processes, rank
+from rlhf.runs.processes import check_rows, print_once, processes
 from rlhf.runs.stage import StageRun, open_stage
 
 if TYPE_CHECKING:
@@ -139,8 +139,7 @@ def main() -> None:
     recipe = from_command_line()
     section = recipe.pmp
     if section is None:
-        if rank() == 0:
-            print("pmp: not in this recipe", flush=True)
+        print_once("pmp: not in this recipe")
         return
     check_batch_sizes(recipe, processes(), "pmp")
     files = [spec for source in section.sources for spec in source.files]

@@ -235,6 +235,40 @@ def staged_folder(place: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def optimizer_state_of(checkpoint: Path) -> Iterator[None]:
+    """Read an optimizer's state inside; going on with a fresh one in its place would be another run.
+
+    Raises:
+        UserError: a tensor or a file is missing.
+    """
+    try:
+        yield
+    except (KeyError, FileNotFoundError) as error:
+        raise UserError(
+            f"{checkpoint}: the optimizer state is incomplete ({error}); "
+            f"remove {checkpoint} to go on from the one before"
+        ) from None
+
+
+def check_anchors(
+    checkpoint: Path, state: dict[str, Any], anchors: dict[str, str], names: dict[str, str]
+) -> None:
+    """What a run depends on must be what it was when its checkpoint was written.
+
+    state: of the checkpoint. anchors: hashes of today by their key in the state. names: what each stands for.
+
+    Raises:
+        UserError: one is another; names it.
+    """
+    for anchor, now in anchors.items():
+        if state[anchor] != now:
+            raise UserError(
+                f"{checkpoint}: {names[anchor]} has changed since it was written, so the run cannot go on; "
+                f"put the old one back, or remove {checkpoint.parents[1]} to start again"
+            )
+
+
 def step_of(checkpoint: Path | None) -> int:
     """Number of finished steps that a checkpoint's name says, 0 for none."""
     return int(checkpoint.name.partition("-")[2]) if checkpoint else 0
