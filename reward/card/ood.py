@@ -23,6 +23,7 @@ from rlhf.errors import UserError
 from rlhf.models.masks import last_true_index, positions_from_mask, right_pad
 from rlhf.models.token_batches import token_batches
 from rlhf.stats.intervals import Z95, Estimate, proportion_interval
+from rlhf.training.optimizer import lbfgs
 
 TOKENS_AT_ONCE = 4096  # tokens, padding included, of one forward pass
 LEAST_SHRINKAGE = 1e-3  # bounds the condition number of the correlations; far below any estimate with N < D
@@ -121,18 +122,13 @@ def outlier_exposure(inside_ND: Tensor, outside_MD: Tensor) -> Callable[[Tensor]
     copies_MD = outside_MD.repeat(max(1, len(inside_ND) // len(outside_MD)), 1)
     x = (torch.cat([inside_ND, copies_MD]).double() - mean_D) / variance_D.sqrt()
     target = torch.cat([torch.zeros(len(inside_ND)), torch.ones(len(copies_MD))]).double()
-    weights = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)  # the bias is the last
-    optimizer = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.binary_cross_entropy_with_logits(x @ weights[:-1] + weights[-1], target)
-        loss = loss + EXPOSURE_PENALTY * weights[:-1].square().sum()
-        loss.backward()
-        return loss
+    def loss(weights: Tensor) -> Tensor:
+        entropy = nn.functional.binary_cross_entropy_with_logits(x @ weights[:-1] + weights[-1], target)
+        return entropy + EXPOSURE_PENALTY * weights[:-1].square().sum()
 
-    optimizer.step(closure)
-    found = weights.detach()
+    start = torch.zeros(x.shape[1] + 1, dtype=torch.float64)  # the bias is the last
+    found = lbfgs(loss, start, max_iter=500, tolerance_grad=1e-8)
     return lambda rows: (rows.double() - mean_D) / variance_D.sqrt() @ found[:-1] + found[-1]
 
 

@@ -30,6 +30,7 @@ from rlhf.models.trunk_cache import ResponseStates
 from rlhf.runs.artifacts import write_jsonl
 from rlhf.stats.intervals import Estimate, cluster_mean_interval
 from rlhf.tokenization.dialogue import Dialogue
+from rlhf.training.optimizer import lbfgs
 from rlhf.training.progress import progress
 
 _PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of L2
@@ -39,18 +40,12 @@ _FOLDS, _MANY = 5, 4000  # three folds where there are more pairs than that: the
 def _fit(x_ND: Tensor, where: tuple[Tensor, Tensor, Tensor], penalty: float) -> Tensor:
     """Weights that minimize the ranked loss plus an L2 penalty."""
     rows_BK, ranks_BK, mask_BK = where
-    weights = torch.zeros(x_ND.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = ranked_loss((x_ND @ weights)[rows_BK], ranks_BK, mask_BK)
-        loss = loss + penalty * weights.square().sum()
-        loss.backward()
-        return loss
+    def loss(weights: Tensor) -> Tensor:
+        ranked = ranked_loss((x_ND @ weights)[rows_BK], ranks_BK, mask_BK)
+        return ranked + penalty * weights.square().sum()
 
-    optimizer.step(closure)
-    return weights.detach()
+    return lbfgs(loss, torch.zeros(x_ND.shape[1]), max_iter=200)
 
 
 def _accuracy(weights: Tensor, x_ND: Tensor, where: tuple[Tensor, Tensor, Tensor]) -> Estimate:

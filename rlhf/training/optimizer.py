@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.recipe.ppo import check_optimizer
@@ -38,6 +39,21 @@ def make_optimizer(
 
     optimizer: torch.optim.Optimizer = PagedAdamW8bit(groups, eps=epsilon, weight_decay=0.0)
     return optimizer
+
+
+def lbfgs(loss: Callable[[Tensor], Tensor], start: Tensor, **options: Any) -> Tensor:
+    """Weights that minimize a convex loss of them, by L-BFGS. options: ``torch.optim.LBFGS``'s."""
+    weights = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], line_search_fn="strong_wolfe", **options)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(weights)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return weights.detach()
 
 
 def deepspeed_config(section: Distributed, *, batch: int, clip: float) -> dict[str, Any]:
