@@ -250,7 +250,7 @@ def trunk_of(student: Student, passages: Sequence[Passage], section: Distill) ->
     frozen, why = (backbone.frozen_layers, backbone.no_trunk) if backbone else (0, "distill.method is full")
     if not keeps_trunk(section, frozen, needed, no_trunk=why) or not backbone:
         return None
-    trunk = TrunkCache(backbone.frozen_layers)
+    trunk = TrunkCache()
     for some in progress("trunk", token_batches(widths, _TRUNK_TOKENS)):
         ids_BT, mask_BT = (t.to(backbone.device) for t in right_pad([rows[n] for n in some], 0))
         hidden_BTD = backbone.trunk(ids_BT, mask_BT)

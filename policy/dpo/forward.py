@@ -134,12 +134,10 @@ def plan_forward(
     if share and (warning := compare_packing(states, model)):
         print(f"warning: {warning}", flush=True)
         share = False
-    parts = [
-        [[some[i] for i in batch] for batch in micro_batches(some, TOKENS_AT_ONCE, share=share)]
-        for some in (readings, few)
-    ]
     tokens = sum(len(one.prompt) + sum(map(len, one.responses)) for one in readings)
     trunk = response_states(
-        recipe, section, model, tokens, lambda batch: pack(batch, pad_id, share=share), *parts
-    )
+        recipe, section, model, tokens, readings, few,
+        lambda some: micro_batches(some, TOKENS_AT_ONCE, share=share),
+        lambda batch: pack(batch, pad_id, share=share),
+    )  # fmt: skip
     return Forward(head, pad_id, share=share, trunk=trunk)

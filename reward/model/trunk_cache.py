@@ -25,11 +25,8 @@ def build_trunk(
     rows = distinct(rows, _TOKENS_AT_ONCE).examples
     prompts = {tuple(e["prompt"]) for e in rows}
     tokens = sum(map(len, prompts)) + sum(len(r) for e in rows for r in e["responses"])
-    all_of_them, few = (
-        [[some[i] for i in batch] for batch in micro_batches(some, _TOKENS_AT_ONCE, share=share)]
-        for some in (rows, awkward(rows))
-    )
     return response_states(
-        recipe, section, model, tokens,
-        lambda batch: pack(batch, pad_id, share=share), all_of_them, few,
+        recipe, section, model, tokens, rows, awkward(rows),
+        lambda some: micro_batches(some, _TOKENS_AT_ONCE, share=share),
+        lambda batch: pack(batch, pad_id, share=share),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Hidden states of the frozen layers below the first adapted one (``lora.layers: top_k``), computed once for
 many passes.
 
-They are kept by example (:class:`TrunkCache`), or by what was read, a prompt or a response behind it
+They are kept by row (:class:`TrunkCache`), or by what was read, a prompt or a response behind it
 (:class:`ResponseStates`), and computed in batches that depend on the data alone, so that a resumed run has
 the same ones bit for bit.
 
@@ -58,28 +58,23 @@ def keeps_trunk(
 
 
 class TrunkCache:
-    """Hidden states that enter layer ``cut``, the first adapted one, for all examples, on the CPU."""
+    """Hidden states that enter the first adapted layer, for numbered rows that are always read whole and by
+    themselves, on the CPU. (Of two rows with the same tokens each has its own.)"""
 
-    def __init__(self, cut: int) -> None:
-        self.cut = cut
-        self.rows: dict[int, list[Tensor]] = {}  # of each example, [T, D] without padding, by its index
+    def __init__(self) -> None:
+        self.rows: dict[int, Tensor] = {}  # [T, D] without padding
 
     def add(self, index_N: Sequence[int], hidden_NTD: Tensor, mask_NT: Tensor) -> None:
-        """Keep the rows of a right-padded batch (mask: True = a real token), ``index_N`` the example of each,
-        in place of those that the examples had; the rows of an example stand together."""
-        self.rows.update({index: [] for index in index_N})
+        """Keep the rows of a right-padded batch (mask: True = a real token) under their numbers."""
         for index, hidden_TD, length in zip(index_N, hidden_NTD, mask_NT.sum(-1).tolist(), strict=True):
-            self.rows[index].append(hidden_TD[:length].cpu().clone())
+            self.rows[index] = hidden_TD[:length].cpu().clone()
 
     def states(self, index_N: Sequence[int], ids_NT: Tensor) -> Tensor:
         """The states of a right-padded batch, [N, T, D], 0 at padding, on the device of its ids."""
-        first = self.rows[index_N[0]][0]
+        first = self.rows[index_N[0]]
         out_NTD = first.new_zeros(*ids_NT.shape, first.shape[-1])
-        before, row = None, 0
         for n, index in enumerate(index_N):
-            row = row + 1 if index == before else 0
-            before = index
-            kept_TD = self.rows[index][row % len(self.rows[index])]
+            kept_TD = self.rows[index]
             out_NTD[n, : len(kept_TD)] = kept_TD
         return out_NTD.to(ids_NT.device)
 
@@ -89,11 +84,11 @@ Piece = tuple[tuple[int, ...], tuple[int, ...] | None]
 
 
 class ResponseStates:
-    """States that enter layer ``cut``, the first adapted one, on the CPU.
+    """States that enter layer ``cut``, the first adapted one, by the tokens that were read, on the CPU.
 
     The comparisons of a pool, such as votes over thirty arguments, hold each response a dozen times; its
-    states are computed once and laid out for whatever rows ask for them. What else was in its row then
-    changes them by rounding only.
+    states are computed once and laid out for whatever packed rows ask for them, which :class:`TrunkCache`
+    cannot. What else was in its row then changes them by rounding only.
     """
 
     def __init__(self, cut: int) -> None:
@@ -145,9 +140,10 @@ def response_states(
     section: Dpo | PreferenceTraining,
     model: Any,
     tokens: int,
+    items: Sequence[Item],
+    few: Sequence[Item],
+    batches: Callable[[Sequence[Item]], list[list[int]]],
     pack: Callable[[Sequence[Item]], PackedBatch],
-    batches: Sequence[Sequence[Item]],
-    few: Sequence[Sequence[Item]],
 ) -> ResponseStates | None:
     """Compute the hidden states of prompts with their responses, or print why not.
 
@@ -159,9 +155,10 @@ def response_states(
         section: says how much memory there is.
         model: a peft model over one with hidden states.
         tokens: of all distinct prompts and responses.
+        items: all that is to be read.
+        few: those in which a wrong cut of the model would show; they are read whole, too, and compared.
+        batches: the indices of items by batch.
         pack: lays a batch out as rows.
-        batches: all that is to be read.
-        few: those in which a wrong split would show; they are read whole, too, and compared.
     """
     top_k = recipe.lora.top_k
     base = model.base_model.model
@@ -172,14 +169,15 @@ def response_states(
         return None
     trunk, device = ResponseStates(cut), next(model.parameters()).device
 
-    def read(batch: Sequence[Item]) -> PackedBatch:
-        packed = pack(batch).to(device)
+    def read(items: Sequence[Item], batch: Sequence[int]) -> PackedBatch:
+        packed = pack([items[i] for i in batch]).to(device)
         trunk.add(packed, model(**inputs_of(model, packed), part="trunk", cut=cut))
         return packed
 
     try:
         gap = 0.0
-        for packed in map(read, few):
+        for batch in batches(few):
+            packed = read(few, batch)
             split, whole = (
                 model(**inputs_of(model, packed), **part)[packed.rows_B, packed.columns_B]
                 for part in (trunk.inputs(packed), {"part": "all"})
@@ -193,6 +191,6 @@ def response_states(
     if not gap <= tolerance(model):
         print_once(f"warning: trunk and top differ from the whole (by {gap:.2g}): no trunk cache")
         return None
-    for batch in progress("trunk", batches):
-        read(batch)
+    for batch in progress("trunk", batches(items)):
+        read(items, batch)
     return trunk
