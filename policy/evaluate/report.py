@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf.markdown import number, plain, table, value
+from rlhf.markdown import number, plain, table
+from rlhf.report.blocks import before_after
 
-_ROWS = (  # key, label, format
-    ("gold", "gold score", ".3f"),
-    ("judge", "held-out reward model", ".3f"),
-    ("test", "test model (never a reward)", ".3f"),
-    ("reward", "reward model (the training proxy)", ".3f"),
-    ("response_length", "response length, tokens", ".1f"),
-    ("eos_rate", "share that ended itself", ".3f"),
-    ("entropy", "entropy, nats a token", ".2f"),
-    ("distinct_1", "distinct-1", ".3f"),
-    ("distinct_2", "distinct-2", ".3f"),
-)
 _WIN_RATES = {"gold": "gold", "judge": "held-out reward model", "test": "test model",
               "reward": "reward model"}  # fmt: skip
 _SCORES = {
@@ -53,12 +43,6 @@ def _of(summary: dict[str, Any]) -> str:
 
 
 def _figures(summary: dict[str, Any]) -> str:
-    rows = []
-    for key, label, form in _ROWS:
-        if key in summary:
-            found = summary[key]
-            change, interval = value({"mean": found["diff"], "ci95": found["ci95"]}, form)
-            rows.append([label, *(number(found[k], form) for k in ("before", "after")), change, interval])
     lines = [
         f"Win rate by {label}: {plain(summary[f'{key}_win_rate'], '.3f')}."
         for key, label in _WIN_RATES.items()
@@ -69,7 +53,9 @@ def _figures(summary: dict[str, Any]) -> str:
     if "forward_kl" in summary:
         forward = plain(summary["forward_kl"], ".2f")
         lines.append(f"KL(reference || policy), on the reference's responses: {forward} nats.\n")
-    return "\n".join([table(["figure", "before", "after", "difference", "95% interval"], rows), *lines])
+    return "\n".join(
+        [table(["figure", "before", "after", "difference", "95% interval"], before_after(summary)), *lines]
+    )
 
 
 def _over_optimization(summary: dict[str, Any]) -> str:
@@ -208,6 +194,6 @@ def _samples(samples: list[dict[str, Any]]) -> str:
     return table(["prompt", "before", "after"], rows)
 
 
-def _short(text: str, limit: int = 200) -> str:
+def _short(text: str) -> str:
     flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."
+    return flat if len(flat) <= 200 else flat[:197] + "..."

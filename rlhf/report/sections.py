@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from rlhf.markdown import number, percent, plain, value
+from rlhf.markdown import percent, plain
 from rlhf.report import figures
-from rlhf.report.blocks import Block, Section, Source
+from rlhf.report.blocks import Block, Section, Source, before_after
 from rlhf.report.figures import Curve, Dot
 from rlhf.report.gather import Run, Stage
 from rlhf.report.inside import looked_into
@@ -22,17 +22,6 @@ CURVES = (  # metric of PPO, title, whether more is better is for the reader to 
     ("response/length", "Response length, tokens"),
     ("value/explained_variance", "Explained variance of the value"),
     ("response/distinct_2", "Distinct-2 of a rollout"),
-)
-_BEFORE_AFTER = (
-    ("gold", "gold score", ".3f"),
-    ("judge", "held-out reward model", ".3f"),
-    ("test", "test model (never a reward)", ".3f"),
-    ("reward", "reward model (the proxy)", ".3f"),
-    ("response_length", "response length, tokens", ".1f"),
-    ("eos_rate", "share that ended itself", ".3f"),
-    ("entropy", "entropy, nats a token", ".2f"),
-    ("distinct_1", "distinct-1", ".3f"),
-    ("distinct_2", "distinct-2", ".3f"),
 )
 EVALUATIONS = ("evaluate", "evaluate_dpo")
 
@@ -308,11 +297,7 @@ def _judged(runs: Sequence[Run]) -> list[Block]:
 
 
 def _evaluated(runs: Sequence[Run], n: int, run: Run, made: Stage) -> list[Block]:
-    page, rows = made.page, []
-    for key, label, form in _BEFORE_AFTER:
-        if found := page.get(key):
-            change = value({"mean": found["diff"], "ci95": found["ci95"]}, form)
-            rows.append([label, *(number(found[side], form) for side in ("before", "after")), *change])
+    page, rows = made.page, before_after(made.page)
     rows += [[label, "", plain(page[key], form), "", ""] for key, label, form in (
         ("gold_win_rate", "win rate by gold", ".3f"), ("judge_win_rate", "win rate by held-out model", ".3f"),
         ("reward_win_rate", "win rate by the proxy", ".3f"), ("kl", "KL from the start, nats", ".2f"),
