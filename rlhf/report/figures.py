@@ -89,7 +89,7 @@ def thinned(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
     return [tuple(group.mean(axis=0).tolist()) for group in groups]
 
 
-def curves(key: str, title: str, lines: Sequence[Curve], *, x: str = "step") -> str:
+def curves(key: str, title: str, lines: Sequence[Curve]) -> str:
     """Lines over steps, a band over the seeds of a recipe."""
     with plt.rc_context(_STYLE):
         figure, ax = _axes(4.2, 2.5)
@@ -103,7 +103,7 @@ def curves(key: str, title: str, lines: Sequence[Curve], *, x: str = "step") -> 
                     marker="o" if len(points) < 3 else None, markersize=3)  # fmt: skip
             if not all(map(math.isnan, low)):
                 ax.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
-        ax.set_xlabel(x)
+        ax.set_xlabel("step")
         if len(lines) > 1:
             ax.legend(fontsize=8)
         return _svg(figure, key, title)

@@ -76,20 +76,17 @@ class Server:
         routes: what it serves.
         port: 0 for a free one.
         token: the part of the address that is not to be guessed; empty for a new one.
-        most_bytes: of a POST's body.
 
     Raises:
         UserError: the port is in use, or may not be opened.
     """
 
-    def __init__(
-        self, routes: Routes, port: int = 0, token: str = "", *, most_bytes: int = MOST_BYTES
-    ) -> None:
+    def __init__(self, routes: Routes, port: int = 0, token: str = "") -> None:
         self.token = token or secrets.token_urlsafe(24)
         served, known = dict(routes), self.token
 
         class Handler(_Handler):
-            routes, token, limit = served, known, most_bytes
+            routes, token = served, known
 
         try:
             self._server = _Listener((HOST, port), Handler)
@@ -152,7 +149,6 @@ class _Listener(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     routes: Routes
     token: str
-    limit: int
     timeout = SECONDS
     server_version, sys_version = "pages", ""
 
@@ -206,9 +202,9 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdecimal()):
             raise RefusedError(411, "the length of the request is not said")
-        if len(length) > 12 or int(length) > self.limit:
+        if len(length) > 12 or int(length) > MOST_BYTES:
             self._drain(min(_DRAINED, int(length[:12])))
-            raise RefusedError(413, f"more than {self.limit:,} bytes")
+            raise RefusedError(413, f"more than {MOST_BYTES:,} bytes")
         content = self.rfile.read(int(length))
         if self.headers.get_content_type() != "application/json":
             raise RefusedError(415, "not application/json")

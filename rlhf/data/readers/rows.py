@@ -159,12 +159,7 @@ def confidence(row: Row) -> float | None:
 
 
 def ranked_by_score(
-    prompt: Prompt,
-    responses: Sequence[str],
-    scores: Sequence[float],
-    source: str,
-    confidence: float | None = None,
-    group: str | None = None,
+    prompt: Prompt, responses: Sequence[str], scores: Sequence[float], source: str
 ) -> Comparison | LeftOut:
     """Responses with their scores, the highest the best, as one comparison; equal scores are a tie.
 
@@ -176,7 +171,7 @@ def ranked_by_score(
     if len(places) < 2:
         return LeftOut("all answers have the same score", prompt)
     ranks = tuple(places[score] for score in scores)
-    return Comparison(prompt, tuple(responses), ranks, source, confidence, group)
+    return Comparison(prompt, tuple(responses), ranks, source)
 
 
 def merge_turns(dialogue: Sequence[Message]) -> tuple[Message, ...]:
