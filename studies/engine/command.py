@@ -16,7 +16,8 @@ from typing import Any
 
 from rlhf.errors import CommandLine, UserError
 from rlhf.runs.artifacts import write_atomically
-from studies.engine.units import Compute, Unit, run
+from studies.engine.results import Results
+from studies.engine.units import Compute, Unit, run, with_needs
 from studies.engine.verdicts import Claim
 
 
@@ -64,6 +65,14 @@ def workers(jobs: int) -> Iterator[Do]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def results(args: argparse.Namespace, units: Iterable[Unit], compute: Compute) -> Results:
+    """Do the units and what they need, unless it is done, and read what came of them."""
+    everything = with_needs(units)
+    with workers(args.jobs) as do:
+        do(everything, args.work, compute)
+    return Results.read(everything, args.work)
 
 
 def write(

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rlhf.errors import UserError
+from studies.engine.units import Unit
+
+
+@contextlib.contextmanager
+def log_of(unit: Unit, folder: Path) -> Iterator[None]:
+    """Have what is printed inside in a log beside the unit's result."""
+    log = folder / f"{unit.kind}-{unit.key}.log"
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        yield
 
 
 def run_stage(module: str, words: Sequence[str]) -> None:

@@ -47,15 +47,10 @@ def main() -> None:
     units = units_of(plan, load(Path(plan.recipe), plan.overrides))
     command.check(args)
     from studies.engine.report import content
-    from studies.engine.results import Results
-    from studies.engine.units import with_needs
     from studies.online import report
     from studies.online.units import compute
 
-    units = with_needs(units)
-    with command.workers(args.jobs) as do:
-        do(units, args.work, compute)
-    results = Results.read(units, args.work)
+    results = command.results(args, units, compute)
     claims = [report.claim(plan, results)]
     words = [*(["--quick"] if args.quick else []), f"--recipe {plan.recipe}", f"--rounds {plan.rounds}"]
     words += [f"--comparisons {plan.comparisons}", *([f"--set {' '.join(args.set)}"] if args.set else [])]

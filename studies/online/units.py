@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +13,13 @@ from rlhf.recipe.load import Recipe, load
 from rlhf.recipe.schema import Rounds
 from rlhf.runs.artifacts import read_json, read_jsonl
 from rlhf.runs.stage import RUNS
-from studies.engine.stages import run_stage
+from studies.engine.stages import log_of, run_stage
 from studies.engine.units import Settings, Unit
 
 
 def compute(unit: Unit, folder: Path) -> dict[str, Any]:
-    """Do a unit; returns its result. What the stages print goes to a log in the folder."""
-    log = folder / f"{unit.kind}-{unit.key}.log"
-    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    """Do a unit; returns its result."""
+    with log_of(unit, folder):
         return KINDS[unit.kind](unit.settings)
 
 

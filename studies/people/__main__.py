@@ -45,15 +45,10 @@ def main() -> None:
     check_variants(plan)
     command.check(args)
     from studies.engine.report import content
-    from studies.engine.results import Results
-    from studies.engine.units import with_needs
     from studies.people import report
     from studies.people.units import compute
 
-    units = with_needs(units)
-    with command.workers(args.jobs) as do:
-        do(units, args.work, compute)
-    results = Results.read(units, args.work)
+    results = command.results(args, units, compute)
     words = [*(["--quick"] if args.quick else []), f"--recipe {plan.recipe}"]
     words += [f"--arms {' '.join(plan.arms)}"] if plan.arms != tuple(ARMS) else []
     words += [f"--variant {shlex.quote(variant)}" for variant in plan.variants]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from rlhf.recipe.load import Recipe, load
 from rlhf.runs.artifacts import MANIFEST, hash_of, read_json
 from rlhf.runs.dtype import settled
 from rlhf.runs.stage import RUNS
-from studies.engine.stages import run_stage
+from studies.engine.stages import log_of, run_stage
 from studies.engine.units import Settings, Unit
 from studies.people.plan import ARMS, samples
 
@@ -44,9 +43,8 @@ def recipe_of(s: Settings, *more: str) -> Recipe:
 
 
 def compute(unit: Unit, folder: Path) -> dict[str, Any]:
-    """Do a unit; returns its result. What the stages print goes to a log in the folder."""
-    log = folder / f"{unit.kind}-{unit.key}.log"
-    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    """Do a unit; returns its result."""
+    with log_of(unit, folder):
         return KINDS[unit.kind](unit.settings)
 
 

@@ -35,17 +35,12 @@ def main() -> None:
     plan = plan_of(args)
     command.check(args)
     from studies.engine.report import content
-    from studies.engine.results import Results
-    from studies.engine.units import with_needs
     from studies.engine.verdicts import shown
     from studies.ppo import claims, plots, report
     from studies.ppo.curves import Curves, estimate
     from studies.ppo.units import compute
 
-    units = with_needs(units_of(plan))
-    with command.workers(args.jobs) as do:
-        do(units, args.work, compute)
-    curves = Curves(Results.read(units, args.work))
+    curves = Curves(command.results(args, units_of(plan), compute))
     made = claims.all_claims(curves)
     pairs = curves.results.by_seed("pairs", closed=False)
     words = ["python -m studies.ppo", *(["--quick"] if args.quick else [])]

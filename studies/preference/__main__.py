@@ -16,17 +16,12 @@ def main() -> None:
     args = command.arguments("preference", __doc__).parse_args()
     command.check(args)
     from studies.engine.report import content
-    from studies.engine.results import Results
-    from studies.engine.units import with_needs
     from studies.preference import claims, plots, report
     from studies.preference.plan import FULL, QUICK, units_of
     from studies.preference.units import compute
 
     plan = QUICK if args.quick else FULL
-    units = with_needs(units_of(plan))
-    with command.workers(args.jobs) as do:
-        do(units, args.work, compute)
-    results = Results.read(units, args.work)
+    results = command.results(args, units_of(plan), compute)
     made = claims.all_claims(results)
     kept = content(
         "preference",
