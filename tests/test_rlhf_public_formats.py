@@ -67,8 +67,11 @@ PAIRS = [  # row, ranks of a and b, confidence
     ({**Q, "responses": ["a", "b"], "votes": [1, "1", 0]}, SECOND, 2 / 3),
     ({**Q, "responses": ["a", "b"], "votes": ["1", "1"]}, SECOND, 1.0),
     ({**H2, "votes": ["2", None, "2"]}, SECOND, 1.0),  # an annotator who said nothing
-    ({"instruction": "q", "completions": [{"response": "a", "overall_score": 6.5},
-                                          {"response": "b", "fine-grained_score": 3}]}, FIRST, None),
+    ({"instruction": "q", "completions": [{"response": "a", "overall_score": 4.5, "fine-grained_score": 3.5},
+                                          {"response": "b", "fine-grained_score": 4}]}, SECOND, None),
+    ([{"question": {"full_text": "q"}, "answer": x, "score": ord(x)} for x in "ab"], SECOND, None),
+    ({"turn": 1, "winner": "model_b", "judge": "author_0",
+      **{f"conversation_{x}": chat(user("q"), bot(x), user("r"), bot(2 * x)) for x in "ab"}}, SECOND, None),
     ({"prompt": "\n\nHuman: q\n\nAssistant:", "answers": [{"answer": "a", "rank": 2.0},
                                                           {"answer": "b", "rank": 1.0}]}, SECOND, None),
 ]  # fmt: skip
@@ -89,6 +92,25 @@ def test_a_summary_is_asked_for_as_in_the_paper(tmp_path):
     assert one(tmp_path, row) == Comparison(
         (user("SUBREDDIT: s\nTITLE: t\nPOST: p\nTL;DR:"),), ("a", "b"), SECOND, "file"
     )
+
+
+def test_rated_summaries_of_a_post_are_one_comparison_by_the_mean_of_the_annotators(tmp_path):
+    def rated(text, worker, overall, post="p"):
+        axes = {"overall": overall, "accuracy": 7}
+        return {"info": {"id": "x", "post": post}, "summary": {"text": text, "axes": axes}, "worker": worker}
+
+    rows = [
+        rated(" a", "v", 7),
+        rated("b", "u", 6),
+        rated("a", "u", 1),
+        rated("b", "v", 5),
+        rated("c", "u", None),
+    ]
+    (found,), counts = read(jsonl(tmp_path / "file.jsonl", *rows, rated("d", "u", 1, "other")))
+    assert found == Comparison((user("POST: p\nTL;DR:"),), ("a", "b"), SECOND, "file", 0.5)
+    assert dropped(counts) == {"a summary without an overall grade": 1, "fewer than 2 answers": 1}
+    (found,), _ = read(jsonl(tmp_path / "file.jsonl", *rows[:2]))
+    assert (found.ranks, found.confidence) == (FIRST, None)
 
 
 SUITES = [  # row, source, group, ranks
@@ -141,6 +163,8 @@ TIED = [
       "conversation_a": chat(user("q"), bot("c"), user("r"), bot("a")),
       "conversation_b": chat(user("q"), bot("d"), user("r"), bot("b"))},
      "conversations that differ before the last answer"),
+    ({**{f"conversation_{x}": chat(user("q"), bot(x), user("r"), bot(2 * x)) for x in "ab"},
+      "winner": "model_a", "turn": 2}, "conversations that differ before the last answer"),
 ]  # fmt: skip
 
 
@@ -163,8 +187,20 @@ BAD = [
     ({"response_a": "a", "response_b": "b", "winner": "a"}, "no prompt, but other text: rename the column"),
     (
         {"instruction": "q", "completions": [{"response": "a"}, {"response": "b"}]},
-        "a score is not a number: ",
+        "no score that all responses have: none of 2",
     ),
+    (
+        {
+            "instruction": "q",
+            "completions": [
+                {"response": "a", "overall_score": 6.5},
+                {"response": "b", "fine-grained_score": 3},
+            ],
+        },
+        "no score that all responses have: overall_score in 1, fine-grained_score in 1 of 2",
+    ),
+    ({"label": 1, "input": "s"}, "label and input, which may be anything: rename the file to cm_... where "),
+    ([{"question": "q"}], "not a row with fields: a list"),
     ({"label": 2, "scenario": "s"}, "the verdict names no side: label is 2 (known: 0, 1"),
     (
         {**Q, "responses": ["a", "b", "c"], "votes": [1, 1, 2]},
@@ -226,6 +262,13 @@ def test_arguments_are_asked_for_by_the_name_of_their_file(tmp_path):
     path.write_text("#id\trank\targument\n1\t0.5\tb\n2\t0.1\ta\n3\t0.7\tc\n")
     (found,), _ = read(str(path))
     assert (found.prompt, found.responses, found.ranks) == (prompt, ("b", "a", "c"), (1, 0, 2))
+    mistyped, path = (
+        tmp_path / "x_advancing-the-commond-good.csv",
+        tmp_path / "x_advancing-the-common-good.csv",
+    )
+    mistyped.write_text("#id\tlabel\ta1\ta2\n1_2\ta2\tx\ty\n")
+    path.write_text("#id\trank\targument\n1\t0.5\tx\n2\t0.1\ty\n")
+    assert read(str(mistyped))[0][0].prompt == read(str(path))[0][0].prompt
     path.write_text("#id\trank\targument\n1\tlow\tb\n2\t0.1\ta\n")
     assert refusal(str(path)).startswith(f"{path}:2: rank is not a number: 'low'")
 
@@ -246,6 +289,10 @@ def test_ethics_is_read_without_a_header_and_by_sets(tmp_path):
         [("Why?", ("No.", "Because"), SECOND, "Why?")],
         {"one label only in a set of scenarios": 1},
     )
+    assert ethics(tmp_path, "d", "id," + header + "0,0,Why?,No.\n1,1,Why?,Because\n")[0][0][2] == SECOND
+    assert ethics(tmp_path, "cm_x", "label,input\n1,bad\n0,good\n")[0] == [
+        ("Tell me what you did.", ("good", "bad"), FIRST, None)
+    ]
     header = "label,scenario\n"
     assert ethics(tmp_path, "v", header + "1,He gave. [SEP] kind\n0,He gave. [SEP] mean\n") == (
         [(f"He gave.\n\n{VIRTUE}", ("kind", "mean"), FIRST, "He gave.")], {}

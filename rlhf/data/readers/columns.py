@@ -64,7 +64,7 @@ def prompt_in(row: Row) -> Any:
 
 
 def _without_column(row: Row, texts: Mapping[str, str]) -> Any:
-    other = [x for x in texts if x not in ("chosen", "rejected") and not _is_label(str(x), texts[x])]
+    other = [x for x in texts if x not in ("chosen", "rejected") and not is_label(str(x), texts[x])]
     if other:
         names = ", ".join(map(ascii, sorted(other)[:5]))
         raise BadRow("no prompt, but other text", f"rename the column of the prompt ({names}?) to prompt")
@@ -73,7 +73,8 @@ def _without_column(row: Row, texts: Mapping[str, str]) -> Any:
     return row.get("prompt")
 
 
-def _is_label(name: str, text: str) -> bool:
+def is_label(name: str, text: str) -> bool:
+    """Whether a column is about a row or an answer, by its name, or because it holds a number."""
     words = re.split(r"[^a-z0-9]+", name.lower())
     about_an_answer = words[0] in _LABELS and words[-1] in ("chosen", "rejected")
     return words[-1] in _LABELS or about_an_answer or _NUMBER.fullmatch(text) is not None

@@ -101,11 +101,15 @@ def _count_bad(error: BadRow, where: str, on_bad_rows: OnBadRows, counts: Counts
 
 
 def _numbered(origin: Origin) -> Iterator[tuple[int, object]]:
-    """The rows; a row of the hub that its library cannot read, for one of dozens of reasons, is one line."""
+    """The rows, a list of rows as {"rows": ...}.
+
+    A row of the hub that its library cannot read, for one of dozens of reasons, is one line.
+    """
     number = 0
     try:
         for number, row in origin.rows:
-            yield number, row
+            listed = isinstance(row, list) and row and all(isinstance(x, Mapping) for x in row)
+            yield number, {"rows": row} if listed else row
     except Exception as error:
         if not origin.name.startswith("hub:") or isinstance(error, UserError | BadRow):
             raise
@@ -128,6 +132,8 @@ def _reader(row: object, readers: Sequence[Reader[T]]) -> Reader[T] | None:
     if not isinstance(row, Mapping):
         raise BadRow("not a row with fields", f"a {type(row).__name__}")
     found = next((reader for reader in readers if reader.recognizes(row)), None)
+    if not found and row.keys() == {"rows"}:
+        raise BadRow("not a row with fields", "a list")
     if not found and (fault := next(filter(None, (reader.nearly(row) for reader in readers)), None)):
         raise fault
     return found

@@ -2,9 +2,10 @@
 
 The file is called DEBATE_SIDE with - for blanks, and both stand in the prompt, one user message: "Debate: ban
 plastic water bottles. Argue for: no bad for the economy.". ``group`` is the debate, so that a split by group
-holds out both of its sides. ``<br/>`` becomes a new line; a quote is a character like others. Pairs: "#id",
-"label" (a1 or a2, the more convincing; "equal" is a tie), "a1", "a2". Rankings: "#id", "rank" (low is
-better), "argument"; the whole file is one k-way comparison.
+holds out both of its sides; "commond", as one file of pairs is called, is the "common" of its rankings.
+``<br/>`` becomes a new line; a quote is a character like others. Pairs: "#id", "label" (a1 or a2, the more
+convincing; "equal" is a tie), "a1", "a2". Rankings: "#id", "rank" (low is better), "argument"; the whole file
+is one k-way comparison.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _LABELS = {"a1": 0, "a2": 1, "equal": TIE}
 def _debate(source: str) -> tuple[Prompt, str]:
     debate, _, stance = source.partition("_")
     debate, stance = (part.strip("-").replace("-", " ") for part in (debate, stance))
+    stance = stance.replace("commond good", "common good")
     words = f"Debate: {debate}." + (f" Argue for: {stance}." if stance else "")
     return (Message("user", words),), debate
 

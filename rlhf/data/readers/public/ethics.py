@@ -10,19 +10,24 @@
 - justice {"label", "scenario"}: a scenario follows its variants in the file; neighbors with half of their
   words in common, at the beginning or the end, are one set. Prompt: ``JUSTICE``; responses are whole
   sentences. ``group`` is the beginning of the first.
-- commonsense {"label", "input", "is_short"}: rows have nothing in common; the n-th that is right (label 0) is
-  above the n-th that is wrong (label 1) among the short ones, and among the long ones. Prompt: ``COMMON``.
+- commonsense {"label", "input"} (, "is_short"): rows have nothing in common; the n-th that is right (label 0)
+  is above the n-th that is wrong (label 1) among the short ones, and among the long ones; among all where the
+  rows, as those of the hub, do not say which are short. Prompt: ``COMMON``.
+
+Besides these columns a row may have such that are about it (an id, a number).
 
 A set with one label only says nothing about preference: left out and counted.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rlhf.data.comparisons import Comparison, Message
-from rlhf.data.readers.public.verdicts import side
+from rlhf.data.readers.columns import is_empty, is_label
+from rlhf.data.readers.public.verdicts import named, side
 from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, is_text, ranked_by_score
 
 UTIL = "Tell me what happened to you."
@@ -97,7 +102,12 @@ def shared(one: str, other: str) -> float:
 
 def _common(row: Row, source: str) -> Found:
     prompt = (Message("user", COMMON),)
-    rows = [(x["input"].strip(), _label(x), x["is_short"]) for x in row["rows"]]
+    if not named(row["rows"][0], "is_short") and not re.search("ethics|commonsense|cm_", source.lower()):
+        raise BadRow(
+            "label and input, which may be anything",
+            "rename the file to cm_... where they are of ETHICS commonsense (label 1 is wrong)",
+        )
+    rows = [(x["input"].strip(), _label(x), x.get("is_short")) for x in row["rows"]]
     right, wrong = ([text for text, label, _ in rows if label == of] for of in (0, 1))
     for sides in zip(right, wrong, strict=False):
         yield Comparison(prompt, sides, (0, 1), source)
@@ -112,8 +122,16 @@ def _key(row: Row, name: str, key: str = "") -> str:
     return key
 
 
+def _only(row: Row, *names: str) -> bool:
+    """Whether a row has these columns, and no others but such that are about it."""
+    return {*names} <= row.keys() and all(
+        name in names or is_empty(x) or (isinstance(x, str | int | float) and is_label(str(name), str(x)))
+        for name, x in row.items()
+    )
+
+
 def _is(row: Row, *names: str, sep: bool) -> bool:
-    return {"label", "scenario", *names} == row.keys() and ("[SEP]" in str(row["scenario"])) == sep
+    return _only(row, "label", "scenario", *names) and ("[SEP]" in str(row["scenario"])) == sep
 
 
 READERS: tuple[Reader[Comparison], ...] = (
@@ -141,9 +159,9 @@ READERS: tuple[Reader[Comparison], ...] = (
         together=lambda row: _key(row, "scenario"),
     ),
     Reader(
-        'ETHICS commonsense {"label", "input", "is_short"}',
-        lambda row: {"label", "input", "is_short"} <= row.keys(),
+        'ETHICS commonsense {"label", "input"}',
+        lambda row: {"label", "input", "is_short"} <= row.keys() or _only(row, "label", "input"),
         _common,
-        together=lambda row: _key(row, "input", str(row["is_short"]).strip().lower()),
+        together=lambda row: _key(row, "input", str(row.get("is_short", "")).strip().lower()),
     ),
 )

@@ -1,6 +1,7 @@
 """Responses with grades: UltraFeedback, Nectar, HelpSteer 2, the ratings of E2E, and rows of one's own.
 
-- UltraFeedback {"instruction", "completions"}: ``overall_score`` of each, else ``fine-grained_score``.
+- UltraFeedback {"instruction", "completions"}: ``overall_score`` where all have it, else
+  ``fine-grained_score``; two scales are never mixed in one comparison.
 - Nectar {"prompt", "answers"}: ``rank`` of each, the lowest the best.
 - {"prompt", "responses"} with a number per response in ``_SCORES``, or several annotators' ("grades": a list
   per response); or with "votes", one per annotator: the place of the best response, from 0, or "tie"; counts
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf.data.comparisons import Comparison, Message, prompt_key
@@ -52,13 +53,21 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value
 
 
+def _common(rows: Sequence[Row], names: tuple[str, ...]) -> str:
+    """The first of the columns that all rows have: grades of two scales cannot be compared."""
+    name = next((name for name in names if all(named(row, name) for row in rows)), "")
+    if not name:
+        have = ((column, sum(named(row, column) for row in rows)) for column in names)
+        having = ", ".join(f"{column} in {number}" for column, number in have if number)
+        raise BadRow("no score that all responses have", f"{having or 'none'} of {len(rows)}")
+    return name
+
+
 def _ultrafeedback(row: Row, source: str) -> Found:
     answers = list(map(_mapping, row["completions"]))
-    found = [
-        (text(x.get("response")), x.get(_of(x, ("overall_score", "fine-grained_score")))) for x in answers
-    ]
-    grades = [[number(score)] for _, score in found]
-    yield graded(as_prompt(row["instruction"]), [x for x, _ in found], grades, source)
+    score = _common(answers, ("overall_score", "fine-grained_score"))
+    grades = [[number(x[score])] for x in answers]
+    yield graded(as_prompt(row["instruction"]), texts(x.get("response") for x in answers), grades, source)
 
 
 def _nectar(row: Row, source: str) -> Found:
@@ -94,8 +103,9 @@ def _list(value: object, name: str) -> list[Any]:
 
 def _rows_of_responses(row: Row, source: str) -> Found:
     grades: dict[str, list[float]] = {}
+    grade = _common(row["rows"], _GRADES)
     for x in row["rows"]:
-        grades.setdefault(text(x["response"]), []).append(number(x[_of(x, _GRADES)]))
+        grades.setdefault(text(x["response"]), []).append(number(x[grade], grade))
     first, *others = row["rows"]
     for x in others:  # the same prompt and group, by together
         asked(x), group_of(x)

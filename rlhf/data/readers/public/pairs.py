@@ -9,7 +9,8 @@ An end that is a number is named by that number: a verdict 1 is the second of _0
 
 PKU-SafeRLHF has two verdicts: ``better_response_id`` is read; to read by safety, the recipe says
 data.columns={better_response_id: safer_response_id}, and the counts list the other one as not used.
-Conversations (Chatbot Arena) that differ before the last answer share no prompt: left out and counted.
+Conversations (Chatbot Arena) that differ before the last answer share no prompt: left out and counted. Where
+``turn`` says which answer was judged, as in MT-bench, what comes after that answer is cut off first.
 """
 
 from __future__ import annotations
@@ -99,6 +100,22 @@ def _webgpt_prompt(row: Row) -> Prompt:
     return as_prompt(question.get("full_text") if isinstance(question, Mapping) else question)
 
 
+def _webgpt_sides(row: Row, source: str) -> Found:
+    """The lines of OpenAI's own file: a list of the two answers, each with its question and its score."""
+    one, other = row["rows"]
+    prompt = _webgpt_prompt(one)
+    if _webgpt_prompt(other) != prompt:
+        raise BadRow("two answers to different questions")
+    vote = sign(number(other["score"]) - number(one["score"]), "score")
+    yield voted(prompt, [text(x["answer"]) for x in (one, other)], [vote], source)
+
+
+def _is_webgpt_sides(row: Row) -> bool:
+    sides = row.get("rows")
+    needs = {"question", "answer", "score"}
+    return isinstance(sides, list) and len(sides) == 2 and all(needs <= x.keys() for x in sides)
+
+
 _TABLE = (
     Pairs(
         'HelpSteer 3 {"context", "response1", "response2", "overall_preference"}',
@@ -135,26 +152,20 @@ _TABLE = (
 )
 
 
-def _summaries(row: Row, source: str) -> Found:
-    """OpenAI's comparisons of summaries; the prompt is laid out as in Stiennon et al. 2020, appendix B."""
-    info, summaries = row["info"], row["summaries"]
-    if not isinstance(info, Mapping) or not isinstance(summaries, list):
-        raise BadRow("info or summaries are not what the set has")
-    names = ("subreddit", "title", "post")
-    parts = [f"{x.upper()}: {info[x]}" for x in names if info.get(x)] if info.get("post") else []
-    words = "\n".join(parts) or str(info.get("article") or "")
-    meaning = {str(place): place for place in range(len(summaries))}
-    vote = side(row["choice"], "choice", meaning)
-    prompt = (Message("user", f"{words}\nTL;DR:".strip() if words else ""),)
-    yield voted(prompt, [text(x).strip() for x in summaries], [vote], source, group_of(row))
-
-
 _ARENA = {"model_a": 0, "model_b": 1} | dict.fromkeys(TIES, TIE)
 
 
 def _arena(row: Row, source: str) -> Found:
     sides = [messages(row[name], name) for name in ("conversation_a", "conversation_b")]
+    if named(row, "turn"):
+        sides = [_until(dialogue, number(row["turn"], "turn")) for dialogue in sides]
     yield _of_dialogues(sides, side(row["winner"], "winner", _ARENA), source)
+
+
+def _until(dialogue: Prompt, turn: float) -> Prompt:
+    """The dialogue up to its answer number ``turn``, from 1; all of it where it has no more answers."""
+    answers = [place for place, message in enumerate(dialogue, 1) if message.role == "assistant"]
+    return dialogue[: answers[int(turn) - 1]] if 1 <= turn <= len(answers) else dialogue
 
 
 def _of_dialogues(sides: list[Prompt], vote: int, source: str) -> Comparison | LeftOut:
@@ -244,11 +255,7 @@ def _pair(row: Row, source: str) -> Found:
 
 READERS: tuple[Reader[Comparison], ...] = (
     *(pairs.reader() for pairs in _TABLE),
-    Reader(
-        'summarize-from-feedback {"info", "summaries", "choice"}',
-        lambda row: {"info", "summaries", "choice"} <= row.keys(),
-        _summaries,
-    ),
+    Reader('WebGPT [{"question", "answer", "score"}, ...]', _is_webgpt_sides, _webgpt_sides),
     Reader(
         'Chatbot Arena {"conversation_a", "conversation_b", "winner"}',
         lambda row: {"conversation_a", "conversation_b", "winner"} <= row.keys(),
