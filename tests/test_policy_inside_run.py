@@ -76,10 +76,10 @@ def test_the_stage_on_the_tiny_run(run, capsys):
     assert policy["gain"]["mean"] == pytest.approx(policy["into"]["change"], rel=1e-4)
     for change in (policy["gain"], policy["rise"]):
         change["ci95"] = [-0.5, 0.5]
-    assert report.as_markdown(found).count("not told apart from 0, so that shares") == 2
+    assert report.as_markdown(found).count("not distinguishable from 0, so that shares") == 2
     for change in (policy["gain"], policy["rise"]):
         change["ci95"] = [0.5, 0.6]
-    assert "not told apart from 0, so that shares" not in report.as_markdown(found)
+    assert "not distinguishable from 0, so that shares" not in report.as_markdown(found)
     assert "## What the reward model reads" in page
     assert (run / "inside/policy.png").is_file()
     assert (run / "inside/reads.png").is_file()
@@ -109,7 +109,7 @@ def test_the_circuits_of_what_the_reward_model_reads(run, monkeypatch):
 
 def test_pairs_that_were_not_looked_into_have_no_circuit():
     models: Any = SimpleNamespace(recipe=SimpleNamespace(inside=Inside()))
-    why = {"skipped": "the mean difference is not told apart from 0"}
+    why = {"skipped": "the mean difference is not distinguishable from 0"}
     found = question.circuits(models, "reward", {"kinds": {"sentiment": why, "order": why}}, None)
     assert found["kinds"] == {"sentiment": why, "order": why}
     lines = section(found)
@@ -233,7 +233,7 @@ def test_the_run_s_report_shows_it_where_the_run_was_looked_into(run):
     row = page.xpath("//*[@id='inside']//tr[th='your pairs']/td/text()")
     kind = found["reads"]["kinds"]["your pairs"]
     assert row[0] == " / ".join(text.strip() for text in kind["example"])
-    assert row[1].startswith(f"{kind['difference']['mean']:+.3f} ")
+    assert row[1].startswith(f"{kind['difference']['mean']:+.3f}")
     assert "inside/inside.md" in page.xpath("//*[@id='inside']//a/@href")
 
 
@@ -382,7 +382,7 @@ def test_scores_that_do_not_differ_on_average_have_no_parts():
     subject = SimpleNamespace(measure_plainly=torch.tensor)
     one, other = Pair((), "1", "0"), Pair((), "0", "0.9")
     found = looked._kind(subject, "kind", [one, other] * 4)
-    assert "not told apart from 0" in found["skipped"]
+    assert "not distinguishable from 0" in found["skipped"]
     assert "parts" not in found
     assert looked._kind(subject, "kind", [one, one, one, other] * 4)["parts"] == "parts"
 
