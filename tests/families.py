@@ -169,7 +169,7 @@ def page(folder):
 
 PAGE = """# Which models can be trained
 
-Each family below is built as a tiny random model from its configuration and taken down the whole road
+Each family below is built as a tiny random model from its configuration and taken through the whole pipeline
 (comparisons, reward model, PPO, evaluation) in the tests; every role is compared with the plain model's own
 logits. This page is written by `python tests/families.py` and tested to be up to date.
 

@@ -230,7 +230,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         )
     for name, part in halves.items():
         share = part["log_prob_recovered"]
-        of = f"{percent(share)} of it" if share else "the prompt's gain cannot be told from 0"
+        of = f"{percent(share)} of it" if share else "the prompt's gain is not distinguishable from 0"
         out.append(
             f"{name}: log-prob of the {'answers' if name == QUESTIONS else 'texts'}: the prompt brings "
             f"{plain(part['prompt_gain'], '.4f')} nats a token, distillation "

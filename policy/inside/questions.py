@@ -188,7 +188,7 @@ class Inspection:
             "example": [pairs[0].good, pairs[0].bad],
         }
         if difference.low <= 0 <= difference.high:
-            return found | {"skipped": "the mean difference is not told apart from 0, and has no shares"}
+            return found | {"skipped": "the mean difference is not distinguishable from 0, and has no shares"}
         weights = torch.ones(len(pairs)) / len(pairs)
         try:
             change = Change(subject, subject, batches, weights, range(len(pairs)), f"{name} pairs")

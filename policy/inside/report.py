@@ -73,7 +73,9 @@ def _unsure(change: Figures) -> str:
     """What is to be said of shares of a change that may be none."""
     ends = change["ci95"]
     return (
-        ", not told apart from 0, so that shares of it say little" if ends and ends[0] <= 0 <= ends[1] else ""
+        ", not distinguishable from 0, so that shares of it say little"
+        if ends and ends[0] <= 0 <= ends[1]
+        else ""
     )
 
 

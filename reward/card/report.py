@@ -105,24 +105,24 @@ def opening(card: dict[str, Any]) -> str:
         else (f", on which it is right {percent(near['accuracy'])} of the time")
     )
     said = [
-        f"Right on {percent(overall)} of {overall['pairs']:,} pairs ({_count(card['prompts'], 'prompt')}), "
+        f"Accuracy {percent(overall)} on {overall['pairs']:,} pairs ({_count(card['prompts'], 'prompt')}), "
         + _side(
-            overall, 0.5, "worse than chance", "not to be told from chance", "better than chance",
-            unknown="too few prompts to tell from chance",
+            overall, 0.5, "worse than chance", "not distinguishable from chance", "better than chance",
+            unknown="too few prompts to distinguish from chance",
         )
         + ", which is 50%.",
         f"{card['data']['seen']}.",
         f"Confidence: {verdict(card['calibration'])}.",
-        f"Length: preferring the longer response is right on {percent(length['longer_is_better'])}, and the "
-        + _side(rule, 0, "model is worse than", "model is not to be told from", "model is better than")
-        + f" that rule (by {points(rule)}); without the effect of length on its scores it is right on "
+        f"Length: preferring the longer response is {percent(length['longer_is_better'])} accurate, and the "
+        + _side(rule, 0, "model is worse than", "model is not distinguishable from", "model is better than")
+        + f" that rule (by {points(rule)}); without the effect of length on its scores its accuracy is "
         f"{percent(length['accuracy_without_length'])}.",
         f"Of all pairs {percent(near['share'])} are near-ties, with scores less than "
         f"{near['threshold']:.2f} apart{on_ties}.",
     ]  # fmt: skip
     if against := card.get("against"):
         difference = against["difference"]
-        words = ("this model is worse", "not to be told apart in accuracy", "this model is better")
+        words = ("this model is worse", "the two are not distinguishable in accuracy", "this model is better")
         said.append(
             f"Against {cell(card['against_model']['path'])}: {_side(difference, 0, *words)} (by "
             f"{points(difference)}); they agree on {percent(against['agreement'])}."
@@ -142,9 +142,9 @@ def verdict(calibration: dict[str, Any]) -> str:
     """Whether the score gaps are to be believed, in words."""
     slope = calibration["slope"]
     if slope["mean"] is None:
-        return "not to be told, because the scores order all pairs alike (all right, all wrong or all equal)"
+        return "unknown, because the scores order all pairs alike (all right, all wrong or all equal)"
     if slope["ci95"] is None:
-        return "not to be told from one prompt"
+        return "unknown from one prompt"
     word = _side(
         slope,
         0,

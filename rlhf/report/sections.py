@@ -31,7 +31,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     makers: tuple[tuple[str, str, Callable[[Sequence[Run]], list[Block]]], ...] = (
         ("glance", "At a glance", _glance),
         ("trained", "What was trained on what", _trained),
-        ("road", "The road", _road),
+        ("road", "The pipeline", _road),
         ("reward", "Reward model", _reward),
         ("policy", "PPO", _policy),
         ("overoptimization", "Over-optimization", overoptimized),

@@ -259,7 +259,7 @@ def _over_optimized(
     after = f"fell by {-since:.2f} since" if since < -0.005 else "has not risen since"
     best = f"The saved policy is that of step {kept}" if kept is not None else "Set ppo.keep_best=true"
     return (
-        f"over-optimized from about step {where['onset']} on, told at step {where['seen']}: the reward "
+        f"over-optimized from about step {where['onset']} on, detected at step {where['seen']}: the reward "
         f"model's score {_by(changes['proxy'])} standard deviations of its start, the test model's "
         f"{'rose' if top >= 0 else 'fell'} by {abs(top):.2f} until then and {after}. {best}; {_REMEDIES}."
     )

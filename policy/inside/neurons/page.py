@@ -120,7 +120,7 @@ def _told(first: Figures, other: Figures) -> str:
         return "their words belong together more than those of random neurons"
     if first["ci95"][1] < other["ci95"][0]:
         return "their words belong together less than those of random neurons"
-    return "not told apart"
+    return "not distinguishable"
 
 
 def _percents(shares: Sequence[float]) -> str:
