@@ -158,7 +158,7 @@ def test_a_gain_that_cannot_be_told_from_0_has_no_share():
     found = figures(one, one, ["texts"] * 4, list("abcd"))
     assert found["log_prob_recovered"] is None
     assert "full_kl_before" not in found
-    assert any("cannot be told from 0" in line for line in lines(found))
+    assert any("is not distinguishable from 0" in line for line in lines(found))
     nothing = one._replace(kl=[0.0] * 4)
     assert figures(nothing, nothing, ["texts"] * 4, list("abcd"))["kl_recovered"]["mean"] is None
 
