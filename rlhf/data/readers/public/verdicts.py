@@ -1,8 +1,8 @@
 """From votes, grades and their words to ranks; what the readers of published sets share.
 
-Votes: the option with the most votes wins, "tie" being one; an equal number for two options is no majority,
-and such a row is left out and counted. ``confidence`` is the share of the votes for the winner, set where
-there are two votes or more. Grades: the mean over annotators ranks; ``confidence`` is then the share of the
+Votes: the option with more than half of them wins, "tie" being one; where none has, there is no majority, and
+such a row is left out and counted. ``confidence`` is the share of the votes for the winner, set where there
+are two votes or more. Grades: the mean over annotators ranks; ``confidence`` is then the share of the
 annotators' ordered pairs that agree with the order of the means (an annotator's tie counts half).
 """
 
@@ -82,8 +82,8 @@ def voted(
     """The winner of the votes over all others, which are tied. Votes are places in ``texts``, or TIE."""
     if not votes:
         return LeftOut("no votes", prompt)
-    (winner, most), *others = Counter(votes).most_common()
-    if others and others[0][1] == most:
+    ((winner, most),) = Counter(votes).most_common(1)
+    if most * 2 <= len(votes):
         return LeftOut("votes without a majority", prompt)
     if winner == TIE:
         return LeftOut("a tie, which says nothing about preference", prompt)
