@@ -56,7 +56,13 @@ def test_true_strengths_come_back():
 
 
 def test_equal_strengths_share_a_level():
-    assert levels(np.array([0.5, -1.0, 0.5 + 1e-6, 2.0])).tolist() == [1, 2, 1, 0]
+    assert levels(np.array([0.5, -1.0, 0.5 + 1e-10, 2.0])).tolist() == [1, 2, 1, 0]
+
+
+def test_a_chain_of_single_votes_is_a_ranking():
+    votes = [vote(f"r{i:02d}", f"r{i + 1:02d}") for i in range(44)]
+    ((found,), counts) = as_rankings(votes, 64, 1, seed=0)
+    assert (found.ranks, counts.agreement) == (tuple(range(45)), 1)
 
 
 @given(st.integers(2, 40), st.integers(2, 9), st.integers(1, 4), st.integers(0, 99))
