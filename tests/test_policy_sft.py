@@ -251,7 +251,7 @@ def test_the_held_out_loss_is_a_mean_over_tokens_with_the_demonstration_as_unit(
     )
     # sum (d - R t)^2 with d = -2, -3, 0 and R = -5/6, times G / (G - 1), over the tokens
     squares = sum((d + 5 / 6 * t) ** 2 for d, t in ((-2, 2), (-3, 3), (0, 1)))
-    half = 1.959963984540054 * math.sqrt(1.5 * squares) / 6
+    half = 4.302652729749464 * math.sqrt(1.5 * squares) / 6
     assert found["held_out_change"]["ci95"] == pytest.approx([-5 / 6 - half, -5 / 6 + half])
     assert (found["held_out_loss"]["n"], found["held_out_tokens"]) == (3, 6)
 

@@ -235,6 +235,8 @@ def check_page(made):
     """Every table is whole, nothing is NaN, and the JSON is strict."""
     json.dumps(made, allow_nan=False)
     page = as_markdown(made)
+    assert "0.5 of the normalized score)" in page or "of the standard deviation)" in page
+    assert "normalised score" not in page
     assert "nan" not in page.lower().split()
     widths = [line.replace("\\|", "").count("|") for line in page.splitlines() if line.startswith("|")]
     tables = [

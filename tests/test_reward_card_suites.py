@@ -11,7 +11,7 @@ from test_reward_card_figures import card
 
 from reward.card.clusters import clusters
 from reward.card.report import as_markdown
-from reward.card.suites import SECTIONS, combined, suites
+from reward.card.suites import SECTIONS, SUBSETS_2, combined, suites
 from rlhf.data.comparisons import Comparison, Message
 
 RM_BENCH = Path(os.environ.get("RLHF_DATA", "none")) / "rm_bench"
@@ -153,7 +153,9 @@ def test_reward_bench_2_is_best_of_four():
     scores = [[2, 1, 0, 0], [2, 3, 0, 0], [2, 2, 0, 0]]
     table = tables(cs, np.ravel(scores))["rewardbench2"]
     assert [(g["group"], g["mean"]) for g in table["subsets"]] == [("Focus", 0.5), ("Math", 0.5)]
-    assert (table["overall"]["mean"], table["ties"]) == (0.5, None)
+    assert (table["overall"], table["ties"]) == (None, None)
+    page = as_markdown(card(cs, np.ravel(scores)) | {"suites": {"rewardbench2": table}})
+    assert "unknown until all subsets, ties of both kinds among them, are there" in page
 
 
 def test_the_ties_of_reward_bench_2_are_those_of_its_own_program():
@@ -175,7 +177,19 @@ def test_the_ties_of_reward_bench_2_are_those_of_its_own_program():
     wanted += 0.2 * np.mean(least > spread) + 0.01 * np.mean(np.tanh(least / spread - 1))
     table = tables(cs, np.concatenate(scores))["rewardbench2"]
     assert table["ties"]["score"] == pytest.approx(wanted)
-    assert (table["ties"]["prompts"], table["overall"]["mean"]) == (12, pytest.approx(wanted))
+    assert (table["ties"]["prompts"], table["overall"]) == (12, None)
+    others = [item(f"reward_bench_2:{s}", s, "abcd", (0, 1, 1, 1)) for s in SUBSETS_2 - {"ties"}]
+    every = np.concatenate([*scores, *[np.arange(4.0, 0, -1)] * 5])
+    whole = tables([*cs, *others], every)["rewardbench2"]
+    assert whole["overall"]["mean"] == pytest.approx((5 + wanted) / 6)
+    tied_alone = [i for i, c in enumerate(cs) if "tied" in c.group]
+    part = [*(cs[i] for i in tied_alone), *others]
+    kind = tables(part, np.concatenate([*(scores[i] for i in tied_alone), every[-20:]]))["rewardbench2"]
+    assert (kind["ties"]["score"], kind["ties"]["prompts"], kind["overall"]) == (None, 0, None)
+    page = as_markdown(
+        card(part, np.ones(sum(len(c.responses) for c in part))) | {"suites": {"rewardbench2": kind}}
+    )
+    assert "Ties: unknown until" in page
     assert f"Ties: score {wanted:.3f}" in as_markdown(
         card(cs, np.concatenate(scores)) | {"suites": {"rewardbench2": table}}
     )

@@ -16,6 +16,7 @@ from rlhf.stats.intervals import (
     mean_interval,
     paired_difference,
     proportion_interval,
+    student_interval,
     win_rate,
 )
 from rlhf.stats.tests import sign_test
@@ -49,9 +50,9 @@ def test_the_mean_interval_equals_the_standard_library_and_covers_95_percent():
     assert _close_to_95(_covered([mean_interval(row) for row in draws], 2))
 
 
-def test_with_clusters_of_one_the_cluster_interval_is_the_mean_interval():
+def test_with_clusters_of_one_the_cluster_interval_is_student_s():
     x = np.random.default_rng(0).integers(0, 2, size=60)
-    got, expected = cluster_mean_interval(x, np.ones(60)), mean_interval(x)
+    got, expected = cluster_mean_interval(x, np.ones(60)), student_interval(x)
     for name in ("mean", "low", "high", "n"):
         assert getattr(got, name) == pytest.approx(getattr(expected, name))
 

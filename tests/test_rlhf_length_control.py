@@ -136,3 +136,16 @@ def test_best_of_n_by_a_proxy_that_is_length_gains_nothing_at_equal_length():
     assert last["length"]["mean"] > first["length"]["mean"] == pytest.approx(lengths.mean())
     bare = best_of_figures(scores, before, before, np.zeros(80), proxy="reward", judge="reward")
     assert "length_controlled" not in bare["rows"][0]
+
+
+def test_pairs_of_about_equal_length_are_counted_by_what_their_weights_are_worth():
+    scores, lengths, owner = np.arange(6.0), np.full(6, 20.0), np.arange(6)
+
+    def count(w):
+        found = length_controlled(scores, scores + 1, lengths, lengths, owner, w)
+        return found["about_equal"]["pairs"]
+
+    assert count(None) == count([3.0] * 6) == 6
+    assert count([1, 0, 0, 0, 0, 0]) == count([1, 1e-6, 1e-6, 0, 0, 0]) == 1
+    assert count([2, 1, 1, 0, 0, 0]) == 3  # 16 / 6
+    assert count([0.0] * 6) == 0

@@ -236,3 +236,10 @@ def test_mistakes_are_told_before_anything_is_trained(monkeypatch, tmp_path, stu
         monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
         command.check(command.arguments(study, "").parse_args(arguments))
+
+
+def test_an_interval_is_cut_at_the_bounds_of_its_quantity_but_not_beyond_its_mean():
+    share = over_seeds([SeedMean(x) for x in (0.9, 1.0, 1.0)])
+    assert (share.high > 1, share.cut((0, 1)).high, share.cut((0, 1)).low) == (True, 1.0, share.low)
+    assert Estimate(-0.1, -0.3, 0.1, 3).cut((0, math.inf)) == Estimate(-0.1, -0.1, 0.1, 3)
+    assert math.isnan(Estimate(0.5, math.nan, math.nan, 1).cut((0, 1)).low)

@@ -253,3 +253,11 @@ def test_the_page_has_a_row_an_arm_with_its_figures():
     assert "in 62.8 tokens" in page
     assert "paired by seed; one seed, no interval." in page
     assert "| PPO, `ppo.lam=0.9` | +0.500 | +0.500 | +0.50 | 0.50 |" in page
+
+
+def test_an_interval_of_a_win_rate_or_kl_over_seeds_stays_where_they_can_be():
+    wins = [{"mean": m, "ci95": None, "n": 6} for m in (1.0, 0.9, 0.95)]
+    found = report.over_seeds(wins, "judge_length_controlled.win_rate_at_equal_length")["ci95"]
+    assert found == [pytest.approx(0.95 - 4.302653 * 0.05 / 3**0.5), 1.0]
+    assert report.over_seeds([{"mean": m, "ci95": None, "n": 6} for m in (0.0, 0.2)], "kl")["ci95"][0] == 0.0
+    assert report.over_seeds(wins, "judge.diff")["ci95"][1] > 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Figures
-from rlhf.stats.intervals import Z95, mean_interval, student95
+from rlhf.stats.intervals import AT_LEAST_0, UNBOUNDED, mean_interval, student_interval
 
 GAIN = 0.4
 """Gold above the reference's, of which the seconds are told."""
@@ -59,8 +59,10 @@ def of_seed(record: Mapping[str, Figures]) -> dict[str, Figures]:
     return found
 
 
-def over_seeds(values: Sequence[float | None]) -> Figures:
+def over_seeds(values: Sequence[float | None], bounds: tuple[float, float] = UNBOUNDED) -> Figures:
     """Mean over seeds with a 95% interval by Student's t, as seeds are few; one alone has none.
+
+    bounds: of the quantity; the interval is cut there.
 
     Returns:
         {mean, ci95, n, by_seed}; mean and interval are None where a seed's value is.
@@ -68,11 +70,7 @@ def over_seeds(values: Sequence[float | None]) -> Figures:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return {"mean": None, "ci95": None, "n": len(known), "by_seed": [*values]}
-    found = mean_interval(known).as_dict()
-    if found["ci95"] is not None:
-        wider = student95(len(known) - 1) / Z95
-        found["ci95"] = [found["mean"] + wider * (end - found["mean"]) for end in found["ci95"]]
-    return {**found, "by_seed": [*values]}
+    return {**student_interval(known).cut(bounds).as_dict(), "by_seed": [*values]}
 
 
 def verdict(by_seed: Figures, by_prompt: Figures | None) -> str:
@@ -125,7 +123,12 @@ def compared(records: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
     measures = (*MEASURES, "seconds_to_gain", "length")
     return {
         "reference": over_seeds([float(np.mean(r["reference"]["gold"])) for r in records.values()]),
-        "sides": {name: {key: over_seeds(each(name, key)) for key in measures} for name in names},
+        "sides": {
+            name: {
+                key: over_seeds(each(name, key), AT_LEAST_0 if key == "kl" else UNBOUNDED) for key in measures
+            }
+            for name in names
+        },
         "differences": differences,
         "curves": {seed: {name: side["marks"] for name, side in s.items()} for seed, s in seeds.items()},
     }

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rlhf.stats import clustered
 from rlhf.stats.clustered import Floats, Indices
-from rlhf.stats.intervals import Z95, Estimate
+from rlhf.stats.intervals import Estimate, student95
 
 MOST_PAIRS = 10_000  # of one comparison
 _MOST_LISTED = 2_000_000  # pairs of one comparison, ties included, that are put in a list
@@ -176,7 +176,8 @@ def slope(gaps: ArrayLike, clusters: ArrayLike) -> Estimate:
     information = float((np.square(x_N) * wrong_N * sigmoid(b * x_N)).sum())
     score_G, _ = clustered.sums(x_N * wrong_N, names)
     error = math.sqrt(number / (number - 1) * float(np.square(score_G).sum())) / information
-    return Estimate(b / unit, (b - Z95 * error) / unit, (b + Z95 * error) / unit, number)
+    half = student95(number - 1) * error
+    return Estimate(b / unit, (b - half) / unit, (b + half) / unit, number)
 
 
 def _best_slope(x_N: Floats) -> float:

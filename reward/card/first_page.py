@@ -189,7 +189,9 @@ def _suite(title: str, name: str, suite: dict[str, Any]) -> str:
         parts.append("Sections, in the benchmark's own weights of the subsets:\n")
         cells = [[s["group"], *share(s), ", ".join(s["missing"]) or "none"] for s in sections]
         parts.append(table(["section", "score", "95% interval", "subsets that are missing"], cells))
-    if ties := suite.get("ties"):
+    if (ties := suite.get("ties")) and ties["score"] is None:
+        parts.append("Ties: unknown until prompts with many right answers and with one are there.\n")
+    elif ties:
         parts.append(
             f"Ties: score {ties['score']:.3f} = 0.3 x {ties['tied']:.3f} (all right answers above all wrong "
             f"ones) + 0.3 x {ties['ref']:.3f} (the same with one right answer) "
@@ -197,7 +199,8 @@ def _suite(title: str, name: str, suite: dict[str, Any]) -> str:
             f"apart than the right ones) + 0.01 x {ties['margin']:.3f}, over {ties['prompts']:,} prompts.\n"
         )
     overall = suite["overall"]
-    told = "unknown until all sections are there" if overall is None else percent(overall)
+    missing = "subsets, ties of both kinds among them," if name == "rewardbench2" else "sections"
+    told = f"unknown until all {missing} are there" if overall is None else percent(overall)
     means = {"rewardbench": "mean of the sections", "rewardbench2": "mean of the subsets"}
     parts.append(f"Overall ({means.get(name, 'all items')}): {told}.\n")
     return section(title, *parts)

@@ -239,7 +239,8 @@ def _near_ties(card: dict[str, Any]) -> str:
     return section(
         "Near-ties",
         f"Pairs whose scores differ by less than {near['threshold']:.3f} ({near['near_tie']:g} of the "
-        f"{near['of']}): the model has no opinion, and its accuracy there should be near 50%.\n",
+        f"{near['of'].replace('normalised score', 'normalized score')}): the model has no opinion, and "
+        "its accuracy there should be near 50%.\n",
         table(
             ["figure", "value", *_counted_head(card)[1:]],
             [[title, *_counted(near[key])] for title, key in titles.items()],

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf.stats.intervals import Z95, Estimate, cluster_mean_interval, wilson
+from rlhf.stats.intervals import Estimate, cluster_mean_interval, student95, wilson
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -44,8 +44,9 @@ def share(values: ArrayLike, clusters: ArrayLike) -> Estimate:
     """Mean of outcomes in [0, 1], with a Wilson interval that stays there and knows of the clusters.
 
     The number of trials of the interval is the effective one, p (1 - p) / se^2 with the standard error of
-    :func:`mean`, and at most the number of items (Dean and Pagano 2015 compare such intervals). Where all
-    outcomes are 0, or all are 1, it is the number of clusters.
+    :func:`mean`, and at most the number of items (Dean and Pagano 2015 compare such intervals); its quantile
+    is Student's, of one degree of freedom less than clusters. Where all outcomes are 0, or all are 1, or in
+    one cluster, no error is estimated: the trials are the clusters, the quantile is the normal one.
     """
     plain = mean(values, clusters)
     p, number = plain.mean, plain.n
@@ -53,11 +54,11 @@ def share(values: ArrayLike, clusters: ArrayLike) -> Estimate:
         return plain
     items = np.asarray(values).size
     if number == 1 or p in (0.0, 1.0):
-        trials = float(number)
-    else:
-        error = (plain.high - plain.low) / (2 * Z95)
-        trials = float(items) if error == 0 else min(p * (1 - p) / error**2, float(items))
-    return wilson(p, trials, number)
+        return wilson(p, number, number)
+    t = student95(number - 1)
+    error = (plain.high - plain.low) / (2 * t)
+    trials = float(items) if error == 0 else min(p * (1 - p) / error**2, float(items))
+    return wilson(p, trials, number, t)
 
 
 def jackknife(
@@ -67,7 +68,7 @@ def jackknife(
     forward: Callable[[float], float] = float,
     back: Callable[[float], float] = float,
 ) -> Estimate:
-    """A statistic of the items, with the delete-a-group jackknife interval (Kott 2001).
+    """A statistic of the items, with the delete-a-group jackknife interval (Kott 2001), by Student's t.
 
     Args:
         statistic: takes the indices of the items that stay; NaN where it is not defined.
@@ -93,4 +94,5 @@ def jackknife(
     error = math.sqrt((parts - 1) / parts * float(np.square(others - others.mean()).sum()))
     if not math.isfinite(middle) or not math.isfinite(error):
         return unknown
-    return Estimate(whole, back(middle - Z95 * error), back(middle + Z95 * error), number)
+    half = student95(parts - 1) * error
+    return Estimate(whole, back(middle - half), back(middle + half), number)

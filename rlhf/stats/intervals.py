@@ -6,6 +6,7 @@ everything is NaN, with a single one only the interval is (a share of one trial 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+UNBOUNDED, AT_LEAST_0, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)  # of a quantity
 Z95 = 1.959963984540054  # 97.5% quantile of the standard normal distribution
 
 
@@ -29,6 +31,15 @@ class Estimate:
         """Give {mean, ci95: [low, high], n} for JSON; what is not known (NaN) becomes None."""
         return {"mean": _known(self.mean), "ci95": _ends(self), "n": self.n}
 
+    def cut(self, bounds: tuple[float, float]) -> Estimate:
+        """With the interval cut at the bounds of the quantity, such as 0 and 1 of a share.
+
+        No truth is beyond them, so nothing is lost of the coverage. Not beyond the mean: an estimate of a KL
+        may be below 0 itself.
+        """
+        low, high = (float(np.clip(end, *bounds)) for end in (self.low, self.high))
+        return Estimate(self.mean, min(low, self.mean), max(high, self.mean), self.n)
+
 
 def mean_interval(x: ArrayLike) -> Estimate:
     """Mean of independent observations: mean +- z s / sqrt(n), with s^2 = sum (x - mean)^2 / (n - 1).
@@ -44,6 +55,7 @@ def mean_interval(x: ArrayLike) -> Estimate:
     return _around(mean, float(values.std(ddof=1)) / math.sqrt(values.size), int(values.size))
 
 
+@functools.cache
 def student95(freedom: int) -> float:
     """97.5% quantile of Student's t distribution."""
     from scipy.special import stdtrit  # here, since it takes a while to load and few ask for it
@@ -68,8 +80,9 @@ def cluster_mean_interval(numerators: ArrayLike, denominators: ArrayLike) -> Est
     """Ratio of sums over clusters, with a standard error that holds when a cluster's items are dependent.
 
     numerators, denominators: one entry per cluster, for instance correct pairs and pairs of one prompt.
-    R = sum a / sum b; se = sqrt(G / (G - 1) * sum (a_g - R b_g)^2) / sum b; interval R +- z se. Clusters
-    with denominator 0 are left out; n is the number G of the others.
+    R = sum a / sum b; se = sqrt(G / (G - 1) * sum (a_g - R b_g)^2) / sum b; interval R +- t se, t of G - 1
+    degrees of freedom, since clusters may be few. Clusters with denominator 0 are left out; n is the number
+    G of the others.
 
     Linearized ratio estimator: Cochran, Sampling Techniques (1977), section 6.4, with the cluster correction.
     """
@@ -82,7 +95,8 @@ def cluster_mean_interval(numerators: ArrayLike, denominators: ArrayLike) -> Est
     if clusters == 1:
         return Estimate(ratio, math.nan, math.nan, 1)
     squares = float(np.square(a - ratio * b).sum())
-    return _around(ratio, math.sqrt(clusters / (clusters - 1) * squares) / abs(total), clusters)
+    error = math.sqrt(clusters / (clusters - 1) * squares) / abs(total)
+    return _around(ratio, error, clusters, student95(clusters - 1))
 
 
 def paired_difference(before: ArrayLike, after: ArrayLike) -> dict[str, Any]:
@@ -115,11 +129,11 @@ def proportion_interval(k: int, n: int) -> Estimate:
     return wilson(k / n, n, n)
 
 
-def wilson(p: float, trials: float, n: int) -> Estimate:
+def wilson(p: float, trials: float, n: int, z: float = Z95) -> Estimate:
     """Wilson score interval of a share p of ``trials``, which need not be whole (scipy's have to be)."""
-    z2_n = Z95**2 / trials
+    z2_n = z**2 / trials
     center = (p + z2_n / 2) / (1 + z2_n)
-    half = Z95 * math.sqrt(p * (1 - p) / trials + z2_n / (4 * trials)) / (1 + z2_n)
+    half = z * math.sqrt(p * (1 - p) / trials + z2_n / (4 * trials)) / (1 + z2_n)
     return Estimate(p, 0.0 if p == 0 else center - half, 1.0 if p == 1 else center + half, n)
 
 
@@ -144,8 +158,8 @@ def _same_length(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArr
     return first, second
 
 
-def _around(mean: float, standard_error: float, n: int) -> Estimate:
-    return Estimate(mean, mean - Z95 * standard_error, mean + Z95 * standard_error, n)
+def _around(mean: float, standard_error: float, n: int, z: float = Z95) -> Estimate:
+    return Estimate(mean, mean - z * standard_error, mean + z * standard_error, n)
 
 
 def _known(x: float) -> float | None:

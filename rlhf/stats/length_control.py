@@ -46,7 +46,8 @@ def length_controlled(
         over the difference in tokens; ``gain_a_token`` its slope. ``win_rate_at_equal_length``: a logistic
         regression of win (1), tie (1/2) or loss (0) on tanh(difference / its deviation), at 0 (the length
         term of Dubois 2024, arXiv 2404.04475, eq. 2). ``about_equal``: ``gain``, ``win_rate`` and the number
-        of ``pairs`` whose lengths differ by at most :data:`ABOUT_EQUAL` of the longer one. Figures are
+        of ``pairs``, the effective one where they have weights, whose lengths differ by at most
+        :data:`ABOUT_EQUAL` of the longer one. Figures are
         {mean, ci95, n}, n clusters; what cannot be known, as a slope where all differences are equal, is
         None.
 
@@ -85,9 +86,15 @@ def length_controlled(
         "about_equal": {
             "gain": mean(gain_N, equal_N),
             "win_rate": mean(outcome_N, equal_N),
-            "pairs": int(equal_N.sum()),
+            "pairs": round(effective(weights_N[equal_N])),
         },
     }
+
+
+def effective(weights_N: Floats) -> float:
+    """How many equally weighted pairs say as much: (sum w)^2 / sum w^2 (Kish 1965); 0 without any."""
+    squares = float(weights_N @ weights_N)
+    return float(weights_N.sum()) ** 2 / squares if squares else 0.0
 
 
 def line(x_N: Floats, y_N: Floats, weights_N: Floats) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.stats.intervals import Estimate
+from rlhf.stats.intervals import AT_LEAST_0, SHARE, UNBOUNDED, Estimate
 from studies.engine import report as engine
 from studies.engine.results import Results
 from studies.engine.seeds import SeedMean, over_seeds
@@ -24,13 +24,13 @@ def _a_nat(unit: Unit) -> float:
     return float(gain / kl) if kl > 0 else math.nan
 
 
-FIGURES: dict[str, tuple[Callable[[Unit], float], int]] = {  # of an arm and seed, and the digits shown
-    "gold score": (lambda u: u["gain"]["after"], 3),
-    "gold gain": (lambda u: u["gain"]["mean"], 3),
-    "KL, nats": (lambda u: u["kl"]["mean"], 2),
-    "gold gain a nat": (_a_nat, 3),
-    "reward accuracy on its own samples": (lambda u: u["accuracy"]["mean"], 3),
-    "tokens": (lambda u: u["length"]["after"], 1),
+FIGURES: dict[str, tuple[Callable[[Unit], float], int, tuple[float, float]]] = {  # digits shown, bounds
+    "gold score": (lambda u: u["gain"]["after"], 3, (-1.0, 1.0)),
+    "gold gain": (lambda u: u["gain"]["mean"], 3, UNBOUNDED),
+    "KL, nats": (lambda u: u["kl"]["mean"], 2, AT_LEAST_0),
+    "gold gain a nat": (_a_nat, 3, UNBOUNDED),
+    "reward accuracy on its own samples": (lambda u: u["accuracy"]["mean"], 3, SHARE),
+    "tokens": (lambda u: u["length"]["after"], 1, AT_LEAST_0),
 }
 
 
@@ -46,8 +46,8 @@ def claim(plan: Plan, results: Results) -> Claim:
     pairs = list(zip(arms["online"], arms["static"], strict=True))
     gain = over_seeds([SeedMean.of(np.subtract(a["gold"], b["gold"])) for a, b in pairs])
     rows = []
-    for name, (of, digits) in FIGURES.items():
-        cells = [shown(_over([of(u) for u in arms[arm]]), digits) for arm in ARMS]
+    for name, (of, digits, bounds) in FIGURES.items():
+        cells = [shown(_over([of(u) for u in arms[arm]]).cut(bounds), digits) for arm in ARMS]
         rows.append((name, *cells, shown(_over([of(a) - of(b) for a, b in pairs]), digits)))
     for index, seed in enumerate(plan.seeds):
         for arm in ARMS:

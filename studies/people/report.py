@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.markdown import plain, table
-from rlhf.stats.intervals import student95
+from rlhf.stats.intervals import AT_LEAST_0, SHARE, UNBOUNDED, Estimate, student95
 from studies.engine.results import Results
 from studies.people.plan import ARMS, label_of
 
@@ -41,8 +41,10 @@ def figure_at(summary: dict[str, Any], path: str) -> Figure:
     return dict(found[last])
 
 
-def over_seeds(figures: Sequence[Figure]) -> Figure:
+def over_seeds(figures: Sequence[Figure], path: str = "") -> Figure:
     """Mean over the seeds, n of them; the wider of Student's t over them and of their own mean interval.
+
+    A win rate's interval is cut at 0 and 1, a KL's at 0. path: the figure's, which tells them.
 
     The seeds share their prompts, so the interval over prompts does not shrink with their number. What is not
     known in a seed is left out; without any, all is None.
@@ -57,8 +59,8 @@ def over_seeds(figures: Sequence[Figure]) -> Figure:
         student = student95(len(known) - 1) * float(means.std(ddof=1)) / math.sqrt(len(known))
         half = student if math.isnan(half) else max(half, student)
     mean = float(means.mean())
-    ends = None if math.isnan(half) else [mean - half, mean + half]
-    return {"mean": mean, "ci95": ends, "n": len(known)}
+    bounds = SHARE if "win_rate" in path else AT_LEAST_0 if path == "kl" else UNBOUNDED
+    return Estimate(mean, mean - half, mean + half, len(known)).cut(bounds).as_dict()
 
 
 def arms(results: Results) -> list[dict[str, Any]]:
@@ -71,7 +73,7 @@ def arms(results: Results) -> list[dict[str, Any]]:
     made = results.values("policy", "arm")
     for arm in (*(a for a in ARMS if a in made), *(a for a in made if a not in ARMS)):
         of_arm = results.by_seed("policy", arm=arm)
-        figures = {path: over_seeds([figure_at(s, path) for s in of_arm]) for path, *_ in COLUMNS}
+        figures = {path: over_seeds([figure_at(s, path) for s in of_arm], path) for path, *_ in COLUMNS}
         found.append({"label": label_of(arm), "figures": figures})
     return found
 
@@ -110,7 +112,7 @@ def _best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     """The figures that best of n has; its KL is a bound."""
     controlled = [{"judge_length_controlled": row["length_controlled"]} for row in rows]
     found = {
-        path: over_seeds([figure_at(c, path) for c in controlled])
+        path: over_seeds([figure_at(c, path) for c in controlled], path)
         for path, *_ in COLUMNS
         if path.startswith("judge_length_controlled")
     }
@@ -144,7 +146,8 @@ def page(content: dict[str, Any]) -> str:
         "responses and optimizer steps, the same rates and KL "
         "coefficient; DPO has the comparisons, best of n only the base.",
         f"Intervals: 95%, the wider of Student's t over {len(seeds)} seed{'s' * (len(seeds) > 1)} of the "
-        "policy and of the mean interval over prompts. Data and reward models are the same in all seeds.",
+        "policy and of the mean interval over prompts, cut at "
+        "0 and 1 for a win rate, at 0 for a KL. Data and reward models are the same in all seeds.",
         table(["", *(label for _, label, _ in COLUMNS)], rows),
         *_against(content["against"], len(seeds)),
         "## Samples",

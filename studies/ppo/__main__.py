@@ -34,10 +34,11 @@ def main() -> None:
     args = arguments().parse_args()
     plan = plan_of(args)
     command.check(args)
+    from rlhf.stats.intervals import SHARE
     from studies.engine.report import content
     from studies.engine.verdicts import shown
     from studies.ppo import claims, plots, report
-    from studies.ppo.curves import Curves, estimate
+    from studies.ppo.curves import BOUNDS, GOLD, Curves, estimate
     from studies.ppo.units import compute
 
     curves = Curves(command.results(args, units_of(plan), compute))
@@ -56,8 +57,8 @@ def main() -> None:
         jobs=args.jobs,
         short=lambda result: {k: v for k, v in result.items() if k not in ("pairs", "held_out")},
         reward_models=report.reward_models(curves),
-        labels_right=shown(estimate([p["labels_right"] for p in pairs])),
-        base=shown(estimate([p["gold"] for p in pairs])),
+        labels_right=shown(estimate([p["labels_right"] for p in pairs]).cut(SHARE)),
+        base=shown(estimate([p["gold"] for p in pairs]).cut(BOUNDS[GOLD])),
     )
     shown_claims = [claim.number for claim in made]
     command.write(args.output, kept, report.page(kept), made, plots.canvases(curves, shown_claims))

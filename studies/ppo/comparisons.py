@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlhf.stats.intervals import SHARE
 from studies.engine.verdicts import Claim, above, below, shown
-from studies.ppo.curves import GOLD, KL, Curves, column, drop, end, estimate, peak_gold
+from studies.ppo.curves import BOUNDS, GOLD, KL, Curves, column, drop, end, estimate, peak_gold
 from studies.ppo.fits import at_kl, r_squared, smooth
 from studies.ppo.plan import CLOSE, DPO, ESTIMATORS, NAMES, PRICES, STRONG, WEAK
 
@@ -44,16 +45,24 @@ def _best_row(curves: Curves) -> tuple[str, ...]:
         for gold, kl, run in zip(golds, kls, curves.runs("ppo"), strict=True)
     ]
     name = f"best of {every[0]['n'][-1]}"
-    return (name, shown(estimate(golds)), f"{kls[0]:.2f}", "", shown(estimate(beside)), "", "")
+    return (
+        name,
+        shown(estimate(golds).cut(BOUNDS[GOLD])),
+        f"{kls[0]:.2f}",
+        "",
+        shown(estimate(beside)),
+        "",
+        "",
+    )
 
 
 def _row(curves: Curves, arm: str, other: str = "ppo") -> tuple[str, ...]:
     """An arm beside another."""
-    found = [shown(curves.over(arm, end(name)), digits) for name, digits in ((GOLD, 3), (KL, 2))]
+    found = [shown(curves.at_end(arm, name), digits) for name, digits in ((GOLD, 3), (KL, 2))]
     beside = ["", ""]
     if arm not in (other, "closed") and other in curves.arms:
         beside = [shown(curves.less(arm, other, end(GOLD))), shown(curves.at_equal_kl(arm, other))]
-    spread = shown(curves.over(arm, end("distinct_2")), 2)
+    spread = shown(curves.at_end(arm, "distinct_2"), 2)
     return (arm, *found, *beside, spread, shown(curves.over(arm, lambda run: float(run["loop_seconds"])), 0))
 
 
@@ -65,7 +74,7 @@ def ablations(curves: Curves) -> Claim | None:
         return None
     statements = []
     if "EOS trick" in arms:
-        statements.append(above("EOS trick: responses that end", curves.over("EOS trick", end("eos")), ENDED))
+        statements.append(above("EOS trick: responses that end", curves.at_end("EOS trick", "eos"), ENDED))
         if "closed" in arms:
             more = curves.less("EOS trick", "closed", end("eos"))
             statements.append(above("the same, more than without the trick", more))
@@ -79,7 +88,7 @@ def ablations(curves: Curves) -> Claim | None:
         statements.append(above("gold with running reward normalization less without", gain))
     rows = []
     for arm in ("ppo", *arms):
-        ends = (shown(curves.over(arm, end(name)), 2) for name in ("eos", "explained_variance"))
+        ends = (shown(curves.at_end(arm, name), 2) for name in ("eos", "explained_variance"))
         rows.append((*_row(curves, arm, "closed" if arm == "EOS trick" else "ppo"), *ends))
     return Claim(
         18,
@@ -124,7 +133,10 @@ def forward(curves: Curves) -> Claim | None:
         "rung), both on held-out story prompts.",
         [above("R^2 on forward KL less R^2 on reverse KL", estimate(np.subtract(forward, reverse).tolist()))],
         ("", "R^2"),
-        [("forward KL", shown(estimate(forward))), ("reverse KL", shown(estimate(reverse)))],
+        [
+            ("forward KL", shown(estimate(forward).cut(SHARE))),
+            ("reverse KL", shown(estimate(reverse).cut(SHARE))),
+        ],
     )
 
 
@@ -155,8 +167,15 @@ def bounded(curves: Curves) -> Claim | None:
         [
             (
                 "plain" if arm == plain else arm,
-                *(shown(curves.over(arm, of)) for of in (end(GOLD), peak_gold, drop)),
-                shown(curves.over(arm, end(KL)), 1),
+                *(
+                    shown(e)
+                    for e in (
+                        curves.at_end(arm, GOLD),
+                        curves.over(arm, peak_gold).cut(BOUNDS[GOLD]),
+                        curves.over(arm, drop),
+                    )
+                ),
+                shown(curves.at_end(arm, KL), 1),
                 "" if arm == plain else shown(curves.at_equal_kl(arm, plain)),
             )
             for arm in (plain, *shapes)

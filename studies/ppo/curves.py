@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rlhf.stats.intervals import Estimate
+from rlhf.stats.intervals import AT_LEAST_0, SHARE, UNBOUNDED, Estimate
 from studies.engine.results import Results
 from studies.engine.seeds import SeedMean, over_seeds
 from studies.ppo.fits import Floats, at_kl, smooth
 
 GOLD, KL = "gold", "kl"
+BOUNDS = {GOLD: (-1.0, 1.0), KL: AT_LEAST_0, "eos": SHARE, "distinct_2": SHARE}
+"""Of columns; the gold score is VADER's."""
 LAST = 0.1  # share of the steps that an arm's end is
 Run = dict[str, Any]
 
@@ -36,6 +38,10 @@ class Curves:
     def over(self, arm: str, of: Callable[[Run], float]) -> Estimate:
         """A figure of an arm over the seeds."""
         return estimate([of(run) for run in self.runs(arm)])
+
+    def at_end(self, arm: str, name: str) -> Estimate:
+        """A column at the end of an arm, its interval cut at the column's bounds."""
+        return self.over(arm, end(name)).cut(BOUNDS.get(name, UNBOUNDED))
 
     def less(self, arm: str, other: str, of: Callable[[Run], float]) -> Estimate:
         """The same less that of another arm, paired by seed."""

@@ -93,7 +93,8 @@ def seeds_needed(estimate: Estimate, bound: float) -> int | None:
     are; None = more than :data:`MOST_SEEDS`, or not known from one seed."""
     if estimate.n < 2 or math.isnan(estimate.low):
         return None
-    deviation = (estimate.high - estimate.mean) * math.sqrt(estimate.n) / student95(estimate.n - 1)
+    half = max(estimate.high - estimate.mean, estimate.mean - estimate.low)  # one end may be cut
+    deviation = half * math.sqrt(estimate.n) / student95(estimate.n - 1)
     for n in range(estimate.n, MOST_SEEDS + 1):
         if student95(n - 1) * deviation / math.sqrt(n) < abs(estimate.mean - bound):
             return n

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
-from rlhf.stats.intervals import Estimate
+from rlhf.stats.intervals import SHARE, Estimate
 from studies.engine.verdicts import Claim, above, below, inside, shown
 from studies.ppo.curves import (
+    BOUNDS,
     GOLD,
     KL,
     Curves,
@@ -102,7 +103,7 @@ def divergence(curves: Curves) -> Claim | None:
         "deviation 1 on the rung's own responses; PPO without a KL price against one, watched by the other.",
         statements,
         ("proxy", "train model, end", "test model, end", "gold, end", "KL, end"),
-        [(a, *(shown(curves.over(a, end(n)), 2) for n in ("proxy", "test", GOLD, KL))) for a in arms],
+        [(a, *(shown(curves.at_end(a, n), 2) for n in ("proxy", "test", GOLD, KL))) for a in arms],
     )
 
 
@@ -159,12 +160,12 @@ def overoptimization(curves: Curves) -> Claim | None:
         rows.append(
             (
                 name,
-                shown(accuracy),
+                shown(accuracy.cut(SHARE)),
                 shown(_bon_end(curves, name)),
                 shown(_bon_fit(curves, name, "aic_gain"), 1),
-                shown(curves.over(arm, peak_gold)),
-                shown(curves.over(arm, end(GOLD))),
-                shown(curves.over(arm, end(KL)), 1),
+                shown(curves.over(arm, peak_gold).cut(BOUNDS[GOLD])),
+                shown(curves.at_end(arm, GOLD)),
+                shown(curves.at_end(arm, KL), 1),
                 shown(_rl_fit(curves, arm, "alpha")),
                 shown(_rl_fit(curves, arm, "beta")),
                 shown(_rl_fit(curves, arm, "aic_gain"), 1),
@@ -233,8 +234,8 @@ def price(curves: Curves) -> Claim | None:
         [
             (
                 arm,
-                shown(curves.over(arm, end(GOLD))),
-                shown(curves.over(arm, end(KL)), 1),
+                shown(curves.at_end(arm, GOLD)),
+                shown(curves.at_end(arm, KL), 1),
                 "" if arm == free else shown(curves.at_equal_kl(arm, free)),
             )
             for arm in (free, *names)

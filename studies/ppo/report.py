@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.markdown import table
+from rlhf.stats.intervals import SHARE
 from studies.engine import report as engine
 from studies.engine.verdicts import shown
 from studies.ppo.curves import Curves, estimate
@@ -19,7 +20,8 @@ def reward_models(curves: Curves) -> list[list[str]]:
             for half in units.values("reward", "half", layers=layers, comparisons=number, **own):
                 some = units.by_seed("reward", layers=layers, comparisons=number, half=half, **own)
                 right = (
-                    shown(estimate([r[k]["mean"] for r in some])) for k in ("accuracy", "train_accuracy")
+                    shown(estimate([r[k]["mean"] for r in some]).cut(SHARE))
+                    for k in ("accuracy", "train_accuracy")
                 )
                 rows.append([str(layers), str(number), half, *right])
     return rows
@@ -44,7 +46,8 @@ def page(content: dict[str, Any]) -> str:
         ),
         "Arms are `free SIZE DATA` (no KL price; size of the proxy, 0 to 2 its comparisons from few to "
         "many), `price BETA`, `ppo` (KL price 0.05, the small proxy with the most comparisons) and single "
-        "changes of `ppo`. *At the end*: over the last tenth of the steps.",
+        "changes of `ppo`. *At the end*: over the last tenth of the steps. Intervals are cut where the "
+        "quantity ends: 0 and 1 of shares and R^2, 0 of a KL, -1 and 1 of the gold score.",
     ]
     return engine.page(
         content,

@@ -12,7 +12,7 @@ from studies.engine.results import Results
 from studies.engine.seeds import SeedMean, over_seeds
 from studies.preference.plan import ARMS, TARGETS
 from studies.preference.report import PLOTS
-from studies.preference.tables import best_imitation, mean_of, transfer_credits, versus_credits
+from studies.preference.tables import accuracy_of, best_imitation, transfer_credits, versus_credits
 
 CALLED = {"none": "no PMP", "imitation": "control", "ranked": "ranked PMP", "binary": "binary PMP"}
 
@@ -35,7 +35,7 @@ def versus(results: Results) -> Any:
             ("imitation less language model", "il", "sum less language model"),
         ):
             found = [
-                mean_of(versus_credits(results, data, n, arm, score or best_imitation(results, data, n)))
+                accuracy_of(versus_credits(results, data, n, arm, score or best_imitation(results, data, n)))
                 for n in sizes
             ]
             line(ax, x, found, label)
@@ -53,7 +53,7 @@ def transfer(results: Results) -> Any:
         for ax, target in zip(row, TARGETS, strict=True):
             tried = results.values("finetune", "pairs", target=target)
             for arm in ARMS:
-                found = [mean_of(transfer_credits(results, layers, target, arm, n)) for n in tried]
+                found = [accuracy_of(transfer_credits(results, layers, target, arm, n)) for n in tried]
                 line(ax, [max(n, 20) for n in tried], found, CALLED[arm])
             title = f"{target} target, L = {layers}"
             ax.set(xscale="log", title=title, xlabel="finetuning pairs (left end: none)")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from rlhf.stats.intervals import Estimate
+from rlhf.stats.intervals import SHARE, Estimate
 from studies.engine.ladder import matrix_weights
 from studies.engine.results import Results
 from studies.engine.seeds import SeedMean, over_seeds
@@ -31,6 +31,11 @@ TRANSFER_COLUMNS = ("target", "L", "pairs", "no PMP", "control", "ranked PMP", "
 def mean_of(items: Iterable[Floats]) -> Estimate:
     """Mean over seeds of a value an item, as the credits of pairs, one array a seed."""
     return over_seeds([SeedMean.of(x) for x in items])
+
+
+def accuracy_of(items: Iterable[Floats]) -> Estimate:
+    """The same of credits, whose mean is a share: the interval is cut at 0 and 1."""
+    return mean_of(items).cut(SHARE)
 
 
 def versus_credits(
@@ -87,7 +92,7 @@ def versus_rows(results: Results, data: str) -> list[list[str]]:
     for layers in sizes:
 
         def credited(arm: str, score: str, labels: str = "true", layers: int = layers) -> Estimate:
-            return mean_of(versus_credits(results, data, layers, arm, score, labels))
+            return accuracy_of(versus_credits(results, data, layers, arm, score, labels))
 
         best = best_imitation(results, data, layers)
         perfect = shuffled = "-"
@@ -106,7 +111,7 @@ def transfer_rows(results: Results, target: str) -> list[list[str]]:
     """The table under :data:`TRANSFER_COLUMNS`: a row a size and number of pairs."""
     return [
         [target, str(layers), str(pairs)]
-        + [shown(mean_of(transfer_credits(results, layers, target, arm, pairs))) for arm in ARMS]
+        + [shown(accuracy_of(transfer_credits(results, layers, target, arm, pairs))) for arm in ARMS]
         for layers in results.values("finetune", "layers")
         for pairs in results.values("finetune", "pairs", target=target)
     ]

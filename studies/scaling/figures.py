@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.stats.intervals import Z95, Estimate
+from rlhf.stats.intervals import AT_LEAST_0, SHARE, UNBOUNDED, Z95, Estimate
 from studies.engine.results import Results
 from studies.engine.seeds import SeedMean, over_seeds
 from studies.scaling.data.items import TASKS
@@ -59,11 +59,12 @@ class Figure:
     unit: str
     rungs: Sequence[RungOf]
     points: Sequence[Sequence[SeedMean]]
+    bounds: tuple[float, float] = UNBOUNDED
 
     @property
     def estimates(self) -> list[Estimate]:
-        """At every rung, over the seeds."""
-        return [over_seeds(seeds) for seeds in self.points]
+        """At every rung, over the seeds; intervals are cut at the bounds."""
+        return [over_seeds(seeds).cut(self.bounds) for seeds in self.points]
 
     @property
     def trend(self) -> Trend | None:
@@ -126,7 +127,8 @@ class Study(Results):
     def level(self, task: str, metric: str, arm: str) -> Figure:
         """A metric of an arm."""
         points = self.points(lambda rung, seed: SeedMean.of(self.items(task, metric, arm, rung, seed)))
-        return Figure(f"{task}, {metric}", arm, UNITS.get(metric, metric), self.rungs, points)
+        bounds = {"acc": SHARE, "score": (-1.0, 1.0)}.get(metric, UNBOUNDED)
+        return Figure(f"{task}, {metric}", arm, UNITS.get(metric, metric), self.rungs, points, bounds)
 
     def change(self, task: str, metric: str, arm: str, before: str = BASE, sign: float = 1.0) -> Figure:
         """A metric of an arm less that of another one, item by item; sign -1 turns it round."""
@@ -147,12 +149,14 @@ class Study(Results):
         """A figure of the distillation report; NaN where the report leaves it open."""
 
         points = self.points(lambda rung, seed: point_of(self.result("distil", rung, seed)[key]))
-        return Figure("context distillation", *DISTILLED[key], self.rungs, points)
+        bounds = AT_LEAST_0 if DISTILLED[key][0].startswith("KL") else UNBOUNDED
+        return Figure("context distillation", *DISTILLED[key], self.rungs, points, bounds)
 
     def training(self, arm: str, key: str, name: str, unit: str) -> Figure:
         """A figure of the PPO log."""
         points = self.points(lambda rung, seed: SeedMean(self.result("ppo", rung, seed, arm=arm)[key]))
-        return Figure("PPO, last tenth of its steps", f"{arm}: {name}", unit, self.rungs, points)
+        bounds = AT_LEAST_0 if name.startswith(("KL", "entropy")) else UNBOUNDED
+        return Figure("PPO, last tenth of its steps", f"{arm}: {name}", unit, self.rungs, points, bounds)
 
     def metrics(self, task: str) -> list[str]:
         """The metrics of a task."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.errors import UserError
+from rlhf.stats.intervals import SHARE
 from studies.engine.command import Do
 from studies.engine.ladder import matrix_weights
 from studies.engine.results import Results
@@ -100,7 +101,7 @@ def _figure(results: Results, data: str, name: str, parts: Mapping[tuple[str, st
     sizes, seeds = (results.values("versus", key) for key in ("layers", "seed"))
     rungs = [RungOf(float(matrix_weights(layers)), layers) for layers in sizes]
     points = [[point(layers, seed) for seed in seeds] for layers in sizes]
-    return Figure(f"preference objectives, {data} pairs", name, "share right", rungs, points)
+    return Figure(f"preference objectives, {data} pairs", name, "share right", rungs, points, SHARE)
 
 
 def _best_imitation(results: Results, data: str) -> str:
