@@ -251,7 +251,9 @@ def main() -> None:
     recipe = load(Path(path), args.set)
     check(recipe, folds)
     data = recipe.data
-    found, counts = read_comparisons(data.comparisons, on_bad_rows=data.on_bad_rows, columns=data.columns)
+    found, counts = read_comparisons(
+        data.comparisons, on_bad_rows=data.on_bad_rows, columns=data.columns, repeats=data.repeats
+    )
     found = at_most(found, data.limit, recipe.seed, counts, "data.limit")
     held_out = deal(unit_keys(found, data.split_by), folds)
     command.check(args)

@@ -158,6 +158,24 @@ def test_the_training_part_becomes_rankings_and_the_held_out_part_stays(desk, ca
     assert "the Bradley-Terry fit agrees with the vote in 1.000 of the pairs" in capsys.readouterr().out
 
 
+def test_rows_of_a_pair_are_votes_where_the_recipe_says_so(desk, capsys):
+    turned = [pair(c.prompt[0].content, *c.responses[::-1], c.group) for c in one_prompt()]
+    write_native("data.jsonl", [*one_prompt(), *turned, *one_prompt()])
+    by_group, votes = "data.split_by=group", "data.repeats=votes"
+    train, held_out, results = made(by_group, votes)
+    assert len(train) + len(held_out) == 60
+    assert {c.confidence for c in (*train, *held_out)} == {2 / 3}
+    assert results["counts"]["comparisons"]["dropped"] == {"further votes on a pair": 120}
+    shutil.rmtree("runs")
+    train, voted, results = made(by_group, votes, "data.rankings=4")
+    assert (voted, {c.ranks for c in train}) == (held_out, {(0, 1, 2, 3)})
+    assert results["rankings"]["pairs"] == 3 * (60 - len(held_out))
+    write_native("data.jsonl", [*one_prompt(), one_prompt()[0]])
+    shutil.rmtree("runs")
+    made(by_group, "data.rankings=4")
+    assert "1 repeated rows count once; data.repeats=votes counts each as a vote" in capsys.readouterr().out
+
+
 def test_a_ranking_that_orders_a_held_out_pair_is_refused_or_told(desk, capsys):
     by_row = ("data.split_by=row", "data.rankings=4")
     message = refusal(*by_row)

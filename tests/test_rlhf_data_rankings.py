@@ -4,14 +4,15 @@ import itertools
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.data.comparisons import Comparison, Message, problem
-from rlhf.data.rankings import as_rankings, dealt, levels, log_strengths
+from rlhf.data.comparisons import DUPLICATE, Comparison, Counts, Message, deduplicate, problem
+from rlhf.data.rankings import as_rankings, dealt, decided, levels, log_strengths
 
 
 def vote(winner, loser, prompt="q", group=None, source="s", turned=False):
@@ -155,3 +156,31 @@ def test_ten_thousand_responses_to_one_prompt_are_dealt_in_seconds():
     assert counts.pools == 1
     assert max(len(c.responses) for c in found) == 9
     assert time.monotonic() - start < 20
+
+
+SAME = [vote("a", "b"), vote("b", "a"), vote("a ", "b", turned=True), vote("a", "b")]
+
+
+def test_repeated_pairs_are_votes_where_the_recipe_says_so():
+    counts = Counts(read=4)
+    assert len(deduplicate(SAME, counts)) == 2
+    assert counts.dropped == {DUPLICATE: 2}
+    assert as_rankings(deduplicate(SAME, counts), 9, 1, seed=0)[1].tied == 1
+    counts = Counts(read=4)
+    votes = deduplicate(SAME, counts, "votes")
+    assert (len(votes), counts.dropped) == (4, {})
+    ((found,), made) = as_rankings(votes, 9, 1, seed=0)
+    assert (found.responses, found.ranks, made.agreement) == (("a", "b"), (0, 1), 0.75)
+    long = replace(SAME[0], responses=("a", "b", "c"), ranks=(0, 1, 2))
+    assert deduplicate([long, long], Counts(read=2), "votes") == [long]
+
+
+def test_votes_on_a_pair_are_decided_by_more_than_half_of_them():
+    others = [vote("a", "b", group="g"), vote("a", "b", "p"), vote("b", "a", "p"), vote("x", "y")]
+    counts = Counts(read=8)
+    first, grouped, last = decided([*SAME, *others], counts)
+    assert first == replace(SAME[0], confidence=0.75)
+    assert (grouped, last) == (others[0], others[-1])
+    assert counts.dropped == {"further votes on a pair": 4, "votes without a majority": 1}
+    assert counts.kept == 3
+    assert decided([SAME[1], *SAME], Counts())[0].confidence == 0.6

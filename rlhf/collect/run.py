@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf.collect.simulated import gold_judge, noise_ceiling, sampled_comparisons
 from rlhf.data.comparisons import (
+    DUPLICATE,
     Comparison,
     Counts,
     Prompt,
@@ -17,7 +18,7 @@ from rlhf.data.comparisons import (
     write_native,
 )
 from rlhf.data.prompts import read_prompts
-from rlhf.data.rankings import as_rankings
+from rlhf.data.rankings import as_rankings, decided
 from rlhf.data.readers import read_comparisons
 from rlhf.data.split import check_apart, check_rankings, split_comparisons
 from rlhf.data.stored import COLUMNS, within_prompt_limit, write_columns, write_prompts
@@ -46,10 +47,10 @@ def collect(recipe: Recipe, run: StageRun) -> dict[str, Any]:
     train, held_out, lines = _parts(recipe, dialogue, comparisons, counts)
     more: dict[str, Any] = {}
     if data.rankings:
-        train, more["rankings"] = _rankings(recipe, train, lines)
+        train, more["rankings"] = _rankings(recipe, train, lines, counts["comparisons"])
         lines += check_rankings(train, held_out, data.allow_overlap)
     else:
-        train = _bounded(train, "comparisons", recipe, counts)
+        train = _bounded(_decided(train, "comparisons", recipe, counts), "comparisons", recipe, counts)
     held_out = _bounded(held_out, "held_out_comparisons" if data.held_out_comparisons else "comparisons",
                         recipe, counts)  # fmt: skip
     prompts = given.get("prompts") or _distinct(train)
@@ -127,7 +128,7 @@ def _comparisons(
 
 
 def _rankings(
-    recipe: Recipe, train: Sequence[Comparison], lines: list[str]
+    recipe: Recipe, train: Sequence[Comparison], lines: list[str], counts: Counts
 ) -> tuple[list[Comparison], dict[str, Any]]:
     """The training part as rankings, and their counts; a line about them is added."""
     data = recipe.data
@@ -135,6 +136,10 @@ def _rankings(
     if not found:
         raise UserError(f"data.rankings: the votes of all {len(train)} comparisons cancel out; remove it")
     lines.append(str(made))
+    if once := counts.dropped.get(DUPLICATE):
+        lines.append(
+            f"data.rankings: {once:,} repeated rows count once; data.repeats=votes counts each as a vote"
+        )
     return found, made.as_dict()
 
 
@@ -147,8 +152,20 @@ def _read(name: str, recipe: Recipe, dialogue: Dialogue, counts: dict[str, Count
         key=f"data.{name}",
         refuses=dialogue.refusal,
         columns=data.columns,
+        repeats=data.repeats,
     )
     return within_prompt_limit(found, lambda c: c.prompt, recipe, dialogue, counts[name])
+
+
+def _decided(
+    part: list[Comparison], name: str, recipe: Recipe, counts: dict[str, Counts]
+) -> list[Comparison]:
+    """The part with the votes on each pair as one comparison, where the recipe has votes."""
+    if recipe.data.repeats == "once":
+        return part
+    found = decided(part, counts[name])
+    _check_some(name, found, recipe, counts)
+    return found
 
 
 def _check_some(name: str, found: Sequence[Comparison], recipe: Recipe, counts: dict[str, Counts]) -> None:
@@ -164,14 +181,16 @@ def _parts(
     data = recipe.data
     if data.held_out_comparisons:
         held_out = _read("held_out_comparisons", recipe, dialogue, counts)
+        held_out = _decided(held_out, "held_out_comparisons", recipe, counts)
         _check_some("held_out_comparisons", held_out, recipe, counts)
         return comparisons, held_out, check_apart(comparisons, held_out, data.allow_overlap)
     try:
-        return split_comparisons(comparisons, data.split_by, data.held_out, recipe.seed)
+        train, held_out, lines = split_comparisons(comparisons, data.split_by, data.held_out, recipe.seed)
     except UserError as error:
         if not counts["comparisons"].dropped:
             raise
         raise UserError(f"{error} ({counts['comparisons']})") from None
+    return train, _decided(held_out, "comparisons", recipe, counts), lines
 
 
 def _bounded(

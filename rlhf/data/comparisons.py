@@ -20,6 +20,9 @@ from rlhf.runs.artifacts import write_jsonl
 
 ROLES = ("system", "user", "assistant")
 OnBadRows = Literal["stop", "skip"]
+Repeats = Literal["once", "votes"]
+"""Whether the same pair with the same verdict counts once or as a vote each time."""
+DUPLICATE = "duplicate comparison"
 
 
 @dataclass(frozen=True)
@@ -181,13 +184,16 @@ class Counts:
         return line
 
 
-def deduplicate(comparisons: Iterable[Comparison], counts: Counts) -> list[Comparison]:
+def deduplicate(
+    comparisons: Iterable[Comparison], counts: Counts, repeats: Repeats = "once"
+) -> list[Comparison]:
     """Remove repeated responses inside a comparison, then repeated comparisons; the first one stays.
 
     A response that stands twice in one comparison keeps its better rank. A comparison left with one
     response, or with ties only, is dropped. Two comparisons are the same when prompt, responses and their
     order of preference are, however the responses are listed, and the group is (an item of a benchmark may
-    repeat a text of another style); source and confidence do not count.
+    repeat a text of another style); source and confidence do not count. Under repeats="votes" repeated pairs
+    stay: each is a vote.
     The ranks of the result are dense (0, 1, 2, ... without gaps). White space at the ends of a text does
     not make it another text.
 
@@ -209,8 +215,8 @@ def deduplicate(comparisons: Iterable[Comparison], counts: Counts) -> list[Compa
             distinct.group,
             tuple(sorted(zip(distinct.ranks, texts, strict=True))),
         )
-        if key in seen:
-            counts.drop("duplicate comparison")
+        if key in seen and (repeats == "once" or len(distinct.responses) > 2):
+            counts.drop(DUPLICATE)
             continue
         seen.add(key)
         counts.duplicate_responses += len(comparison.responses) - len(distinct.responses)

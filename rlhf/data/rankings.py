@@ -9,13 +9,14 @@ never lost stays finite, and few votes say little.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf.data.comparisons import Comparison, prompt_key
+from rlhf.data.comparisons import Comparison, Counts, prompt_key
 from rlhf.data.split import connected, row_key
 
 ITERATIONS = 5000
@@ -109,7 +110,8 @@ def as_rankings(
 
     The pairs of a prompt make pools: responses that votes connect, directly or over others. Each pool is
     fitted and dealt by itself, so that nothing is ranked that no vote connects. A comparison of more
-    responses stays, or is dealt into rankings where it has more than ``most``. A ranking has the source and
+    responses stays, or is dealt into rankings where it has more than ``most``. A pair that stands several
+    times is as many votes. A ranking has the source and
     the group that all its pool has, else the first source and no group, and no confidence. What is dealt
     depends on the pool and the seed, not on other prompts.
     """
@@ -148,6 +150,35 @@ def as_rankings(
             deal(replace(pool[0], confidence=None, group=group), texts, level_I, f"{key}:{name}")
     counts.agreement = agreed / counts.pairs if counts.pairs else None
     return made, counts
+
+
+def decided(votes: Sequence[Comparison], counts: Counts) -> list[Comparison]:
+    """Each pair once, as more than half of the votes on it say; longer comparisons as they are.
+
+    Votes on one pair have the prompt, the group and both responses in common. Where there are several, the
+    first that says what most say stays, with their share as its confidence; without a majority none does.
+    """
+    on_pair: dict[tuple[str, str | None], list[Comparison]] = {}
+    for number, c in enumerate(votes):
+        key = row_key(c) if len(c.responses) == 2 else str(number)
+        on_pair.setdefault((key, c.group), []).append(c)
+    found = []
+    for same in on_pair.values():
+        winner, most = Counter(_better(c) for c in same).most_common(1)[0]
+        first = next(c for c in same if _better(c) == winner)
+        if len(same) == 1:
+            found.append(first)
+            continue
+        counts.drop("further votes on a pair", len(same) - 1)
+        if most * 2 > len(same):
+            found.append(replace(first, confidence=most / len(same)))
+        else:
+            counts.drop("votes without a majority")
+    return found
+
+
+def _better(c: Comparison) -> str:
+    return c.responses[c.ranks.index(min(c.ranks))].strip()
 
 
 def _fitted(pool: Sequence[Comparison]) -> tuple[list[str], list[int], float]:

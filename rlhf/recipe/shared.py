@@ -157,6 +157,9 @@ class Data(Section):
     allow_overlap: bool = False
     """Comparisons that are both in the training and in the test files, or whose responses a training ranking
     orders (`rankings`), are counted and stay in both; without it they are refused."""
+    repeats: Literal["once", "votes"] = "once"
+    """A pair that stands in several rows: equal rows count once, or each row is a vote. Votes become one pair
+    by their majority (`confidence` is its share; without one it is left out), or all go into `rankings`."""
     rankings: Annotated[int, Field(ge=2, le=64, strict=True)] | None = None
     """Pairwise votes over the responses to one prompt become rankings of that many responses, ordered by a
     Bradley-Terry fit to all votes (Hunter 2004); longer ones are dealt into such. Training part only."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from typing import TypeVar
 
-from rlhf.data.comparisons import Comparison, Counts, OnBadRows, Prompt, deduplicate, problem
+from rlhf.data.comparisons import Comparison, Counts, OnBadRows, Prompt, Repeats, deduplicate, problem
 from rlhf.data.readers import hh, native, oasst, reddit, stackexchange, trl, wikipedia
 from rlhf.data.readers.files import origins
 from rlhf.data.readers.given import KEY as COLUMNS
@@ -63,13 +63,14 @@ def read_comparisons(
     key: str = "data.comparisons",
     refuses: Refuses = no_refusal,
     columns: Columns = {},  # noqa: B006 - never changed
+    repeats: Repeats = "once",
 ) -> tuple[list[Comparison], Counts]:
     """Read, check and de-duplicate the comparisons that the specs name, in their order.
 
     specs: paths, globs (sorted) or ``hub:NAME[:CONFIG][@SPLIT]``. on_bad_rows: "stop" raises UserError with
     file and line at the first bad row, "skip" leaves bad rows out and counts them by reason. key: the
     recipe's key that holds the specs, named in messages. refuses: why a prompt cannot be rendered; such a
-    row is a bad one.
+    row is a bad one. repeats: as of :func:`rlhf.data.comparisons.deduplicate`.
 
     Raises UserError also for specs that name nothing, unreadable files, files of an unknown format, and when
     nothing is left.
@@ -80,6 +81,7 @@ def read_comparisons(
             specs, on_bad_rows=on_bad_rows, counts=counts, key=key, refuses=refuses, columns=columns
         ),
         counts,
+        repeats,
     )
     _check_some("comparison", comparisons, specs, counts)
     return comparisons, counts
