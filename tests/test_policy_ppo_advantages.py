@@ -2,9 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_ppo import trainer
 
 from policy.ppo.advantages import estimate_advantages, gae, leave_one_out, length_adaptive_lam
 from policy.ppo.kl import ESTIMATORS
+from policy.ppo.metrics import rollout_metrics
 from policy.ppo.reward_shaping import penalize_length, penalize_missing_eos, token_rewards
 
 
@@ -156,3 +158,23 @@ def test_only_tokens_beyond_the_target_cost():
 def test_a_single_sample_has_nothing_to_be_compared_with():
     with pytest.raises(ValueError, match="two samples"):
         leave_one_out(torch.ones(1, 3))
+
+
+def test_while_the_value_warms_up_it_learns_the_rewards_and_a_random_one_explains_nothing(tmp_path):
+    built = trainer(tmp_path, steps=3, value_warmup=1, lam=0.5, batch_size=64, micro_batch_size=64)
+    rollout = built.collect_rollout(0)
+    guess_B1 = 5 * torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
+    rollout = rollout._replace(values_BR=guess_B1.expand_as(rollout.values_BR) * rollout.actions_BR)
+    rewards_BR = built.reward_shaper(rollout, 0.0)
+
+    def explained():
+        _, returns_BR = built.estimate_advantages(rollout, rewards_BR)
+        found = rollout_metrics(built.runtime, rollout, rewards_BR, returns_BR, 64)
+        return returns_BR, found["value/explained_variance"]
+
+    returns_BR, share = explained()
+    to_come_BR = rewards_BR.flip(-1).cumsum(-1).flip(-1) * rollout.actions_BR
+    torch.testing.assert_close(returns_BR, to_come_BR, atol=1e-4, rtol=1e-4)
+    assert share < 0.1
+    built.done = 1
+    assert explained()[1] > 0.4  # bootstrapped: the guess explains itself

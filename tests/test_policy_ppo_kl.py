@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from policy.ppo.kl import adapt, k1, k2, k3, sequence_kl
+from policy.ppo.kl import adapt, forward_kl, k1, k2, k3, sequence_kl
 
 SAMPLES = 1_000_000
 
@@ -76,3 +76,24 @@ def test_the_kl_coefficient_follows_the_clipped_relative_error(kl, expected):
 def test_a_kl_or_target_that_cannot_steer_is_an_error(kl, target, horizon):
     with pytest.raises(ValueError, match="KL"):
         adapt(0.15, kl, target=target, horizon=horizon, n=1)
+
+
+def test_the_forward_kl_from_samples_of_the_policy_is_exact_over_all_responses():
+    """Responses of up to two of three tokens; token 2 ends one, so that lengths differ."""
+    g = torch.Generator().manual_seed(1)
+    policy, ref = (torch.randn(2, 3, 3, generator=g, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    paths = [(2,), *((a, b) for a in (0, 1) for b in range(3))]
+    rows = torch.zeros(2, len(paths), 2, dtype=torch.float64)
+    mask = torch.zeros(len(paths), 2, dtype=torch.bool)
+    for n, path in enumerate(paths):
+        for t, token in enumerate(path):
+            rows[:, n, t] = torch.stack([p[t, path[0] if t else 0, token] for p in (policy, ref)])
+            mask[n, t] = True
+    rows[:, ~mask] = torch.tensor([[-3.0], [4.0]], dtype=torch.float64)  # padding holds anything
+    logp, ref_logp = (torch.where(mask, x, 0.0).sum(-1) for x in rows)
+    found = forward_kl(*rows, mask)
+    torch.testing.assert_close((logp.exp() * found).sum(), (ref_logp.exp() * (ref_logp - logp)).sum())
+    assert (found >= 0).all()
+    assert (found > 0).any()
+    assert forward_kl(rows[0], rows[0], mask).tolist() == [0.0] * len(paths)
+    assert torch.isfinite(forward_kl(rows[0] - 1000, rows[1], mask)).all()

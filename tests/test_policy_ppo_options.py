@@ -67,7 +67,9 @@ TABLE = {  # field: (its other value, what both runs need beside it, what it cha
     "value": ("shared", {}, {"gradient", "files"} | LEARNED),
     "value_clip_range": (1e-4, {}, {"value"}),
     "value_coef": (0.5, {}, {"gradient", "value"}),
-    "value_warmup": (1, {}, {"loss", "gradient", "policy", "rates", "names"}),
+    "value_warmup": (
+        1, {}, {"loss", "gradient", "policy", "rates", "names", "returns", "value_loss", "value"},
+    ),
     "value_warmup_until": (-1e9, {"value_warmup": 2, "steps": 3}, {"rates"}),
     "ptx_coef": (4.0, PTX, {"gradient", "policy"}),
     "ptx_texts": (["two.txt"], PTX, {"gradient", "policy"}),

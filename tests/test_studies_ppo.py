@@ -70,7 +70,7 @@ def test_every_arm_changes_one_unit_and_shares_the_rest():
     policies = [u for u in units if u.kind == "policy"]
     assert len({u.key for u in policies}) == 3 * len(ARMS)
     assert len([u for u in units if u.kind == "rung"]) == 3 * 3  # two sizes, and one whose stories end
-    assert len([u for u in units if u.kind == "reward"]) == 3 * 9
+    assert len([u for u in units if u.kind == "reward"]) == 3 * (9 + 2)  # two more members of the average
     assert {u.settings["arm"] for u in policies if u.settings["closed"]} == {"closed", "EOS trick"}
     watched = {u.settings["arm"] for u in policies if len(u.needs) == 4}
     assert watched == {"free small 1", "free large 1"}
@@ -131,16 +131,17 @@ def test_the_quick_study_is_a_small_one(monkeypatch):
 @pytest.mark.slow
 def test_a_tiny_study_goes_all_the_way(tmp_path):
     arms = ("free small 0", "free small 1", "value from the reward model", "rloo", "dpo", "closed")
+    arms = (*arms, "averaged reward models")
     sizes = {"tokens": 4_000, "data": (12, 16, 20), "reward_epochs": (1, 1, 1), "held_out": 8, "prompts": 16}
     loop = {"steps": 3, "responses": 8, "response_tokens": 8, "lessons": 4, "samples": 8, "best_prompts": 2}
     plan = Plan(seeds=(0,), vocabulary=300, rank=2, arms=arms, **sizes, **loop)
     units = with_needs(units_of(plan))
     assert [u.kind for u in units].count("rung") == 2  # stories that end, and that do not
-    assert [u.kind for u in units].count("reward") == 5  # four proxies, one of them with a test model
+    assert [u.kind for u in units].count("reward") == 7  # four, one with a test model, two more of an average
     lines = []
     run(units, tmp_path, compute, say=lines.append)
     curves = Curves(Results.read(units, tmp_path))
-    free, watched, from_reward, _, preferred, closed = (curves.runs(arm)[0] for arm in arms)
+    free, watched, from_reward, _, preferred, closed, averaged = (curves.runs(arm)[0] for arm in arms)
     assert free["steps"]["kl"][0] == pytest.approx(0, abs=1e-4)
     assert len(free["steps"]["gold"]) == 3
     assert free["steps"]["test"] == [None] * 3
@@ -150,6 +151,7 @@ def test_a_tiny_study_goes_all_the_way(tmp_path):
     assert preferred["forward_kl"] != 0  # it has moved
     assert min(free["steps"]["length"]) == 8  # the full length of every response
     assert closed["steps"]["proxy"] != watched["steps"]["proxy"]  # another world
+    assert averaged["steps"]["proxy"][0] != from_reward["steps"]["proxy"][0]  # of the same responses
     best = curves.results.one("best")
     assert best["n"] == [1, 2, 4, 8]
     assert best["small 0"]["proxy"] == sorted(best["small 0"]["proxy"])  # the proxy chooses by itself

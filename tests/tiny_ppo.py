@@ -1,5 +1,6 @@
 """The PPO loop around a tiny random model, for tests."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from policy.ppo.kl import KLController
 from policy.ppo.reward_shaping import RewardShaper
 from policy.ppo.setup import new_backbone
 from policy.ppo.trainer import PpoTrainer
+from policy.ppo.weights import ValueWarmup
 from rlhf.data.comparisons import Message
 from rlhf.models.tiny import tiny_model, tiny_tokenizer
 from rlhf.recipe.schema import Lora, Ppo
@@ -102,6 +104,7 @@ class Shaping:
         self.section, self.runtime = section, runtime
         self.shaper, self.controller = RewardShaper(section, runtime), KLController(section, runtime)
         self.scores = self.shaper.scores
+        self.weights, self.done = SimpleNamespace(value_warmup=ValueWarmup(section, print)), 0
 
     def __call__(self, rollout):
         rewards_BR = self.shaper(rollout, self.controller.coef)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from policy.ppo.kl import k3, sequence_kl
+from policy.ppo.kl import forward_kl, k3, sequence_kl
 from policy.ppo.rollout import Rollout
 from rlhf.training.runtime import Runtime
 
@@ -26,7 +26,8 @@ def rollout_metrics(
 
     Returns:
         Figures by name. KL is the tensor that is penalized (k1, summed over a response, nats); ``k3`` is the
-        same by another estimator; a rising reward with a falling ``distinct_2`` or entropy is a collapse.
+        same by another estimator, ``forward_kl`` that of the other direction; a rising reward with a falling
+        ``distinct_2`` or entropy is a collapse.
         The explained variance is 1 - Var(returns - values) / Var(returns) over the response tokens, NaN where
         all returns are equal.
     """
@@ -36,6 +37,7 @@ def rollout_metrics(
         "objective/score": rollout.scores_B,
         "objective/kl": sequence_kl(*log_ratio, actions),
         "objective/kl_k3": (k3(*log_ratio) * actions).sum(-1),
+        "objective/forward_kl": forward_kl(*log_ratio, actions),
         "objective/reward": rewards_BR.sum(-1),
         "response/length": actions.sum(-1).float(),
         "response/eos_rate": rollout.ended_B.float(),

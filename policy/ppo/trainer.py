@@ -165,8 +165,9 @@ class PpoTrainer:
         return self.center_values(rollout) if step == 0 and self.section.has_value else rollout
 
     def estimate_advantages(self, rollout: Rollout, rewards_BR: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages and returns [B, R] of a rollout, by ``section.algorithm``."""
-        section = self.section
+        """Advantages and returns [B, R] of a rollout, by ``section.algorithm``; the returns are Monte-Carlo
+        while only the value learns."""
+        section, warms_up = self.section, self.weights.value_warmup.runs(self.done)
         return estimate_advantages(
             rewards_BR,
             rollout.values_BR,
@@ -174,7 +175,7 @@ class PpoTrainer:
             algorithm=section.algorithm,
             gamma=section.gamma,
             lam=section.lam,
-            lam_value=section.lam_value,
+            lam_value=1.0 if warms_up else section.lam_value,
             lam_length=section.lam_length,
             samples=section.samples_per_prompt,
             whiten=section.whitens_advantages,

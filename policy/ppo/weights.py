@@ -24,7 +24,8 @@ _EMA = "average.safetensors"
 class ValueWarmup:
     """The first steps, in which only the value learns: ``value_warmup`` of them, or fewer where the value
     explains ``value_warmup_until`` of the returns' variance before (value pre-training, Yuan 2025, VC-PPO,
-    arXiv 2503.01491, section 3.2).
+    arXiv 2503.01491, section 3.2). Its returns are the rewards themselves (lambda 1): those of another lambda
+    hold the value's own guesses, which a value explains however wrong it is.
 
     Args:
         section: the recipe's ``ppo`` section.
@@ -35,6 +36,10 @@ class ValueWarmup:
         self.section, self.say = section, say
         self.steps = section.value_warmup
         """How many there are, as far as is known."""
+
+    def runs(self, step: int) -> bool:
+        """Whether only the value learns in a step, from 0."""
+        return step < self.steps
 
     def note(self, step: int, explained: float) -> None:
         """Note what share of the returns' variance the value explained on the rollout of a step, from 0.
@@ -102,7 +107,7 @@ class AdapterWeights:
         section = self.section
         factor = learning_rate_factor(step, section.steps, kind=section.schedule, warmup=section.warmup_steps)
         rates = {adapter: rate * factor for adapter, rate in self.rates.items()}
-        if step < self.value_warmup.steps:
+        if self.value_warmup.runs(step):
             rates["policy"] = 0.0
         self.runtime.set_learning_rates([*rates.values()])
         return rates["policy"]

@@ -161,10 +161,11 @@ class Losing(Section):
     value_coef: NonNegative = 0.1
     """Weight of the value loss (Ziegler 2019, Huang 2024)."""
     value_warmup: Natural = 0
-    """First steps in which only the value learns (PPO-max); with `value_warmup_until` at most so many."""
+    """First steps in which only the value learns (PPO-max), from the rewards themselves (λ 1, whatever
+    `lam_value`); with `value_warmup_until` at most so many."""
     value_warmup_until: Annotated[float, Field(lt=1, allow_inf_nan=False)] | None = None
-    """Explained variance of the returns at which the policy begins to learn before that (VC-PPO, arXiv
-    2503.01491, there with lam_value 1); null = never before."""
+    """Explained variance of these returns at which the policy begins to learn before that (VC-PPO, arXiv
+    2503.01491); null = never before."""
     value_warmup_missed: Literal["go_on", "stop"] = "go_on"
     """When the warm-up ends below `value_warmup_until`: say so and go on, or end with an error."""
     ptx_coef: NonNegative = 0.0

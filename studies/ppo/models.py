@@ -18,6 +18,7 @@ from torch import Tensor
 from policy.evaluate.before_after import sample
 from policy.ppo.rollout import Responses, RewardFn
 from reward.loss import normalization
+from reward.model.average import save_average
 from reward.model.batch import encode
 from reward.model.forward import score_examples
 from reward.model.model import config_of, head_of, load_config, new_reward_model, save_reward_model
@@ -162,7 +163,8 @@ def reward(unit: Unit, folder: Path) -> dict[str, Any]:
     with as_folder(base, folder) as path, quiet_folder(scratch):
         learning = {"learning_rate": s["reward_rate"], "batch_size": 16, "epochs": s["reward_epochs"]}
         kind = {"checkpoint_every": 10**6, "probe": False, "pooling": POOLING}
-        recipe = recipe_of(path, s, rank=s["rank"], reward=learning | kind)
+        own = s | {"seed": s["seed"] + 1000 * s.get("member", 0)}
+        recipe = recipe_of(path, own, rank=s["rank"], reward=learning | kind)
         dialogue = dialogue_of(load_rung(base, folder)[1], s)
         train, exam = (encode(comparisons(some), dialogue) for some in (learned, found["result"]["held_out"]))
         fresh = new_reward_model(recipe, dialogue, pooling=POOLING)
@@ -176,11 +178,19 @@ def reward(unit: Unit, folder: Path) -> dict[str, Any]:
         with torch.no_grad():
             head_of(model).weight.mul_(gain)
         config = config_of(recipe, dialogue, recipe.reward, gain=gain, offset=offset)
+        config = config._replace(base=base.key)  # the folder is gone; members of an average have one base
         save_reward_model(model, reward_folder(unit, folder), config, dialogue)
         return {
             "accuracy": accuracy(scores_of(exam)[0], exam).as_dict(),
             "train_accuracy": accuracy(scores_of(train)[0], train).as_dict(),
         }
+
+
+def average(unit: Unit, folder: Path) -> dict[str, Any]:
+    """The mean of the weights of several reward models, as `ppo.ensemble: average` takes it."""
+    _, *members = unit.needs
+    save_average([reward_folder(member, folder) for member in members], reward_folder(unit, folder))
+    return {"members": len(members)}
 
 
 def recipe_of(path: Path, s: Settings, *, rank: int, **sections: Any) -> Recipe:

@@ -42,6 +42,8 @@ class Arm:
     large: bool = False
     test: bool = False
     closed: bool = False
+    members: int = 1
+    """Reward models on the same comparisons, whose averaged weights (`ensemble: average`) are the proxy."""
     dpo: Mapping[str, Any] | None = None
 
 
@@ -72,6 +74,8 @@ def _arms() -> dict[str, Arm]:
         "lambda 0.8": Arm({"lam": 0.8}),
         "value lambda 1": Arm({"lam_value": 1.0}),
         "lambda by length": Arm({"lam_length": 0.2}),
+        "value pre-trained": Arm({"value_warmup": 10, "value_warmup_until": 0.3}),
+        "averaged reward models": Arm(members=3),
         "LoRA rank 1": Arm(more={"lora_rank": 1}),
         "LoRA rank 16": Arm(more={"lora_rank": 16}),
     }
@@ -177,20 +181,33 @@ class _Chain:
         noise = {"noise": plan.noise, "held_out": plan.held_out}
         self.pairs = Unit("pairs", self.lengths | kept | noise, (self.small,), cost=OVERHEAD)
 
-    def proxy(self, data: int, *, of_large: bool, half: str = "train") -> Unit:
-        """A reward model on so many comparisons, from the front (train) or from the back (test)."""
+    def proxy(self, data: int, *, of_large: bool, half: str = "train", member: int = 0) -> Unit:
+        """A reward model on so many comparisons, from the front (train) or from the back (test); members
+        differ in their first weights and the order of the comparisons."""
         plan, base = self.plan, self.large if of_large else self.small
         number, layers = plan.data[data], base.settings["layers"]
         learning = {"reward_rate": plan.reward_rate, "reward_epochs": plan.reward_epochs[data]}
         what = {"comparisons": number, "half": half, "layers": layers, "rank": plan.reward_rank}
+        what |= {"member": member} if member else {}
         cost = seconds(layers, 2 * plan.reward_epochs[data] * number * self.both, 0, OVERHEAD)
         return Unit("reward", self.lengths | learning | what, (base, self.pairs), cost)
+
+    def average(self, data: int, *, of_large: bool, members: int) -> Unit:
+        """The reward model of the averaged weights of several."""
+        needs = [self.proxy(data, of_large=of_large, member=number) for number in range(members)]
+        first = needs[0].settings
+        settings = {**self.lengths, **{n: first[n] for n in ("comparisons", "layers")}}
+        settings |= {"rank": members * first["rank"]}
+        return Unit("average", settings, (self.large if of_large else self.small, *needs), OVERHEAD)
 
 
 def _policy(plan: Plan, name: str, chain: _Chain) -> Unit:
     arm = ARMS[name]
     test = (chain.proxy(arm.data, of_large=arm.large, half="test"),) if arm.test else ()
-    needs = (chain.small, chain.pairs, chain.proxy(arm.data, of_large=arm.large), *test)
+    proxy = chain.proxy(arm.data, of_large=arm.large)
+    if arm.members > 1:
+        proxy = chain.average(arm.data, of_large=arm.large, members=arm.members)
+    needs = (chain.small, chain.pairs, proxy, *test)
     sizes = {n: getattr(plan, n) for n in ("steps", "responses", "prompts", "held_out", "lessons")}
     changed = {"lora_rank": plan.rank, "lora_layers": "all", "value_init": "zero"} | dict(arm.more)
     learned = {"dpo": dict(arm.dpo)} if arm.dpo else {"ppo": {**BASE, **arm.ppo}}

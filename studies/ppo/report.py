@@ -14,7 +14,7 @@ from studies.ppo.plots import PLOTS
 
 def reward_models(curves: Curves) -> list[list[str]]:
     """Size, comparisons and held-out accuracy of every kind of reward model."""
-    rows, units, own = [], curves.results, {"closed": False}
+    rows, units, own = [], curves.results, {"closed": False, "member": None}
     for layers in units.values("reward", "layers", **own):
         for number in units.values("reward", "comparisons", layers=layers, **own):
             for half in units.values("reward", "half", layers=layers, comparisons=number, **own):

@@ -3,6 +3,7 @@
 rung       a small language model, trained from nothing                     (weights)
 pairs      its continuations in pairs, labeled by the gold score with noise
 reward     a reward model on some of the pairs                              (a folder)
+average    the averaged weights of several of these                        (a folder)
 policy     a policy against a reward model, step by step
 best       best of n of the rung by every reward model
 """
@@ -19,6 +20,7 @@ KINDS: dict[str, Compute] = {
     "rung": models.rung,
     "pairs": models.pairs,
     "reward": models.reward,
+    "average": models.average,
     "policy": policies.optimize,
     "best": policies.best,
 }
