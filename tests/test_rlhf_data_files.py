@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rlhf.data.readers import files
 from rlhf.data.readers.files import LINE_LIMIT, rows
+from rlhf.data.readers.tables import delimited
 from rlhf.errors import UserError
 
 VALUES = st.recursive(
@@ -70,8 +71,31 @@ def test_a_longer_row_is_an_error_that_names_the_key(name, text, fault, megabyte
     assert f"{path}{fault}; mend the file, or raise data.max_line_megabytes" in str(caught.value)
 
 
+LONG = "I slept all night.,I had no sleep.\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.csv", "a;b\n1,5;2\n", [("1,5", "2")]),
+        ("a.csv", '#a,b\n"1,\n5",2\n', [("1,\n5", "2")]),
+        ("a.csv", '#a\tb\n"1\t2\n', [('"1', "2")]),
+        ("a.tsv", '"a"\t"b"\n"1\t5"\t2\n"3\n"\t4\n', [("1\t5", "2"), ("3\n", "4")]),
+        ("a.tsv", 'a\tb\n"no" he said\t2\n3\t4\n', [('"no" he said', "2"), ("3", "4")]),
+        ("a.tsv", 'a\tb\n"no\t2\n3\t4\n', [('"no', "2"), ("3", "4")]),
+        ("a.tsv", 'a\tb\n"no\t2\nyes"\t4\n', [('"no', "2"), ('yes"', "4")]),
+        ("util_x.csv", "I slept.,I had no sleep at all.\n", [("I slept.", "I had no sleep at all.")]),
+        ("util_x.csv", "baseline,less_pleasant\n" + LONG, [("I slept all night.", "I had no sleep.")]),
+    ],
+)
+def test_the_delimiter_the_quotes_and_the_header_are_found_out(name, text, expected, tmp_path):
+    (tmp_path / name).write_text(text)
+    found = [tuple(row.values()) for _, row in rows(tmp_path / name) if isinstance(row, dict)]
+    assert found == expected
+
+
 def test_an_open_quote_ends_after_so_many_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_ROW_LINES", 50)
+    monkeypatch.setattr(delimited, "_ROW_LINES", 50)
     path = tmp_path / "a.csv"
     path.write_text('a,b\n1,2\n3,"' + "x\n" * 100)
     with pytest.raises(UserError, match=r"a\.csv:3: the row has no end within 50 lines; close its quote"):

@@ -270,6 +270,9 @@ def test_arguments_are_asked_for_by_the_name_of_their_file(tmp_path):
     mistyped.write_text("#id\tlabel\ta1\ta2\n1_2\ta2\tx\ty\n")
     path.write_text("#id\trank\targument\n1\t0.5\tx\n2\t0.1\ty\n")
     assert read(str(mistyped))[0][0].prompt == read(str(path))[0][0].prompt
+    path.write_text('id,label,a1,a2\n1,a1,"yes, ""yes""",no\n')
+    (found,), counts = read(str(path))
+    assert (found.responses, found.ranks, counts.unused) == (('yes, "yes"', "no"), FIRST, {})
     path.write_text("#id\trank\targument\n1\tlow\tb\n2\t0.1\ta\n")
     assert refusal(str(path)).startswith(f"{path}:2: rank is not a number: 'low'")
 

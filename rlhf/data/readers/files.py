@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import glob
 import gzip
 import io
-import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +15,12 @@ from typing import Any, BinaryIO, cast
 
 from rlhf.data.readers import xml_dumps as xml
 from rlhf.data.readers.rows import BadRow, Origin
+from rlhf.data.readers.tables import delimited
 from rlhf.errors import UserError
 
 HUB = "hub:"  # hub:NAME[/FOLDER][:CONFIG][@SPLIT]
 LINE_LIMIT = ContextVar("LINE_LIMIT", default=64 << 20)
 """Bytes of the longest line, or row of a .json file: the recipe's ``data.max_line_megabytes``."""
-_ROW_LINES = 100_000  # lines that a row of a .csv file may span; a quote that is not closed spans all
 _CHUNK = 1 << 16
 
 
@@ -257,55 +255,8 @@ def _json_rows(path: Path, text: _JsonText) -> Iterator[object]:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, object]]:
-    # the default of 128 KiB is shorter than some dialogues; a character takes up to four bytes
-    csv.field_size_limit(LINE_LIMIT.get() // 4)
-    start = 1
-
-    def bounded() -> Iterator[str]:
-        for number, line in _lines(path):
-            if number - start > _ROW_LINES:
-                raise UserError(
-                    f"{path}:{start}: the row has no end within {_ROW_LINES} lines; close its quote"
-                )
-            yield line
-
-    lines = bounded()
-    first = next(lines, "")
-    reader = csv.reader(itertools.chain([first], lines), strict=True, **_dialect(path, first))
-    header: list[str] | None = None
-    while True:
-        start = reader.line_num + 1  # a quoted cell may span lines
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield start, BadRow("not valid CSV", str(error))
-            continue
-        if header is None:
-            header = cells
-            if _is_text_only(cells):
-                header = [str(place) for place in range(1, len(cells) + 1)]
-                yield start, dict(zip(header, cells, strict=True))
-        elif len(cells) == len(header):
-            yield start, dict(zip(header, cells, strict=True))
-        elif cells:
-            yield start, BadRow("not as many cells as the header", f"{len(cells)} instead of {len(header)}")
-
-
-def _dialect(path: Path, header: str) -> dict[str, Any]:
-    """Tabs where name or header say so; behind a header that begins with # a quote is a character."""
-    tabs = _kind(path) == ".tsv" or ("\t" in header and "," not in header)
-    quoting = csv.QUOTE_NONE if header.startswith("#") else csv.QUOTE_MINIMAL
-    return {"delimiter": "\t" if tabs else ",", "quoting": quoting}
-
-
-def _is_text_only(cells: Sequence[str]) -> bool:
-    """Whether a first row is no header: two cells or more, each of three words or more.
-
-    The columns of such a file are named by their place: "1", "2", ...
-    """
-    return len(cells) > 1 and all(len(cell.split()) >= 3 for cell in cells)
+    tabs = _kind(path) == ".tsv"
+    return delimited.rows(path, lambda: _lines(path), tabs=tabs, limit=LINE_LIMIT.get())
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, object]]:

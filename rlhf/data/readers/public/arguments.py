@@ -3,9 +3,9 @@
 The file is called DEBATE_SIDE with - for blanks, and both stand in the prompt, one user message: "Debate: ban
 plastic water bottles. Argue for: no bad for the economy.". ``group`` is the debate, so that a split by group
 holds out both of its sides; "commond", as one file of pairs is called, is the "common" of its rankings.
-``<br/>`` becomes a new line; a quote is a character like others. Pairs: "#id", "label" (a1 or a2, the more
-convincing; "equal" is a tie), "a1", "a2". Rankings: "#id", "rank" (low is better), "argument"; the whole file
-is one k-way comparison.
+``<br/>`` becomes a new line; a quote is a character like others where tabs are between the cells, as published.
+Pairs: "#id" or "id", "label" (a1 or a2, the more convincing; "equal" is a tie), "a1", "a2". Rankings: "#id" or
+"id", "rank" (low is better), "argument"; the whole file is one k-way comparison.
 """
 
 from __future__ import annotations
@@ -33,17 +33,21 @@ def _plain(argument: str) -> str:
     return re.sub(r"\s*<br\s*/?>\s*", "\n", argument).strip()
 
 
+def _has_id(row: Row) -> bool:
+    return (row.get("#id"), row.get("id")) != (None, None)
+
+
 def _pair(row: Row, source: str) -> Iterator[Comparison | LeftOut]:
     prompt, debate = _debate(source)
-    row.get("#id")
+    _has_id(row)
     vote = side(row["label"], "label", _LABELS)
     yield voted(prompt, [_plain(row["a1"]), _plain(row["a2"])], [vote], source, debate)
 
 
 def _ranking(row: Row, source: str) -> Iterator[Comparison | LeftOut]:
     prompt, debate = _debate(source)
-    found = [(_plain(x["argument"]), -number(x["rank"], "rank"), x.get("#id")) for x in row["rows"]]
-    ranked = ranked_by_score(prompt, [x for x, _, _ in found], [score for _, score, _ in found], source)
+    found = [(_plain(x["argument"]), -number(x["rank"], "rank")) for x in row["rows"] if _has_id(x)]
+    ranked = ranked_by_score(prompt, [x for x, _ in found], [score for _, score in found], source)
     yield ranked if isinstance(ranked, LeftOut) else replace(ranked, group=debate)
 
 
@@ -55,12 +59,12 @@ def _key(row: Row) -> str:
 READERS: tuple[Reader[Comparison], ...] = (
     Reader(
         'UKPConvArg pairs {"#id", "label", "a1", "a2"}',
-        lambda row: {"#id", "label", "a1", "a2"} <= row.keys(),
+        lambda row: {"label", "a1", "a2"} <= row.keys() and _has_id(row),
         _pair,
     ),
     Reader(
         'UKPConvArg rankings {"#id", "rank", "argument"}',
-        lambda row: {"#id", "rank", "argument"} <= row.keys(),
+        lambda row: {"rank", "argument"} <= row.keys() and _has_id(row),
         _ranking,
         together=_key,
     ),
