@@ -20,7 +20,11 @@ def test_a_missing_data_file_is_named_with_its_key_and_line(recipe, key):
     if key != "comparisons":
         text = text.replace("data:\n", "data:\n  comparisons: hub:org/name\n")
     line = text.splitlines().index(f"  {key}: [c.jsonl, no.jsonl]") + 1
-    assert refusal(recipe(text)) == f"r.yaml:{line}: data.{key}: no file matches no.jsonl; check the path"
+    message = f"r.yaml:{line}: data.{key}: no file matches no.jsonl; check the path"
+    assert refusal(recipe(text)) == message
+    remedy = ", or get the data as the recipe's header says: git clone u data"
+    assert refusal(recipe(text + "# Data:    git clone u data\n")) == message + remedy
+    assert refusal(recipe(text + "# Data: u\n"), f"data.{key}=no.jsonl").endswith("; check the path")
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if quick:
         recipe = recipe.model_copy(update={"name": f"{recipe.name}-{QUICK}"})
     for key, fault in _missing(recipe):
-        raise UserError(f"{_where(key, origins)}: {key}: {fault}")
+        where = _where(key, origins)
+        own_data = fault.startswith("no file") and where.startswith(f"{path}:")
+        raise UserError(f"{where}: {key}: {fault}{_source_of_data(Path(path)) if own_data else ''}")
     return recipe
+
+
+def _source_of_data(path: Path) -> str:
+    """Where the data of a recipe are to be had, as the line "# Data:" of its header says."""
+    found = re.search(r"^# Data: +(.*\S)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return f", or get the data as the recipe's header says: {found[1]}" if found else ""
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
