@@ -177,7 +177,7 @@ def test_what_says_nothing_about_preference_is_counted(tmp_path, number):
 
 
 BAD = [
-    ({**PKU, "better_response_id": 2}, "the verdict names no side: better_response_id is 2 (known: 0, 1, "),
+    ({**PKU, "better_response_id": "x"}, "the verdict names no side: better_response_id is 'x' (known: 0, "),
     ({**PKU, "better_response_id": True}, "the verdict names no side: better_response_id is True (known: "),
     ({**DIALOGUE, "winner": "gpt-4"}, "the verdict names no side: winner is 'gpt-4' (known: model_a, "),
     ({**TABLE, "winner_model_b": 0}, "the verdict names no side: winner_model_a, "),

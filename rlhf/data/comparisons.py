@@ -89,6 +89,21 @@ def _problems(comparison: Comparison) -> Iterator[str]:
         yield "text that is not valid Unicode (a lone surrogate)"
 
 
+def is_usable(response: str) -> bool:
+    """Whether a response says something, in valid Unicode."""
+    return bool(response.strip()) and _is_unicode(response)
+
+
+def usable_part(comparison: Comparison) -> Comparison:
+    """The comparison without unusable responses; as it is where fewer than two would be left."""
+    places = [i for i, response in enumerate(comparison.responses) if is_usable(response)]
+    if len(places) in (0, 1, len(comparison.responses)) or len(comparison.ranks) != len(comparison.responses):
+        return comparison
+    responses = tuple(comparison.responses[i] for i in places)
+    ranks = tuple(comparison.ranks[i] for i in places)
+    return replace(comparison, responses=responses, ranks=ranks)
+
+
 def _is_number(value: object, *kinds: type) -> bool:
     """Whether a value is of these types; a bool is an int to Python, but a row means something else by it."""
     return isinstance(value, kinds) and not isinstance(value, bool)
@@ -143,14 +158,16 @@ class Counts:
     """What became of the items of a reading: ``read`` = ``kept`` + the sum of ``dropped`` by reason.
 
     An item is one comparison (or prompt); a row that cannot be read at all counts as one item.
-    ``duplicate_responses`` counts responses taken out of comparisons that stayed, ``unused`` the rows in
-    which a column holds something that is not read, by its name (the first ``_COLUMNS`` of them).
+    ``duplicate_responses`` and ``unusable_responses`` (empty, or invalid) count responses taken out of
+    comparisons that stayed, ``unused`` the rows in which a column holds something that is not read, by its
+    name (the first ``_COLUMNS`` of them).
     """
 
     read: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     duplicate_responses: int = 0
     unused: dict[str, int] = field(default_factory=dict)
+    unusable_responses: int = 0
 
     @property
     def kept(self) -> int:
@@ -170,7 +187,8 @@ class Counts:
     def as_dict(self) -> dict[str, int | dict[str, int]]:
         """The counts as JSON-able values, for a manifest."""
         counts = {**asdict(self), "kept": self.kept}
-        return counts if self.unused else {name: x for name, x in counts.items() if name != "unused"}
+        optional = ("unused", "unusable_responses")
+        return {name: x for name, x in counts.items() if x or name not in optional}
 
     def __str__(self) -> str:
         line = f"read {self.read:,}, kept {self.kept:,}, dropped {sum(self.dropped.values()):,}"
@@ -178,6 +196,8 @@ class Counts:
             line += " (" + "; ".join(f"{number:,} {reason}" for reason, number in self.dropped.items()) + ")"
         if self.duplicate_responses:
             line += f", duplicate responses removed {self.duplicate_responses:,}"
+        if self.unusable_responses:
+            line += f", empty or invalid responses removed {self.unusable_responses:,}"
         if self.unused:
             columns = ", ".join(f"{name} ({rows:,})" for name, rows in self.unused.items())
             line += f"; columns not used (in rows): {columns}"

@@ -8,13 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from typing import TypeVar
 
-from rlhf.data.comparisons import Comparison, Counts, OnBadRows, Prompt, Repeats, deduplicate, problem
+from rlhf.data.comparisons import (
+    Comparison,
+    Counts,
+    OnBadRows,
+    Prompt,
+    Repeats,
+    deduplicate,
+    problem,
+    usable_part,
+)
 from rlhf.data.readers import hh, native, oasst, reddit, stackexchange, trl, wikipedia
 from rlhf.data.readers.files import origins
 from rlhf.data.readers.given import KEY as COLUMNS
 from rlhf.data.readers.given import Columns, key_of, renamed
 from rlhf.data.readers.public import PUBLIC
-from rlhf.data.readers.rows import Origin, Reader
+from rlhf.data.readers.rows import LeftOut, Origin, Reader
 from rlhf.data.readers.sieve import sift
 from rlhf.errors import UserError
 
@@ -49,11 +58,22 @@ def stream_comparisons(
     the specs, named in messages. ``counts`` is complete when the iterator is at its end. The memory does not
     depend on the size of the files, except for gzipped .parquet and for formats whose comparisons span rows.
     """
+    readers = [reader.then(lambda item: [_usable_part(item, counts)]) for reader in READERS]
     try:
         for origin in (renamed(origin, columns) for origin in origins(specs, key=key)):
-            yield from sift(origin, READERS, lambda c: problem(c) or refuses(c.prompt), on_bad_rows, counts)
+            yield from sift(origin, readers, lambda c: problem(c) or refuses(c.prompt), on_bad_rows, counts)
     except UserError as error:
         raise UserError(str(error).replace(COLUMNS, key_of(key))) from None
+
+
+def _usable_part(item: Comparison | LeftOut, counts: Counts) -> Comparison | LeftOut:
+    """Without the empty and invalid responses, which are counted, where at least two others are there."""
+    if isinstance(item, LeftOut) or (part := usable_part(item)) is item:
+        return item
+    if len(set(part.ranks)) < 2 and len(set(item.ranks)) > 1:
+        return LeftOut("only ties are left without empty or invalid responses", item.prompt)
+    counts.unusable_responses += len(item.responses) - len(part.responses)
+    return part
 
 
 def read_comparisons(

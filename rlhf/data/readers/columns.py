@@ -20,6 +20,11 @@ prompt question query instruction input context problem request human user user_
 messages conversations conversation history dialogue dialog
 """
 PROMPTS = frozenset(_PROMPTS.split())
+VERDICTS = (
+    "better_response_id", "winner", "votes", "vote", "verdict", "preferred", "preference", "orig_preference",
+    "choice", "label", "better", "selected", "comparison", "pw", "chosen",
+)  # fmt: skip
+"""Columns that hold who is better, in the order in which they are looked for."""
 SYSTEM = ("system", "system_prompt")
 _ABOUT = """
 id ids uuid guid index idx hash source origin dataset subset split category type label labels task lang

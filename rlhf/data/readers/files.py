@@ -58,7 +58,8 @@ def local(path: Path) -> Origin:
     kind = _kind(path)
     name = _plain_name(path)[: -len(kind)]
     source = path.resolve().parent.name if (name, kind) == ("Posts", ".xml") else name
-    return Origin(str(path), source or name, rows(path), kind in (".jsonl", ".csv", ".tsv", ".txt", ".xml"))
+    by_line = kind in (".jsonl", ".csv", ".tsv", ".txt", ".xml")
+    return Origin(str(path), source or name, rows(path), by_line, texts_only=kind in (".csv", ".tsv"))
 
 
 def rows(path: Path) -> Iterator[tuple[int, object]]:

@@ -2,7 +2,8 @@
 
 {prompt: question, chosen: good, rejected: bad} renames three columns; a list of columns becomes one list:
 {responses: [answer 1, answer 2], scores: [grade 1, grade 2]}. Any field of a known format can be named, so
-{better_response_id: safer_response_id} reads PKU-SafeRLHF by safety. All other columns stay as they are.
+{better_response_id: safer_response_id} reads PKU-SafeRLHF by safety. All other columns stay as they are. A
+verdict that names a column by the name that it has in the file names that column.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from rlhf.data.readers.columns import VERDICTS
 from rlhf.data.readers.rows import BadRow, Origin
 from rlhf.errors import UserError
 
@@ -36,6 +38,11 @@ def renamed(origin: Origin, columns: Columns) -> Origin:
 
 
 def _rows(origin: Origin, columns: Columns) -> Iterator[tuple[int, object]]:
+    words = {
+        of.lower(): name
+        for name, of in columns.items()
+        if isinstance(of, str) and name not in (*VERDICTS, "prompt", "group", "confidence")
+    }
     wanted = {x for of in columns.values() for x in ([of] if isinstance(of, str) else of)}
     first = True
     for number, row in origin.rows:
@@ -52,7 +59,18 @@ def _rows(origin: Origin, columns: Columns) -> Iterator[tuple[int, object]]:
         given = {
             name: row[of] if isinstance(of, str) else [row[x] for x in of] for name, of in columns.items()
         }
-        yield number, {name: x for name, x in row.items() if name not in wanted} | given
+        whole = {name: x for name, x in row.items() if name not in wanted} | given
+        for name in VERDICTS:
+            if name in whole and ("rejected" not in whole or name != "chosen"):
+                whole[name] = _reworded(whole[name], words)
+        yield number, whole
+
+
+def _reworded(verdict: object, words: Mapping[str, str]) -> object:
+    """A verdict, or several, in the new names of columns."""
+    if isinstance(verdict, list):
+        return [_reworded(x, words) for x in verdict]
+    return words.get(verdict.strip().lower(), verdict) if isinstance(verdict, str) else verdict
 
 
 def _nearest(name: str, row: Mapping[str, Any]) -> str:

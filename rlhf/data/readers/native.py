@@ -20,7 +20,7 @@ from rlhf.data.readers.sieve import sift
 def parse(row: Row, source: str) -> Iterator[Comparison]:
     """The row's comparison; ``prompt`` is a string or messages. Raises BadRow for values of another type."""
     responses, ranks = row["responses"], row["ranks"]
-    if not isinstance(responses, list) or not all(isinstance(response, str) for response in responses):
+    if not isinstance(responses, list) or not all(isinstance(x, str | None) for x in responses):
         raise BadRow("responses are not a list of strings")
     if not isinstance(ranks, list):
         raise BadRow("ranks are not a list")
@@ -31,7 +31,7 @@ def parse(row: Row, source: str) -> Iterator[Comparison]:
         raise BadRow("group is not a string")
     yield Comparison(
         prompt_of(row["prompt"]),
-        tuple(responses),
+        tuple(response or "" for response in responses),
         tuple(ranks),
         source if own_source is None else own_source,
         confidence(row),

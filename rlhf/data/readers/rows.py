@@ -29,6 +29,10 @@ class BadRow(ValueError):
         self.column = column
 
 
+class WholeFile(BadRow):
+    """A row that tells that all rows of its file mean something else: also who skips bad rows stops."""
+
+
 class LeftOut(BadRow):
     """What a rule of the format leaves out, such as a question with one answer: no mistake of the file.
 
@@ -74,12 +78,16 @@ class Reader(Generic[T_co]):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where rows come from. ``name`` is shown to the user; ``source`` labels the items."""
+    """Where rows come from. ``name`` is shown to the user; ``source`` labels the items.
+
+    texts_only: whether every value is a text, as in a table, also where a format has a list.
+    """
 
     name: str
     source: str
     rows: Iterator[tuple[int, object]]
     numbered_by_line: bool
+    texts_only: bool = False
 
     def where(self, number: int) -> str:
         """The place of a row, as an editor can open it when rows are lines."""

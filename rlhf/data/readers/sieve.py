@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from rlhf.data.comparisons import Counts, OnBadRows
 from rlhf.data.readers.columns import is_empty
-from rlhf.data.readers.rows import BadRow, LeftOut, Origin, Reader, Row
+from rlhf.data.readers.rows import BadRow, LeftOut, Origin, Reader, Row, WholeFile
+from rlhf.data.readers.tables.cells import with_lists
 from rlhf.errors import UserError
 
 T = TypeVar("T")
@@ -93,6 +94,8 @@ def _usable(
 def _count_bad(error: BadRow, where: str, on_bad_rows: OnBadRows, counts: Counts) -> None:
     """Count what was to be an item."""
     counts.read += 1
+    if isinstance(error, WholeFile):
+        raise UserError(f"{where}: {error}")
     if isinstance(error, LeftOut):
         counts.drop(error.reason)
     else:
@@ -107,7 +110,7 @@ def _numbered(origin: Origin) -> Iterator[tuple[int, object]]:
     """
     number = 0
     try:
-        for number, row in origin.rows:
+        for number, row in with_lists(origin).rows:
             listed = isinstance(row, list) and row and all(isinstance(x, Mapping) for x in row)
             yield number, {"rows": row} if listed else row
     except Exception as error:
@@ -173,10 +176,23 @@ def _fields_and_formats(row: object, readers: Sequence[Reader[T]]) -> str:
     best = max(readers, key=lambda reader: _nearness(fields, reader.format))
     near = f"nearest: {best.format}; " if _nearness(fields, best.format) else ""
     shown = ", ".join(fields[:20]) + (", ..." if len(fields) > 20 else "")
+    hint = max(_HINTS, key=lambda hint: _nearness(fields, hint))
     return (
         f"{shown or 'no field'}; {near}columns of comparisons are named by "
-        "data.columns={prompt: ..., chosen: ..., rejected: ...}, the formats stand in docs/guide.md"
+        f"data.columns={_HINTS[hint]}, the formats stand in docs/guide.md"
     )
+
+
+_HINTS = {
+    '{"prompt", "chosen", "rejected"}': "{prompt: ..., chosen: ..., rejected: ...}",
+    '{"prompt", "response_a", "response_b", "winner"} or {"prompt", "response1", "response2", "label"}': (
+        "{prompt: ..., response_a: ..., response_b: ..., winner: ...}"
+    ),
+    '{"prompt", "response_a", "response_b", "score_a", "score_b"} or {"prompt", "responses", "scores"}': (
+        "{prompt: ..., responses: [..., ...], scores: [..., ...]}"
+    ),
+    '{"prompt", "response", "score"}': "{prompt: ..., response: ..., score: ...}",
+}  # what most files are like, and how their columns are named; the first where none is near
 
 
 def _nearness(fields: Sequence[str], form: str) -> float:

@@ -3,9 +3,9 @@
 The file is called DEBATE_SIDE with - for blanks, and both stand in the prompt, one user message: "Debate: ban
 plastic water bottles. Argue for: no bad for the economy.". ``group`` is the debate, so that a split by group
 holds out both of its sides; "commond", as one file of pairs is called, is the "common" of its rankings.
-``<br/>`` becomes a new line; a quote is a character like others where tabs are between the cells, as published.
-Pairs: "#id" or "id", "label" (a1 or a2, the more convincing; "equal" is a tie), "a1", "a2". Rankings: "#id" or
-"id", "rank" (low is better), "argument"; the whole file is one k-way comparison.
+``<br/>`` becomes a new line; between tabs, as published, a quote is a character like others. Pairs: "#id" or
+"id", "label" (a1 or a2, the more convincing; "equal" is a tie), "a1", "a2". Rankings: "#id" or "id", "rank"
+(low is better), "argument"; the whole file is one k-way comparison.
 """
 
 from __future__ import annotations

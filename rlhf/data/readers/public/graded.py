@@ -19,12 +19,13 @@ import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rlhf.data.comparisons import Comparison, Message, prompt_key
+from rlhf.data.comparisons import Comparison, Message, is_usable, prompt_key
 from rlhf.data.readers.public.verdicts import (
     TIE,
     TIES,
     as_prompt,
     asked,
+    grade,
     graded,
     group_of,
     named,
@@ -65,15 +66,18 @@ def _common(rows: Sequence[Row], names: tuple[str, ...]) -> str:
 
 def _ultrafeedback(row: Row, source: str) -> Found:
     answers = list(map(_mapping, row["completions"]))
-    score = _common(answers, ("overall_score", "fine-grained_score"))
-    grades = [[number(x[score])] for x in answers]
-    yield graded(as_prompt(row["instruction"]), texts(x.get("response") for x in answers), grades, source)
+    responses = texts(x.get("response") for x in answers)
+    told = [x for x, of in zip(answers, responses, strict=True) if is_usable(of)]
+    score = _common(told, ("overall_score", "fine-grained_score"))
+    grades = [[grade(x.get(score), of)] for x, of in zip(answers, responses, strict=True)]
+    yield graded(as_prompt(row["instruction"]), responses, grades, source)
 
 
 def _nectar(row: Row, source: str) -> Found:
     answers = list(map(_mapping, row["answers"]))
-    grades = [[-number(x.get("rank"), "a rank")] for x in answers]
-    yield graded(as_prompt(row["prompt"]), texts(x.get("answer") for x in answers), grades, source)
+    responses = texts(x.get("answer") for x in answers)
+    ranks = [grade(x.get("rank"), of, "a rank") for x, of in zip(answers, responses, strict=True)]
+    yield graded(as_prompt(row["prompt"]), responses, [[-rank] for rank in ranks], source)
 
 
 def _responses(row: Row, source: str) -> Found:
@@ -89,9 +93,11 @@ def _responses(row: Row, source: str) -> Found:
     name = _of(row, _SCORES)
     if not name:
         raise BadRow("no scores")
-    grades = [[number(x) for x in (of if isinstance(of, list) else [of])] for of in _list(row[name], name)]
-    if len(grades) != len(answers):
-        raise BadRow("not as many scores as responses", f"{len(grades)} and {len(answers)}")
+    given = _list(row[name], name)
+    if len(given) != len(answers):
+        raise BadRow("not as many scores as responses", f"{len(given)} and {len(answers)}")
+    lists = [of if isinstance(of, list) else [of] for of in given]
+    grades = [[grade(x, answer) for x in of] for of, answer in zip(lists, answers, strict=True)]
     yield graded(prompt, answers, grades, source, group)
 
 

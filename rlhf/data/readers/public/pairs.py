@@ -2,10 +2,12 @@
 
 The table ``_TABLE`` holds the sets with words of their own. What is like them is read by its columns: two
 called response, answer, output, completion, summary, text or option with the ends _0/_1, _1/_2, _a/_b or
-_left/_right, and the verdict in one of ``_VERDICTS``, which names an end, a column, model_a, left, A>B or
+_left/_right, and the verdict in one of ``VERDICTS``, which names an end, a column, model_a, left, A>B or
 tie. A list of verdicts, or columns annotator1, annotator2, ... are votes, counted as in
 :mod:`rlhf.data.readers.public.verdicts`.
 An end that is a number is named by that number: a verdict 1 is the second of _0/_1 and the first of _1/_2.
+Any other number says that the verdicts are coded otherwise, and the whole file is refused. Without a verdict
+the higher of two scores (score_a, score_b) decides.
 
 PKU-SafeRLHF has two verdicts: ``better_response_id`` is read; to read by safety, the recipe says
 data.columns={better_response_id: safer_response_id}, and the counts list the other one as not used.
@@ -17,13 +19,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data.comparisons import Comparison, Message, Prompt
+from rlhf.data.readers.columns import VERDICTS
 from rlhf.data.readers.public.verdicts import (
     TIE,
     TIES,
@@ -38,17 +40,17 @@ from rlhf.data.readers.public.verdicts import (
     text,
     voted,
 )
-from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, messages, pair_of_dialogues
+from rlhf.data.readers.rows import BadRow, LeftOut, Reader, Row, WholeFile, messages, pair_of_dialogues
+from rlhf.data.readers.tables.cells import parsed
 
 Found = Iterator[Comparison | LeftOut]
 _STEMS = (
     "response", "answer", "output", "completion", "summary", "text", "option", "conversation", "orig_response"
 )  # fmt: skip
+_PROMETHEUS = "orig_"
+_SCORES = ("score", "rating", "grade", "reward")
+_MIDS = ("_", "-", " ", "")
 _ENDS = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"), ("left", "right"))
-_VERDICTS = (
-    "better_response_id", "winner", "votes", "vote", "verdict", "preferred", "preference", "orig_preference",
-    "choice", "label", "better", "selected", "comparison", "pw", "chosen",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -194,12 +196,12 @@ def _arena_table(row: Row, source: str) -> Found:
     yield _of_dialogues(sides, vote, source)
 
 
-def _turns(value: Any) -> list[str]:
+def _turns(given: Any) -> list[str]:
+    value = given
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise BadRow("a list of turns is not valid JSON", value[:40]) from None
+        value = parsed(value)
+        if value is None:
+            raise BadRow("a list of turns is not valid JSON", str(given)[:40])
     turns = [value] if isinstance(value, str) else value
     if not isinstance(turns, list) or not all(isinstance(turn, str | None) for turn in turns):
         raise BadRow("turns are not a list of texts")
@@ -214,7 +216,7 @@ def columns_of_sides(row: Row) -> tuple[str, str, tuple[str, str]] | None:
 @functools.lru_cache(maxsize=256)
 def _sides_among(columns: frozenset[str]) -> list[tuple[str, str, tuple[str, str]]]:
     """The pairs of columns that may be two responses, in the order in which they are looked for."""
-    names = itertools.product(_STEMS, _ENDS, ("_", "-", " ", ""))
+    names = itertools.product(_STEMS, _ENDS, _MIDS)
     every = ((f"{stem}{mid}{ends[0]}", f"{stem}{mid}{ends[1]}", ends) for stem, ends, mid in names)
     return [found for found in every if {*found[:2]} <= columns]
 
@@ -235,22 +237,57 @@ def votes_in(value: object, column: str, meaning: Mapping[str, int]) -> list[int
         return [vote for x in submitted if x is not None for vote in votes_in(x, column, meaning)]
     if isinstance(value, Mapping):
         value = next((value[name] for name in ("value", "selected") if name in value), value)
-    return [side(value, column, meaning)]
+    try:
+        return [side(value, column, meaning)]
+    except BadRow as fault:
+        raise _other_coding(value, column, meaning) or fault from None
+
+
+def _other_coding(value: object, column: str, meaning: Mapping[str, int]) -> WholeFile | None:
+    """What a number that is no end of two columns says of all verdicts: 1 is another side."""
+    ends = sorted(word for word in meaning if word.isdigit())
+    if isinstance(value, bool) or not ends or not re.fullmatch(r"\s*-?[0-9]+(\.0)?\s*", str(value)):
+        return None
+    first, second = ("0", "1") if ends[0] == "1" else ("1", "2")
+    return WholeFile(
+        "a verdict that no column has",
+        f"{column} is {value}, the columns end in {' and '.join(ends)}, so that {ends[0]} is the first; if "
+        f"{first} is the first and {second} the second, say data.columns={{response_{first}: ..., "
+        f"response_{second}: ...}}, else mend the file (it is refused as a whole: 1 is another side there)",
+    )
 
 
 def _verdict_of(row: Row) -> str:
-    return next((name for name in _VERDICTS if named(row, name)), "")
+    return next((name for name in VERDICTS if named(row, name)), "")
+
+
+def _scores_of(row: Row, ends: tuple[str, str]) -> tuple[str, str] | None:
+    """The columns of the scores of two responses, by their ends."""
+    every = ((f"{stem}{mid}{ends[0]}", f"{stem}{mid}{ends[1]}") for stem in _SCORES for mid in _MIDS)
+    return next((names for names in every if named(row, *names)), None)
 
 
 def _pair(row: Row, source: str) -> Found:
     found = columns_of_sides(row)
     if found is None:
         raise BadRow("no two responses")
-    one, other, _ = found
+    one, other, ends = found
     answers = [text(row[one]), text(row[other])]
     verdict = _verdict_of(row)
-    votes = votes_in(row[verdict], verdict, meaning_of(*found)) if verdict else _annotators(row)
-    yield voted(asked(row), answers, votes, source, group_of(row))
+    scores = _scores_of(row, ends)
+    if verdict:
+        votes = votes_in(row[verdict], verdict, meaning_of(*found))
+    elif scores:
+        votes = _higher(*scores)(row)
+    else:
+        votes = _annotators(row)
+    if one.startswith(_PROMETHEUS):  # whose column "instruction" holds both responses, too
+        if not named(row, f"{_PROMETHEUS}instruction"):
+            raise BadRow("no prompt", f"responses in {one} were asked for by {_PROMETHEUS}instruction")
+        prompt = as_prompt(row[f"{_PROMETHEUS}instruction"])
+    else:
+        prompt = asked(row)
+    yield voted(prompt, answers, votes, source, group_of(row))
 
 
 READERS: tuple[Reader[Comparison], ...] = (
@@ -273,6 +310,15 @@ READERS: tuple[Reader[Comparison], ...] = (
             "rejected" not in row
             and columns_of_sides(row) is not None
             and (bool(_verdict_of(row)) or named(row, "annotator1"))
+        ),
+        _pair,
+    ),
+    Reader(
+        'a pair with scores {"prompt", "response_a", "response_b", "score_a", "score_b"}',
+        lambda row: (
+            "rejected" not in row
+            and (found := columns_of_sides(row)) is not None
+            and _scores_of(row, found[2]) is not None
         ),
         _pair,
     ),

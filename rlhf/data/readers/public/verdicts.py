@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from rlhf.data.comparisons import Comparison, Message, Prompt
+from rlhf.data.comparisons import Comparison, Message, Prompt, is_usable
 from rlhf.data.readers import hh
 from rlhf.data.readers.columns import is_empty, prompt_in
 from rlhf.data.readers.rows import BadRow, LeftOut, Row, prompt_of, ranked_by_score
@@ -42,13 +42,19 @@ def number(value: object, what: str = "a score") -> float:
     raise BadRow(f"{what} is not a number", repr(value)[:60])
 
 
+def grade(value: object, response: str, what: str = "a score") -> float:
+    """The grade of a response; that of an empty or invalid one, which is left out, may be anything."""
+    return number(value, what) if is_usable(response) else 0.0
+
+
 def side(value: object, column: str, meaning: Mapping[str, int]) -> int:
     """The side (0, 1, ... or TIE) that a verdict names, in any case. Raises BadRow where it names none."""
     if value is None or isinstance(value, Mapping):
         what = "empty" if value is None else f"an object of {', '.join(map(str, value))}"
         raise BadRow("the verdict names no side", f"{column} is {what}"[:100])
-    word = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    found = meaning.get(word.strip().lower())
+    word = str(value).strip().lower()
+    word = word.removesuffix(".0") if re.fullmatch(r"-?[0-9]+\.0", word) else word  # as pandas writes 1
+    found = meaning.get(word)
     if found is None or isinstance(value, bool):
         known = ", ".join(list(meaning)[:6])
         raise BadRow("the verdict names no side", f"{column} is {value!r}"[:60] + f" (known: {known}, ...)")
@@ -99,7 +105,18 @@ def graded(
     source: str,
     group: str | None = None,
 ) -> Comparison | LeftOut:
-    """K-way by the mean grade, the highest the best. grades: those of each text, one per annotator."""
+    """K-way by the mean grade, the highest the best. grades: those of each text, one per annotator.
+
+    Those of an empty or invalid text do not count: it is the worst, and left out behind the reading.
+    """
+    usable = [place for place, of in enumerate(texts) if is_usable(of)]
+    if 1 < len(usable) < len(texts):
+        found = graded(prompt, [texts[i] for i in usable], [grades[i] for i in usable], source, group)
+        if isinstance(found, LeftOut):
+            return found
+        others = [x for x in texts if not is_usable(x)]
+        worst = (max(found.ranks) + 1,) * len(others)
+        return replace(found, responses=(*found.responses, *others), ranks=(*found.ranks, *worst))
     if any(not of for of in grades):
         return LeftOut("a response without a grade", prompt)
     means = [math.fsum(of) / len(of) for of in grades]
@@ -158,8 +175,8 @@ def text(value: object) -> str:
 
 
 def texts(values: Iterable[object]) -> list[str]:
-    """Responses as texts."""
-    return list(map(text, values))
+    """Responses as texts; null is an empty one."""
+    return ["" if value is None else text(value) for value in values]
 
 
 def named(row: Row, *names: str) -> bool:
