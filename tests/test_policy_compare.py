@@ -122,7 +122,7 @@ def test_the_samples_of_a_prompt_are_averaged_before_the_interval():
     before, after = [0.0, 2.0, 1.0, 1.0, 5.0, 3.0], [2.0, 2.0, 0.0, 1.0, 4.0, 6.0]
     figures = compare(*sides(before, after), samples=2)
     changes = np.array([1.0, -0.5, 1.0])  # of the means 1, 1, 4 and 2, 0.5, 5
-    half = 1.959964 * changes.std(ddof=1) / np.sqrt(3)
+    half = 4.302653 * changes.std(ddof=1) / np.sqrt(3)  # Student's t, two degrees of freedom
     for name in ("gold", "response_length", "eos_rate", "entropy"):
         figure = figures[name]
         assert figure["n"] == 3

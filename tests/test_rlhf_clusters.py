@@ -11,7 +11,6 @@ from rlhf.stats.intervals import (
     mean_interval,
     proportion_interval,
     student95,
-    student_interval,
     wilson,
 )
 
@@ -37,7 +36,7 @@ def test_values_without_a_cluster_are_refused():
 
 def test_the_mean_of_independent_items_has_the_plain_interval():
     x = np.random.default_rng(0).normal(size=50)
-    assert ends(clusters.mean(x, np.arange(50))) == pytest.approx(ends(student_interval(x)))
+    assert ends(clusters.mean(x, np.arange(50))) == pytest.approx(ends(mean_interval(x)))
 
 
 @pytest.mark.parametrize("of", [clusters.mean, clusters.share])
@@ -94,14 +93,14 @@ def test_the_interval_of_a_share_covers_the_truth_where_clusters_depend():
 def test_the_jackknife_of_a_mean_is_the_formula():
     x = np.random.default_rng(4).normal(size=80)
     found = clusters.jackknife(lambda kept: float(x[kept].mean()), np.arange(80))
-    assert ends(found) == pytest.approx(ends(student_interval(x)))
+    assert ends(found) == pytest.approx(ends(mean_interval(x)))
 
 
 def test_the_jackknife_leaves_out_whole_clusters():
     x = np.random.default_rng(5).normal(size=80)
     twice = np.repeat(x, 2)
     found = clusters.jackknife(lambda kept: float(twice[kept].mean()), np.repeat(np.arange(80), 2))
-    assert ends(found) == pytest.approx(ends(student_interval(x)))
+    assert ends(found) == pytest.approx(ends(mean_interval(x)))
     assert found.n == 80
 
 

@@ -22,7 +22,7 @@ def outcome(values=(1.0, 0.0, 1.0, 1.0), *, task="hhh", ids=None, groups=None, m
     )
 
 
-def test_a_share_of_right_answers_has_wilsons_interval_and_other_means_the_normal_one():
+def test_a_share_of_right_answers_has_wilsons_interval_and_other_means_student_s():
     assert outcome().mean() == proportion_interval(3, 4)
     assert outcome((1.0, 0.5, 1.0)).mean() == mean_interval([1.0, 0.5, 1.0])
     assert outcome((2.0, 3.0), metric="loss").mean() == mean_interval([2.0, 3.0])
@@ -55,7 +55,7 @@ def test_two_models_are_paired_item_by_item():
     changes = [0.0, 1.0, 1.0, -1.0]
     spread = math.sqrt(sum((c - 0.25) ** 2 for c in changes) / 3 / 4)
     assert found["ci95"] == pytest.approx(
-        [0.25 - 1.959963984540054 * spread, 0.25 + 1.959963984540054 * spread]
+        [0.25 - 3.182446305284263 * spread, 0.25 + 3.182446305284263 * spread]
     )
 
 

@@ -16,7 +16,6 @@ from rlhf.stats.intervals import (
     mean_interval,
     paired_difference,
     proportion_interval,
-    student_interval,
     win_rate,
 )
 from rlhf.stats.tests import sign_test
@@ -36,9 +35,9 @@ def test_z_is_the_normal_quantile():
     assert pytest.approx(statistics.NormalDist().inv_cdf(0.975)) == Z95
 
 
-def test_the_mean_interval_equals_the_standard_library_and_covers_95_percent():
+def test_the_mean_interval_is_student_s_and_covers_95_percent_of_few_observations_too():
     x = [1.0, 4.0, 2.0, 8.0]
-    half = Z95 * statistics.stdev(x) / 2
+    half = 3.182446 * statistics.stdev(x) / 2  # of three degrees of freedom
     estimate = mean_interval(x)
     assert (estimate.mean, estimate.low, estimate.high, estimate.n) == (
         pytest.approx(3.75),
@@ -46,13 +45,14 @@ def test_the_mean_interval_equals_the_standard_library_and_covers_95_percent():
         pytest.approx(3.75 + half),
         4,
     )
-    draws = np.random.default_rng(0).normal(2, 3, size=(RUNS, 200))
-    assert _close_to_95(_covered([mean_interval(row) for row in draws], 2))
+    for number in (6, 200):
+        draws = np.random.default_rng(0).normal(2, 3, size=(RUNS, number))
+        assert _close_to_95(_covered([mean_interval(row) for row in draws], 2))
 
 
 def test_with_clusters_of_one_the_cluster_interval_is_student_s():
     x = np.random.default_rng(0).integers(0, 2, size=60)
-    got, expected = cluster_mean_interval(x, np.ones(60)), student_interval(x)
+    got, expected = cluster_mean_interval(x, np.ones(60)), mean_interval(x)
     for name in ("mean", "low", "high", "n"):
         assert getattr(got, name) == pytest.approx(getattr(expected, name))
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Figures
-from rlhf.stats.intervals import AT_LEAST_0, UNBOUNDED, mean_interval, student_interval
+from rlhf.stats.intervals import AT_LEAST_0, UNBOUNDED, mean_interval
 
 GAIN = 0.4
 """Gold above the reference's, of which the seconds are told."""
@@ -70,7 +70,7 @@ def over_seeds(values: Sequence[float | None], bounds: tuple[float, float] = UNB
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return {"mean": None, "ci95": None, "n": len(known), "by_seed": [*values]}
-    return {**student_interval(known).cut(bounds).as_dict(), "by_seed": [*values]}
+    return {**mean_interval(known).cut(bounds).as_dict(), "by_seed": [*values]}
 
 
 def verdict(by_seed: Figures, by_prompt: Figures | None) -> str:

@@ -27,7 +27,7 @@ from rlhf.data.comparisons import Prompt
 from rlhf.generation import sampling
 from rlhf.models.backbone import REFERENCE, Backbone
 from rlhf.models.masks import ended, masked_mean
-from rlhf.stats.intervals import Z95, mean_interval, paired_difference, win_rate
+from rlhf.stats.intervals import mean_interval, paired_difference, student95, win_rate
 from rlhf.stats.length_control import length_controlled
 from rlhf.stats.overoptimization import gap_of
 from rlhf.tokenization.dialogue import Dialogue
@@ -182,7 +182,7 @@ def paired_jackknife(
 ) -> dict[str, Any]:
     """Change of a figure of a whole set of texts, with a 95% interval from leaving out one prompt at a time.
 
-    diff +- z se, se^2 = (n - 1) / n * sum (d_(i) - mean d_(.))^2 (Tukey 1958), the same row left out on both
+    diff +- t se, se^2 = (n - 1) / n * sum (d_(i) - mean d_(.))^2 (Tukey 1958), the same row left out on both
     sides. Not a bootstrap: a resampled set repeats texts, which lowers every distinct-n. What is not known
     (NaN) becomes None.
     """
@@ -196,8 +196,8 @@ def paired_jackknife(
     known = changes[~np.isnan(changes)]  # without its only long text a set has no n-gram
     ci95 = None
     if known.size > 1 and not math.isnan(y - x):
-        error = math.sqrt((known.size - 1) * float(known.var()))
-        ci95 = [y - x - Z95 * error, y - x + Z95 * error]
+        half = student95(known.size - 1) * math.sqrt((known.size - 1) * float(known.var()))
+        ci95 = [y - x - half, y - x + half]
     figures = {"before": x, "after": y, "diff": y - x}
     return {
         **{name: None if math.isnan(value) else value for name, value in figures.items()},

@@ -8,7 +8,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.stats.intervals import Z95, Estimate, mean_interval, paired_difference, proportion_interval
+from rlhf.stats.intervals import (
+    Z95,
+    Estimate,
+    mean_interval,
+    paired_difference,
+    proportion_interval,
+    student95,
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,8 @@ class Outcome:
         return {} if set(found) <= {""} else {group: _estimate(values) for group, values in found.items()}
 
     def macro(self, metric: str | None = None) -> Estimate:
-        """Mean of the means of the categories, each counting the same: se = sqrt(sum se_g^2) / G.
+        """Mean of the means of the categories, each counting the same: se = sqrt(sum se_g^2) / G, normal
+        quantile.
 
         n is the number of items. A category of one item has no standard error, so neither has the macro mean.
         """
@@ -100,7 +108,7 @@ class Outcome:
         if not means:
             return mean_interval([])
         center = sum(m.mean for m in means) / len(means)
-        errors = [(m.high - m.mean) / Z95 for m in means]
+        errors = [(m.high - m.mean) / student95(m.n - 1) for m in means]
         half = Z95 * math.sqrt(sum(e * e for e in errors)) / len(means)
         return Estimate(center, center - half, center + half, len(self.ids))
 

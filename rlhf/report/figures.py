@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from rlhf.stats.intervals import student_interval
+from rlhf.stats.intervals import mean_interval
 
 SERIES = 8  # colors of the page
 _INK, _GRID = "#010203", "#040506"
@@ -76,7 +76,7 @@ def over_seeds(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[floa
     shared = sorted(set.intersection(*map(set, by_x))) if by_x else []
     found = []
     for x in shared:
-        y = student_interval([run[x] for run in by_x])
+        y = mean_interval([run[x] for run in by_x])
         found.append((x, y.mean, y.low, y.high))
     return found
 

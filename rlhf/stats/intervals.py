@@ -41,10 +41,11 @@ class Estimate:
         return Estimate(self.mean, min(low, self.mean), max(high, self.mean), self.n)
 
 
-def mean_interval(x: ArrayLike) -> Estimate:
-    """Mean of independent observations: mean +- z s / sqrt(n), with s^2 = sum (x - mean)^2 / (n - 1).
+def mean_interval(x: ArrayLike, freedom: int | None = None) -> Estimate:
+    """Mean of independent observations: mean +- t s / sqrt(n), with s^2 = sum (x - mean)^2 / (n - 1).
 
-    x: any shape, every entry one observation.
+    x: any shape, every entry one observation, few of them, such as seeds, too. freedom: degrees of freedom of
+    Student's t; None = n - 1.
     """
     values = _floats(x)
     if values.size == 0:
@@ -52,7 +53,8 @@ def mean_interval(x: ArrayLike) -> Estimate:
     mean = float(values.mean())
     if values.size == 1:
         return Estimate(mean, math.nan, math.nan, 1)
-    return _around(mean, float(values.std(ddof=1)) / math.sqrt(values.size), int(values.size))
+    t = student95(values.size - 1 if freedom is None else freedom)
+    return _around(mean, float(values.std(ddof=1)) / math.sqrt(values.size), int(values.size), t)
 
 
 @functools.cache
@@ -61,19 +63,6 @@ def student95(freedom: int) -> float:
     from scipy.special import stdtrit  # here, since it takes a while to load and few ask for it
 
     return float(stdtrit(freedom, 0.975))
-
-
-def student_interval(x: ArrayLike, freedom: int | None = None) -> Estimate:
-    """As :func:`mean_interval`, but mean +- t s / sqrt(n): for the few observations that seeds are.
-
-    freedom: degrees of freedom of t; None = n - 1.
-    """
-    values, normal = _floats(x), mean_interval(x)
-    if values.size < 2:
-        return normal
-    half = student95(values.size - 1 if freedom is None else freedom) * float(values.std(ddof=1))
-    half /= math.sqrt(values.size)
-    return Estimate(normal.mean, normal.mean - half, normal.mean + half, normal.n)
 
 
 def cluster_mean_interval(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
@@ -100,7 +89,7 @@ def cluster_mean_interval(numerators: ArrayLike, denominators: ArrayLike) -> Est
 
 
 def paired_difference(before: ArrayLike, after: ArrayLike) -> dict[str, Any]:
-    """Mean change of the same items, after minus before: mean(d) +- z s_d / sqrt(n) with d = after - before.
+    """Mean change of the same items, after minus before: mean(d) +- t s_d / sqrt(n) with d = after - before.
 
     before, after: one entry per item, in the same order. Returns {before, after, diff, ci95: [low, high], n};
     what is not known is None. The interval is that of the difference, and is narrower than the two separate
@@ -158,8 +147,8 @@ def _same_length(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArr
     return first, second
 
 
-def _around(mean: float, standard_error: float, n: int, z: float = Z95) -> Estimate:
-    return Estimate(mean, mean - z * standard_error, mean + z * standard_error, n)
+def _around(mean: float, standard_error: float, n: int, t: float) -> Estimate:
+    return Estimate(mean, mean - t * standard_error, mean + t * standard_error, n)
 
 
 def _known(x: float) -> float | None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
-from rlhf.stats.intervals import Z95, Estimate, mean_interval
+from rlhf.stats.intervals import Z95, Estimate, mean_interval, student95
 
 Floats = NDArray[np.float64]
 Row = Mapping[str, Any]
@@ -109,8 +109,9 @@ def gap_of(proxy: Sequence[ArrayLike], test: Sequence[ArrayLike]) -> Estimate:
         rises.append((after - before) / (float(before.std()) or 1.0))
     gap = mean_interval(rises[0] - rises[1])
     p, t, r = float(rises[0].mean()), float(rises[1].mean()), float((units[0] * units[1]).mean())
-    own = (gap.high - gap.low) / (2 * Z95)
-    error = Z95 * math.hypot(own, math.sqrt(max(p * p + t * t - 2 * p * t * r * r, 0.0) / (2 * gap.n)))
+    t95 = student95(gap.n - 1)
+    own = (gap.high - gap.low) / (2 * t95)
+    error = t95 * math.hypot(own, math.sqrt(max(p * p + t * t - 2 * p * t * r * r, 0.0) / (2 * gap.n)))
     return Estimate(gap.mean, gap.mean - error, gap.mean + error, gap.n)
 
 

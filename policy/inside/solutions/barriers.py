@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf.stats.intervals import Estimate, student95, student_interval
+from rlhf.stats.intervals import Estimate, mean_interval, student95
 
 INSIDE, OUTSIDE, RANDOM = (0.25, 0.5, 0.75), (-0.5, -0.25, 1.25, 1.5), (0.25, 0.5)
 _ROUNDING = 1e-6  # of a loss, relative: what pairs differ by no more than is no spread
@@ -91,7 +91,7 @@ def points_of(number: int) -> int:
 def over_pairs(values: Sequence[float], number: int) -> Estimate:
     """Mean over the pairs of ``number`` solutions: mean +- t s / sqrt(pairs), t with number - 1 degrees of
     freedom, since pairs share solutions and are not as many independent ones."""
-    return student_interval(values, number - 1)
+    return mean_interval(values, number - 1)
 
 
 def verdict(differences: Sequence[Estimate], noise: float = 0.0) -> str:
