@@ -20,7 +20,7 @@ from policy.evaluate.before_after import (
     spread,
 )
 from policy.evaluate.report import as_markdown
-from policy.ppo.metrics import distinct_n, rollout_metrics
+from policy.ppo.metrics import distinct_n, rollout_metrics, tokens_per_second
 from rlhf.data.comparisons import Message
 from rlhf.generation.sampling import uniforms
 from rlhf.models.backbone import REFERENCE
@@ -289,3 +289,12 @@ def test_the_explained_variance_of_the_value_is_that_of_its_tokens():
     assert explained(returns) == pytest.approx(1 - e.var() / r.var(), abs=1e-5)
     assert explained(values) == pytest.approx(1)
     assert np.isnan(explained(torch.zeros(2, 3)))
+
+
+def test_tokens_a_second_are_those_of_all_responses_once():
+    found = {"response/length": 20.0, "time/generate": 2.0, "time/rollout": 4.0, "time/update": 6.0}
+    assert tokens_per_second(found, 30) == {
+        "time/generated_tokens_per_second": 300.0,
+        "time/updated_tokens_per_second": 100.0,
+        "time/tokens_per_second": 60.0,
+    }

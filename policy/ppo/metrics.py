@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -72,3 +72,15 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
         tuple(words[i : i + n]) for words in (t.split() for t in texts) for i in range(len(words) - n + 1)
     ]
     return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def tokens_per_second(found: Mapping[str, float], responses: int) -> dict[str, float]:
+    """Response tokens a second, each counted once: while sampling, while updating (all epochs), and in all.
+
+    Args:
+        found: ``response/length``, and ``time/generate``, ``time/rollout``, ``time/update`` in seconds.
+        responses: of the step, over all processes.
+    """
+    tokens, update = found["response/length"] * responses, found["time/update"]
+    seconds = {"generated_": found["time/generate"], "updated_": update, "": found["time/rollout"] + update}
+    return {f"time/{part}tokens_per_second": tokens / max(s, 1e-9) for part, s in seconds.items()}

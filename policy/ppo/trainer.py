@@ -24,7 +24,7 @@ from policy.ppo.advantages import estimate_advantages
 from policy.ppo.batching import PtxBatches
 from policy.ppo.checks import GuardedScore, SamplerGap
 from policy.ppo.kl import KLController
-from policy.ppo.metrics import rollout_metrics
+from policy.ppo.metrics import rollout_metrics, tokens_per_second
 from policy.ppo.reward_shaping import RewardShaper
 from policy.ppo.rollout import RewardFn, Rollout, collect
 from policy.ppo.update import NonfiniteUpdates, Updater
@@ -190,7 +190,7 @@ class PpoTrainer:
         found |= stats | self.gaps | self.reward_metrics() | dict(rollout.seconds)
         found["progress/episodes"] = float((step + 1) * self.section.batch_size)
         found["time/update"] = time.monotonic() - self.collected_at
-        return found
+        return found | tokens_per_second(found, self.section.batch_size)
 
     def note_figures(self, step: int, figures: dict[str, float]) -> None:
         """The step is done: let its figures decide when the value's warm-up ends and which policy is best,
