@@ -133,20 +133,22 @@ def test_a_question_that_came_before_is_not_asked_again(distill_lab):
 
 
 def test_figures_are_ratios_of_sums():
-    before = Measured([4.0, 6.0, 2.0], [2, 4, 2], [-8, -9, -4], [-4, -7, -3], [2, 2, 1], [5.0], [4.0])
-    after = Measured([2.0, 0.5, 0.5], [2, 4, 2], [-5, -8, -3], [-4, -7, -3], [2, 2, 1], [2.0], [1.0])
-    found = figures(before, after, ["texts", "questions", "questions"], ["a", "b", "b"])
+    first = [4.0, 6.0, 2.0], [2, 4, 2], [-8, -9, -4], [-4, -7, -3], [2, 2, 1]
+    then = [2.0, 0.5, 0.5], [2, 4, 2], [-5, -8, -3], [-4, -7, -3], [2, 2, 1]
+    before = Measured(*(column * 3 for column in first), [5.0], [4.0])
+    after = Measured(*(column * 3 for column in then), [2.0], [1.0])
+    found = figures(before, after, ["texts", "questions", "questions"] * 3, [*"abbcddeff"])
     assert found["kl_before"]["mean"] == 12 / 8
     assert found["kl_after"]["mean"] == 3 / 8
     assert found["kl_recovered"]["mean"] == 0.75
-    assert found["kl_recovered"]["n"] == 2  # groups
+    assert found["kl_recovered"]["n"] == 6  # groups
     assert found["prompt_gain"]["mean"] == (4 + 2 + 1) / 5
     assert found["distilled_gain"]["mean"] == (3 + 1 + 1) / 5
     assert found["full_kl_before"]["mean"] == 2.5
     assert found["full_coarse_kl_before"]["mean"] == 2.0
     assert found["full_kl_recovered"]["mean"] == pytest.approx(0.6)
     assert found["questions"]["kl_recovered"]["mean"] == 1 - 1 / 8
-    assert (found["texts"]["sequences"], found["texts"]["tokens"]) == (1, 2)
+    assert (found["texts"]["sequences"], found["texts"]["tokens"]) == (3, 6)
     low, high = found["kl_recovered"]["ci95"]
     assert low < 0.75 < high
     assert found["log_prob_recovered"]["mean"] == pytest.approx(5 / 7)
