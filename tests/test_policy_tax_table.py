@@ -11,7 +11,7 @@ from policy.alignment_tax.report import as_markdown
 from policy.alignment_tax.table import difference, item_rows, task_figures, variant_figures, verdict, verdicts
 from rlhf.evals.outcome import Outcome
 
-Z = statistics.NormalDist().inv_cdf(0.975)
+T95 = {3: 3.182446, 5: 2.570582}  # quantiles of Student's t by degrees of freedom
 IDS = [f"f:{i}" for i in range(1, 7)]
 BASE = [0.1, 0.9, 0.4, 0.3, 0.5, 0.7]
 ARM = [0.3, 0.9, 0.5, 0.1, 0.9, 0.8]
@@ -34,7 +34,7 @@ def outcome(
 
 
 def mean_and_ends(values):
-    half = Z * statistics.stdev(values) / math.sqrt(len(values))
+    half = T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return mean, [mean - half, mean + half]
 
@@ -44,7 +44,7 @@ def test_a_difference_is_that_of_a_loop_and_a_gain_has_its_sign_turned_where_low
     found = difference(outcome(BASE, better=better), outcome(ARM, better=better))
     mean, ends = mean_and_ends([b - a for a, b in zip(BASE, ARM, strict=True)])
     assert found["diff"] == pytest.approx(mean)
-    assert found["ci95"] == pytest.approx(ends)
+    assert found["ci95"] == pytest.approx(ends, abs=1e-6)
     assert found["n"] == 6
     sign = 1 if better else -1
     assert found["gain"] == pytest.approx(sign * mean)
@@ -110,7 +110,7 @@ def test_groups_and_other_metrics_are_paired_too():
     assert found["groups"]["a"]["gain"] == pytest.approx(-statistics.fmean([0.2, 0.1, 0.4]))
     assert found["groups"]["b"]["n"] == 3
     assert found["metrics"] == {
-        "words": {"diff": 1.5, "ci95": pytest.approx([0.8308, 2.1692], abs=1e-3), "n": 6}
+        "words": {"diff": 1.5, "ci95": pytest.approx([0.6220, 2.3780], abs=1e-3), "n": 6}
     }
     assert difference(outcome(BASE), outcome(ARM))["groups"] == {}
 
@@ -122,7 +122,7 @@ def test_a_variant_has_its_mean_its_metrics_its_groups_and_its_aggregates():
     )
     mean, ends = mean_and_ends(BASE)
     assert found["mean"] == pytest.approx(mean)
-    assert found["ci95"] == pytest.approx(ends)
+    assert found["ci95"] == pytest.approx(ends, abs=1e-6)
     assert found["metrics"]["words"]["mean"] == 2
     assert found["groups"]["a"]["mean"] == pytest.approx((0.1 + 0.4 + 0.5) / 3)
     assert found["aggregate"] == {"perplexity": 9.0}
