@@ -32,7 +32,7 @@ def test_the_figures_stand_beside_the_policy():
     over = found["rows"][1]["over_policy"]  # 7/3 - 1 and 7/3 - 2.8, paired
     mean = 7 / 3 - 1.9
     assert over["mean"] == pytest.approx(mean)
-    half = 1.959964 * 0.9  # their deviation is 1.8 / sqrt 2, of two prompts
+    half = 12.706205 * 0.9  # Student's t; their deviation is 1.8 / sqrt 2, of two prompts
     assert over["ci95"] == pytest.approx([mean - half, mean + half], abs=1e-5)
     assert found["policy"]["kl"]["mean"] == 1
     assert found["policy"]["win_rate"]["mean"] == 0.25  # 1 against 1 is a tie, 2.8 against 5 is lost
