@@ -320,6 +320,7 @@ def test_only_an_opened_stage_is_a_stage_run():
     makers = {
         file
         for file in python_files((*PACKAGES, *BESIDE, "tests"))
+        if "StageRun(" in (ROOT / file).read_text(encoding="utf-8")
         for node in ast.walk(tree(file))
         if isinstance(node, ast.Call)
         and "StageRun" in (getattr(node.func, "id", ""), getattr(node.func, "attr", ""))

@@ -71,11 +71,7 @@ def test_a_text_that_looks_like_a_list_stays_a_text(text, tmp_path):
 @pytest.mark.parametrize(
     ("name", "cell", "reason"),
     [
-        (
-            "completions",
-            "[{'r': 'a'} ... {'r': 'b'}]",
-            "a list that cannot be read: completions",
-        ),
+        ("completions", "[{'r': 'a'} ... {'r': 'b'}]", "a list that cannot be read: completions"),
         ("completions", '[{"response": "a"', "a list that cannot be read: completions"),
         ("prompt", "[{'role': 'user', 'content': 'q", "a list that cannot be read: prompt"),
         ("chosen", "[{'role': 'user', 'content': array(['q'])}]", "messages that cannot be read: chosen"),

@@ -16,9 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from rlhf.collect.endpoint import HttpJudge
 from rlhf.collect.functions import Columns, RewardFunction
@@ -26,6 +24,9 @@ from rlhf.data.comparisons import Prompt
 from rlhf.errors import UserError
 from rlhf.recipe.load import Recipe
 from rlhf.recipe.types import Endpoint
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Judge = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
 """Prompts and a response to each -> one score a response, in the same order; higher is better. What scores
@@ -141,6 +142,8 @@ def noisy_ranks(gold: Sequence[float], *, noise: float, rng: np.random.Generator
         (0, 1, 1, 2).
     :raises ValueError: for a score that is not finite, or a noise that is negative or not finite.
     """
+    import numpy as np  # here: a mistyped key is answered before it would be loaded
+
     scores = np.asarray(gold, dtype=np.float64)
     if scores.ndim != 1 or not np.isfinite(scores).all():
         raise ValueError(f"gold must be a flat sequence of finite scores, got {gold!r}")

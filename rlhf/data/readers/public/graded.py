@@ -109,9 +109,9 @@ def _list(value: object, name: str) -> list[Any]:
 
 def _rows_of_responses(row: Row, source: str) -> Found:
     grades: dict[str, list[float]] = {}
-    grade = _common(row["rows"], _GRADES)
+    column = _common(row["rows"], _GRADES)
     for x in row["rows"]:
-        grades.setdefault(text(x["response"]), []).append(number(x[grade], grade))
+        grades.setdefault(text(x["response"]), []).append(number(x[column], column))
     first, *others = row["rows"]
     for x in others:  # the same prompt and group, by together
         asked(x), group_of(x)
